@@ -1,0 +1,222 @@
+"""Reading a sparse checkpoint: a Hugging Face directory whose target weights are stored as values + bitmask.
+
+`SparseCheckpoint.open` treats the directory as hostile input. In this order, and before anything is allocated from
+what the files claim: `config.json` is strict JSON with a known `quantization_config`; the shard list names plain files
+inside the directory and no other weight file lies beside them (an engine that globs would load it unverified); every
+shard parses; the set of tensors is exactly what the manifest implies; dtypes and shapes belong together and to the
+model's dimensions; and (unless `verify_bits=False`) every bitmask has exactly `n` bits set in each group, and all of
+them together have the manifest's `mask_digest`. Only then may a kernel see a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, SparseConfig
+from maskgen.core.errors import FormatError, PatternError, clip
+from maskgen.core.files import check_tensor_names, open_tensors, read_json
+from maskgen.core.mask import BITMASK_SUFFIX, MaskSet, check_bits, digest_bitmasks
+from maskgen.core.packed import PackedTensor, check_shapes
+
+VALUES_SUFFIX = ".values"
+WEIGHT_SUFFIX = ".weight"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+VALUE_DTYPES = ("BF16", "F16", "F32")
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
+_BLOCK_INDEX = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where a tensor is and what it is, known without reading it. `dtype` is the safetensors name, such as `BF16`."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SparseCheckpoint:
+    """A verified sparse checkpoint. `hf_config` is all of `config.json`; `headers` maps tensor names to headers."""
+
+    path: Path
+    config: SparseConfig
+    hf_config: Mapping[str, Any]
+    headers: Mapping[str, TensorHeader]
+
+    @classmethod
+    def open(cls, path: Path | str, verify_bits: bool = True) -> SparseCheckpoint:
+        """Open and verify a directory; `FormatError` names the first thing that is wrong.
+
+        `verify_bits=False` skips reading the bitmasks (1/17 of the bytes); for processes that start after one that
+        has read them.
+        """
+        path = Path(path)
+        hf_config = read_json(path / "config.json")
+        if CONFIG_KEY not in hf_config:
+            raise FormatError(
+                f"{path}: config.json has no {CONFIG_KEY}: a dense model; make it sparse with maskgen run"
+            )
+        try:
+            config = SparseConfig.from_dict(hf_config[CONFIG_KEY])
+        except (FormatError, PatternError) as error:
+            raise FormatError(f"{path / 'config.json'}: {error}") from None
+        headers = read_headers(path)
+        _check_shards(path, headers)
+        _check_tensors(path, config, headers)
+        check_dimensions(path, hf_config, headers)
+        checkpoint = cls(path, config, hf_config, headers)
+        if verify_bits:
+            _check_masks(checkpoint)
+        return checkpoint
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one stored tensor (CPU). `KeyError` when there is none of that name."""
+        with open_tensors(self.headers[name].path) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def packed(self, module: str) -> PackedTensor:
+        """Read one target module's weight."""
+        return PackedTensor(
+            self.tensor(module + VALUES_SUFFIX), self.tensor(module + BITMASK_SUFFIX), self.config.pattern
+        )
+
+    def mask_set(self) -> MaskSet:
+        """All masks, for use as a prior or to compress again."""
+        bitmasks = {name: self.tensor(name + BITMASK_SUFFIX) for name in self.config.targets}
+        return MaskSet(self.config.pattern, bitmasks, self.config.base_digest, self.config.recipe_digest)
+
+
+def is_sparse_checkpoint(path: Path | str) -> bool:
+    """Whether the directory claims our format. It may still be damaged: `SparseCheckpoint.open` tells."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return False
+    section = read_json(file).get(CONFIG_KEY)
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Headers of every tensor of a Hugging Face safetensors directory, dense or sparse; nothing else is read."""
+    index_path = path / INDEX_NAME
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f"{index_path}: no weight_map object")
+        shards = sorted(set(map(str, weight_map.values())))
+    else:
+        weight_map, shards = None, [SINGLE_NAME]
+    headers: dict[str, TensorHeader] = {}
+    for shard in shards:
+        if not _SHARD_NAME.fullmatch(shard):
+            raise FormatError(f"{index_path}: shard {clip(shard)} is not a plain *.safetensors file name")
+        _read_shard_headers(path / shard, headers)
+    if weight_map is not None:
+        _check_index(index_path, weight_map, headers)
+    return headers
+
+
+def _read_shard_headers(shard: Path, headers: dict[str, TensorHeader]) -> None:
+    with open_tensors(shard) as file:
+        check_tensor_names(shard)
+        for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+            if name in headers:
+                raise FormatError(f"{shard}: tensor {clip(name)} is also in {headers[name].path.name}")
+            tensor_slice = file.get_slice(name)
+            header = TensorHeader(shard, str(tensor_slice.get_dtype()), tuple(tensor_slice.get_shape()))
+            if 0 in header.shape:
+                raise FormatError(f"{shard}: tensor {clip(name)} of shape {clip(header.shape)} is empty")
+            headers[name] = header
+
+
+def _check_index(index_path: Path, weight_map: dict[str, Any], headers: dict[str, TensorHeader]) -> None:
+    for name in sorted(set(weight_map) | set(headers)):
+        if name not in headers or weight_map.get(name) != headers[name].path.name:
+            found = headers[name].path.name if name in headers else "no shard"
+            raise FormatError(
+                f"{index_path}: tensor {clip(name)}: index says {clip(weight_map.get(name))}, found in {found}"
+            )
+
+
+def _check_shards(path: Path, headers: Mapping[str, TensorHeader]) -> None:
+    shards = {header.path.name for header in headers.values()}
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name not in shards:
+            raise FormatError(
+                f"{path}: {clip(file.name)} is not one of the checkpoint's shards {clip(sorted(shards))}; an engine "
+                "might load it unverified: remove it"
+            )
+
+
+def _check_tensors(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
+    for module in config.targets:
+        stored = {suffix: headers.get(module + suffix) for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX, WEIGHT_SUFFIX)}
+        values, bitmask = stored[VALUES_SUFFIX], stored[BITMASK_SUFFIX]
+        if values is None or bitmask is None or stored[WEIGHT_SUFFIX] is not None:
+            present = [module + suffix for suffix, header in stored.items() if header is not None]
+            raise FormatError(
+                f"{path}: target {module}: expected exactly {VALUES_SUFFIX} and {BITMASK_SUFFIX}, found {present}"
+            )
+        if values.dtype not in VALUE_DTYPES or bitmask.dtype != "U8":
+            raise FormatError(
+                f"{path}: {module}: values {values.dtype}, bitmask {bitmask.dtype}; expected one of "
+                f"{list(VALUE_DTYPES)} and U8"
+            )
+        check_shapes(list(values.shape), list(bitmask.shape), config.pattern, f"{path}: {module}")
+    targets = set(config.targets)
+    for name in headers:
+        module, _, suffix = name.rpartition(".")
+        if "." + suffix in (VALUES_SUFFIX, BITMASK_SUFFIX) and module not in targets:
+            raise FormatError(f"{path}: tensor {clip(name)} belongs to no target of {CONFIG_KEY}")
+    for module in config.ignored:
+        if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
+            raise FormatError(f"{path}: ignored module {module} has no {WEIGHT_SUFFIX} tensor")
+
+
+def _check_masks(checkpoint: SparseCheckpoint) -> None:
+    config = checkpoint.config
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(config.targets):
+            bitmask = checkpoint.tensor(name + BITMASK_SUFFIX)
+            check_bits(bitmask, config.pattern, f"{checkpoint.path}: {name}")
+            yield name, bitmask
+
+    digest = digest_bitmasks(config.pattern, checked())
+    if digest != config.mask_digest:
+        raise FormatError(
+            f"{checkpoint.path}: the stored masks have digest {digest}, but {CONFIG_KEY} says {config.mask_digest}; "
+            "masks and manifest come from different runs: write the checkpoint again"
+        )
+
+
+def check_dimensions(path: Path, hf_config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
+    """Raise `FormatError` if `config.json` claims a model larger than what is stored: engines allocate what it claims.
+
+    More blocks may be stored than `num_hidden_layers` (layers for multi-token prediction), never fewer.
+    """
+    sizes = {size for header in headers.values() for size in header.shape}
+    sizes |= {
+        header.shape[1] * 8
+        for name, header in headers.items()
+        if name.endswith(BITMASK_SUFFIX) and len(header.shape) == 2
+    }
+    for key in ("hidden_size", "intermediate_size", "ffn_dim", "vocab_size"):
+        size = hf_config.get(key)
+        if size is not None and (type(size) is not int or size not in sizes):
+            raise FormatError(f"{path}: config.json: {key} {clip(size)} is not a dimension of any stored tensor")
+    blocks = {match[1] for name in headers if (match := _BLOCK_INDEX.search(name))}
+    layers = hf_config.get("num_hidden_layers")
+    if layers is not None and (type(layers) is not int or not 1 <= layers <= len(blocks)):
+        raise FormatError(
+            f"{path}: config.json: num_hidden_layers {clip(layers)}, but tensors of {len(blocks)} blocks are stored"
+        )

@@ -1,0 +1,67 @@
+"""Digests: the links of the provenance chain, always written `sha256:<64 hex digits>`.
+
+GateReport -> SparseCheckpoint -> MaskSet -> recipe -> base model + data, one digest each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import FormatError, clip
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_READ_BYTES = 1 << 22
+
+
+def digest_bytes(data: bytes) -> str:
+    """Digest of a byte string."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON-serialisable value, independent of key order and white space."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def digest_tensors(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of named tensors in the order given: header, then name, dtype, shape and little-endian bytes of each."""
+    state = hashlib.sha256(header.encode())
+    for name, tensor in tensors:
+        state.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return "sha256:" + state.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Digest of files by content, keyed by their names; the order given does not matter."""
+    state = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        content = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                content.update(block)
+        state.update(f"{path.name} {content.hexdigest()}\n".encode())
+    return "sha256:" + state.hexdigest()
+
+
+def digest_weights(model_dir: Path | str) -> str:
+    """Digest of a model's safetensors files; `FormatError` when the directory holds none."""
+    paths = list(Path(model_dir).glob("*.safetensors"))
+    if not paths:
+        raise FormatError(f"{model_dir}: no *.safetensors files; convert the model with save_pretrained first")
+    return digest_files(paths)
+
+
+def check_digest(text: Any, name: str) -> str:
+    """Return `text` if it is a digest, else raise `FormatError`."""
+    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
+        raise FormatError(f"{name}: {clip(text)} is not a digest of the form sha256:<64 hex digits>")
+    return text

@@ -1,0 +1,58 @@
+"""Every error this project raises on purpose, in one tree.
+
+    SparseError
+     +-- PatternError       (ValueError)       an N:M pattern, or a mask that claims to follow one, is not legal
+     +-- FormatError        (ValueError)       a file or directory is not what the format says: damaged or hostile
+     +-- RecipeError        (ValueError)       a recipe or one of its options is wrong
+     +-- ModelError         (ValueError)       this model cannot be handled
+     +-- DataError          (ValueError)       text or tokens are missing, malformed or too short
+     +-- NumericalError     (ArithmeticError)  NaN or infinity where numbers were expected, a factorisation failed
+     +-- OutputExistsError  (FileExistsError)  the place to write to is taken
+
+Each is also a standard exception, so callers that know nothing of us still catch the right thing. A message says what
+went wrong, the value, what was expected, and what to do next. Broken invariants of our own code are `assert`s.
+
+Values in messages often come from strangers, so they are quoted through `clip`: escaped, and never long.
+"""
+
+from __future__ import annotations
+
+_CLIP_CHARS = 80
+
+
+def clip(value: object) -> str:
+    """`repr` of a value, cut so that a message stays one readable line whatever a file put there."""
+    text = repr(value[: _CLIP_CHARS + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= _CLIP_CHARS else text[:_CLIP_CHARS] + "..."
+
+
+class SparseError(Exception):
+    """Base of all errors that are meant for the user."""
+
+
+class PatternError(SparseError, ValueError):
+    """An N:M pattern, or a mask that claims to follow one, is not legal."""
+
+
+class FormatError(SparseError, ValueError):
+    """A file or directory is not what the format says: damaged or hostile."""
+
+
+class RecipeError(SparseError, ValueError):
+    """A recipe or one of its options is wrong."""
+
+
+class ModelError(SparseError, ValueError):
+    """This model cannot be handled."""
+
+
+class DataError(SparseError, ValueError):
+    """Text or tokens are missing, malformed or too short."""
+
+
+class NumericalError(SparseError, ArithmeticError):
+    """NaN or infinity where numbers were expected, or a factorisation failed."""
+
+
+class OutputExistsError(SparseError, FileExistsError):
+    """The place to write to is taken."""

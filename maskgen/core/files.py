@@ -1,0 +1,138 @@
+"""Reading files that may be hostile, and writing files that are whole or absent.
+
+Reading: `read_json` bounds size, depth, duplicates and non-finite numbers; `open_tensors` wraps safetensors so that
+truncation, absurd headers and overlapping offsets end in one `FormatError`. Two parsers may disagree about a key that
+is given twice, so what was verified could differ from what is used: duplicates are refused, in safetensors headers too
+(the safetensors library takes the last one). Nothing here executes or imports what a file says.
+
+Writing: everything is written under a temporary name in the same directory, flushed to disk, then renamed. A killed
+writer leaves a temporary name behind, never a half file under the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maskgen.core.errors import FormatError, clip
+
+MAX_JSON_BYTES = 64 << 20
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{clip(text)} does not fit a float")
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"duplicate key {clip(name)}")
+            seen.add(name)
+    return result
+
+
+def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    if len(data) > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_duplicates
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error or 'nested too deeply'}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _check_regular(path: Path) -> None:
+    if not path.is_file():
+        raise FormatError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; `FormatError` on anything that is not one strict, unambiguous object of bounded size."""
+    _check_regular(path)
+    with path.open("rb") as file:
+        return _parse_json(file.read(MAX_JSON_BYTES + 1), path)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for lazy reading; every failure to parse it is a `FormatError` with the path."""
+    _check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}; download or write it again") from None
+
+
+def check_tensor_names(path: Path) -> None:
+    """Raise `FormatError` if the header of a safetensors file (one that opens) names a tensor twice."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        _parse_json(file.read(min(header_bytes, MAX_JSON_BYTES + 1)), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file and flush it to disk; `OSError` when that fails (disk full, file too large)."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    fsync_path(path)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, whole or not at all."""
+    with temporary_sibling(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        fsync_path(temporary)

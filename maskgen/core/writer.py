@@ -1,0 +1,128 @@
+"""Writing a Hugging Face safetensors directory: streamed, sharded, atomic.
+
+Tensors are added one at a time and leave memory when their shard is full, so the peak is one shard. Everything goes
+into a hidden sibling directory that becomes the real one by a single rename after all of it is on disk: a writer that
+is killed leaves `.<name>.partial` behind, never a directory that opens. The next writer of the same output clears the
+leftovers; a lock keeps two live writers apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME
+from maskgen.core.errors import OutputExistsError
+from maskgen.core.files import fsync_path, save_tensors
+
+SHARD_BYTES = 5_000_000_000
+"""Default shard size, as `save_pretrained` uses."""
+
+
+class CheckpointWriter:
+    """Context manager: `add` tensors, and on a clean exit `out_dir` exists, whole.
+
+    `config` becomes `config.json`, `files` are copied beside it (tokenizer and the like), `extra` maps file names to
+    JSON values. Raises `OutputExistsError` if `out_dir` exists or another process is writing it; `OSError` (disk full)
+    passes through and leaves no output.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path | str,
+        config: Mapping[str, Any],
+        files: Iterable[Path] = (),
+        extra: Mapping[str, Any] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.out_dir = Path(out_dir).resolve()
+        self._json = {**(extra or {}), "config.json": config}
+        self._files = list(files)
+        self._shard_bytes = shard_bytes
+        self._partial = self.out_dir.with_name(f".{self.out_dir.name}.partial")
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self.total_bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        self._check_free()
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The writer that held the lock until now may have removed or renamed the directory we opened.
+            owned = self._partial.exists() and os.path.samestat(os.fstat(self._lock), self._partial.stat())
+        except BlockingIOError:
+            owned = False
+        if not owned:
+            os.close(self._lock)
+            raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
+        for leftover in self._partial.iterdir():
+            leftover.unlink()
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor; its shard is written as soon as it is full."""
+        assert name not in self._names, f"{name} was added before"
+        self._names.add(name)
+        if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += tensor.nbytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        finished = False
+        try:
+            if kind is None:
+                self._finish()
+                finished = True
+        finally:
+            if not finished:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            os.close(self._lock)
+
+    def _check_free(self) -> None:
+        if self.out_dir.exists():
+            raise OutputExistsError(f"{self.out_dir} exists; remove it or choose another output directory")
+
+    def _write_shard(self) -> None:
+        path = self._partial / f"part-{len(self._shards):05d}"
+        save_tensors(self._pending, path, {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self.total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _finish(self) -> None:
+        if self._pending:
+            self._write_shard()
+        count = len(self._shards)
+        weight_map = {}
+        for number, tensors in enumerate(self._shards):
+            name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self._partial / f"part-{number:05d}").rename(self._partial / name)
+            weight_map.update(dict.fromkeys(tensors, name))
+        if count > 1:
+            self._json[INDEX_NAME] = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        for file in self._files:
+            shutil.copyfile(file, self._partial / file.name)
+        for name, value in self._json.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            (self._partial / name).write_text(text, "utf-8")
+        for path in self._partial.iterdir():
+            fsync_path(path)
+        fsync_path(self._partial)
+        self._check_free()
+        self._partial.rename(self.out_dir)
+        fsync_path(self.out_dir.parent)

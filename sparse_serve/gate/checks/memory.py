@@ -1,0 +1,32 @@
+"""Memory: are the sparse layers really small in the running server?
+
+Compares the bytes that are resident, as counted on the workers' tensors, with what pattern and dtype allow: kept values
+plus one bit per weight. A server that decompressed its weights at load, or a kernel whose private layout is no smaller
+than dense, fails.
+"""
+
+from __future__ import annotations
+
+from sparse_serve.gate.report import CheckResult, Evidence, Limits, Verdict
+
+LAYOUT_SLACK = 0.07
+"""Room for a kernel's own layout above the stored form: a vendor's 8-bit 2:4 blob is 0.625 where we store 0.5625."""
+
+
+def run(evidence: Evidence, limits: Limits) -> CheckResult:
+    """Fail when resident bytes exceed the stored fraction of the dense bytes by more than `LAYOUT_SLACK`."""
+    engine = evidence.sparse.engine
+    allowed = evidence.packed_fraction + LAYOUT_SLACK
+    fraction = engine.sparse_weight_bytes / max(engine.dense_equivalent_bytes, 1)
+    small = engine.sparse_layers > 0 and fraction <= allowed
+    return CheckResult(
+        check="memory",
+        verdict=Verdict.PASS if small else Verdict.FAIL,
+        summary=f"{engine.sparse_layers} sparse layers hold {engine.sparse_weight_bytes} bytes, {fraction:.4f} of "
+        f"dense (stored form {evidence.packed_fraction:.4f})",
+        numbers={
+            "resident_bytes": float(engine.sparse_weight_bytes),
+            "dense_equivalent_bytes": float(engine.dense_equivalent_bytes),
+            "fraction": fraction,
+        },
+    )

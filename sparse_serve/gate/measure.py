@@ -1,0 +1,89 @@
+"""Measuring one model for the gate: offline with transformers, then through a served engine, on the same windows.
+
+The offline side runs `maskgen eval` as a process of its own: another code base on purpose, and its memory is gone
+before the engine starts. It writes the exact token windows it scored, and the engine scores those, so the two are
+paired token by token and no second tokenizer call can disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
+from sparse_serve.engine import Engine
+from sparse_serve.errors import GateError
+from sparse_serve.gate.report import Measured
+
+logger = logging.getLogger(__name__)
+
+CONCURRENT_WINDOWS = 32
+STOP_GRACE_S = 20.0
+
+MakeEngine = Callable[[Path], Engine]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: text, protocol and dtype (`float32`, `bfloat16` or `float16`) for both stacks."""
+
+    data: Path
+    protocol: Protocol
+    dtype: str
+
+
+def measure(model_dir: Path, request: Request, make_engine: MakeEngine, work_dir: Path) -> Measured:
+    """Measure one model both ways. Raises `GateError` when either stack cannot."""
+    offline, windows = measure_offline(model_dir, request, work_dir)
+    return asyncio.run(_measure_served(make_engine(model_dir), offline, windows))
+
+
+def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
+    """Run `maskgen eval`; returns its result and the windows it scored."""
+    result_path, windows_path = work_dir / f"{model_dir.name}.json", work_dir / f"{model_dir.name}.windows.json"
+    protocol = request.protocol
+    command = [sys.executable, "-m", "maskgen", "eval", str(model_dir), "--data", str(request.data)]
+    command += ["--window", str(protocol.window_tokens), "--dtype", request.dtype]
+    command += ["--json", str(result_path), "--windows-out", str(windows_path)]
+    if protocol.max_windows is not None:
+        command += ["--max-windows", str(protocol.max_windows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise GateError(f"{model_dir}: offline evaluation failed: {''.join(reason) or done.returncode}")
+    result = json.loads(result_path.read_text("utf-8"))
+    offline = Perplexity(
+        protocol, result["nll_per_window"], result["scored_tokens_per_window"], result["tokens_digest"]
+    )
+    return offline, [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
+
+
+async def _measure_served(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
+    try:
+        info = await engine.start()
+        logger.info("%s: scoring %d windows through the engine", info.model, len(windows))
+        served = await score_windows(engine, windows, offline.protocol)
+    finally:
+        await engine.stop(STOP_GRACE_S)
+    assert served.tokens_digest == offline.tokens_digest
+    return Measured(offline, served, info)
+
+
+async def score_windows(engine: Engine, windows: list[Window], protocol: Protocol) -> Perplexity:
+    """Mean negative log-likelihood of each window's scored tokens, through the engine."""
+    slots = asyncio.Semaphore(CONCURRENT_WINDOWS)
+
+    async def score(window: Window) -> float:
+        async with slots:
+            logprobs = (await engine.score(window.ids))[window.first_scored - 1 :]
+        return -sum(logprobs) / len(logprobs)
+
+    nll = await asyncio.gather(*map(score, windows))
+    scored = [len(window.ids) - window.first_scored for window in windows]
+    return Perplexity(protocol, list(nll), scored, digest_windows(windows))

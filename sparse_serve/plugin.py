@@ -1,0 +1,15 @@
+"""The vLLM plugin: teaches any vLLM process to serve `sparse_nm` checkpoints.
+
+vLLM calls `register` through the entry point group `vllm.general_plugins` in every process it starts (API server,
+engine core, each worker, the model inspector), so it must be cheap and idempotent. With it, a stock
+`vllm serve <checkpoint>` works: `config.json` names `quant_method: sparse_nm`, and vLLM asks the class registered here.
+
+vLLM only logs a plugin that fails to load; the run then dies with "Unknown quantization method", which is loud enough.
+"""
+
+
+def register() -> None:
+    """Register the `sparse_nm` quantization method with the vLLM of this process."""
+    from sparse_serve import vllm_linear
+
+    vllm_linear.register()

@@ -1,0 +1,220 @@
+"""N:M sparse linear layers inside vLLM.
+
+`SparseNMConfig` answers, for each linear layer vLLM builds, whether the checkpoint stores it packed; `SparseNMLinear`
+gives such a layer `values` and `bitmask` parameters instead of `weight`, hands them to a kernel once they are loaded,
+and runs that kernel. The weights are never decompressed to a dense copy.
+
+Tensor parallelism needs no code here: both tensors keep dim 0 = out and dim 1 = in, so vLLM narrows them exactly as it
+narrows a dense weight (in/tp must be a multiple of lcm(8, m)). Fused layers (QKV, gate-up) concatenate along the
+outputs, so they are packed if all their parts are; a mixed group is refused by name.
+
+Nothing is served that the manifest does not explain: a linear layer that is neither target nor ignored, a target that
+no layer claims, or a bitmask with a wrong bit count (also what a tensor that was never loaded looks like) ends the
+start with an error.
+
+Legend: T = tokens, O = out features, I = in features (per rank).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.config import QUANT_METHOD, SparseConfig
+from maskgen.core.errors import FormatError
+from maskgen.core.packed import PackedTensor
+from sparse_serve.kernels import AUTO, Kernel, LinearSpec, choose, kernel_name
+
+logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
+
+OPTIONS_KEY = "sparse_nm"
+"""Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`."""
+
+_BLOCK_INDEX = re.compile(r"\.(\d+)\.")
+
+
+class SparseNMConfig(QuantizationConfig):
+    """The manifest of a checkpoint, as vLLM's quantization config. Module names follow vLLM's renaming."""
+
+    def __init__(self, config: SparseConfig) -> None:
+        super().__init__()
+        self.pattern = config.pattern
+        self.targets = set(config.targets)
+        self.ignored = set(config.ignored)
+        self.attached: set[str] = set()
+
+    def get_name(self) -> str:
+        """The `quant_method` of `config.json`."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activation dtypes at least one kernel takes."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU: the reference kernel needs no special hardware."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No separate file: everything is in `config.json`."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseNMConfig:
+        """From `config.json`'s `quantization_config`, strictly."""
+        return cls(SparseConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Verify a local checkpoint's headers before vLLM builds a model from what its `config.json` claims."""
+        if Path(model_name).is_dir():
+            SparseCheckpoint.open(model_name, verify_bits=False)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follow vLLM's renaming of modules."""
+        self.targets = set(hf_to_vllm_mapper.apply_list(sorted(self.targets)))
+        self.ignored = set(hf_to_vllm_mapper.apply_list(sorted(self.ignored)))
+
+    def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
+        """Packed, dense, or (for anything but a linear layer) vLLM's default."""
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self._stored_names(prefix)
+        packed = [name for name in names if name in self.targets]
+        if len(packed) == len(names):
+            self.attached.update(names)
+            return SparseNMLinear(self, prefix)
+        if packed:
+            raise FormatError(
+                f"{prefix} is one layer in vLLM, but only {packed} of {names} are stored packed; make all of them "
+                "sparse or none"
+            )
+        unknown = [name for name in names if name not in self.ignored]
+        if unknown:
+            raise FormatError(
+                f"{prefix}: {unknown} are neither targets nor ignored in the checkpoint's manifest; it was made for "
+                "another model or another model class"
+            )
+        return UnquantizedLinearMethod()
+
+    def check_all_attached(self) -> None:
+        """Raise `FormatError` if the model has no layer for some target of this rank."""
+        missing = {name for name in self.targets if _on_this_rank(name)} - self.attached
+        if missing:
+            raise FormatError(
+                f"{len(missing)} of {len(self.targets)} sparse layers of the manifest are not in the model vLLM built, "
+                f"first {sorted(missing)[0]}; refusing to serve less than the checkpoint holds"
+            )
+
+    def _stored_names(self, prefix: str) -> list[str]:
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+
+@register_weight_loader_v2_supported_method
+class SparseNMLinear(LinearMethodBase):
+    """One packed linear layer: creates its parameters, gives them to a kernel, runs it."""
+
+    def __init__(self, config: SparseNMConfig, prefix: str) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.wanted = _kernel_option(get_current_vllm_config().additional_config)
+        self.kernel: Kernel | None = None
+        self.tensor_names: tuple[str, ...] = ()
+        self.dense_bytes = 0
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register `values` `[O, I*n/m]` and `bitmask` uint8 `[O, I/8]`; called by vLLM."""
+        pattern, out_features = self.config.pattern, sum(output_partition_sizes)
+        pattern.check_columns(input_size_per_partition, f"{self.prefix} (per tensor-parallel rank)")
+        shapes = {
+            "values": (params_dtype, pattern.kept_columns(input_size_per_partition)),
+            "bitmask": (torch.uint8, input_size_per_partition // 8),
+        }
+        for name, (dtype, columns) in shapes.items():
+            parameter = ModelWeightParameter(
+                # Zeros, not empty: a bitmask that is never loaded must fail the bit count, not pass it by luck.
+                data=torch.zeros(out_features, columns, dtype=dtype),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=extra_weight_attrs["weight_loader"],
+            )
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Verify what was loaded, choose a kernel, and replace the stored form by the kernel's layout."""
+        self.config.check_all_attached()
+        packed = PackedTensor(
+            layer.get_parameter("values").data, layer.get_parameter("bitmask").data, self.config.pattern
+        )
+        packed.verify(self.prefix)
+        spec = LinearSpec(*packed.shape, packed.pattern, packed.values.dtype, packed.values.device.type)
+        kernel = choose(spec, self.wanted)
+        tensors = kernel.prepare(packed)
+        del layer.values, layer.bitmask
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        self.kernel, self.tensor_names, self.dense_bytes = kernel, tuple(tensors), packed.dense_nbytes
+        logger.info_once("sparse_nm: first layer %s served %s by %s", self.prefix, spec, kernel_name(kernel))
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[T, I] -> [T, O]`."""
+        assert self.kernel is not None
+        return self.kernel.linear(x, {name: getattr(layer, name) for name in self.tensor_names}, bias)
+
+
+def register() -> None:
+    """Add `sparse_nm` to vLLM's quantization methods, once per process."""
+    try:
+        get_quantization_config(QUANT_METHOD)
+    except ValueError:
+        register_quantization_config(QUANT_METHOD)(SparseNMConfig)
+
+
+def _on_this_rank(module: str) -> bool:
+    """Whether a module belongs to this rank's pipeline stage."""
+    group = get_pp_group()
+    match = _BLOCK_INDEX.search(module)
+    if group.world_size == 1 or match is None:
+        return True
+    layers = get_current_vllm_config().model_config.hf_text_config.num_hidden_layers
+    start, stop = get_pp_indices(layers, group.rank_in_group, group.world_size)
+    return start <= int(match[1]) < stop
+
+
+def _kernel_option(additional_config: Any) -> str:
+    options = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
+    unknown = sorted(set(options) - {"kernel"})
+    if unknown:
+        raise FormatError(f"--additional-config {OPTIONS_KEY}: unknown keys {unknown}, expected only 'kernel'")
+    return str(options.get("kernel", AUTO))

@@ -1,0 +1,58 @@
+"""What a vLLM worker process can tell about its sparse layers.
+
+vLLM mixes `WorkerExtension` into its worker class (`--worker-extension-cls sparse_serve.worker.WorkerExtension`), and
+the server calls `sparse_stats` on every rank. It counts the tensors that are really resident, not what a manifest says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypedDict
+
+
+class SparseStats(TypedDict):
+    """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype."""
+
+    sparse_layers: int
+    dense_layers: int
+    kernels: dict[str, int]
+    sparse_names: list[str]
+    sparse_weight_bytes: int
+    dense_equivalent_bytes: int
+    model_bytes: int
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; `self.model_runner` is the worker's."""
+
+    model_runner: Any
+
+    def sparse_stats(self) -> SparseStats:
+        """Count layers and bytes of this rank's model."""
+        from sparse_serve.kernels import kernel_name
+        from sparse_serve.vllm_linear import SparseNMLinear
+
+        model = self.model_runner.model
+        stats = SparseStats(
+            sparse_layers=0,
+            dense_layers=0,
+            kernels={},
+            sparse_names=[],
+            sparse_weight_bytes=0,
+            dense_equivalent_bytes=0,
+            model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        )
+        kernels: Counter[str] = Counter()
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, SparseNMLinear):
+                assert method.kernel is not None
+                kernels[kernel_name(method.kernel)] += 1
+                stats["sparse_names"].append(method.prefix)
+                stats["sparse_weight_bytes"] += sum(getattr(module, name).nbytes for name in method.tensor_names)
+                stats["dense_equivalent_bytes"] += method.dense_bytes
+            elif type(method).__name__ == "UnquantizedLinearMethod":
+                stats["dense_layers"] += 1
+        stats["sparse_layers"] = sum(kernels.values())
+        stats["kernels"] = dict(kernels)
+        return stats

@@ -1,0 +1,124 @@
+"""Every file of `kernels/` keeps the contract: right numbers, no silent fallback, a custom op torch.compile accepts.
+
+The oracle is a dense matmul in float64 on fresh random weights. A kernel that refuses this machine is reported as
+skipped, with its reason.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sparse_serve.kernels as folder
+from maskgen.core.folder import names
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from sparse_serve.errors import KernelError
+from sparse_serve.kernels import Kernel, LinearSpec, choose, kernel_name
+
+PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def packed_weight(out_features: int, in_features: int, pattern: NMPattern, dtype: torch.dtype) -> PackedTensor:
+    weight_OI = torch.randn(out_features, in_features, dtype=dtype)
+    return PackedTensor.pack(weight_OI, pattern.mask_from_scores(torch.rand(out_features, in_features)), pattern)
+
+
+def kernel_or_skip(name: str, packed: PackedTensor) -> Kernel:
+    spec = LinearSpec(*packed.shape, packed.pattern, packed.values.dtype, packed.values.device.type)
+    try:
+        return choose(spec, name)
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", names(folder))
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equals_dense_in_float64(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    pattern = data.draw(st.sampled_from(PATTERNS))
+    rows, columns = data.draw(st.integers(1, 70)), 8 * data.draw(st.integers(1, 24))
+    leading = data.draw(st.sampled_from([(0,), (1,), (3,), (17,), (64,), (2, 5)]))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    packed = packed_weight(rows, columns, pattern, dtype)
+    kernel = kernel_or_skip(name, packed)
+    bias_O = torch.randn(rows, dtype=dtype) if data.draw(st.booleans()) else None
+    x_TI = torch.randn(*leading, columns, dtype=dtype)
+    y_TO = kernel.linear(x_TI, kernel.prepare(packed), bias_O)
+    expected = x_TI.double() @ packed.unpack().double().T + (0 if bias_O is None else bias_O.double())
+    assert y_TO.dtype == dtype
+    assert y_TO.shape == (*leading, rows)
+    scale = (x_TI.double().abs() @ packed.unpack().double().abs().T) + 1.0
+    assert ((y_TO.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+@pytest.mark.parametrize("name", names(folder))
+def test_inputs_that_are_not_contiguous(name: str) -> None:
+    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32)
+    kernel = kernel_or_skip(name, packed)
+    x_IT = torch.randn(32, 6)
+    tensors = kernel.prepare(packed)
+    torch.testing.assert_close(kernel.linear(x_IT.T, tensors, None), kernel.linear(x_IT.T.contiguous(), tensors, None))
+
+
+@pytest.mark.parametrize("name", names(folder))
+def test_stays_compressed(name: str) -> None:
+    packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16)
+    tensors = kernel_or_skip(name, packed).prepare(packed)
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= 0.65 * packed.dense_nbytes
+
+
+@pytest.mark.parametrize("name", names(folder))
+def test_is_a_custom_op_that_torch_can_trace(name: str) -> None:
+    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32)
+    kernel = kernel_or_skip(name, packed)
+    tensors = kernel.prepare(packed)
+
+    def run(x_TI: torch.Tensor) -> torch.Tensor:
+        return kernel.linear(x_TI, tensors, None)
+
+    x_TI = torch.randn(5, 32)
+    program = torch.export.export(_Wrap(run), (x_TI,)).module()
+    torch.testing.assert_close(program(x_TI), run(x_TI))
+
+
+@pytest.mark.parametrize("name", names(folder))
+def test_repeated_runs_are_bit_identical(name: str) -> None:
+    packed = packed_weight(48, 64, NMPattern(2, 4), torch.float32)
+    kernel = kernel_or_skip(name, packed)
+    tensors, x_TI = kernel.prepare(packed), torch.randn(9, 64)
+    first = kernel.linear(x_TI, tensors, None)
+    assert all(torch.equal(first, kernel.linear(x_TI, tensors, None)) for _ in range(3))
+
+
+def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
+    spec = LinearSpec(8, 8, NMPattern(2, 4), torch.int8, "cpu")
+    with pytest.raises(KernelError, match=r"no kernel for a 2:4 weight \[8, 8\].*reference: dtype torch.int8"):
+        choose(spec, "reference")
+    with pytest.raises(KernelError, match="no 'fastest' in kernels; expected one of"):
+        choose(spec, "fastest")
+
+
+def test_auto_takes_the_highest_priority_that_does_not_refuse() -> None:
+    spec = LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu")
+    willing = [kernel for name in names(folder) if (kernel := _try(spec, name)) is not None]
+    assert max(kernel.PRIORITY for kernel in willing) == choose(spec).PRIORITY
+    assert kernel_name(choose(spec)) in names(folder)
+
+
+def _try(spec: LinearSpec, name: str) -> Kernel | None:
+    try:
+        return choose(spec, name)
+    except KernelError:
+        return None
+
+
+class _Wrap(torch.nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return self.function(x_TI)

@@ -1,0 +1,48 @@
+"""Scoring windows through an engine, against numbers worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskgen.core.perplexity import Protocol, digest_windows
+from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.errors import GateError
+from sparse_serve.gate.measure import Request, measure_offline, score_windows
+from sparse_serve.gate.run import default_window, stored_dtype
+
+
+async def test_score_windows_counts_only_scored_tokens() -> None:
+    """The fake engine's log-probability of token t is -t/1000."""
+    protocol = Protocol(window_tokens=4, stride_tokens=2)
+    windows = protocol.windows(list(range(100, 108)))
+    result = await score_windows(FakeEngine(), windows, protocol)
+    assert result.nll_per_window == pytest.approx([0.102, 0.1045, 0.1065])
+    assert result.scored_tokens_per_window == [3, 2, 2]
+    assert result.tokens_digest == digest_windows(windows)
+
+
+def test_offline_failure_is_one_clear_error(tmp_path: Path) -> None:
+    request = Request(tmp_path / "none.txt", Protocol(window_tokens=4), "float32")
+    with pytest.raises(GateError, match="offline evaluation failed: maskgen: error: "):
+        measure_offline(tmp_path, request, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"max_position_embeddings": 1024}, 512),
+        ({"max_position_embeddings": 131072}, 2048),
+        ({}, 2048),
+        ({"max_position_embeddings": True}, 2048),
+    ],
+)
+def test_default_window(config: dict, window: int) -> None:
+    assert default_window(json.loads(json.dumps(config))) == window
+
+
+def test_stored_dtype_reads_both_spellings_and_refuses_others() -> None:
+    assert stored_dtype({"dtype": "float32"}) == "float32"
+    assert stored_dtype({"torch_dtype": "bfloat16"}) == "bfloat16"
+    with pytest.raises(GateError, match="'int8'; give --dtype"):
+        stored_dtype({"dtype": "int8"})

@@ -1,0 +1,47 @@
+"""Reports: worst verdict wins, exit codes, JSON with the raw samples, Markdown for people."""
+
+import itertools
+import json
+
+import pytest
+
+from sparse_serve.gate.report import CheckResult, GateReport, Limits, Verdict
+from tests.sparse_serve.gate.test_checks import evidence
+
+
+def report(*verdicts: Verdict) -> GateReport:
+    results = [CheckResult(f"check{i}", verdict, "because", {"x": 1.0}) for i, verdict in enumerate(verdicts)]
+    return GateReport(results, evidence(count=9), Limits(), {"pattern": "2:4"})
+
+
+def test_exit_codes() -> None:
+    assert {verdict.value: verdict.exit_code for verdict in Verdict} == {
+        "pass": 0,
+        "fail": 1,
+        "error": 3,
+        "inconclusive": 4,
+    }
+
+
+@pytest.mark.parametrize("pair", list(itertools.product(Verdict, repeat=2)))
+def test_the_worst_verdict_wins(pair: tuple[Verdict, Verdict]) -> None:
+    order = [Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.FAIL, Verdict.ERROR]
+    assert report(*pair).verdict is order[max(map(order.index, pair))]
+
+
+def test_json_holds_every_raw_sample() -> None:
+    value = json.loads(report(Verdict.PASS, Verdict.FAIL).to_json())
+    assert value["schema_version"] == 1
+    assert value["verdict"] == "fail"
+    assert [result["verdict"] for result in value["results"]] == ["pass", "fail"]
+    for model, stack in itertools.product(("dense", "sparse"), ("offline", "served")):
+        assert len(value["evidence"][model][stack]["nll_per_window"]) == 9
+    assert value["limits"]["max_ppl_increase"] == Limits().max_ppl_increase
+
+
+def test_markdown_says_verdict_checks_and_protocol() -> None:
+    text = report(Verdict.INCONCLUSIVE).to_markdown()
+    assert text.startswith("# Gate: INCONCLUSIVE\n")
+    assert "| check0 | inconclusive | because |" in text
+    assert "9 windows, 63 scored tokens" in text
+    assert "- pattern: `2:4`" in text

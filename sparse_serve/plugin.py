@@ -5,11 +5,14 @@ engine core, each worker, the model inspector), so it must be cheap and idempote
 `vllm serve <checkpoint>` works: `config.json` names `quant_method: sparse_nm`, and vLLM asks the class registered here.
 
 vLLM only logs a plugin that fails to load; the run then dies with "Unknown quantization method", which is loud enough.
+
+An engine process that `sparse-serve serve` started also learns here to end when that server is killed.
 """
 
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
-    from sparse_serve import vllm_linear
+    from sparse_serve import processes, vllm_linear
 
+    processes.follow()
     vllm_linear.register()

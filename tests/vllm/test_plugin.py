@@ -27,13 +27,14 @@ from tests import models
 
 PROMPTS = [[5, 9, 17, 33, 65, 129, 7, 70], [200, 100, 50, 25], [300, 3, 30]]
 NEW_TOKENS = 12
-SHAPE = {"hidden_size": 128, "dtype": torch.float32}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "dtype": torch.float32}
+HEAD_DIM = {"qwen3": {"head_dim": 32}}  # the smallest vLLM's CPU attention has; the others derive it
 
 
 def make_sparse(kind: str, root: Path, pattern: str = "2:4", dense_layer: str | None = None) -> tuple[Path, Path]:
     """A sparse checkpoint and its masked-dense twin. `dense_layer`: part of the names of layers to leave dense."""
     base, sparse, masked = root / "base", root / "sparse", root / "masked"
-    models.save(kind, base, **SHAPE)
+    models.save(kind, base, **SHAPE, **HEAD_DIM.get(kind, {}))
     nm = NMPattern.parse(pattern)
     masks, ignored = {}, []
     for name, tensor in iterate_tensors(read_headers(base)):

@@ -1,0 +1,157 @@
+"""The gRPC door: service `sparse_serve.v1.GenerationService`, with health checking and reflection.
+
+The port is bound before the engine loads, and not shared: gRPC would by default let a second server bind the same port
+and split the connections between the two. From the first moment health checks answer NOT_SERVING and calls UNAVAILABLE.
+
+`grpc.health.v1` knows `""` (the whole server) and the full service name. Both mean readiness, as clients and
+orchestrators that do not name a service want to know whether to send requests here.
+
+When a client cancels or its deadline passes, gRPC cancels the task that runs the call; that closes the engine's
+iteration, which aborts the request in the engine.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sparse_serve import messages
+from sparse_serve.api import House
+from sparse_serve.engine import Chunk
+from sparse_serve.errors import Answer, PortInUseError, answer
+from sparse_serve.pb.v1 import generation_pb2 as pb
+from sparse_serve.pb.v1 import generation_pb2_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_CLOSE_S = 0.5
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+
+def create(house: House) -> "GrpcDoor":
+    """The gRPC door, on a port of its own."""
+    return GrpcDoor(house)
+
+
+class GrpcDoor:
+    """Implements `Door`."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._service = GenerationService(house)
+
+    async def start(self) -> str:
+        """Bind and answer NOT_SERVING / UNAVAILABLE. See `Door.start`."""
+        settings = self._house.settings
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", settings.max_message_bytes)]
+        server = grpc.aio.server(options=options)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if settings.reflection:
+            services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        try:
+            port = server.add_insecure_port(f"{host}:{settings.grpc_port}")
+        except RuntimeError:
+            raise PortInUseError(
+                f"gRPC address {host}:{settings.grpc_port}: taken, or not an address of this machine; "
+                "choose another with --grpc-port (0: any free one)"
+            ) from None
+        self._server = server
+        await server.start()
+        return f"{host}:{port}"
+
+    async def serve(self) -> None:
+        """Health checks turn to SERVING; the calls ask `Traffic`."""
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Health checks turn to NOT_SERVING for good."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        """Running calls get `grace_s` seconds; then they are cancelled, as are health watches."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        self._service.stopping = True
+        await self._server.stop(max(grace_s, _CLOSE_S))
+
+    async def _set_health(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """The calls of `proto/sparse_serve/v1/generation.proto`."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self.stopping = False
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        """All of it at once."""
+        async with self._answering("Generate", context):
+            chunks = [chunk async for chunk in self._generate(request)]
+        return messages.whole_response(chunks)
+
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> None:
+        """Message by message."""
+        async with self._answering("GenerateStream", context), contextlib.aclosing(self._generate(request)) as chunks:
+            async for chunk in chunks:
+                await context.write(messages.stream_response(chunk))
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
+        """What is served."""
+        async with self._answering("GetModelInfo", context):
+            info = self._house.served()
+        return messages.model_info(info)
+
+    async def _generate(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> AsyncGenerator[Chunk, None]:
+        house = self._house
+        checked = messages.read_request(request, house.served(), house.settings)
+        async with contextlib.aclosing(house.engine.generate(checked)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, method: str, context: Any) -> AsyncIterator[None]:
+        """Count a call, and end it with the status its exception stands for."""
+        with self._house.traffic.request("grpc", method) as outcome:
+            try:
+                yield
+            except asyncio.CancelledError:
+                outcome.cancelled = not self.stopping
+                outcome.code = "CANCELLED" if outcome.cancelled else "UNAVAILABLE"
+                raise
+            except Exception as error:
+                reply = answer(error)
+                outcome.code = reply.grpc_code
+                code = grpc.StatusCode[reply.grpc_code]
+                await context.abort(code, reply.message, trailing_metadata=_details(code, reply))
+
+
+def _details(code: grpc.StatusCode, reply: Answer) -> tuple[tuple[str, bytes], ...]:
+    """google.rpc details: clients may treat a status without RetryInfo as "do not try again"."""
+    if reply.retry_s is None:
+        return ()
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromMilliseconds(round(reply.retry_s * 1000))
+    detail = AnyMessage()
+    detail.Pack(retry)
+    status = status_pb2.Status(code=code.value[0], message=reply.message, details=[detail])
+    return (("grpc-status-details-bin", status.SerializeToString()),)

@@ -1,0 +1,137 @@
+"""What the doors and the gate know about an engine: values in, values out, no vLLM.
+
+A request goes in as a `GenerateRequest`, tokens come out as `Chunk`s, and abandoning the iteration (closing it, or
+cancelling the task that runs it) aborts the request in the engine. `fake.py` implements the same protocol without a
+model, for tests of everything around the engine; `vllm_engine.py` is the real one.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a started engine serves. Set once, by `Engine.start`.
+
+    `kernels` counts sparse layers per kernel. Layers the engine fuses (query, key and value) count once.
+    `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they would take
+    dense; both are 0 for a dense model.
+    """
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    sparse_layers: int = 0
+    dense_layers: int = 0
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    sparse_weight_bytes: int = 0
+    dense_equivalent_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop. `None` means the model's own default, then the engine's.
+
+    `logprobs` and `prompt_logprobs`: 0 asks for the chosen (actual) token's log-probability alone, k for the k most
+    likely ones too, `None` for none.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it."""
+
+    prompt: str | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class FinishReason(Enum):
+    """Why generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class PositionLogprobs:
+    """The token at a position, and the most likely ones there, best first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What was generated since the chunk before. The last one, and only it, has a `finish_reason`.
+
+    Token counts are from the start of the request. `prompt_logprobs` (one per prompt token but the first) come with
+    the first chunk. `text` may be empty while bytes of a character, or a possible stop string, are held back.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+class Engine(Protocol):
+    """A model that generates and scores. `start` once, use from one event loop, `stop` once."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises `EngineStartError` or `SettingsError`, leaving no process behind."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """Generate. Raises `RequestError`, `OverloadedError` or `EngineDiedError` while iterated."""
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
+        token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `RequestError`."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+
+    @property
+    def died(self) -> bool:
+        """Whether a started engine is gone without `stop` having been called."""
+
+    @property
+    def unfinished(self) -> int:
+        """Requests the engine is working on or has queued."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Give everything back, also while `start` is still running. Processes get `grace_s` seconds to end
+        themselves before they are killed. Calling it again does nothing."""

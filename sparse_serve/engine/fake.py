@@ -1,0 +1,121 @@
+"""An engine without a model: it echoes the prompt. For tests of what stands around an engine.
+
+Output token i is prompt token i modulo the prompt's length, a token id is a character's code point, and every
+log-probability is minus the token id over 1000: all of it predictable from the request. It records what was aborted,
+and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, or die.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from sparse_serve.engine import (
+    DEFAULT_MAX_TOKENS,
+    Chunk,
+    EngineInfo,
+    FinishReason,
+    GenerateRequest,
+    PositionLogprobs,
+    TokenLogprob,
+)
+from sparse_serve.errors import EngineDiedError
+
+INFO = EngineInfo(
+    model="fake",
+    max_model_len=4096,
+    vocab_size=0x110000,
+    dtype="float32",
+    sparse_layers=3,
+    dense_layers=1,
+    kernels={"reference": 2, "cpu": 1},
+    sparse_weight_bytes=900,
+    dense_equivalent_bytes=1600,
+)
+
+
+class FakeEngine:
+    """Implements `Engine`. The attributes may be changed at any time; they take effect with the next token."""
+
+    def __init__(self, delay_s: float = 0.0, start_s: float = 0.0, start_error: Exception | None = None) -> None:
+        self.delay_s = delay_s
+        self.start_s = start_s
+        self.start_error = start_error
+        self.fail_with: Exception | None = None
+        self.started = False
+        self.stopped = False
+        self.aborted: list[GenerateRequest] = []
+        self.requests: list[GenerateRequest] = []
+        self._unfinished = 0
+        self._dead = False
+
+    async def start(self) -> EngineInfo:
+        await asyncio.sleep(self.start_s)
+        if self.start_error is not None:
+            raise self.start_error
+        self.started = True
+        return INFO
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        self.requests.append(request)
+        self._unfinished += 1
+        try:
+            async for chunk in self._chunks(request):
+                yield chunk
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(request)
+            raise
+        finally:
+            self._unfinished -= 1
+
+    async def _chunks(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        ids = self.tokenize(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        sampling = request.sampling
+        room = INFO.max_model_len - len(ids)
+        count = min(sampling.max_tokens or DEFAULT_MAX_TOKENS, room)
+        for index in range(count):
+            await asyncio.sleep(self.delay_s)
+            if self._dead:
+                raise EngineDiedError("the engine is gone")
+            if self.fail_with is not None:
+                raise self.fail_with
+            token = ids[index % len(ids)]
+            stopped = token in sampling.stop_token_ids or chr(token) in sampling.stop
+            last = FinishReason.STOP if stopped else FinishReason.LENGTH if index + 1 == count else None
+            yield Chunk(
+                text=chr(token),
+                token_ids=(token,),
+                prompt_tokens=len(ids),
+                completion_tokens=index + 1,
+                finish_reason=last,
+                logprobs=() if sampling.logprobs is None else (_logprobs(token, sampling.logprobs),),
+                prompt_logprobs=tuple(_logprobs(id_, sampling.prompt_logprobs) for id_ in ids[1:])
+                if sampling.prompt_logprobs is not None and index == 0
+                else (),
+            )
+            if stopped:
+                return
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        return [-id_ / 1000 for id_ in token_ids[1:]]
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    @property
+    def died(self) -> bool:
+        return self._dead and not self.stopped
+
+    @property
+    def unfinished(self) -> int:
+        return self._unfinished
+
+    def die(self) -> None:
+        """What a killed engine process looks like."""
+        self._dead = True
+
+    async def stop(self, grace_s: float) -> None:
+        self.stopped = True
+
+
+def _logprobs(token: int, top: int) -> PositionLogprobs:
+    best = tuple(TokenLogprob(rank, -rank / 1000) for rank in range(top))
+    return PositionLogprobs(TokenLogprob(token, -token / 1000), best)

@@ -1,0 +1,95 @@
+"""Between our values and vLLM's: sampling parameters one way, outputs the other. Duck-typed, without importing vLLM."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_serve.engine import (
+    DEFAULT_MAX_TOKENS,
+    Chunk,
+    FinishReason,
+    PositionLogprobs,
+    Sampling,
+    TokenLogprob,
+)
+
+_SAME_NAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+_REASONS = {
+    "stop": FinishReason.STOP,
+    "repetition": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORT,
+    "error": FinishReason.ERROR,
+}
+
+
+def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
+    """Arguments of vLLM's `SamplingParams`.
+
+    `model_defaults` come from the model's generation_config.json, as for the HTTP door. `max_tokens` is cut to
+    `max_model_len`; the scheduler ends a request that reaches it together with its prompt.
+    """
+    arguments = {name: value for name, value in model_defaults.items() if name in _SAME_NAME}
+    for name in _SAME_NAME:
+        value = getattr(sampling, name)
+        if value is not None:
+            arguments[name] = value
+    max_tokens = sampling.max_tokens or model_defaults.get("max_tokens") or DEFAULT_MAX_TOKENS
+    return arguments | {
+        "max_tokens": min(max_tokens, max_model_len),
+        "seed": sampling.seed,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
+    }
+
+
+def chunk(output: Any, completion_tokens: int, sampling: Sampling) -> Chunk:
+    """One of vLLM's `RequestOutput`s (of kind DELTA) as a `Chunk`."""
+    completion = output.outputs[0]
+    token_ids = tuple(completion.token_ids)
+    prompt_ids = output.prompt_token_ids or ()
+    return Chunk(
+        text=completion.text,
+        token_ids=token_ids,
+        prompt_tokens=len(prompt_ids),
+        completion_tokens=completion_tokens,
+        finish_reason=None if completion.finish_reason is None else _REASONS[completion.finish_reason],
+        logprobs=_positions(token_ids, completion.logprobs, sampling.logprobs),
+        prompt_logprobs=_positions(prompt_ids[1:], (output.prompt_logprobs or ())[1:], sampling.prompt_logprobs),
+    )
+
+
+def missing_targets(targets: Sequence[str], served: Sequence[str], fused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The targets that no served layer covers. `served` may name fused layers; `fused` says what is in them, such as
+    `qkv_proj` -> `q_proj`, `k_proj`, `v_proj`. Targets may have been renamed to the fused name already."""
+    covered = set()
+    for name in served:
+        parent, dot, leaf = name.rpartition(".")
+        covered |= {name, *(parent + dot + part for part in fused.get(leaf, ()))}
+    return sorted(set(targets) - covered)
+
+
+def _positions(token_ids: Any, tables: Any, top: int | None) -> tuple[PositionLogprobs, ...]:
+    """`tables` has, per position, vLLM's dict of token id -> Logprob; it may be absent."""
+    if top is None or not tables:
+        return ()
+    return tuple(
+        PositionLogprobs(
+            TokenLogprob(token_id, table[token_id].logprob),
+            tuple(
+                TokenLogprob(id_, entry.logprob)
+                for id_, entry in sorted(table.items(), key=lambda item: item[1].rank)[:top]
+            ),
+        )
+        for token_id, table in zip(token_ids, tables, strict=True)
+    )

@@ -1,0 +1,101 @@
+"""Errors of the server, and the one table that turns an exception into an answer.
+
+    SparseError (maskgen.core.errors)
+     +-- ServeError
+          +-- SettingsError     (ValueError)       a flag, an environment variable or a model path is wrong
+          +-- PortInUseError    (OSError)          an address to listen on is taken or not ours
+          +-- EngineStartError  (RuntimeError)     the engine did not come up, or not with what the checkpoint promises
+          +-- KernelError       (RuntimeError)     no kernel can serve a layer, or the one asked for cannot
+          +-- GateError         (RuntimeError)     the gate could not measure
+          +-- RequestError      (ValueError)       a request is wrong; the message names the field
+          +-- UnknownModelError (LookupError)      a request asks for a model that is not the served one
+          +-- OverloadedError   (RuntimeError)     the queue is full
+          +-- UnavailableError  (ConnectionError)  starting or draining: another moment, or another replica, will do
+          +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
+
+`answer` is the only place that picks a status. Every door (gRPC, HTTP) asks it, so the same fault has the same meaning
+on each. The text of an exception reaches a client only if we wrote it for clients, that is if the table has its class.
+Anything else is logged under a random id, and the client gets the id: exception texts of libraries have carried
+addresses and memory contents out of other servers.
+"""
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+from maskgen.core.errors import SparseError
+
+logger = logging.getLogger(__name__)
+
+
+class ServeError(SparseError):
+    """Base of the server's own errors."""
+
+
+class SettingsError(ServeError, ValueError):
+    """A flag, an environment variable or a model path is wrong."""
+
+
+class PortInUseError(ServeError, OSError):
+    """An address to listen on is taken, or is not an address of this machine."""
+
+
+class EngineStartError(ServeError, RuntimeError):
+    """The engine did not come up, or came up with less than the checkpoint promises."""
+
+
+class KernelError(ServeError, RuntimeError):
+    """No kernel can serve a layer, or the one asked for cannot; the message holds every reason."""
+
+
+class GateError(ServeError, RuntimeError):
+    """The gate could not measure."""
+
+
+class RequestError(ServeError, ValueError):
+    """A request is wrong. The message names the field, its value and what was expected."""
+
+
+class UnknownModelError(ServeError, LookupError):
+    """A request asks for a model other than the served one."""
+
+
+class OverloadedError(ServeError, RuntimeError):
+    """The engine's queue is full."""
+
+
+class UnavailableError(ServeError, ConnectionError):
+    """The server is not taking requests now: it is starting or draining."""
+
+
+class EngineDiedError(ServeError, RuntimeError):
+    """The engine process is gone. Nothing in this process can bring it back."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client is told. `retry_s` is set where trying again, here or on another replica, makes sense."""
+
+    grpc_code: str
+    http_status: int
+    message: str
+    retry_s: float | None = None
+
+
+_TABLE: tuple[tuple[type[SparseError], str, int, float | None], ...] = (
+    (RequestError, "INVALID_ARGUMENT", 400, None),
+    (UnknownModelError, "NOT_FOUND", 404, None),
+    (OverloadedError, "RESOURCE_EXHAUSTED", 503, 1.0),
+    (UnavailableError, "UNAVAILABLE", 503, 1.0),
+    (EngineDiedError, "UNAVAILABLE", 503, 5.0),
+)
+
+
+def answer(error: Exception) -> Answer:
+    """The answer to a request that ended in `error`. Unexpected errors are logged here, with their traceback."""
+    for kind, grpc_code, http_status, retry_s in _TABLE:
+        if isinstance(error, kind):
+            return Answer(grpc_code, http_status, str(error), retry_s)
+    error_id = secrets.token_hex(8)
+    logger.error("error %s while answering a request", error_id, exc_info=error)
+    return Answer("INTERNAL", 500, f"internal error {error_id}: the server's log has the details under this id")

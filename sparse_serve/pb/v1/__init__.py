@@ -1,0 +1,1 @@
+"""Messages and stubs of the `sparse_serve.v1` protocol; not edited by hand."""

@@ -1,0 +1,66 @@
+"""No process is left behind: not when a start is interrupted, not when the server itself is killed.
+
+vLLM starts processes at several depths (engine, workers, a short-lived model inspector). While it is still starting
+there is no handle to stop them with, so `descendants` asks the operating system. And vLLM's engine process does not
+notice that its server is gone; it would stay, with the whole model in memory. So the server leaves its process id in
+the environment (`lead`), and our vLLM plugin, which every one of those processes loads, calls `follow`.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+
+_LEADER = "_SPARSE_SERVE_PID"
+
+
+def descendants(pid: int) -> set[int]:
+    """Ids of all living processes below `pid`, at any depth; without zombies."""
+    parents = dict(filter(None, map(_parent, Path("/proc").glob("[0-9]*"))))
+    found: set[int] = set()
+    level = {pid}
+    while level:
+        level = {child for child, parent in parents.items() if parent in level} - found
+        found |= level
+    return found
+
+
+def kill(pids: set[int]) -> None:
+    """SIGKILL each; those already gone are fine."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def lead() -> None:
+    """Make the vLLM processes started from here on end when this process does."""
+    os.environ[_LEADER] = str(os.getpid())
+
+
+def follow() -> None:
+    """End this process, without ceremony, when the one that called `lead` is gone. Nothing if there is none."""
+    leader = int(os.environ.get(_LEADER, "0"))
+    if leader in (0, os.getpid()):
+        return
+    try:
+        handle = os.pidfd_open(leader)
+    except ProcessLookupError:
+        os._exit(1)
+    threading.Thread(target=_end_with, args=(handle,), name="follow-server", daemon=True).start()
+
+
+def _end_with(handle: int) -> None:
+    """`handle` becomes readable when its process has ended."""
+    select.select([handle], [], [])
+    os._exit(1)
+
+
+def _parent(entry: Path) -> tuple[int, int] | None:
+    try:
+        # "pid (name) state parent ...", where the name may hold spaces and parentheses
+        state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else (int(entry.name), int(parent))

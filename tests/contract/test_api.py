@@ -1,0 +1,67 @@
+"""Every file of `sparse_serve/api/` is a door: same constructor, same life, no knowledge of its siblings."""
+
+import ast
+import inspect
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from sparse_serve import api
+from sparse_serve.api import Door, House
+from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.front import HttpFront
+from sparse_serve.metrics import Metrics
+from sparse_serve.settings import Settings
+from sparse_serve.traffic import Traffic
+
+NAMES = [module.name for module in pkgutil.iter_modules(api.__path__)]
+LIFE = [name for name in vars(Door) if not name.startswith("_")]
+
+
+@pytest.fixture(params=NAMES)
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    return import_module(f"sparse_serve.api.{request.param}")
+
+
+def house() -> House:
+    settings = Settings(http_port=0, grpc_port=0)
+    traffic = Traffic(Metrics(CollectorRegistry()))
+    return House(FakeEngine(), settings, traffic, HttpFront(settings.host, 0, traffic, 1024))
+
+
+def test_the_doors_are_known() -> None:
+    assert {"grpc_v1", "http_openai", "ops"} <= set(NAMES)
+    assert LIFE == ["start", "serve", "drain", "stop"]
+
+
+def test_create_makes_a_door(module: ModuleType) -> None:
+    door = module.create(house())
+    for name in LIFE:
+        ours, contract = getattr(type(door), name), getattr(Door, name)
+        assert inspect.iscoroutinefunction(ours), f"{name} is not async"
+        assert inspect.signature(ours) == inspect.signature(contract)
+        assert ours.__doc__
+
+
+async def test_a_door_that_never_served_can_be_closed(module: ModuleType) -> None:
+    """What happens when the engine does not start."""
+    never_started = module.create(house())
+    await never_started.stop(0.0)
+    started = module.create(house())
+    address = await started.start()
+    assert address == "" or int(address.rpartition(":")[2]) > 0
+    await started.stop(0.0)
+    await started.stop(0.0)
+
+
+def test_doors_do_not_import_each_other(module: ModuleType) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert not imported & {f"sparse_serve.api.{name}" for name in NAMES}

@@ -1,0 +1,78 @@
+"""Defaults for vLLM, and flags it would take in vain."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from sparse_serve.engine import vllm_defaults
+from sparse_serve.errors import SettingsError
+
+NONE_GIVEN = Namespace(**dict.fromkeys(vllm_defaults._REFUSED))
+
+
+@pytest.mark.parametrize("flag", vllm_defaults._REFUSED)
+def test_a_flag_that_cannot_be_honoured_is_an_error_with_the_way_out(flag: str) -> None:
+    given = Namespace(**vars(NONE_GIVEN) | {flag: "given"})
+    with pytest.raises(
+        SettingsError, match=f"--{flag.replace('_', '-')} cannot be used here: {vllm_defaults._REFUSED[flag][:10]}"
+    ):
+        vllm_defaults.check_flags(given, NONE_GIVEN, {})
+    vllm_defaults.check_flags(NONE_GIVEN, NONE_GIVEN, {})
+
+
+def test_a_key_in_the_environment_is_no_better_than_one_in_a_flag() -> None:
+    with pytest.raises(SettingsError, match="VLLM_API_KEY"):
+        vllm_defaults.check_flags(NONE_GIVEN, NONE_GIVEN, {"VLLM_API_KEY": "k"})
+
+
+def test_what_the_user_says_wins() -> None:
+    said = {
+        "VLLM_LOGGING_STREAM": "ext://sys.stdout",
+        "VLLM_MAX_N_SEQUENCES": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "9",
+        "TORCHDYNAMO_DISABLE": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    environ = dict(said)
+    vllm_defaults.set_common(environ)
+    vllm_defaults.set_cpu(environ, ranks=1, eager=True, cores=[0, 1])
+    vllm_defaults.set_cpu(environ, ranks=2, eager=True, cores=[0, 1])
+    assert environ == said
+
+
+def test_one_rank_stays_in_the_engine_process_and_several_share_the_cores() -> None:
+    one: dict[str, str] = {}
+    vllm_defaults.set_cpu(one, ranks=1, eager=False, cores=[0, 1])
+    assert one.keys() == {"VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    assert one["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    two: dict[str, str] = {}
+    vllm_defaults.set_cpu(two, ranks=2, eager=True, cores=[0, 2, 3, 5])
+    assert two["VLLM_CPU_OMP_THREADS_BIND"] == "0,2|3,5"
+    assert two["TORCHDYNAMO_DISABLE"] == "1"
+    too_many: dict[str, str] = {}
+    vllm_defaults.set_cpu(too_many, ranks=3, eager=False, cores=[0, 1])
+    assert too_many.keys() == {"VLLM_CPU_KVCACHE_SPACE"}
+
+
+@pytest.mark.parametrize(("available_gib", "cache_gib"), [(0.5, 1), (4, 1), (12, 3), (500, 4)])
+def test_the_kv_cache_takes_a_quarter_within_limits(available_gib: float, cache_gib: int) -> None:
+    assert vllm_defaults._kv_cache_gib(int(available_gib * 2**30)) == cache_gib
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    total_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    assert 0 < vllm_defaults._available_bytes() <= total_kib * 1024
+
+
+def test_models_are_directories_or_names(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SettingsError, match=r"model has no config\.json"):
+        vllm_defaults.check_model(str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text("{}")
+    vllm_defaults.check_model(str(tmp_path / "model"))
+    vllm_defaults.check_model("owner/model")
+    for wrong in ("model", "./model", "/a/b", "~/model", "a/b/c"):
+        with pytest.raises(SettingsError, match="is not a directory"):
+            vllm_defaults.check_model(wrong)

@@ -1,0 +1,71 @@
+"""Values to and from vLLM, on stand-ins with the attributes vLLM's have."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, Sampling
+from sparse_serve.engine.vllm_values import chunk, missing_targets, sampling_arguments
+
+
+def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 7, "unknown": 1}
+    arguments = sampling_arguments(Sampling(temperature=0.0), defaults, 100)
+    assert (arguments["temperature"], arguments["top_p"], arguments["max_tokens"]) == (0.0, 0.9, 7)
+    assert "unknown" not in arguments
+    assert "top_k" not in arguments, "vLLM's own default is not ours to repeat"
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, DEFAULT_MAX_TOKENS), (5, 5), (10**9, 100)])
+def test_max_tokens_has_a_default_and_a_cap(asked: int | None, given: int) -> None:
+    assert sampling_arguments(Sampling(max_tokens=asked), {}, 100)["max_tokens"] == given
+
+
+def logprob(value: float, rank: int) -> SimpleNamespace:
+    return SimpleNamespace(logprob=value, rank=rank)
+
+
+def test_outputs_become_chunks() -> None:
+    completion = SimpleNamespace(
+        text="xy",
+        token_ids=[4, 9],
+        finish_reason="length",
+        logprobs=[
+            {4: logprob(-0.5, 1), 7: logprob(-1.0, 2)},
+            {9: logprob(-5.0, 30), 2: logprob(-0.1, 1), 3: logprob(-0.2, 2)},
+        ],
+    )
+    output = SimpleNamespace(
+        outputs=[completion],
+        prompt_token_ids=[1, 2, 3],
+        prompt_logprobs=[None, {2: logprob(-2, 5)}, {3: logprob(-3, 6)}],
+    )
+    made = chunk(output, 12, Sampling(logprobs=2, prompt_logprobs=0))
+    assert (made.text, made.token_ids, made.prompt_tokens, made.completion_tokens) == ("xy", (4, 9), 3, 12)
+    assert made.finish_reason is FinishReason.LENGTH
+    assert [(e.token.token_id, e.token.logprob) for e in made.logprobs] == [(4, -0.5), (9, -5.0)]
+    assert [[t.token_id for t in e.top] for e in made.logprobs] == [[4, 7], [2, 3]], "best first, without the odd one"
+    assert [(e.token.token_id, e.token.logprob, e.top) for e in made.prompt_logprobs] == [(2, -2, ()), (3, -3, ())]
+
+
+def test_absent_log_probabilities_stay_absent() -> None:
+    completion = SimpleNamespace(text="", token_ids=[4], finish_reason=None, logprobs=None)
+    made = chunk(SimpleNamespace(outputs=[completion], prompt_token_ids=[1], prompt_logprobs=None), 1, Sampling())
+    assert (made.finish_reason, made.logprobs, made.prompt_logprobs) == (None, (), ())
+
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("targets", "served", "missing"),
+    [
+        (["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj"], ["a.qkv_proj", "a.o_proj"], []),
+        (["a.qkv_proj", "a.o_proj"], ["a.qkv_proj", "a.o_proj"], []),
+        (["a.q_proj", "b.q_proj"], ["a.qkv_proj"], ["b.q_proj"]),
+        (["a.o_proj"], [], ["a.o_proj"]),
+        (["o_proj"], ["o_proj"], []),
+    ],
+)
+def test_targets_without_a_served_layer_are_named(targets: list[str], served: list[str], missing: list[str]) -> None:
+    assert missing_targets(targets, served, FUSED) == missing

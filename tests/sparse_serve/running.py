@@ -1,0 +1,119 @@
+"""A whole server around a `FakeEngine`, for tests: real sockets, real gRPC, real HTTP, no model.
+
+vLLM's application needs vLLM's engine, so an application of a few lines stands in for it behind the same front.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import grpc
+import httpx
+from prometheus_client import CollectorRegistry
+
+from sparse_serve.api import House, grpc_v1, ops
+from sparse_serve.engine import GenerateRequest, Sampling
+from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.pb.v1 import generation_pb2_grpc
+from sparse_serve.server import Server
+from sparse_serve.settings import Settings
+
+
+class EchoDoor:
+    """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    async def start(self) -> str:
+        return ""
+
+    async def serve(self) -> None:
+        self._house.front.set_main(self._app)
+
+    async def drain(self) -> None: ...
+
+    async def stop(self, grace_s: float) -> None: ...
+
+    async def _app(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["method"] == "GET":
+            await send({"type": "http.response.body", "body": scope["path"].encode()})
+            return
+        body = json.loads((await receive())["body"])
+        generation = asyncio.create_task(self._stream(body, send))
+        left = asyncio.create_task(receive())
+        try:
+            await asyncio.wait({generation, left}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (generation, left):
+                task.cancel()
+            await asyncio.gather(generation, left, return_exceptions=True)
+
+    async def _stream(self, body, send) -> None:
+        request = GenerateRequest(body["prompt"], Sampling(max_tokens=body["max_tokens"]))
+        async with contextlib.aclosing(self._house.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk.text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+ECHO = SimpleNamespace(create=EchoDoor)
+
+
+@dataclass
+class Running:
+    """A running server and clients for it. `task` ends with the exit code."""
+
+    server: Server
+    engine: FakeEngine
+    registry: CollectorRegistry
+    task: "asyncio.Task[int]"
+    http: httpx.AsyncClient
+    channel: grpc.aio.Channel
+    banners: list[str]
+
+    @property
+    def stub(self) -> generation_pb2_grpc.GenerationServiceStub:
+        return generation_pb2_grpc.GenerationServiceStub(self.channel)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    async def until(self, condition) -> None:
+        """Wait until `condition()`; the test's timeout is the limit."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def running(engine: FakeEngine | None = None, ready: bool = True, **settings) -> AsyncIterator[Running]:
+    """A server on free ports, ready unless told otherwise; stopped at the end."""
+    engine = engine or FakeEngine()
+    registry, banners, addresses = CollectorRegistry(), [], {}
+    options = Settings(**{"http_port": 0, "grpc_port": 0, "drain_s": 5.0} | settings)
+    server = Server(engine, options, [ops, grpc_v1, ECHO], registry, banners.append)
+    listen = server._listen
+
+    async def listen_and_tell() -> dict[str, str]:
+        addresses.update(await listen())
+        return addresses
+
+    server._listen = listen_and_tell
+    task = asyncio.create_task(server.run())
+    async with asyncio.timeout(10):
+        while not (banners if ready else addresses) and not task.done():
+            await asyncio.sleep(0.005)
+    if task.done():
+        task.result()
+    async with (
+        httpx.AsyncClient(base_url=f"http://{addresses['http']}", timeout=10) as http,
+        grpc.aio.insecure_channel(addresses["grpc"]) as channel,
+    ):
+        yield Running(server, engine, registry, task, http, channel, banners)
+        server.stop()
+        await asyncio.wait_for(task, 15)

@@ -1,0 +1,91 @@
+"""How a server can end before its time: no process is left, whatever was killed. And the engine on its own.
+
+Each test starts what it ends, which costs tens of seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from sparse_serve.engine.vllm_engine import VllmEngine
+from sparse_serve.errors import RequestError
+from sparse_serve.pb.v1 import generation_pb2 as pb
+from sparse_serve.processes import descendants
+from tests import models
+from tests.vllm.serving import (
+    SHAPE,
+    SPARSE_LAYERS,
+    command_of,
+    end,
+    grpc_request,
+    is_alive,
+    launch,
+    make_checkpoint,
+    wait_ready,
+)
+
+
+def test_a_killed_engine_fails_requests_and_ends_with_1(tmp_path: Path) -> None:
+    server = launch(make_checkpoint(tmp_path), tmp_path)
+    try:
+        wait_ready(server)
+        call = server.stub.GenerateStream(grpc_request(1000, pb.GenerateStreamRequest))
+        next(call)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            list(call)
+        assert server.process.wait(30) == 1
+        server.check_nobody_is_left()
+    finally:
+        end(server)
+
+
+def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_path: Path) -> None:
+    """Two servers start side by side, as most of the time is imports: one gets Ctrl-C, the other is killed."""
+    checkpoint = make_checkpoint(tmp_path)
+    servers = []
+    for name in ("interrupted", "killed"):
+        (tmp_path / name).mkdir()
+        servers.append(launch(checkpoint, tmp_path / name))
+    interrupted, killed = servers
+    try:
+        interrupted.engine_pid()
+        interrupted.process.send_signal(signal.SIGINT)
+        killed.engine_pid()
+        killed.process.kill()
+        assert interrupted.process.wait(60) == 0
+        for server in servers:
+            server.check_nobody_is_left()
+    finally:
+        for server in servers:
+            end(server)
+
+
+async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
+    """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16."""
+    dense = models.build("llama", **SHAPE)
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    engine = VllmEngine(str(tmp_path / "dense"))
+    family = descendants(os.getpid())
+    try:
+        info = await engine.start()
+        family = descendants(os.getpid()) - family
+        assert (info.dtype, info.sparse_layers, info.dense_layers) == ("float32", 0, SPARSE_LAYERS)
+        ids = engine.tokenize(models.TEXT)[:400]
+        assert models.BOS not in models.tokenizer().convert_ids_to_tokens(ids)
+        scores = await engine.score(ids)
+        with pytest.raises(RequestError, match="expected 2 to 1023"):
+            await engine.score([5])
+    finally:
+        await engine.stop(5.0)
+    with torch.no_grad():
+        logits = dense(torch.tensor([ids])).logits[0].float()
+    expected = logits.log_softmax(-1)[range(399), ids[1:]]
+    assert scores == pytest.approx(expected.tolist(), abs=1e-4)
+    assert family and not any(is_alive(pid) for pid in family if "EngineCore" in command_of(pid))

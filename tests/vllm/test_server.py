@@ -1,0 +1,206 @@
+"""The real server on a sparse checkpoint: two doors, the same tokens, clients that leave, and a drain.
+
+Starting costs tens of seconds, so one server answers all tests; the last of them ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from sparse_serve.pb.v1 import generation_pb2 as pb
+from tests.vllm.serving import (
+    PROMPT,
+    SHAPE,
+    SPARSE_LAYERS,
+    Running,
+    end,
+    grpc_request,
+    http_error,
+    http_request,
+    launch,
+    make_checkpoint,
+    running_requests,
+    until,
+    wait_ready,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    logs = tmp_path_factory.mktemp("log")
+    template = logs / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    running = launch(
+        make_checkpoint(logs), logs, "--served-model-name=tiny", "--drain-s=60", f"--chat-template={template}"
+    )
+    try:
+        yield wait_ready(running)
+    finally:
+        end(running)
+
+
+def test_both_doors_give_the_same_greedy_tokens(server: Running) -> None:
+    over_grpc = server.stub.Generate(grpc_request(24))
+    over_http = json.loads(server.get("/v1/completions", http_request(24, return_token_ids=True)))
+    choice = over_http["choices"][0]
+    assert list(over_grpc.token_ids) == choice["token_ids"]
+    assert over_grpc.text == choice["text"]
+    assert len(set(over_grpc.token_ids)) > 2, "a constant output would hide a mistake"
+    assert over_grpc.finish_reason == pb.FINISH_REASON_LENGTH and choice["finish_reason"] == "length"
+    assert over_grpc.usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
+    assert over_grpc.usage.completion_tokens == over_http["usage"]["completion_tokens"] == 24
+
+
+def test_both_doors_stream_what_they_answer_at_once(server: Running) -> None:
+    whole = server.stub.Generate(grpc_request(24))
+    pieces = list(server.stub.GenerateStream(grpc_request(24, pb.GenerateStreamRequest)))
+    assert [id_ for piece in pieces for id_ in piece.token_ids] == list(whole.token_ids)
+    assert len(pieces) > 12
+    with server.open("/v1/completions", http_request(24, stream=True)) as response:
+        lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: {")]
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == whole.text
+
+
+def test_log_probabilities_agree_between_the_doors(server: Running) -> None:
+    over_grpc = server.stub.Generate(grpc_request(4, logprobs=2, prompt_logprobs=0))
+    over_http = json.loads(server.get("/v1/completions", http_request(4, logprobs=2)))
+    http_logprobs = over_http["choices"][0]["logprobs"]["token_logprobs"]
+    assert [entry.token.logprob for entry in over_grpc.logprobs] == pytest.approx(http_logprobs, abs=1e-4)
+    assert [entry.token.token_id for entry in over_grpc.logprobs] == list(over_grpc.token_ids)
+    for entry in over_grpc.logprobs:
+        assert entry.top[0] == entry.token, "greedy takes the most likely"
+        assert entry.top[0].logprob >= entry.top[1].logprob
+    assert len(over_grpc.prompt_logprobs) == over_grpc.usage.prompt_tokens - 1
+
+
+def test_stop_strings_and_stop_tokens_end_generation(server: Running) -> None:
+    whole = server.stub.Generate(grpc_request(24))
+    third = whole.token_ids[2]
+    first_seen = list(whole.token_ids).index(third)
+    stopped = server.stub.Generate(grpc_request(24, stop_token_ids=[third]))
+    assert stopped.finish_reason == pb.FINISH_REASON_STOP
+    assert list(stopped.token_ids) == list(whole.token_ids)[: first_seen + 1]
+    word = whole.text[4:6]
+    stopped = server.stub.Generate(grpc_request(24, stop=[word]))
+    assert stopped.text == whole.text[: whole.text.index(word)]
+
+
+def test_a_seed_makes_sampling_repeatable(server: Running) -> None:
+    def sampled(seed: int) -> str:
+        sampling = pb.Sampling(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)
+        return server.stub.Generate(pb.GenerateRequest(text=PROMPT, sampling=sampling)).text
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_max_tokens_is_cut_to_what_fits(server: Running) -> None:
+    response = server.stub.Generate(grpc_request(10**6))
+    assert response.finish_reason == pb.FINISH_REASON_LENGTH
+    assert response.usage.prompt_tokens + response.usage.completion_tokens == SHAPE["max_position_embeddings"]
+
+
+def test_chat_and_models_are_vllms_own(server: Running) -> None:
+    assert json.loads(server.get("/v1/models"))["data"][0]["id"] == "tiny"
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
+    answer = json.loads(server.get("/v1/chat/completions", body))
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_bad_requests_are_the_clients_fault_on_both_doors(server: Running) -> None:
+    long_text = pb.GenerateRequest(text=PROMPT * 200)
+    for request, code in (
+        (long_text, "INVALID_ARGUMENT"),
+        (pb.GenerateRequest(text="a", model="other"), "NOT_FOUND"),
+        (grpc_request(4, logprobs=21), "INVALID_ARGUMENT"),
+    ):
+        with pytest.raises(grpc.RpcError, match=code):
+            server.stub.Generate(request)
+    assert http_error(server, "/v1/completions", http_request(4) | {"prompt": PROMPT * 200}).code == 400
+
+
+def test_info_and_metrics_say_what_is_served(server: Running) -> None:
+    info = server.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.model, info.dtype, info.max_model_len) == ("tiny", "float32", SHAPE["max_position_embeddings"])
+    assert info.sparse_layers == SPARSE_LAYERS == sum(info.kernels.values())
+    assert 0 < info.sparse_weight_bytes < info.dense_equivalent_bytes
+    for kernel, layers in info.kernels.items():
+        assert server.metric("sparse_serve_sparse_layers", kernel=kernel) == layers
+    assert server.metric("sparse_serve_weight_bytes", kind="resident") == info.sparse_weight_bytes
+    assert server.metric("vllm:prompt_tokens_total") > 0
+    shown = json.loads(server.get("/sparse-serve/info"))
+    assert shown["engine"]["sparse_layers"] == SPARSE_LAYERS
+
+
+def test_a_cancelled_grpc_stream_is_aborted_in_the_engine(server: Running) -> None:
+    before = server.metric("sparse_serve_cancelled_total", door="grpc")
+    call = server.stub.GenerateStream(grpc_request(1000, pb.GenerateStreamRequest))
+    received = len(list(next(call).token_ids))
+    call.cancel()
+    until(lambda: server.metric("sparse_serve_cancelled_total", door="grpc") == before + 1)
+    until(lambda: running_requests(server) == 0)
+    assert received < 1000
+
+
+def test_a_cancelled_unary_call_is_aborted_in_the_engine(server: Running) -> None:
+    before = server.metric("sparse_serve_cancelled_total", door="grpc")
+    with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+        server.stub.Generate(grpc_request(1000), timeout=0.15)
+    until(lambda: server.metric("sparse_serve_cancelled_total", door="grpc") == before + 1)
+    until(lambda: running_requests(server) == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_http_client_that_leaves_is_aborted_in_the_engine(server: Running, stream: bool) -> None:
+    before = server.metric("sparse_serve_cancelled_total", door="http")
+    host, port = server.http.removeprefix("http://").split(":")
+    body = json.dumps(http_request(1000, stream=stream)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        if stream:
+            assert b"200 OK" in connection.recv(1000)
+        until(lambda: running_requests(server) == 1)
+    until(lambda: server.metric("sparse_serve_cancelled_total", door="http") == before + 1)
+    until(lambda: running_requests(server) == 0)
+
+
+def test_ctrl_c_for_the_whole_group_drains_both_doors_and_ends_with_0(server: Running) -> None:
+    """A terminal sends Ctrl-C to every process of the group, so the engine process gets it too."""
+    answers: dict[str, Any] = {}
+
+    def over_grpc() -> None:
+        answers["grpc"] = server.stub.Generate(grpc_request(900))
+
+    def over_http() -> None:
+        answers["http"] = json.loads(server.get("/v1/completions", http_request(900, return_token_ids=True)))
+
+    threads = [threading.Thread(target=target) for target in (over_grpc, over_http)]
+    for thread in threads:
+        thread.start()
+    until(lambda: running_requests(server) == 2)
+    os.killpg(server.process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert server.process.poll() is None, "requests are running"
+    refused = http_error(server, "/v1/completions", http_request(4))
+    assert (refused.code, refused.headers["retry-after"]) == (503, "1")
+    with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+        server.stub.Generate(grpc_request(4))
+    assert http_error(server, "/ready").code == 503
+    os.killpg(server.process.pid, signal.SIGINT)
+    for thread in threads:
+        thread.join(60)
+    assert len(answers["grpc"].token_ids) == 900
+    assert answers["http"]["choices"][0]["token_ids"] == list(answers["grpc"].token_ids)
+    assert server.process.wait(30) == 0
+    server.check_nobody_is_left()

@@ -1,4 +1,4 @@
-"""Dense directory + masks -> sparse checkpoint, and back; and a look at what a directory really holds.
+"""Dense directory + masks -> sparse checkpoint, and back.
 
 Compression streams: shards of the dense model are read one tensor at a time and written by `CheckpointWriter`, so the
 peak is one output shard plus one weight, whatever the size of the model. Weights come either from the dense model (a

@@ -31,7 +31,7 @@ SINGLE_NAME = "model.safetensors"
 VALUE_DTYPES = ("BF16", "F16", "F32")
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
-_BLOCK_INDEX = re.compile(r"\.(\d+)\.")
+_BLOCK_INDEX = re.compile(r"\.([0-9]+)\.")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class SparseCheckpoint:
     def open(cls, path: Path | str, verify_bits: bool = True) -> SparseCheckpoint:
         """Open and verify a directory; `FormatError` names the first thing that is wrong.
 
-        `verify_bits=False` skips reading the bitmasks (1/17 of the bytes); for processes that start after one that
-        has read them.
+        `verify_bits=False` skips reading the bitmasks (1/9 of the bytes of a 2:4 weight in 16 bits); for processes
+        that start after one that has read them.
         """
         path = Path(path)
         hf_config = read_json(path / "config.json")
@@ -128,6 +128,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 def _read_shard_headers(shard: Path, headers: dict[str, TensorHeader]) -> None:
     with open_tensors(shard) as file:
         check_tensor_names(shard)
+        if not file.keys():
+            raise FormatError(f"{shard}: holds no tensors")
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             if name in headers:
                 raise FormatError(f"{shard}: tensor {clip(name)} is also in {headers[name].path.name}")

@@ -1,9 +1,10 @@
 """Reading files that may be hostile, and writing files that are whole or absent.
 
-Reading: `read_json` bounds size, depth, duplicates and non-finite numbers; `open_tensors` wraps safetensors so that
-truncation, absurd headers and overlapping offsets end in one `FormatError`. Two parsers may disagree about a key that
-is given twice, so what was verified could differ from what is used: duplicates are refused, in safetensors headers too
-(the safetensors library takes the last one). Nothing here executes or imports what a file says.
+Reading: `read_json` bounds size, depth and number of values, and refuses duplicates and non-finite numbers;
+`open_tensors` wraps safetensors so that truncation, absurd headers and overlapping offsets end in one `FormatError`.
+Two parsers may disagree about a key that is given twice, so what was verified could differ from what is used:
+duplicates are refused, in safetensors headers too (the safetensors library takes the last one). Nothing here executes
+or imports what a file says.
 
 Writing: everything is written under a temporary name in the same directory, flushed to disk, then renamed. A killed
 writer leaves a temporary name behind, never a half file under the real one.
@@ -18,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,8 @@ from torch import Tensor
 from maskgen.core.errors import FormatError, clip
 
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_VALUES = 1 << 22
+"""Parsed values take up to twenty times the bytes of their text; the index of a 1T model holds a tenth of these."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -54,8 +57,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    if len(data) > MAX_JSON_BYTES:
-        raise FormatError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
+    if sum(data.count(separator) for separator in b",[{") > MAX_JSON_VALUES:
+        raise FormatError(f"{path}: more than {MAX_JSON_VALUES} JSON values")
     try:
         text = data.decode("utf-8")
         value = json.loads(
@@ -70,6 +73,12 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_bounded(file: BinaryIO, size_bytes: int, path: Path) -> bytes:
+    if size_bytes > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: {size_bytes} bytes of JSON, at most {MAX_JSON_BYTES} are read")
+    return file.read(size_bytes)
+
+
 def _check_regular(path: Path) -> None:
     if not path.is_file():
         raise FormatError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -79,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `FormatError` on anything that is not one strict, unambiguous object of bounded size."""
     _check_regular(path)
     with path.open("rb") as file:
-        return _parse_json(file.read(MAX_JSON_BYTES + 1), path)
+        return _parse_json(_read_bounded(file, path.stat().st_size, path), path)
 
 
 @contextlib.contextmanager
@@ -97,7 +106,7 @@ def check_tensor_names(path: Path) -> None:
     """Raise `FormatError` if the header of a safetensors file (one that opens) names a tensor twice."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        _parse_json(file.read(min(header_bytes, MAX_JSON_BYTES + 1)), path)
+        _parse_json(_read_bounded(file, header_bytes, path), path)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

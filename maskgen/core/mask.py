@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,8 @@ def pack_bits(mask_OI: Tensor) -> Tensor:
     """Bool `[O, I]` (I a multiple of 8) to uint8 `[O, I/8]`, bit j of byte k = column 8k + j."""
     if mask_OI.dtype != torch.bool or mask_OI.ndim != 2 or mask_OI.shape[1] % 8:
         raise PatternError(f"mask {mask_OI.dtype} {tuple(mask_OI.shape)}: expected bool [O, I] with I a multiple of 8")
-    bits = mask_OI.reshape(mask_OI.shape[0], -1, 8).to(torch.uint8)
-    packed = torch.zeros(bits.shape[:2], dtype=torch.uint8, device=mask_OI.device)
-    for position in range(8):
-        packed |= bits[..., position] << position
-    return packed
+    packed = np.packbits(mask_OI.cpu().numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed).to(mask_OI.device)
 
 
 def unpack_bits(bitmask: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2:
         raise FormatError(f"bitmask {bitmask.dtype} {tuple(bitmask.shape)}: expected uint8 [O, I/8]")
     weights = torch.tensor([1 << position for position in range(8)], dtype=torch.uint8, device=bitmask.device)
-    return (bitmask.unsqueeze(-1) & weights).ne(0).reshape(bitmask.shape[0], -1)
+    return (bitmask.unsqueeze(-1) & weights).ne(0).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ leftovers; a lock keeps two live writers apart.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -56,16 +57,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._check_free()
-        self._partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The writer that held the lock until now may have removed or renamed the directory we opened.
-            owned = self._partial.exists() and os.path.samestat(os.fstat(self._lock), self._partial.stat())
-        except BlockingIOError:
-            owned = False
-        if not owned:
-            os.close(self._lock)
+        if not self._acquire():
             raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
         for leftover in self._partial.iterdir():
             leftover.unlink()
@@ -96,6 +88,21 @@ class CheckpointWriter:
     def _check_free(self) -> None:
         if self.out_dir.exists():
             raise OutputExistsError(f"{self.out_dir} exists; remove it or choose another output directory")
+
+    def _acquire(self) -> bool:
+        """Lock the hidden directory. False if a live writer has it, or had it and renamed it while we looked."""
+        with contextlib.ExitStack() as undo:
+            try:
+                self._partial.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(self._partial, os.O_RDONLY)
+                undo.callback(os.close, self._lock)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(self._lock), self._partial.stat()):
+                    return False
+            except (BlockingIOError, FileExistsError, FileNotFoundError):
+                return False
+            undo.pop_all()
+            return True
 
     def _write_shard(self) -> None:
         path = self._partial / f"part-{len(self._shards):05d}"

@@ -1,0 +1,98 @@
+# One environment (.venv) and a few verbs; `make` lists them. Writes to this folder and to $(CACHE), nowhere else.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# cpu, cuda, or auto: cuda where an NVIDIA driver answers.
+EXTRA ?= auto
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
+
+MODEL ?=
+RECIPE ?= sparsegpt
+DATA ?=
+ARGS ?=
+
+ifeq ($(EXTRA),auto)
+override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+LOCK := deploy/locks/cpu.txt
+STAMP := $(VENV)/.installed-$(EXTRA)
+DEMO := $(CACHE)/demo-v1
+BIN := $(abspath $(VENV))/bin
+export PYTHON MODEL RECIPE DATA CACHE DEMO BIN
+
+.PHONY: help serve test check proto demo install clean
+
+help: ## show this list
+	@echo 'make VERB [NAME=value ...]'
+	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
+
+serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
+	@PATH="$$BIN:$$PATH"
+	checkpoint=$$MODEL
+	if [[ -z $$MODEL ]] || ! grep -qs sparse_nm "$$MODEL/config.json"; then
+	  if [[ -z $$MODEL || -z $$DATA ]]; then maskgen demo --out "$$DEMO"; fi
+	  if [[ -n $$MODEL && -z $$DATA ]]; then
+	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
+	  fi
+	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
+	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
+	  key=$$(facts "$$model" "$$RECIPE" "$$data" | sort | sha256sum | cut -c1-12)
+	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}")--$$(basename "$$RECIPE" .toml)--$$key
+	  [[ -d $$checkpoint ]] || maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
+	fi
+	exec sparse-serve serve "$$checkpoint" $(ARGS)
+
+test: install ## run the whole CPU test suite [ARGS="-k name"]
+	@unset OMP_NUM_THREADS
+	HF_HUB_OFFLINE=1 exec "$$BIN/python" -m pytest tests $(ARGS)
+
+check: install ## lint, formatting, types
+	@"$$BIN/ruff" check .
+	"$$BIN/ruff" format --check .
+	"$$BIN/mypy"
+
+proto: install ## regenerate sparse_serve/pb from proto/
+	@"$$BIN/python" proto/generate.py
+
+demo: install ## train the demo model (once, about two minutes)
+	@"$$BIN/maskgen" demo --out "$$DEMO"
+	echo "the demo is in $$DEMO"
+
+install: $(STAMP) ## create the environment (the other verbs do this when it is needed)
+
+clean: ## remove caches and build leftovers; the environment and CACHE stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(LOCK) pyproject.toml
+	@if [[ ! -x $$BIN/python ]]; then
+	  for python in "$$PYTHON" python3.11 python3.12 python3.13 ''; do
+	    ! "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || break
+	  done
+	  if [[ -z $$python ]]; then
+	    echo "error: $$PYTHON is not Python 3.11, 3.12 or 3.13, and none was found; give one: make PYTHON=/path/to/python3.11" >&2
+	    exit 1
+	  fi
+	  "$$python" -m venv "$(VENV)" || { rm -rf "$(VENV)"; echo "error: $$python cannot make an environment; on Debian and Ubuntu install its -venv package" >&2; exit 1; }
+	fi
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	pip() { "$$BIN/python" -m pip "$$@"; }
+	if [[ $(EXTRA) == cuda ]]; then
+	  pip install -e '.[cuda,dev]'
+	else
+	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 3.7 GB, a few minutes)"
+	  pip install --quiet --no-deps "$$(grep ^torch== $(LOCK))" || {
+	    echo "error: the package index in use has no $$(grep ^torch== $(LOCK)). Choose Linux, Pip, CPU on PyTorch's 'Get started' page" >&2
+	    echo "       and pass the index address it shows: make PIP_EXTRA_INDEX_URL=ADDRESS $(or $(MAKECMDGOALS),install)" >&2
+	    exit 1
+	  }
+	  pip install --quiet --no-deps -r $(LOCK)
+	  pip install --quiet --no-deps --no-build-isolation --no-index -e .
+	fi
+	touch $@

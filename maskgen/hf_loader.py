@@ -1,0 +1,173 @@
+"""Teach `transformers` to read sparse checkpoints: `AutoModelForCausalLM.from_pretrained` decompresses on load.
+
+The result is an ordinary dense model (plain `nn.Linear`, pruned weights +0, in the dtype asked for) that behaves and
+saves as if it had been read from the masked dense checkpoint. Without this hook transformers only warns about an
+unknown `quant_method` and fills every target layer with random numbers, so strictness is the point of this file:
+
+* the directory is verified like any other reader does it (`SparseCheckpoint.open`), before a weight is read;
+* checkpoint names go through the model's own renamings first; a model weight with no tensor, or a tensor with no place
+  in the model, is a `FormatError` instead of the usual warning;
+* shapes are compared after loading, because transformers skips that check for quantized models.
+
+`register()` puts two classes into transformers' tables for `quant_method: sparse_nm`; it is idempotent, and nothing
+happens on import. Written against the quantizer interface of transformers 5.16 to 5.19.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from maskgen.core.checkpoint import VALUES_SUFFIX, WEIGHT_SUFFIX, SparseCheckpoint
+from maskgen.core.config import QUANT_METHOD, SparseConfig
+from maskgen.core.errors import FormatError
+from maskgen.core.mask import BITMASK_SUFFIX
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+
+_VALUES_PATTERN = re.escape(VALUES_SUFFIX) + "$"
+_BITMASK_PATTERN = re.escape(BITMASK_SUFFIX) + "$"
+
+
+def register() -> None:
+    """Make `from_pretrained` read sparse checkpoints in this process. Calling it again does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantizer(QUANT_METHOD)(_SparseLoader)
+        register_quantization_config(QUANT_METHOD)(_HfSparseConfig)
+
+
+class _HfSparseConfig(QuantizationConfigMixin):
+    """`SparseConfig` in the shape transformers wants. `dequantize` makes it forget the config after loading."""
+
+    quant_method = QUANT_METHOD
+    dequantize = True
+
+    def __init__(self, sparse: SparseConfig) -> None:
+        self.sparse = sparse
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(SparseConfig.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.sparse.to_dict()
+
+
+class _Unpack(ConversionOps):
+    """(values, bitmask) of one layer -> its dense weight, in the stored dtype."""
+
+    def __init__(self, pattern: NMPattern) -> None:
+        self._pattern = pattern
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        name = kwargs["full_layer_name"]
+        (values,), (bitmask,) = input_dict[_VALUES_PATTERN], input_dict[_BITMASK_PATTERN]
+        packed = PackedTensor(values, bitmask, self._pattern)
+        packed.verify(name)
+        return {WEIGHT_SUFFIX: packed.unpack()}
+
+
+class _SparseLoader(HfQuantizer):
+    """The four moments of transformers' loading that matter here, in the order they are called."""
+
+    quantization_config: _HfSparseConfig
+    _checkpoint: SparseCheckpoint
+    _expected: dict[str, Tensor]
+    _model: nn.Module
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise FormatError("a sparse checkpoint is loaded from its directory, not from a state dict")
+        self._checkpoint = SparseCheckpoint.open(Path(checkpoint_files[0]).parent)
+        self._model, self._expected = model, dict(model.state_dict())
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        unpack = WeightConverter(
+            [_VALUES_PATTERN, _BITMASK_PATTERN], WEIGHT_SUFFIX, [_Unpack(self._checkpoint.config.pattern)]
+        )
+        conversions = [*weight_conversions, unpack]
+        _check_names(self._checkpoint, self._model, self._expected, conversions)
+        return conversions
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in model.state_dict().items():
+            expected = self._expected[name]
+            if tensor.shape != expected.shape:
+                raise FormatError(
+                    f"{self._checkpoint.path}: {name}: shape {tuple(tensor.shape)}, config.json implies "
+                    f"{tuple(expected.shape)}"
+                )
+        # Tensors that were renamed on the way, as all unpacked ones are, arrive in their stored dtype.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self._expected[name].dtype)
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(op, _Unpack) for op in getattr(conversion, "operations", ()))
+        ]
+        del self._checkpoint, self._model, self._expected
+        return model
+
+    def is_serializable(self) -> bool:
+        """The loaded model is dense and saves as one."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The loaded model is dense and trains as one (its zeros do not stay zero)."""
+        return True
+
+
+def _check_names(
+    checkpoint: SparseCheckpoint, model: Any, expected: Mapping[str, Tensor], conversions: list[Any]
+) -> None:
+    """Run the loader's own renaming over the checkpoint's names; every model weight must be met, and nothing else."""
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    provided: set[str] = set()
+    for name in checkpoint.headers:
+        renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        provided.update(_targets(renamed, source, converters))
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(set(expected) - provided - tied - _matching(expected, model._keys_to_ignore_on_load_missing))
+    extra = sorted(provided - set(expected) - _matching(provided, model._keys_to_ignore_on_load_unexpected))
+    kind = type(model).__name__
+    for names, problem in (
+        (missing, f"the checkpoint lacks {len(missing)} tensors of {kind}"),
+        (extra, f"{kind} has no place for {len(extra)} tensors of the checkpoint"),
+    ):
+        if names:
+            raise FormatError(
+                f"{checkpoint.path}: {problem}, such as {names[0]}; load it with AutoModelForCausalLM, or write the "
+                "checkpoint again with maskgen"
+            )
+
+
+def _targets(renamed: str, source: str | None, converters: list[Any]) -> list[str]:
+    """Model tensors that one checkpoint tensor ends up in: several when the model splits a fused weight."""
+    if source is None:
+        return [renamed]
+    converter = next(converter for converter in converters if source in converter.source_patterns)
+    first, *_ = converter.target_patterns
+    return [renamed.replace(first, target) for target in converter.target_patterns]
+
+
+def _matching(names: Any, patterns: Any) -> set[str]:
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns or ())}

@@ -1,0 +1,77 @@
+"""What a layer-local pruning method is: it watches a linear layer's inputs, then solves that layer.
+
+A method scores or solves. It never loads, moves, saves, prints or parses: `maskgen.sweep` hands it float32 tensors on
+whatever device they live on and takes a `Solution` back. Its options are the fields of its (frozen) dataclass, so they
+exist once, are validated when the recipe is read, and are written into every artefact through the recipe's digest.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+import maskgen.methods
+from maskgen.core import folder
+from maskgen.core.errors import RecipeError
+from maskgen.core.pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The answer for one layer: a bool mask `[O, I]` (True = kept), and new weights if the method changed them."""
+
+    mask: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LocalMethod(ABC):
+    """Base of the one-shot methods. `needs_data=False` lets the driver skip every forward pass."""
+
+    needs_data: ClassVar[bool] = True
+
+    def observe(self, stats: Any, x_TI: Tensor) -> Any:
+        """Fold float32 calibration inputs `[T, I]` into `stats` (None at first) and return the new `stats`.
+
+        `stats` may be updated in place. Layers that are fed the same tensor share one `stats`.
+        """
+        return stats
+
+    @abstractmethod
+    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern) -> Solution:
+        """Choose what stays of a float32 weight `[O, I]`. Neither `weight_OI` nor `stats` may be changed.
+
+        Raises `NumericalError` when the layer's statistics cannot be used.
+        """
+
+
+def create(name: str, options: Mapping[str, Any]) -> LocalMethod:
+    """Build the method `name` from recipe options; `RecipeError` lists what is known.
+
+    Whole numbers are accepted where a float is expected; nothing else is converted.
+    """
+    method = folder.load(maskgen.methods, name, RecipeError).METHOD
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    values = {}
+    for key, value in options.items():
+        if key not in fields:
+            known = sorted(fields) or "none"
+            raise RecipeError(f"method.{key}: {name} has no such option; its options are: {known}")
+        values[key] = _typed(f"method.{key}", value, type(fields[key].default))
+    result: LocalMethod = method(**values)
+    return result
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise RecipeError(f"{name}: {value!r} is a {type(value).__name__}, expected a {kind.__name__}")
+    return value

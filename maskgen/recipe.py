@@ -1,0 +1,174 @@
+"""Recipes: everything about a *result*, in one frozen, strict object read from TOML.
+
+What is about the machine (device, threads, directories) is a flag and never stored; what decides the numbers is here,
+and its digest is written into every artefact. An unknown key is an error that lists the known ones. Method options
+are resolved when the recipe is read, so a recipe that spells out a default and one that does not have one digest.
+
+    pattern = "2:4"                        # n kept of every m columns
+    ignore = ["model.layers.0.*"]          # fnmatch patterns on module names to keep dense (default: none)
+
+    [method]
+    name = "sparsegpt"                     # a file of maskgen/methods; the other keys are its options
+    damp = 0.01
+
+    [calibration]
+    samples = 128                          # windows of calibration text
+    window_tokens = 2048                   # tokens of each
+    seed = 0                               # where in the text they are cut
+    batch = 8                              # windows per forward pass
+
+The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+import maskgen
+from maskgen.core.digest import digest_json
+from maskgen.core.errors import RecipeError
+from maskgen.core.pattern import NMPattern
+from maskgen.method import LocalMethod, create
+
+_Pattern = Annotated[
+    NMPattern,
+    BeforeValidator(lambda value: value if isinstance(value, NMPattern) else NMPattern.parse(value)),
+    PlainSerializer(str),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Calibration(_Strict):
+    """Calibration text: `samples` windows of `window_tokens` tokens; `batch` windows go through a block together."""
+
+    samples: int = Field(default=128, ge=1)
+    window_tokens: int = Field(default=2048, ge=1)
+    seed: int = Field(default=0, ge=0)
+    batch: int = Field(default=8, ge=1)
+
+
+class MethodSpec(_Strict):
+    """A method by name with all of its options, defaults included."""
+
+    name: str
+    options: dict[str, bool | int | float | str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, value: Any) -> Any:
+        """`{name, **options}` as in TOML -> `{name, options}` with defaults filled in and checked."""
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise RecipeError('method: expected a table with a name, for example [method] name = "wanda"')
+        options = {key: option for key, option in value.items() if key != "name"}
+        return {"name": value["name"], "options": dataclasses.asdict(create(value["name"], options))}
+
+
+class Recipe(_Strict):
+    """A resolved recipe. Make one with `load` or `parse`."""
+
+    pattern: _Pattern = NMPattern(2, 4)
+    method: MethodSpec
+    calibration: Calibration = Calibration()
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    def build_method(self) -> LocalMethod:
+        """The method, ready to use."""
+        return create(self.method.name, self.method.options)
+
+    def resolved(self) -> dict[str, Any]:
+        """JSON-serialisable form with every default spelled out; what `digest` covers."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """`sha256:<hex>` of the resolved recipe."""
+        return digest_json(self.resolved())
+
+
+def names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a file by path (`*.toml`), with `key.path=value` overrides applied.
+
+    Raises `RecipeError` for anything that is not exactly a recipe.
+    """
+    return parse(_read(source), f"recipe {source}", overrides)
+
+
+def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Read TOML text. Override values are TOML too; a value that is not TOML is taken as a string."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def _folder() -> Any:
+    return resources.files(maskgen) / "recipes"
+
+
+def _read(source: str) -> str:
+    path = Path(source)
+    if path.suffix == ".toml":
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {source}: cannot be read: {error}") from None
+    if source not in names():
+        raise RecipeError(f"no recipe {source!r}; shipped recipes are {names()}, or give the path of a .toml file")
+    text: str = (_folder() / f"{source}.toml").read_text("utf-8")
+    return text
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *path, last = key.strip().split(".")
+    if not equals or not last:
+        raise RecipeError(f"override {override!r}: expected key=value, for example method.damp=0.05")
+    table: Any = raw
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"override {override!r}: {part} is not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text
+
+
+def _explain(error: ValidationError) -> str:
+    """First problem of a pydantic report as one line; for an unknown key, with the keys that exist."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        model = Calibration if problem["loc"][0] == "calibration" else Recipe
+        return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{where}: {problem['msg'].lower()}, got {str(problem['input'])[:80]!r}"

@@ -1,0 +1,95 @@
+"""The work directory of a sweep: one file per finished block, so that a killed run continues where it stopped.
+
+`block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, written under a temporary name,
+flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (digest over recipe, base
+weights and data); another run is refused rather than mixed in.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from maskgen.core.checkpoint import VALUES_SUFFIX
+from maskgen.core.errors import FormatError, OutputExistsError
+from maskgen.core.files import fsync_path, open_tensors, read_json, temporary_sibling, write_json
+from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+
+_RUN_FILE = "run.json"
+
+
+class WorkDir:
+    """Finished blocks of the run `run_digest`. Opening makes the directory, or continues one of the same run.
+
+    Raises `OutputExistsError` when `path` holds anything else.
+    """
+
+    def __init__(self, path: Path, run_digest: str, pattern: NMPattern) -> None:
+        self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
+        self._file_of: dict[str, Path] = {}
+        run_file = self.path / _RUN_FILE
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            write_json(run_file, {"run": run_digest})
+        elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
+            raise OutputExistsError(
+                f"{self.path}: belongs to another run (different recipe, model or data); delete it to start over, or "
+                "choose another --out"
+            )
+
+    def has(self, block: int) -> bool:
+        """Whether block number `block` is finished."""
+        return self._path(block).is_file()
+
+    def save(self, block: int, layers: Mapping[str, PackedTensor]) -> None:
+        """Record a finished block, atomically."""
+        tensors = {}
+        for name, packed in layers.items():
+            tensors[name + VALUES_SUFFIX] = packed.values.cpu().contiguous()
+            tensors[name + BITMASK_SUFFIX] = packed.bitmask.cpu().contiguous()
+        path = self._path(block)
+        with temporary_sibling(path) as temporary:
+            save_file(tensors, temporary, metadata={"run": self.run_digest})
+            fsync_path(temporary)
+        self._file_of.update(dict.fromkeys(layers, path))
+
+    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedTensor]:
+        """Read a finished block back, verified against its layers' shapes; `FormatError` names a damaged file."""
+        path = self._path(block)
+        with open_tensors(path) as file:
+            metadata, found = file.metadata() or {}, set(file.keys())
+        expected = {name + suffix for name in shapes for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX)}
+        if metadata.get("run") != self.run_digest or found != expected:
+            raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")
+        self._file_of.update(dict.fromkeys(shapes, path))
+        layers = {name: self.packed(name) for name in shapes}
+        for name, packed in layers.items():
+            packed.verify(f"{path}: {name}")
+            if packed.shape != tuple(shapes[name]):
+                raise FormatError(f"{path}: {name}: shape {packed.shape}, the model has {tuple(shapes[name])}")
+        return layers
+
+    def packed(self, name: str) -> PackedTensor:
+        """One finished layer."""
+        with open_tensors(self._file_of[name]) as file:
+            values, bitmask = file.get_tensor(name + VALUES_SUFFIX), file.get_tensor(name + BITMASK_SUFFIX)
+        return PackedTensor(values, bitmask, self.pattern)
+
+    def mask_set(self, base_digest: str, recipe_digest: str) -> MaskSet:
+        """The masks of every finished layer."""
+        bitmasks = {}
+        for name, path in self._file_of.items():
+            with open_tensors(path) as file:
+                bitmasks[name] = file.get_tensor(name + BITMASK_SUFFIX)
+        return MaskSet(self.pattern, bitmasks, base_digest, recipe_digest)
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.path)
+
+    def _path(self, block: int) -> Path:
+        return self.path / f"block-{block:05d}.safetensors"

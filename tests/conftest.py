@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests: tiny models and text, built once per session; no network, no progress bars."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ModelDir = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelDir:
+    """`model_dir("qwen2", dtype=torch.bfloat16)` -> a Hugging Face directory, made on first use. Do not write to it."""
+    from tests import models
+
+    made: dict[str, Path] = {}
+
+    def get(kind: str = "llama", **options: object) -> Path:
+        key = f"{kind} {sorted(options.items())}"
+        if key not in made:
+            made[key] = models.save(kind, tmp_path_factory.mktemp(kind) / "model", **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 15,000 tokens of text for the tiny tokenizer. Do not write to it."""
+    from tests import models
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(models.TEXT, "utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars(request: pytest.FixtureRequest) -> Iterator[None]:
+    """transformers draws bars on stderr; tests that compare stderr must not see them."""
+    if "model_dir" in request.fixturenames:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    yield

@@ -1,0 +1,32 @@
+"""What the tests of the sweep share: small recipes, random tokens, one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgen import recipe as recipes
+from maskgen.recipe import Recipe
+from maskgen.sweep import SweepReport, sweep
+from maskgen.workdir import WorkDir
+from tests import models
+
+BASE = "sha256:" + "b" * 64
+SETTINGS = ("calibration.samples=10", "calibration.window_tokens=24", "calibration.batch=4")
+
+
+def recipe(name: str, *overrides: str) -> Recipe:
+    return recipes.load(name, [*SETTINGS, *overrides])
+
+
+def windows(samples: int = 10, seed: int = 0) -> Tensor:
+    return torch.randint(models.VOCABULARY, (samples, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def run(
+    model: nn.Module, wanted: Recipe, work: Path, data: Tensor | None = None, **options: Any
+) -> tuple[SweepReport, WorkDir]:
+    return sweep(model, wanted, windows() if data is None else data, work, BASE, **options)

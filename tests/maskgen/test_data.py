@@ -1,0 +1,102 @@
+"""Text to tokens to calibration windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgen.core.errors import DataError
+from maskgen.data import calibration_windows, digest_tokens, read_tokens
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> models.PreTrainedTokenizerFast:
+    return models.tokenizer()
+
+
+def windows(
+    files: list[Path], tokenizer: object, samples: int = 6, window_tokens: int = 10, seed: int = 0
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return calibration_windows(files, tokenizer, samples, window_tokens, generator)
+
+
+def test_text_is_one_document_without_special_tokens(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("On day 1\n\nthe fox", "utf-8")
+    ids = read_tokens(path, tokenizer)
+    assert ids.dtype == torch.int64
+    assert tokenizer.decode(ids.tolist()) == "On day 1\n\nthe fox"
+
+
+def test_jsonl_documents_are_joined_with_eos(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "the fox", "id": 3}\n\n{"text": "a \\u00e9 boat"}\n', "utf-8")
+    assert tokenizer.decode(read_tokens(path, tokenizer).tolist()) == "the fox</s>a é boat"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl:2: expected an object with a string field "text"'),
+        ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: expected an object"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected an object"),
+        ("a.jsonl", b"{'text'}\n", r"a\.jsonl:1: not valid JSON"),
+    ],
+)
+def test_bad_files_are_named(
+    tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_tokens(tmp_path / name, tokenizer)
+
+
+def test_a_missing_file_is_a_data_error(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"absent\.txt: cannot be read: No such file"):
+        read_tokens(tmp_path / "absent.txt", tokenizer)
+
+
+def test_windows_are_stretches_of_the_text_and_follow_the_seed(
+    text_file: Path, tokenizer: models.PreTrainedTokenizerFast
+) -> None:
+    ids = read_tokens(text_file, tokenizer)
+    cut = windows([text_file], tokenizer, samples=20)
+    assert cut.shape == (20, 10) and cut.dtype == torch.int64
+    stretches = {tuple(window) for window in ids.unfold(0, 10, 1).tolist()}
+    assert all(tuple(window) in stretches for window in cut.tolist())
+    assert torch.equal(cut, windows([text_file], tokenizer, samples=20))
+    assert not torch.equal(cut, windows([text_file], tokenizer, samples=20, seed=1))
+    assert digest_tokens(cut) == digest_tokens(cut.clone())
+    assert digest_tokens(cut) != digest_tokens(cut.flip(0))
+    assert digest_tokens(cut) != digest_tokens(cut.reshape(10, 20))
+
+
+def test_a_file_of_exactly_one_window_is_enough(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("the fox saw 4 stones", "utf-8")
+    ids = read_tokens(path, tokenizer)
+    assert torch.equal(windows([path], tokenizer, samples=2, window_tokens=len(ids)), torch.stack([ids, ids]))
+    with pytest.raises(DataError, match=rf"{len(ids)} tokens, shorter than one window of {len(ids) + 1}"):
+        windows([path], tokenizer, window_tokens=len(ids) + 1)
+
+
+def test_samples_are_dealt_evenly_over_files(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    files = []
+    for number, repeats in enumerate((400, 40, 100)):
+        files.append(tmp_path / f"{number}.jsonl")
+        files[-1].write_text(json.dumps({"text": str(number) * repeats}), "utf-8")
+    cut = windows(files, tokenizer, samples=7, window_tokens=4)
+    sources = [{int(digit) for digit in tokenizer.decode(window)} for window in cut.tolist()]
+    assert sources == [{0}, {1}, {2}, {0}, {1}, {2}, {0}]
+    with pytest.raises(DataError, match="3 files for 2 samples"):
+        windows(files, tokenizer, samples=2, window_tokens=4)
+    with pytest.raises(DataError, match="--data"):
+        windows([], tokenizer)

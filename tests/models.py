@@ -1,0 +1,153 @@
+"""Tiny random models in every shape the project must handle, saved as ordinary Hugging Face directories.
+
+Weights are larger than a fresh initialisation's and biases and norms are random too, so that a bug that drops, swaps or
+rescales any of them changes the outputs. Everything is seeded; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from maskgen.compress import compress_masks
+from maskgen.core.checkpoint import read_headers
+from maskgen.core.digest import digest_weights
+from maskgen.core.mask import MaskSet
+from maskgen.core.pattern import NMPattern
+
+VOCABULARY = 320
+LAYERS = 3
+MAX_TOKENS = 128
+BOS, EOS = "<s>", "</s>"
+
+TEXT = " ".join(
+    f"On day {day} the {('red', 'old', 'quick', 'tall', 'dim')[day % 5]} "
+    f"{('fox', 'boat', 'lamp', 'child', 'river', 'clock', 'cat')[day % 7]} "
+    f"{('saw', 'left', 'found', 'wrote about')[day % 4]} {day * day} "
+    f"{('stones', 'letters', 'birds')[day % 3]}, and nobody {('minded', 'knew')[day % 2]}."
+    for day in range(600)
+)
+"""About 30,000 characters that a byte-level tokenizer finds neither random nor constant."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_TOKENS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GQA: dict[str, Any] = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
+
+
+def _llama(**changes: Any) -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**{**_GQA, **changes}))
+
+
+def _qwen2(**changes: Any) -> nn.Module:
+    return Qwen2ForCausalLM(Qwen2Config(**{**_GQA, "tie_word_embeddings": True, **changes}))
+
+
+def _qwen3(**changes: Any) -> nn.Module:
+    return Qwen3ForCausalLM(Qwen3Config(**{**_GQA, "head_dim": 16, **changes}))
+
+
+def _mistral(**changes: Any) -> nn.Module:
+    return MistralForCausalLM(MistralConfig(**{**_GQA, "sliding_window": 16, **changes}))
+
+
+def _opt(**changes: Any) -> nn.Module:
+    return OPTForCausalLM(OPTConfig(**{**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64, **changes}))
+
+
+def _gpt_neox(**changes: Any) -> nn.Module:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_COMMON, "intermediate_size": 96, **changes}))
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "llama": _llama,
+    "llama_tied": lambda **changes: _llama(**{"tie_word_embeddings": True, **changes}),
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+}
+
+
+def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A random model of one of `BUILDERS`; `changes` override its config."""
+    generator = torch.Generator().manual_seed(seed)
+    model = BUILDERS[kind](**changes)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 0.12)
+            else:
+                parameter.copy_(noise * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+    return model.to(dtype).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over any text, trained on `TEXT`; `BOS` is id 0 and `EOS` id 1."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS)
+
+
+def save(kind: str, directory: Path, max_shard_size: str = "5GB", **options: Any) -> Path:
+    """Build a model and write it with its tokenizer as a Hugging Face directory."""
+    build(kind, **options).save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def magnitude_masks(dense_dir: Path, pattern: NMPattern) -> MaskSet:
+    """Magnitude masks for every linear layer of the blocks, made without maskgen's own driver."""
+    masks = {}
+    for name, header in read_headers(dense_dir).items():
+        if re.search(r"layers\.\d+\..*\.weight$", name) and len(header.shape) == 2:
+            with safe_open(header.path, framework="pt") as file:
+                weight = file.get_tensor(name).float()
+            masks[name.removesuffix(".weight")] = pattern.mask_from_scores(weight.abs())
+    return MaskSet.from_masks(pattern, masks, digest_weights(dense_dir), "sha256:" + "0" * 64)
+
+
+def save_sparse(dense_dir: Path, directory: Path, pattern: str = "2:4", shard_bytes: int = 5_000_000_000) -> MaskSet:
+    """Compress a dense directory with magnitude masks; returns the masks."""
+    masks = magnitude_masks(dense_dir, NMPattern.parse(pattern))
+    compress_masks(dense_dir, masks, directory, ("lm_head",), shard_bytes)
+    return masks

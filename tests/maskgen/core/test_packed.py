@@ -1,0 +1,145 @@
+"""Values + bitmask: bit-exact round trips, and packing commutes with slicing, as tensor parallelism needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskgen.core.errors import FormatError, NumericalError, PatternError
+from maskgen.core.mask import pack_bits
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from tests.directories import TWO_FOUR, bits
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PATTERNS = [NMPattern(n, m) for n, m in ((2, 4), (1, 4), (4, 8), (3, 6), (1, 2), (2, 16))]
+
+
+def random_weight(pattern: NMPattern, dtype: torch.dtype, rows: int = 5, units: int = 3, seed: int = 0) -> Tensor:
+    """A weight with many zeros of both signs and subnormal numbers, a few columns wider than one unit."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, units * pattern.column_multiple, generator=generator)
+    special = torch.tensor([0.0, -0.0, 1.0, -1e-41, 6e-8])
+    chosen = special[torch.randint(len(special), weight.shape, generator=generator)]
+    return torch.where(torch.rand(weight.shape, generator=generator) < 0.5, chosen, weight).to(dtype)
+
+
+def random_mask(pattern: NMPattern, weight: Tensor, seed: int = 1) -> Tensor:
+    return pattern.mask_from_scores(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(PATTERNS), st.sampled_from(DTYPES), st.integers(1, 6), st.integers(1, 4), st.integers(0, 99))
+def test_round_trip_is_bit_exact(pattern: NMPattern, dtype: torch.dtype, rows: int, units: int, seed: int) -> None:
+    weight = random_weight(pattern, dtype, rows, units, seed)
+    mask = random_mask(pattern, weight, seed + 1)
+    packed = PackedTensor.pack(weight, mask, pattern)
+    packed.verify()
+    assert packed.shape == tuple(weight.shape)
+    assert packed.values.shape == (rows, pattern.kept_columns(weight.shape[1]))
+    assert bits(packed.values) == b"".join(bits(row[kept]) for row, kept in zip(weight, mask, strict=True))
+    expected = weight.clone()
+    expected[~mask] = 0.0
+    assert bits(packed.unpack()) == bits(expected)
+    assert torch.equal(packed.mask(), mask)
+
+
+def test_pruned_negative_weights_become_plus_zero_and_kept_minus_zero_stays() -> None:
+    weight = torch.tensor([[-0.0, -1.0, 2.0, -3.0, 0.0, 0.0, -0.0, 0.0]])
+    mask = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0]]) > 0
+    unpacked = PackedTensor.pack(weight, mask, TWO_FOUR).unpack()
+    assert torch.signbit(unpacked).tolist() == [[True, False, False, False, False, False, True, False]]
+    assert unpacked.tolist() == [[0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "pattern, dtype, ratio",
+    [("2:4", torch.bfloat16, 0.5625), ("2:4", torch.float32, 0.53125), ("1:4", torch.float16, 0.3125),
+     ("4:8", torch.bfloat16, 0.5625), ("2:16", torch.bfloat16, 0.1875)],
+)  # fmt: skip
+def test_bytes(pattern: str, dtype: torch.dtype, ratio: float) -> None:
+    nm = NMPattern.parse(pattern)
+    weight = random_weight(nm, dtype)
+    packed = PackedTensor.pack(weight, random_mask(nm, weight), nm)
+    assert packed.dense_nbytes == weight.nbytes
+    assert packed.nbytes / weight.nbytes == ratio == nm.density + 1 / (8 * weight.element_size())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shards", [2, 3, 6])
+def test_slices_of_the_packed_are_the_packed_slices(pattern: NMPattern, shards: int) -> None:
+    weight = random_weight(pattern, torch.bfloat16, rows=6, units=6)
+    mask = random_mask(pattern, weight)
+    packed = PackedTensor.pack(weight, mask, pattern)
+    for shard in range(shards):
+        rows = slice(6 // shards * shard, 6 // shards * (shard + 1))
+        by_rows = PackedTensor.pack(weight[rows], mask[rows], pattern)
+        assert bits(packed.values[rows]) == bits(by_rows.values)
+        assert bits(packed.bitmask[rows]) == bits(by_rows.bitmask)
+
+        def columns(width: int, shard: int = shard) -> slice:
+            return slice(width // shards * shard, width // shards * (shard + 1))
+
+        in_shard = columns(weight.shape[1])
+        by_columns = PackedTensor.pack(weight[:, in_shard], mask[:, in_shard], pattern)
+        assert bits(packed.values[:, columns(packed.values.shape[1])]) == bits(by_columns.values)
+        assert bits(packed.bitmask[:, columns(packed.bitmask.shape[1])]) == bits(by_columns.bitmask)
+
+
+def test_packing_copies() -> None:
+    weight = torch.ones(2, 8)
+    packed = PackedTensor.pack(weight, random_mask(TWO_FOUR, weight), TWO_FOUR)
+    weight.fill_(7.0)
+    assert packed.values.eq(1.0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_kept_weights_must_be_finite(value: float) -> None:
+    weight = torch.ones(2, 8)
+    mask = torch.tensor([True, True, False, False]).repeat(2, 2)
+    weight[1, 2] = value
+    assert torch.isfinite(PackedTensor.pack(weight, mask, TWO_FOUR).unpack()).all()
+    weight[1, 4] = value
+    with pytest.raises(NumericalError, match="up: kept weights hold NaN or infinity"):
+        PackedTensor.pack(weight, mask, TWO_FOUR, "up")
+
+
+def test_pack_refuses_what_the_format_cannot_hold() -> None:
+    mask = torch.tensor([True, True, False, False]).repeat(2, 2)
+    with pytest.raises(FormatError, match=r"up: dtype torch.float64"):
+        PackedTensor.pack(torch.ones(2, 8).double(), mask, TWO_FOUR, "up")
+    with pytest.raises(PatternError, match=r"up: weight \(2, 16\) and mask \(2, 8\) differ"):
+        PackedTensor.pack(torch.ones(2, 16), mask, TWO_FOUR, "up")
+    with pytest.raises(PatternError, match=r"up: in_features 12"):
+        PackedTensor.pack(torch.ones(2, 12), torch.ones(2, 12) > 0, TWO_FOUR, "up")
+    with pytest.raises(PatternError, match=r"up: row 0, columns 0..3 keep 4"):
+        PackedTensor.pack(torch.ones(2, 8), torch.ones(2, 8) > 0, TWO_FOUR, "up")
+
+
+@pytest.mark.parametrize(
+    "values, bitmask, message",
+    [
+        (torch.ones(2, 4).double(), torch.full((2, 1), 0x33), "values torch.float64"),
+        (torch.ones(2, 4), torch.full((2, 1), 0x33, dtype=torch.int32), "bitmask torch.int32"),
+        (torch.ones(2, 5), torch.full((2, 1), 0x33), "do not match"),
+        (torch.ones(3, 4), torch.full((2, 1), 0x33), "do not match"),
+        (torch.ones(8), torch.full((2, 1), 0x33), "two non-empty matrices"),
+        (torch.ones(2, 0), torch.full((2, 0), 0x33), "two non-empty matrices"),
+        (torch.ones(2, 4), torch.full((2, 1), 0x37), "row 0, columns 0..3 keep 3"),
+        (torch.ones(2, 4), torch.full((2, 1), 0x30), "row 0, columns 0..3 keep 0"),
+    ],
+)
+def test_verify_refuses(values: Tensor, bitmask: Tensor, message: str) -> None:
+    if bitmask.dtype == torch.int64:
+        bitmask = bitmask.to(torch.uint8)
+    with pytest.raises(FormatError, match=rf"up: .*{message}"):
+        PackedTensor(values, bitmask, TWO_FOUR).verify("up")
+
+
+def test_six_columns_do_not_fit_the_bytes_of_one_group_of_six() -> None:
+    bitmask = pack_bits(torch.tensor([[True] * 3 + [False] * 5]))
+    with pytest.raises(FormatError, match="do not match"):
+        PackedTensor(torch.ones(1, 4), bitmask, NMPattern(3, 6)).verify()

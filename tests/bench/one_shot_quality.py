@@ -14,7 +14,6 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def _measure(
         windows = data.calibration_windows(
             args.calibrate, tokenizer, calibration.samples, calibration.window_tokens, generator
         )
-    pruned, started_s = model.load(args.model), time.perf_counter()
+    pruned = model.load(args.model)
     with tempfile.TemporaryDirectory() as work:
         report, _ = sweep(pruned, wanted, windows, Path(work) / "work", digest_weights(args.model))
     return {
@@ -90,9 +89,7 @@ def _measure(
         "seed": seed,
         "recipe_digest": wanted.digest(),
         "perplexity": _score(pruned, texts, protocol),
-        "sweep_s": time.perf_counter() - started_s,
         "s_per_million_weights": report.s_per_million_weights,
-        "peak_rss_bytes": report.peak_rss_bytes,
     }
 
 

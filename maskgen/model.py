@@ -2,13 +2,13 @@
 
 Works on any decoder whose blocks are a `ModuleList` as long as `num_hidden_layers`, so there is no list of supported
 architectures to maintain. Only `nn.Linear` modules inside blocks are candidates; everything else stays dense, and is
-reported by name with the reason. This file and `hf_loader` are the only ones that import transformers.
+reported by name with the reason. This file and `hf_loader` are the only ones that read models with transformers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
-
 OUTSIDE = "outside the decoder blocks"
 """Why embeddings' projections and `lm_head` stay dense."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections of one module that vLLM serves as one layer: sparse together or dense together."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = ()) -> Pl
             ignored[name] = reason
     if not any(targets):
         raise ModelError(f"nothing to prune with pattern {pattern}: {ignored}")
+    _refuse_half_fused({name for block in targets for name in block}, ignored)
     return Plan(list(blocks), targets, ignored)
 
 
@@ -181,6 +184,19 @@ def _reason_to_keep_dense(
     if linear.in_features % pattern.column_multiple:
         return f"in_features {linear.in_features} is not a multiple of {pattern.column_multiple}"
     return None
+
+
+def _refuse_half_fused(targets: Set[str], ignored: Iterable[str]) -> None:
+    for name in ignored:
+        parent, _, leaf = name.rpartition(".")
+        for group in FUSED:
+            siblings = [f"{parent}.{part}" for part in group] if leaf in group else []
+            sparse = [sibling for sibling in siblings if sibling in targets]
+            if sparse:
+                raise RecipeError(
+                    f"ignore leaves {name} dense and {sparse[0]} sparse, but engines serve {' and '.join(group)} "
+                    "as one layer; ignore all of them or none"
+                )
 
 
 def _refuse_conv1d(model: nn.Module) -> None:

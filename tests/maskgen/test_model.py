@@ -37,6 +37,12 @@ def test_every_linear_is_a_target_or_ignored_with_a_reason(kind: str) -> None:
         assert {id(linear) for linear in inside.values()} <= {id(module) for module in block.modules()}
 
 
+@pytest.mark.parametrize("ignore", ["*.q_proj", "model.layers.1.mlp.gate_proj"])
+def test_half_of_a_fused_layer_is_refused_before_any_work(ignore: str) -> None:
+    with pytest.raises(RecipeError, match=r"engines serve .* as one layer; ignore all of them or none"):
+        model.plan(models.build("llama"), NMPattern(2, 4), [ignore])
+
+
 def test_ignore_patterns_keep_layers_dense() -> None:
     plan = model.plan(models.build("llama"), TWO_FOUR, ["*.down_proj", "model.layers.1.*"])
     assert [len(targets) for targets in plan.targets] == [6, 0, 6]

@@ -36,6 +36,7 @@ LEVELS = {
     "maskgen.sweep": 30,
     "maskgen.demo": 31,
     "maskgen.inspect": 31,
+    "maskgen.display": 32,
     "maskgen.verbs": 40,
     "maskgen.cli": 41,
     "maskgen.__main__": 42,

@@ -60,7 +60,7 @@ check: install ## lint, formatting, types
 proto: install ## regenerate sparse_serve/pb from proto/
 	@"$$BIN/python" proto/generate.py
 
-demo: install ## train the demo model (once, about two minutes)
+demo: install ## train the demo model (once, about three minutes)
 	@"$$BIN/maskgen" demo --out "$$DEMO"
 	echo "the demo is in $$DEMO"
 

@@ -2,14 +2,14 @@
 
 Random weights would not do: pruning a random model changes nothing that anybody can see. So `build` trains a Llama of
 about a million weights on text that every CPython carries: the language reference behind `help()` (`pydoc_data.topics`)
-and the docstrings of the standard library. That takes a few minutes on two cores and yields text that looks like
+and the docstrings of the standard library. That takes about three minutes on one core and yields text that looks like
 Python's documentation without meaning anything, and a perplexity that pruning visibly harms.
 
 How it is kept honest:
 
 * a tenth of the documents, and every long paragraph they share with others, is never trained on (`demo_text`);
-* the number of steps is fixed and every draw is seeded, so the same Python, torch and thread count give the same model
-  however busy the machine is;
+* the number of steps is fixed and every draw is seeded, so the same Python and torch give the same model however
+  busy the machine is;
 * `demo.json` says which text, how much of it, which settings, and the perplexity on the held-out text.
 
 The last steps use windows as long as the model reads, because a position it never saw in training would ruin every
@@ -20,12 +20,13 @@ Legend: B = windows, T = tokens of a window.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def _build(
     tokenizer = train_tokenizer(corpus.train, training.vocabulary)
     tokens_T = encode(tokenizer, corpus.train)
     model = _new_model(training, tokenizer)
-    _train(model, tokens_T, training, progress)
+    with _one_thread():
+        _train(model, tokens_T, training, progress)
     (folder / "model").mkdir(parents=True)
     hf_new.save(model, tokenizer.to_str(), folder / "model", CHAT_TEMPLATE)
     for name, part in (("calibration.txt", corpus.train), ("heldout.txt", corpus.heldout)):
@@ -201,6 +203,17 @@ def _train(model: nn.Module, tokens_T: Tensor, training: Training, progress: Cal
             remaining_s = (total_tokens - done_tokens) / tokens_per_s
             progress(Progress(step + 1, training.steps, loss, tokens_per_s, remaining_s))
     model.eval()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from a second thread, and lose tenfold when another process wants its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:

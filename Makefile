@@ -29,7 +29,7 @@ export PYTHON MODEL RECIPE DATA CACHE DEMO BIN
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
-	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
 serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
@@ -42,7 +42,7 @@ serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id]
 	  fi
 	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$(facts "$$model" "$$RECIPE" "$$data" | sort | sha256sum | cut -c1-12)
+	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml maskgen/recipes/*.toml maskgen/methods/*.py; } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}")--$$(basename "$$RECIPE" .toml)--$$key
 	  [[ -d $$checkpoint ]] || maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
 	fi
@@ -71,7 +71,10 @@ clean: ## remove caches and build leftovers; the environment and CACHE stay
 	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(LOCK) pyproject.toml
-	@if [[ ! -x $$BIN/python ]]; then
+	@for other in $(VENV)/.installed-*; do
+	  if [[ -e $$other && $$other != $@ ]]; then echo "making $(VENV) anew for EXTRA=$(EXTRA)"; rm -rf "$(VENV)"; fi
+	done
+	if [[ ! -x $$BIN/python ]]; then
 	  for python in "$$PYTHON" python3.11 python3.12 python3.13 ''; do
 	    ! "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || break
 	  done

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,7 +83,10 @@ async def score_windows(engine: Engine, windows: list[Window], protocol: Protoco
     async def score(window: Window) -> float:
         async with slots:
             logprobs = (await engine.score(window.ids))[window.first_scored - 1 :]
-        return -sum(logprobs) / len(logprobs)
+        nll = -math.fsum(logprobs) / len(logprobs)
+        if not math.isfinite(nll):
+            raise GateError(f"the engine's mean log-probability of a window is {-nll}; try --dtype float32")
+        return nll
 
     nll = await asyncio.gather(*map(score, windows))
     scored = [len(window.ids) - window.first_scored for window in windows]

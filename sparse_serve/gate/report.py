@@ -15,6 +15,7 @@ Verdicts, from best to worst, and the exit code of the command:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -22,6 +23,7 @@ from typing import Any
 
 from maskgen.core.perplexity import Perplexity
 from sparse_serve.engine import EngineInfo
+from sparse_serve.errors import SettingsError
 
 SCHEMA_VERSION = 1
 
@@ -51,6 +53,16 @@ class Limits:
     max_ppl_increase: float = 0.05
     parity_tolerance: float = 0.001
     alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_ppl_increase", -1.0, math.inf),
+            ("parity_tolerance", 0.0, math.inf),
+            ("alpha", 0.0, 0.5),
+        ):
+            value = getattr(self, name)
+            if not low < value < high:
+                raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number between {low} and {high}")
 
 
 @dataclass(frozen=True)

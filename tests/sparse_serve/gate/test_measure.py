@@ -7,7 +7,7 @@ import pytest
 
 from maskgen.core.perplexity import Protocol, digest_windows
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.errors import GateError
+from sparse_serve.errors import GateError, SettingsError
 from sparse_serve.gate.measure import Request, measure_offline, score_windows
 from sparse_serve.gate.run import default_window, stored_dtype
 
@@ -20,6 +20,16 @@ async def test_score_windows_counts_only_scored_tokens() -> None:
     assert result.nll_per_window == pytest.approx([0.102, 0.1045, 0.1065])
     assert result.scored_tokens_per_window == [3, 2, 2]
     assert result.tokens_digest == digest_windows(windows)
+
+
+async def test_a_score_that_is_not_a_number_is_an_error_not_a_verdict() -> None:
+    class Broken(FakeEngine):
+        async def score(self, token_ids: list[int]) -> list[float]:
+            return [float("nan")] * (len(token_ids) - 1)
+
+    protocol = Protocol(window_tokens=4)
+    with pytest.raises(GateError, match="mean log-probability of a window is nan"):
+        await score_windows(Broken(), protocol.windows(list(range(8))), protocol)
 
 
 def test_offline_failure_is_one_clear_error(tmp_path: Path) -> None:
@@ -44,5 +54,5 @@ def test_default_window(config: dict, window: int) -> None:
 def test_stored_dtype_reads_both_spellings_and_refuses_others() -> None:
     assert stored_dtype({"dtype": "float32"}) == "float32"
     assert stored_dtype({"torch_dtype": "bfloat16"}) == "bfloat16"
-    with pytest.raises(GateError, match="'int8'; give --dtype"):
+    with pytest.raises(SettingsError, match="'int8'; give --dtype"):
         stored_dtype({"dtype": "int8"})

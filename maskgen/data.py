@@ -2,6 +2,8 @@
 
 A `.jsonl` file holds one document per line, in the field "text"; any other file is one document. Documents are
 tokenised as they are, without special tokens, and joined with the tokenizer's end-of-sequence token where it has one.
+A document of more than `PIECE_CHARS` characters is tokenised in pieces cut at line ends, because tokenizers need some
+hundred bytes a token while they work; in byte-level tokenizers that changes no token.
 Windows are cut at positions drawn from a seeded generator; with several files, windows are dealt to them in turn, so
 every file contributes equally whatever its size.
 
@@ -22,6 +24,9 @@ from torch import Tensor
 from maskgen.core.digest import digest_tensors
 from maskgen.core.errors import DataError
 
+PIECE_CHARS = 500_000
+"""Characters tokenised at a time."""
+
 
 def read_tokens(path: Path, tokenizer: Any) -> Tensor:
     """Token ids of a text or `.jsonl` file, int64 `[tokens]`. Raises `DataError` naming file and line."""
@@ -30,8 +35,9 @@ def read_tokens(path: Path, tokenizer: Any) -> Tensor:
     for text in _documents(Path(path)):
         if parts and eos is not None:
             parts.append(np.array([eos], dtype=np.int64))
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(np.array(ids, dtype=np.int64))
+        for piece in _pieces(text):
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            parts.append(np.array(ids, dtype=np.int64))
     if not sum(map(len, parts)):
         raise DataError(f"{path}: holds no text")
     return torch.from_numpy(np.concatenate(parts))
@@ -59,6 +65,27 @@ def calibration_windows(
         for sample, start in zip(mine, positions, strict=True):
             windows[sample] = ids[start : start + window_tokens]
     return torch.stack(windows)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = text.rfind("\n", start + 1, start + PIECE_CHARS)
+        while cut > 0 and text[cut - 1].isspace():  # white space is often one token: do not cut inside it
+            cut = text.rfind("\n", start + 1, cut)
+        cut = start + PIECE_CHARS if cut < 0 else cut
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def check_window_tokens(window_tokens: int, limit: int | None) -> None:
+    """`DataError` when a model that reads at most `limit` tokens (None: any number) cannot read such a window."""
+    if limit is not None and window_tokens > limit:
+        raise DataError(
+            f"calibration windows of {window_tokens} tokens, but the model reads at most {limit}; set "
+            f"calibration.window_tokens to {limit} or less, or leave it out"
+        )
 
 
 def digest_tokens(ids: Tensor) -> str:

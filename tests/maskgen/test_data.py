@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskgen import data
 from maskgen.core.errors import DataError
 from maskgen.data import calibration_windows, digest_tokens, read_tokens
 from tests import models
@@ -37,6 +38,26 @@ def test_jsonl_documents_are_joined_with_eos(tmp_path: Path, tokenizer: models.P
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "the fox", "id": 3}\n\n{"text": "a \\u00e9 boat"}\n', "utf-8")
     assert tokenizer.decode(read_tokens(path, tokenizer).tolist()) == "the fox</s>a é boat"
+
+
+@pytest.mark.parametrize("piece_chars", [97, 1000])
+def test_long_text_gives_the_same_tokens_in_pieces(
+    piece_chars: int, tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n  ".join(models.TEXT[at : at + 71] for at in range(0, 9000, 71)), "utf-8")
+    whole = read_tokens(path, tokenizer)
+    monkeypatch.setattr(data, "PIECE_CHARS", piece_chars)
+    assert torch.equal(read_tokens(path, tokenizer), whole)
+
+
+def test_a_line_longer_than_a_piece_is_cut_and_nothing_is_lost(
+    tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(models.TEXT[:3000], "utf-8")
+    monkeypatch.setattr(data, "PIECE_CHARS", 64)
+    assert tokenizer.decode(read_tokens(path, tokenizer).tolist()) == models.TEXT[:3000]
 
 
 @pytest.mark.parametrize(

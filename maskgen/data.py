@@ -2,7 +2,7 @@
 
 A `.jsonl` file holds one document per line, in the field "text"; any other file is one document. Documents are
 tokenised as they are, without special tokens, and joined with the tokenizer's end-of-sequence token where it has one.
-A document of more than `PIECE_CHARS` characters is tokenised in pieces cut at line ends, because tokenizers need some
+A document of more than `PIECE_CHARS` characters is tokenised in pieces cut before a space, because tokenizers need some
 hundred bytes a token while they work; in byte-level tokenizers that changes no token.
 Windows are cut at positions drawn from a seeded generator; with several files, windows are dealt to them in turn, so
 every file contributes equally whatever its size.
@@ -70,9 +70,9 @@ def calibration_windows(
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARS:
-        cut = text.rfind("\n", start + 1, start + PIECE_CHARS)
+        cut = text.rfind(" ", start + 1, start + PIECE_CHARS)
         while cut > 0 and text[cut - 1].isspace():  # white space is often one token: do not cut inside it
-            cut = text.rfind("\n", start + 1, cut)
+            cut = text.rfind(" ", start + 1, cut)
         cut = start + PIECE_CHARS if cut < 0 else cut
         yield text[start:cut]
         start = cut

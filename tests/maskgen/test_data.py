@@ -45,7 +45,9 @@ def test_long_text_gives_the_same_tokens_in_pieces(
     piece_chars: int, tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("\n\n  ".join(models.TEXT[at : at + 71] for at in range(0, 9000, 71)), "utf-8")
+    path.write_text(
+        "\n\n  ".join(models.TEXT[at : at + 71] for at in range(0, 9000, 71)).replace("On", " \n On"), "utf-8"
+    )
     whole = read_tokens(path, tokenizer)
     monkeypatch.setattr(data, "PIECE_CHARS", piece_chars)
     assert torch.equal(read_tokens(path, tokenizer), whole)

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from maskgen import data, evaluate, model, recipe
 from maskgen.core.digest import digest_weights
 from maskgen.core.perplexity import Protocol
 from maskgen.sweep import sweep
+from tests.bench import record
 
-RESULTS = Path(__file__).parent / "results"
 RECIPES = ("magnitude", "wanda", "sparsegpt-mask-only", "sparsegpt")
 
 
@@ -37,17 +32,20 @@ def main() -> None:
     protocol = Protocol(args.window, max_windows=args.max_windows)
     texts = {path.stem: data.read_tokens(path, tokenizer).tolist() for path in args.eval}
     rows = [{"recipe": "dense", "seed": None, "perplexity": _score(model.load(args.model), texts, protocol)}]
-    for name in RECIPES:
+    for name in args.recipes:
         needs_data = recipe.load(name, []).build_method().needs_data
         for seed in args.seeds if needs_data else [None]:
             rows.append(_measure(args, name, seed, tokenizer, texts, protocol))
             print(json.dumps(rows[-1]), flush=True)  # noqa: T201
-    RESULTS.mkdir(exist_ok=True)
-    stamp = datetime.now(UTC)
-    result = {"created": stamp.isoformat(timespec="seconds"), **_environment(args), "rows": rows}
-    label = f"{args.label}--{platform.machine()}-{os.cpu_count()}core--{stamp:%Y%m%d}"
-    path = RESULTS / f"one-shot--{label}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    facts = {
+        "model_digest": digest_weights(args.model),
+        "calibration": [path.name for path in args.calibrate],
+        "evaluation": [path.name for path in args.eval],
+        "window_tokens": args.window,
+        "max_windows": args.max_windows,
+        "rows": rows,
+    }
+    path = record.save("one-shot", args.label, facts)
     print(table(rows), f"\nwritten: {path.name}")  # noqa: T201
 
 
@@ -103,20 +101,6 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def _environment(args: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit,
-        "model_digest": digest_weights(args.model),
-        "calibration": [path.name for path in args.calibrate],
-        "evaluation": [path.name for path in args.eval],
-        "window_tokens": args.window,
-        "max_windows": args.max_windows,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -125,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval", type=Path, nargs="+", required=True, help="texts to score")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=400)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="shipped recipes to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return parser.parse_args()
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from tests.bench import record
+
 RECIPES = ("magnitude", "wanda", "sparsegpt-mask-only", "sparsegpt")
 SAMPLES, WINDOW_TOKENS = 128, 256
 
@@ -43,19 +41,8 @@ def main() -> None:
             json.loads(subprocess.run([*command, recipe, folder], capture_output=True, check=True).stdout)
             for recipe in RECIPES
         ]
-    stamp = datetime.now(UTC)
-    hardware = f"{platform.machine()}-{os.cpu_count()}core"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {
-        "created": stamp.isoformat(timespec="seconds"),
-        "commit": commit,
-        "torch": torch.__version__,
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "calibration": {"samples": SAMPLES, "window_tokens": WINDOW_TOKENS},
-        "rows": rows,
-    }
-    path = RESULTS / f"sweep-cost--llama-{args.hidden}x{args.layers}--{hardware}--{stamp:%Y%m%d}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    calibration = {"samples": SAMPLES, "window_tokens": WINDOW_TOKENS}
+    path = record.save("sweep-cost", f"llama-{args.hidden}x{args.layers}", {"calibration": calibration, "rows": rows})
     for row in rows:
         print(row)  # noqa: T201
     print(f"written: {path.name}")  # noqa: T201

@@ -1,0 +1,35 @@
+"""Results of measurements: one JSON file each, `<what>--<model>--<hardware>--<yyyymmdd-hhmm>`, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(what: str, model: str, result: dict[str, Any]) -> Path:
+    """Write `result` with commit, versions and hardware; returns the file."""
+    created = datetime.now(UTC)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    hardware = f"{platform.machine()}-{os.cpu_count()}core"
+    value = {
+        "created": created.isoformat(timespec="seconds"),
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        **result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{what}--{model}--{hardware}--{created:%Y%m%d-%H%M}.json"
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+    return path

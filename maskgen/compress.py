@@ -9,7 +9,7 @@ Legend: O = out features, I = in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from maskgen.core.checkpoint import (
+    MISTRAL_CONFIG,
     VALUES_SUFFIX,
     WEIGHT_SUFFIX,
     SparseCheckpoint,
     TensorHeader,
-    check_dimensions,
     read_headers,
 )
 from maskgen.core.config import CONFIG_KEY, SparseConfig
@@ -30,6 +30,8 @@ from maskgen.core.errors import FormatError, ModelError, clip
 from maskgen.core.files import open_tensors, read_json
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from maskgen.core.sizes import check_dimensions
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -96,12 +98,7 @@ def compress(
     `extra` maps names of further JSON files to their values (the resolved recipe). Raises `ModelError` for targets
     that are not in the model, `OutputExistsError`, and whatever `pack` raises; then nothing is left behind.
     """
-    hf_config = read_json(model_dir / "config.json")
-    if CONFIG_KEY in hf_config:
-        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
-    headers = read_headers(model_dir)
-    check_dimensions(model_dir, hf_config, headers)
-    _check_targets(model_dir, config, headers)
+    hf_config, headers = check_source(model_dir, config.pattern, config.targets, config.ignored)
     sizes = {"dense": 0, "packed": 0}
     targets = set(config.targets)
     with CheckpointWriter(
@@ -123,6 +120,31 @@ def compress(
             writer.add(module + VALUES_SUFFIX, packed.values)
             writer.add(module + BITMASK_SUFFIX, packed.bitmask)
     return CompressReport(len(targets), sizes["dense"], sizes["packed"], writer.total_bytes)
+
+
+def check_source(
+    model_dir: Path, pattern: NMPattern, targets: Iterable[str], ignored: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    """Everything about a dense directory that could make `compress` refuse it, found without reading a weight.
+
+    Returns its `config.json` and its headers. Raises `FormatError` and `ModelError`.
+    """
+    hf_config = read_json(model_dir / "config.json")
+    if CONFIG_KEY in hf_config:
+        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
+    headers = read_headers(model_dir)
+    check_dimensions(model_dir, hf_config, {name: header.shape for name, header in headers.items()})
+    _check_targets(model_dir, pattern, targets, headers)
+    for module in ignored:
+        if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
+            raise ModelError(f"{model_dir}: no tensor {module}{WEIGHT_SUFFIX}, though {module} is to be kept dense")
+    for name in headers:
+        if name.endswith((VALUES_SUFFIX, BITMASK_SUFFIX)):
+            raise ModelError(
+                f"{model_dir}: tensor {clip(name)}: {VALUES_SUFFIX} and {BITMASK_SUFFIX} are reserved for packed "
+                "weights; this model cannot be stored sparse"
+            )
+    return hf_config, headers
 
 
 def decompress(sparse_dir: Path, out_dir: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -148,13 +170,13 @@ def load_masks(path: Path) -> MaskSet:
 
 
 def companion_files(model_dir: Path) -> list[Path]:
-    """Tokenizer and settings files that go with the weights; `config.json` and weight indices are not among them."""
+    """Tokenizer and settings files that go with the weights; configurations and weight indices are not among them."""
     return sorted(
         path
         for path in model_dir.iterdir()
         if path.is_file()
         and path.suffix in _COPIED_SUFFIXES
-        and path.name != "config.json"
+        and path.name not in ("config.json", MISTRAL_CONFIG)
         and not path.name.endswith(".index.json")
     )
 
@@ -172,23 +194,16 @@ def model_label(model_dir: Path) -> str:
     return model_dir.resolve().name or "model"
 
 
-def _check_targets(model_dir: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
-    for module in config.targets:
+def _check_targets(
+    model_dir: Path, pattern: NMPattern, targets: Iterable[str], headers: Mapping[str, TensorHeader]
+) -> None:
+    for module in targets:
         header = headers.get(module + WEIGHT_SUFFIX)
         if header is None:
             raise ModelError(
-                f"{model_dir}: no tensor {module}{WEIGHT_SUFFIX}, though the masks name it; if it was saved under "
-                "other names, load it with transformers and save_pretrained it again"
+                f"{model_dir}: no tensor {module}{WEIGHT_SUFFIX}, though {module} is to be sparse; if it was saved "
+                "under other names, load it with transformers and save_pretrained it again"
             )
         if len(header.shape) != 2:
             raise ModelError(f"{model_dir}: {module}{WEIGHT_SUFFIX} has shape {header.shape}, expected a matrix")
-        config.pattern.check_columns(header.shape[1], module)
-    for module in config.ignored:
-        if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
-            raise ModelError(f"{model_dir}: no tensor {module}{WEIGHT_SUFFIX}, though {module} is to be kept dense")
-    for name in headers:
-        if name.endswith((VALUES_SUFFIX, BITMASK_SUFFIX)):
-            raise ModelError(
-                f"{model_dir}: tensor {clip(name)}: {VALUES_SUFFIX} and {BITMASK_SUFFIX} are reserved for packed "
-                "weights; this model cannot be stored sparse"
-            )
+        pattern.check_columns(header.shape[1], module)

@@ -84,11 +84,11 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_run(out: Path, report: SweepReport, written: CompressReport) -> None:
-    """What a sweep did and cost."""
+def print_run(out: Path, report: SweepReport, written: CompressReport, peak_bytes: int) -> None:
+    """What a run did and cost; `peak_bytes` is the peak of all of it."""
     say(
         f"pruned {len(report.targets)} layers, {report.million_weights:,.1f} M weights, in {report.total_s:.1f} s "
-        f"({report.s_per_million_weights:.2f} s per M), peak memory {megabytes(report.peak_rss_bytes)}"
+        f"({report.s_per_million_weights:.2f} s per M), peak memory {megabytes(peak_bytes)}"
     )
     if report.resumed_blocks:
         say(f"  {report.resumed_blocks} blocks were finished by an earlier run")

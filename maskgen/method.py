@@ -37,6 +37,9 @@ class LocalMethod(ABC):
 
     needs_data: ClassVar[bool] = True
 
+    def check_pattern(self, pattern: NMPattern) -> None:  # noqa: B027 - most methods take every pattern
+        """Raise `RecipeError` if these options do not go with `pattern`; asked when the recipe is read."""
+
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
         """Fold float32 calibration inputs `[T, I]` into `stats` (None at first) and return the new `stats`.
 

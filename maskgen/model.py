@@ -8,7 +8,8 @@ reported by name with the reason. This file and `hf_loader` are the only ones th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -28,6 +30,20 @@ from maskgen.core.pattern import NMPattern
 logger = logging.getLogger(__name__)
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+_HF_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
+"""What transformers is known to raise for configurations and weights it cannot use."""
 
 OUTSIDE = "outside the decoder blocks"
 """Why embeddings' projections and `lm_head` stay dense."""
@@ -75,10 +91,10 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
     """
     hf_loader.register()
     path = Path(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None and not is_sparse_checkpoint(path):
-            raise ModelError(f"{path}: already quantized; start from the model in bfloat16, float16 or float32")
+    config = _config(path)
+    if getattr(config, "quantization_config", None) is not None and not is_sparse_checkpoint(path):
+        raise ModelError(f"{path}: already quantized; start from the model in bfloat16, float16 or float32")
+    with _clear_errors(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -87,10 +103,6 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except SparseError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             raise ModelError(f"{path}: {len(info[kind])} {kind.replace('_', ' ')}, such as {sorted(info[kind])[0]}")
@@ -109,10 +121,13 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def linear_names(path: Path) -> list[str]:
-    """Names of every `nn.Linear` of a model directory, from its config alone (no weights are read)."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    """Names of every `nn.Linear` of a model directory, from its config alone (no weights are read).
+
+    Raises `ModelError` when transformers cannot make such a model.
+    """
+    config = _config(path)
+    with _clear_errors(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
@@ -168,7 +183,31 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def max_tokens(model: nn.Module) -> int | None:
     """Longest sequence the model was made for, if its config says so."""
-    config: Any = model.config
+    return _context_tokens(model.config)
+
+
+def stored_max_tokens(path: Path) -> int | None:
+    """`max_tokens` of a model directory, from its config alone; `ModelError` when transformers cannot read that."""
+    return _context_tokens(_config(path))
+
+
+def _config(path: Path) -> Any:
+    with _clear_errors(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Whatever transformers raises about a model directory becomes one `ModelError`."""
+    try:
+        yield
+    except SparseError:
+        raise
+    except _HF_ERRORS as error:
+        raise ModelError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+
+
+def _context_tokens(config: Any) -> int | None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 

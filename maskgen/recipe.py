@@ -13,7 +13,7 @@ are resolved when the recipe is read, so a recipe that spells out a default and 
 
     [calibration]
     samples = 128                          # windows of calibration text
-    window_tokens = 2048                   # tokens of each
+    window_tokens = 2048                   # tokens of each (default: 2048, or the model's context if that is shorter)
     seed = 0                               # where in the text they are cut
     batch = 8                              # windows per forward pass
 
@@ -45,6 +45,9 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.method import LocalMethod, create
 
+WINDOW_TOKENS = 2048
+"""Length of calibration windows, for models that read as much."""
+
 _Pattern = Annotated[
     NMPattern,
     BeforeValidator(lambda value: value if isinstance(value, NMPattern) else NMPattern.parse(value)),
@@ -57,10 +60,13 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """Calibration text: `samples` windows of `window_tokens` tokens; `batch` windows go through a block together."""
+    """Calibration text: `samples` windows of `window_tokens` tokens; `batch` windows go through a block together.
+
+    `window_tokens` is None until `Recipe.for_context` has seen the model.
+    """
 
     samples: int = Field(default=128, ge=1)
-    window_tokens: int = Field(default=2048, ge=1)
+    window_tokens: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     batch: int = Field(default=8, ge=1)
 
@@ -88,6 +94,22 @@ class Recipe(_Strict):
     method: MethodSpec
     calibration: Calibration = Calibration()
     ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> Recipe:
+        self.build_method().check_pattern(self.pattern)
+        return self
+
+    def for_context(self, limit: int | None) -> Recipe:
+        """This recipe with `window_tokens` settled for a model that reads at most `limit` tokens (None: any number).
+
+        A number that the recipe gives stays as it is.
+        """
+        if self.calibration.window_tokens is not None:
+            return self
+        window_tokens = WINDOW_TOKENS if limit is None else min(WINDOW_TOKENS, limit)
+        calibration = self.calibration.model_copy(update={"window_tokens": window_tokens})
+        return self.model_copy(update={"calibration": calibration})
 
     def build_method(self) -> LocalMethod:
         """The method, ready to use."""

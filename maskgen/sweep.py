@@ -34,7 +34,7 @@ from maskgen.core.digest import digest_json
 from maskgen.core.errors import DataError, ModelError, NumericalError, PatternError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.data import digest_tokens
+from maskgen.data import check_window_tokens, digest_tokens
 from maskgen.method import LocalMethod
 from maskgen.model import Plan, max_tokens, plan
 from maskgen.recipe import Recipe
@@ -110,10 +110,11 @@ class _Observer:
             self.stats[name] = self.method.observe(self.stats.get(name), x.reshape(-1, x.shape[-1]))
 
 
-def run_digest(recipe: Recipe, base_digest: str, windows: Tensor | None) -> str:
-    """What identifies a run: recipe, dense weights and calibration tokens."""
+def run_digest(recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu") -> str:
+    """What identifies a run: recipe, dense weights, calibration tokens, and whose arithmetic made its bits."""
     data = None if windows is None else digest_tokens(windows)
-    return digest_json({"recipe": recipe.digest(), "base": base_digest, "data": data})
+    arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
+    return digest_json({"recipe": recipe.digest(), "base": base_digest, "data": data, **arithmetic})
 
 
 @torch.no_grad()
@@ -132,12 +133,13 @@ def sweep(
     weights `model` was loaded from. Raises `ModelError`, `DataError`, `NumericalError` (naming the layer), and
     `OutputExistsError` when `work_dir` belongs to another run.
     """
-    todo = plan(model, recipe.pattern, recipe.ignore)
-    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows), recipe.pattern)
+    todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.build_method()
+    data = _data_for(method, recipe, windows, max_tokens(model))
+    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device), recipe.pattern)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
-    run = _Sweep(recipe.build_method(), todo, work, torch.device(device), progress, max(unfinished, default=-1))
-    if run.method.needs_data and unfinished:
-        run.recording = _record(model, todo, windows, recipe)
+    run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1))
+    if data is not None and unfinished:
+        run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
     for index in range(len(todo.blocks)):
         run.prune_block(index)
     count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
@@ -246,13 +248,11 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _record(model: nn.Module, todo: Plan, windows: Tensor | None, recipe: Recipe) -> blocks.Recording:
+def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit: int | None) -> Tensor | None:
+    """The windows `method` is to see, checked: a mistake must not leave a work directory that outlives it."""
+    if not method.needs_data:
+        return None
     if windows is None:
         raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
-    limit = max_tokens(model)
-    if limit is not None and windows.shape[1] > limit:
-        raise DataError(
-            f"calibration windows of {windows.shape[1]} tokens, but the model reads at most {limit}; set "
-            f"calibration.window_tokens to {limit} or less"
-        )
-    return blocks.record(model, todo.blocks, windows.split(recipe.calibration.batch))
+    check_window_tokens(windows.shape[1], limit)
+    return windows

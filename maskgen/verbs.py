@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import torch
 from maskgen import compress as compressor
 from maskgen import data, display, evaluate, model, recipe
 from maskgen import demo as demos
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, is_sparse_checkpoint, read_headers
+from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, ModelError, OutputExistsError
@@ -22,7 +23,8 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Protocol
 from maskgen.inspect import inspect
 from maskgen.recipe import Recipe
-from maskgen.sweep import sweep
+from maskgen.sweep import SweepReport, peak_rss_bytes, sweep
+from maskgen.workdir import WorkDir
 
 RECIPE_FILE = "maskgen_recipe.json"
 """The resolved recipe, written beside the weights."""
@@ -38,14 +40,12 @@ def run(args: argparse.Namespace) -> None:
     device, model_dir = _device(args.device), model.resolve(args.model)
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{args.model}: already sparse; start from the dense model")
-    windows = _calibration(wanted, args.data, model_dir)
+    limit = model.stored_max_tokens(model_dir)
+    wanted = wanted.for_context(limit)
+    windows = _calibration(wanted, args.data, model_dir, limit)
     base_digest = digest_weights(model_dir)
-    work_dir = args.out.with_name(args.out.name + ".work")
-    with display.bar() as bar:
-        task = bar.add_task("loading", total=None, note="")
-        loaded = model.load(model_dir)
-        _check_stored_names(model_dir, model.plan(loaded, wanted.pattern, wanted.ignore))
-        report, work = sweep(loaded, wanted, windows, work_dir, base_digest, device, display.sweep_progress(bar, task))
+    report, work = _prune(model_dir, wanted, windows, args.out, base_digest, device)
+    gc.collect()
     masks = work.mask_set(base_digest, wanted.digest())
     config = SparseConfig(
         pattern=wanted.pattern,
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         masks.save(args.masks_out)
     if not args.keep_work:
         work.remove()
-    display.print_run(args.out, report, written)
+    display.print_run(args.out, report, written, peak_rss_bytes())
 
 
 def compress(args: argparse.Namespace) -> None:
@@ -154,26 +154,34 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _calibration(wanted: Recipe, files: list[Path], model_dir: Path) -> torch.Tensor | None:
+def _calibration(wanted: Recipe, files: list[Path], model_dir: Path, limit: int | None) -> torch.Tensor | None:
     if not wanted.build_method().needs_data:
         return None
     if not files:
         raise DataError(f"method {wanted.method.name} needs calibration text; give it with --data FILE ...")
     section = wanted.calibration
+    assert section.window_tokens is not None
+    data.check_window_tokens(section.window_tokens, limit)
     generator = torch.Generator().manual_seed(section.seed)
     tokenizer = model.load_tokenizer(model_dir)
     return data.calibration_windows(files, tokenizer, section.samples, section.window_tokens, generator)
 
 
-def _check_stored_names(model_dir: Path, plan: model.Plan) -> None:
-    """Layers are replaced in the files by name: find out before the work, not after it, that a name is not there."""
-    stored = read_headers(model_dir)
-    absent = [name for targets in plan.targets for name in targets if name + WEIGHT_SUFFIX not in stored]
-    if absent:
-        raise ModelError(
-            f"{model_dir}: {absent[0]} is stored under another name; load the model with transformers, save_pretrained "
-            "it, and prune the copy"
-        )
+def _prune(
+    model_dir: Path, wanted: Recipe, windows: torch.Tensor | None, out: Path, base_digest: str, device: str
+) -> tuple[SweepReport, WorkDir]:
+    """Load and sweep. The dense model lives in here only: what follows needs the memory, and not the model.
+
+    Some architectures refer to themselves, which only the collector undoes; the caller runs it.
+    """
+    work_dir = out.with_name(out.name + ".work")
+    with display.bar() as bar:
+        task = bar.add_task("loading", total=None, note="")
+        loaded = model.load(model_dir)
+        plan = model.plan(loaded, wanted.pattern, wanted.ignore)
+        targets = [name for block in plan.targets for name in block]
+        compressor.check_source(model_dir, wanted.pattern, targets, plan.ignored)
+        return sweep(loaded, wanted, windows, work_dir, base_digest, device, display.sweep_progress(bar, task))
 
 
 def _label(source: str, model_dir: Path) -> str:

@@ -2,7 +2,7 @@
 
 `block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, written under a temporary name,
 flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (digest over recipe, base
-weights and data); another run is refused rather than mixed in.
+weights, data and what computes); another run is refused rather than mixed in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 
 from maskgen.core.checkpoint import VALUES_SUFFIX
 from maskgen.core.errors import FormatError, OutputExistsError
-from maskgen.core.files import fsync_path, open_tensors, read_json, temporary_sibling, write_json
+from maskgen.core.files import (
+    fsync_path,
+    is_temporary,
+    open_tensors,
+    read_json,
+    temporary_sibling,
+    write_json,
+)
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
@@ -33,12 +40,12 @@ class WorkDir:
         self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
         self._file_of: dict[str, Path] = {}
         run_file = self.path / _RUN_FILE
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and _holds_only_leftovers(self.path)):
             write_json(run_file, {"run": run_digest})
         elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
             raise OutputExistsError(
-                f"{self.path}: belongs to another run (different recipe, model or data); delete it to start over, or "
-                "choose another --out"
+                f"{self.path}: belongs to another run (different recipe, model, data, kind of device or version of "
+                "torch); delete it to start over, or choose another --out"
             )
 
     def has(self, block: int) -> bool:
@@ -93,3 +100,8 @@ class WorkDir:
 
     def _path(self, block: int) -> Path:
         return self.path / f"block-{block:05d}.safetensors"
+
+
+def _holds_only_leftovers(path: Path) -> bool:
+    """A process killed before `run.json` was whole leaves its temporary name behind, and nothing worth keeping."""
+    return all(is_temporary(entry) for entry in path.iterdir())

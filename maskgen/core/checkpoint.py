@@ -2,14 +2,16 @@
 
 `SparseCheckpoint.open` treats the directory as hostile input. In this order, and before anything is allocated from
 what the files claim: `config.json` is strict JSON with a known `quantization_config`; the shard list names plain files
-inside the directory and no other weight file lies beside them (an engine that globs would load it unverified); every
-shard parses; the set of tensors is exactly what the manifest implies; dtypes and shapes belong together and to the
-model's dimensions; and (unless `verify_bits=False`) every bitmask has exactly `n` bits set in each group, and all of
-them together have the manifest's `mask_digest`. Only then may a kernel see a tensor.
+inside the directory, no other weight file lies beside them (an engine that globs would load it unverified), and nothing
+makes an engine take the directory for one in Mistral's format, with sizes from another file; every shard parses; the
+set of tensors is exactly what the manifest implies; dtypes and shapes belong together and to the model's dimensions
+(`sizes`); and (unless `verify_bits=False`) every bitmask has exactly `n` bits set in each group, and all of them
+together have the manifest's `mask_digest`. Only then may a kernel see a tensor.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,15 +25,17 @@ from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, read_json
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet, check_bits, digest_bitmasks
 from maskgen.core.packed import PackedTensor, check_shapes
+from maskgen.core.sizes import check_dimensions
 
 VALUES_SUFFIX = ".values"
 WEIGHT_SUFFIX = ".weight"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 VALUE_DTYPES = ("BF16", "F16", "F32")
+MISTRAL_CONFIG = "params.json"
+"""`config.json` of Mistral's format, whose weights are `consolidated*.safetensors`; vLLM prefers it to ours."""
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
-_BLOCK_INDEX = re.compile(r"\.([0-9]+)\.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class SparseCheckpoint:
         headers = read_headers(path)
         _check_shards(path, headers)
         _check_tensors(path, config, headers)
-        check_dimensions(path, hf_config, headers)
+        check_dimensions(path, hf_config, {name: header.shape for name, header in headers.items()})
         checkpoint = cls(path, config, hf_config, headers)
         if verify_bits:
             _check_masks(checkpoint)
@@ -157,6 +161,14 @@ def _check_shards(path: Path, headers: Mapping[str, TensorHeader]) -> None:
                 f"{path}: {clip(file.name)} is not one of the checkpoint's shards {clip(sorted(shards))}; an engine "
                 "might load it unverified: remove it"
             )
+    mistral = [name for name in sorted(shards) if name.lower().startswith("consolidated")]
+    if os.path.lexists(path / MISTRAL_CONFIG):
+        mistral.append(MISTRAL_CONFIG)
+    if mistral:
+        raise FormatError(
+            f"{path}: {clip(mistral[0])} belongs to Mistral's format, whose sizes an engine would use unverified; a "
+            f"sparse checkpoint has neither {MISTRAL_CONFIG} nor consolidated*.safetensors"
+        )
 
 
 def _check_tensors(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
@@ -198,27 +210,4 @@ def _check_masks(checkpoint: SparseCheckpoint) -> None:
         raise FormatError(
             f"{checkpoint.path}: the stored masks have digest {digest}, but {CONFIG_KEY} says {config.mask_digest}; "
             "masks and manifest come from different runs: write the checkpoint again"
-        )
-
-
-def check_dimensions(path: Path, hf_config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
-    """Raise `FormatError` if `config.json` claims a model larger than what is stored: engines allocate what it claims.
-
-    More blocks may be stored than `num_hidden_layers` (layers for multi-token prediction), never fewer.
-    """
-    sizes = {size for header in headers.values() for size in header.shape}
-    sizes |= {
-        header.shape[1] * 8
-        for name, header in headers.items()
-        if name.endswith(BITMASK_SUFFIX) and len(header.shape) == 2
-    }
-    for key in ("hidden_size", "intermediate_size", "ffn_dim", "vocab_size"):
-        size = hf_config.get(key)
-        if size is not None and (type(size) is not int or size not in sizes):
-            raise FormatError(f"{path}: config.json: {key} {clip(size)} is not a dimension of any stored tensor")
-    blocks = {match[1] for name in headers if (match := _BLOCK_INDEX.search(name))}
-    layers = hf_config.get("num_hidden_layers")
-    if layers is not None and (type(layers) is not int or not 1 <= layers <= len(blocks)):
-        raise FormatError(
-            f"{path}: config.json: num_hidden_layers {clip(layers)}, but tensors of {len(blocks)} blocks are stored"
         )

@@ -31,6 +31,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_JSON_VALUES = 1 << 22
 """Parsed values take up to twenty times the bytes of their text; the index of a 1T model holds a tenth of these."""
 
+_TEMPORARY_SUFFIX = ".partial"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -131,13 +132,18 @@ def fsync_path(path: Path) -> None:
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
     try:
         yield temporary
         temporary.replace(path)
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed `temporary_sibling` may have left this name behind."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY_SUFFIX)
 
 
 def write_json(path: Path, value: Any) -> None:

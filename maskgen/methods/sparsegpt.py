@@ -64,12 +64,16 @@ class SparseGPT(LocalMethod):
         stats.tokens += x_TI.shape[0]
         return stats
 
-    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern) -> Solution:
-        """Mask, and with `update` the compensated weights (float32, zero where pruned)."""
+    def check_pattern(self, pattern: NMPattern) -> None:
+        """Blocks hold whole groups."""
         if self.block % pattern.m:
             raise RecipeError(
                 f"method.block {self.block}: not a multiple of {pattern.m}, the group size of pattern {pattern}"
             )
+
+    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern) -> Solution:
+        """Mask, and with `update` the compensated weights (float32, zero where pruned)."""
+        self.check_pattern(pattern)
         hessian_II = stats.sum_II * (2.0 / stats.tokens)
         dead_I = hessian_II.diagonal() == 0
         hessian_II.diagonal()[dead_I] = 1.0
@@ -85,19 +89,26 @@ def _inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
     """Upper triangular U with (H + damp * mean(diag H) * I)^-1 = U^T U; more damping if the factorisation fails."""
     mean = hessian_II.diagonal().mean()
     eye_II = torch.eye(hessian_II.shape[0], dtype=hessian_II.dtype, device=hessian_II.device)
-    tried: list[float] = []
-    while not tried or damp <= _MAX_RETRY_DAMP * 1.001:
-        tried.append(damp)
+    damps = _damps(damp)
+    for damp in damps:
         reversed_II = (hessian_II + eye_II * (damp * mean)).flip(0, 1)
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
         if info == 0 and torch.isfinite(lower_II).all():
             inverse_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), eye_II, upper=True)
             return inverse_II
-        damp *= 10
     raise NumericalError(
         f"Cholesky factorisation of the {hessian_II.shape[0]} x {hessian_II.shape[0]} Hessian failed with damping "
-        f"{tried}; raise method.damp or use more calibration samples"
+        f"{damps}; raise method.damp or use more calibration samples"
     )
+
+
+def _damps(damp: float) -> list[float]:
+    """What to try: `damp`, then ten times more each time up to `_MAX_RETRY_DAMP`; only `damp` if it is that or more."""
+    damps = [damp]
+    while damps[-1] < _MAX_RETRY_DAMP:
+        more = damps[-1] * 10
+        damps.append(more if more < _MAX_RETRY_DAMP * 0.999 else _MAX_RETRY_DAMP)
+    return damps
 
 
 def _sweep(weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern, block: int) -> Solution:

@@ -199,7 +199,8 @@ def _vllm_engine(dtype: str, context_tokens: int) -> MakeEngine:
     flags = ["--dtype", dtype, "--max-model-len", str(context_tokens), "--disable-log-stats"]
 
     def make(model_dir: Path) -> Engine:
-        return VllmEngine(str(model_dir), flags)
+        # A report is kept and passed on: it names the model, not where it lay on this machine.
+        return VllmEngine(str(model_dir), [*flags, "--served-model-name", model_dir.resolve().name])
 
     return make
 

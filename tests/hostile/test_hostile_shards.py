@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.checkpoint import INDEX_NAME, SparseCheckpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
@@ -242,6 +242,30 @@ def test_weight_files_beside_the_shards_are_refused(victim: Path, name: str) -> 
     """Engines that read every *.safetensors of a directory would load them unverified."""
     save_file({UP + ".values": torch.ones(64, 16)}, victim / name)
     refused(SparseCheckpoint.open, victim, f"'{name}' is not one of the checkpoint's shards")
+
+
+def test_shards_that_make_an_engine_read_another_format(tmp_path: Path) -> None:
+    """vLLM prefers `params.json` to `config.json` where the weights have Mistral's names, and takes its sizes."""
+    path = sparse_dir(tmp_path / "victim", shard_bytes=8000)
+    index = json.loads((path / INDEX_NAME).read_text())
+    last = max(index["weight_map"].values())
+    (path / last).rename(path / "consolidated.safetensors")
+    for name, shard in index["weight_map"].items():
+        index["weight_map"][name] = "consolidated.safetensors" if shard == last else shard
+    (path / INDEX_NAME).write_text(json.dumps(index))
+    refused(SparseCheckpoint.open, path, r"'consolidated\.safetensors' belongs to Mistral's format")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling"])
+def test_a_configuration_in_another_format(victim: Path, kind: str) -> None:
+    file = victim / "params.json"
+    if kind == "file":
+        file.write_text('{"dim": 1000000}')
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(victim / "none")
+    refused(SparseCheckpoint.open, victim, r"'params\.json' belongs to Mistral's format")
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "device", "loop", "dangling", "missing"])

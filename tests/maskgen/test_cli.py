@@ -21,8 +21,10 @@ from maskgen.core.mask import MaskSet
 from maskgen.core.perplexity import Protocol
 from maskgen.recipe import load
 from tests import models
+from tests.directories import edit_config
 
 ModelDir = Callable[..., Path]
+LONG = ["--set", f"calibration.window_tokens={models.MAX_TOKENS + 1}"]
 SMALL = ["--set", "calibration.window_tokens=32", "--set", "calibration.samples=6"]
 
 
@@ -145,7 +147,10 @@ def test_a_run_without_data_and_with_kept_work(
         (["run", "nope", "--model", "{dense}", "--out", "{tmp}/o"], "no recipe 'nope'; shipped recipes are"),
         (["run", "wanda", "--model", "{dense}", "--out", "{tmp}/o"], "give it with --data"),
         (["run", "wanda", "--model", "{dense}", "--data", "{tmp}/no", "--out", "{tmp}/o"], "no: cannot be read"),
-        (["run", "wanda", "--model", "{dense}", "--data", "{text}", "--out", "{tmp}/o"], "at most 128"),
+        (
+            ["run", "wanda", "--model", "{dense}", "--data", "{text}", "--out", "{tmp}/o", *LONG],
+            "windows of 129 tokens, but the model reads at most 128",
+        ),
         (["run", "magnitude", "--model", "{tmp}/no", "--out", "{tmp}/o"], "not a directory"),
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--set", "x=1"], "unknown key x"),
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--device", "cuda:99"], "--device cuda:99"),
@@ -187,7 +192,11 @@ def test_models_that_cannot_be_written_are_refused_before_the_work(
     unprefixed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(unprefixed, renamed / "model.safetensors", metadata={"format": "pt"})
     code, _, errors = run(capsys, "run", "magnitude", "--model", renamed, "--out", tmp_path / "o")
-    assert code == 2 and "model.layers.0.self_attn.q_proj is stored under another name" in errors
+    assert code == 2 and "no tensor model.layers.0.self_attn.q_proj.weight" in errors and "other names" in errors
+    oversized = shutil.copytree(model_dir(), tmp_path / "oversized")
+    edit_config(oversized, lambda config: config.update(num_experts=10**6))
+    code, _, errors = run(capsys, "run", "magnitude", "--model", oversized, "--out", tmp_path / "o")
+    assert code == 2 and "num_experts 1000000" in errors and not (tmp_path / "o.work").exists()
 
 
 def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

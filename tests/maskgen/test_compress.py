@@ -90,7 +90,7 @@ def test_two_four_in_sixteen_bits_is_nine_sixteenths(tmp_path: Path) -> None:
 
 def test_what_travels_with_the_weights_and_what_does_not(tmp_path: Path) -> None:
     dense = dense_dir(tmp_path / "dense", shard_bytes=4000)
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"):
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "params.json"):
         (dense / name).write_text("{}")
     (dense / "folder.json").mkdir()
     compress_masks(dense, magnitude_masks(dense), tmp_path / "sparse")
@@ -191,7 +191,7 @@ def test_names_that_are_not_in_the_model(tmp_path: Path) -> None:
     masks = magnitude_masks(dense_dir(tmp_path / "dense"))
     for name in ("model.layers.9.mlp.up_proj", "model.norm.weight", "layers.0.mlp.up_proj"):
         refused(
-            tmp_path / "dense", masks, ModelError, f"dense: no tensor {name}.weight, though the masks", targets=(name,)
+            tmp_path / "dense", masks, ModelError, f"dense: no tensor {name}.weight, though {name} is", targets=(name,)
         )
         refused(tmp_path / "dense", masks, ModelError, f"no tensor {name}.weight, though {name} is", ignored=(name,))
 

@@ -29,9 +29,20 @@ def test_defaults_are_resolved_so_spelling_them_out_changes_nothing() -> None:
         'pattern = "2:4"\nignore = []\n[method]\nname = "sparsegpt"\nblock = 128\ndamp = 0.01\nupdate = true\n'
         "[calibration]\nsamples = 128\nwindow_tokens = 2048\nseed = 0\nbatch = 8\n"
     )
-    assert recipe.parse(MINIMAL) == recipe.parse(spelled_out)
-    assert recipe.parse(MINIMAL).digest() == recipe.parse(spelled_out).digest()
-    assert recipe.parse(MINIMAL).digest().startswith("sha256:")
+    settled = recipe.parse(MINIMAL).for_context(4096)
+    assert settled == recipe.parse(spelled_out)
+    assert settled.digest() == recipe.parse(spelled_out).digest()
+    assert settled.digest().startswith("sha256:")
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 2048), (131072, 2048), (2048, 2048), (1024, 1024), (1, 1)])
+def test_the_window_follows_the_model_unless_it_is_given(limit: int | None, expected: int) -> None:
+    for name in recipe.names():
+        settled = recipe.load(name).for_context(limit)
+        assert settled.calibration.window_tokens == expected
+        assert settled == recipe.load(name, [f"calibration.window_tokens={expected}"])
+    given = recipe.load("wanda", ["calibration.window_tokens=512"])
+    assert given.for_context(limit) == given
 
 
 @pytest.mark.parametrize(
@@ -88,6 +99,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ('method = "wanda"\n', "method: expected a table with a name"),
         ("", "method: field required"),
         ('pattern = "4:2"\n' + MINIMAL, "pattern 4:2"),
+        ('pattern = "4:8"\n' + MINIMAL + "block = 12\n", r"method\.block 12: not a multiple of 8"),
         ("pattern = 24\n" + MINIMAL, "pattern 24"),
         ("ignore = 3\n" + MINIMAL, "ignore: "),
         ("ignore = [3]\n" + MINIMAL, r"ignore\.0: "),

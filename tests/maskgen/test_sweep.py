@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen import model as models_of_hf
-from maskgen.core.errors import DataError, NumericalError
+from maskgen.core.errors import DataError, NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.method import LocalMethod, Solution
 from maskgen.recipe import Recipe
@@ -188,6 +188,9 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     long = torch.zeros(2, models.MAX_TOKENS + 1, dtype=torch.int64)
     with pytest.raises(DataError, match=rf"at most {models.MAX_TOKENS}; set calibration\.window_tokens"):
         run(model, recipe("wanda"), tmp_path / "b", long)
+    with pytest.raises(RecipeError, match="matches no linear layer"):
+        run(model, recipe("wanda", "ignore=['nothing']"), tmp_path / "c")
+    assert not list(tmp_path.iterdir()), "a mistake left a work directory behind, which then belongs to another run"
 
 
 def test_a_layer_that_never_runs_is_named(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_computed_again(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(first.state_dict()[report.targets[0] + ".weight"], work.packed(report.targets[0]).unpack())
 
 
-def test_another_run_does_not_mix_in(tmp_path: Path) -> None:
+def test_another_run_does_not_mix_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(models.build("llama"), recipe("wanda"), tmp_path / "work")
     for wanted, data in ((recipe("sparsegpt"), windows()), (recipe("wanda"), windows(seed=1))):
         with pytest.raises(OutputExistsError, match=r"work: belongs to another run .*delete it .*choose another --out"):
@@ -95,12 +95,36 @@ def test_another_run_does_not_mix_in(tmp_path: Path) -> None:
         run_digest(recipe("wanda"), BASE, windows(seed=1)),
         run_digest(recipe("wanda"), BASE, None),
         run_digest(recipe("wanda", "calibration.seed=1"), BASE, windows()),
+        run_digest(recipe("wanda"), BASE, windows(), "cuda"),
     }
-    assert len(digests) == 5
+    assert len(digests) == 6
+    assert run_digest(recipe("wanda"), BASE, windows(), "cuda:1") in digests
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        assert run_digest(recipe("wanda"), BASE, windows()) not in digests
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(OutputExistsError):
         run(models.build("llama"), recipe("wanda"), tmp_path / "other")
+
+
+def test_another_device_does_not_continue_a_run(tmp_path: Path) -> None:
+    """Bits depend on what computes them; the meta device stands for one this machine may not have."""
+    run(models.build("llama"), recipe("wanda"), tmp_path / "work")
+    with pytest.raises(OutputExistsError, match="kind of device"):
+        run(models.build("llama"), recipe("wanda"), tmp_path / "work", device="meta")
+
+
+def test_leftovers_of_a_killed_start_do_not_count(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / ".run.json.123.partial").write_text('{"ru')
+    WorkDir(work, BASE, recipe("wanda").pattern)
+    WorkDir(work, BASE, recipe("wanda").pattern)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.partial").touch()
+    with pytest.raises(OutputExistsError):
+        WorkDir(tmp_path / "other", BASE, recipe("wanda").pattern)
 
 
 def test_a_damaged_block_file_is_named(tmp_path: Path) -> None:

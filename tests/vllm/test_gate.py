@@ -36,6 +36,7 @@ def test_a_tolerant_gate_passes(pair: tuple[Path, Path], tmp_path: Path, capsys:
     assert results["memory"]["numbers"]["fraction"] == 0.5 + 1 / 32
     assert report["provenance"]["base_matches"] is True
     assert len(report["evidence"]["sparse"]["served"]["nll_per_window"]) == 24
+    assert str(pair[0].parent) not in json.dumps(report)
     assert "# Gate: PASS" in capsys.readouterr().out
 
 

@@ -5,6 +5,8 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,31 @@ def test_a_hopeless_hessian_is_a_numerical_error() -> None:
         SparseGPT().solve(weight_OI, Gram(torch.eye(32) - torch.ones(32, 32), 1), PATTERN)
     with pytest.raises(NumericalError):
         SparseGPT().solve(weight_OI, Gram(torch.full((32, 32), torch.nan), 1), PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("damp", "tried"),
+    [
+        (0.01, "0.01, 0.1"),
+        (0.03, "0.03, 0.1"),
+        (0.002, "0.002, 0.02, 0.1"),
+        (1e-4, "0.0001, 0.001, 0.01, 0.1"),
+        (0.1, "0.1"),
+        (0.5, "0.5"),
+    ],
+)
+def test_damping_is_raised_to_a_tenth_and_no_further(damp: float, tried: str) -> None:
+    weight_OI, _ = layer()
+    with pytest.raises(NumericalError, match=re.escape(f"damping [{tried}];")):
+        SparseGPT(damp=damp).solve(weight_OI, Gram(torch.eye(32) - torch.ones(32, 32), 1), PATTERN)
+
+
+def test_the_last_damping_counts() -> None:
+    """A Hessian that needs more than 0.03 of its mean diagonal and less than 0.1."""
+    weight_OI, _ = layer()
+    hessian_II = torch.eye(32) - torch.ones(32, 32) / 30
+    solution = SparseGPT(damp=0.03).solve(weight_OI, Gram(hessian_II, 2), PATTERN)
+    assert solution.weight is not None and torch.isfinite(solution.weight).all()
 
 
 @pytest.mark.parametrize("damp", [0.0, -1.0, float("nan"), float("inf")])

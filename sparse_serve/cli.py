@@ -20,8 +20,9 @@ _VERBS = {
     "generate": ("sparse_serve.client", "send one prompt to a running server over gRPC"),
     "gate": ("sparse_serve.gate.run", "prove that a sparse checkpoint is good enough to replace its dense base"),
 }
-_SERVE_EPILOG = """Every flag of `vllm serve` is accepted too and handed to vLLM: --max-model-len 4096,
---tensor-parallel-size 2, --dtype float32, ... `python -m sparse_serve.vllm_cli serve --help=all` lists them."""
+_SERVE_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:
+--max-model-len 4096, --tensor-parallel-size 2, --dtype float32, ...
+`python -m sparse_serve.vllm_cli serve --help=all` lists them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +61,17 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _serve(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="sparse-serve serve", description=_VERBS["serve"][1], epilog=_SERVE_EPILOG, allow_abbrev=False
+        prog="sparse-serve serve",
+        usage="%(prog)s MODEL [flags]",
+        description=_VERBS["serve"][1],
+        epilog=_SERVE_EPILOG,
+        allow_abbrev=False,
     )
-    parser.add_argument("model", help="directory of a sparse or dense checkpoint, or a Hugging Face model name")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory of a sparse or dense checkpoint, or a Hugging Face model name; comes before vLLM's flags",
+    )
     Settings.add_arguments(parser)
     ours, vllm_flags = parser.parse_known_args(arguments)
     settings = Settings.from_sources(vars(ours), os.environ)
@@ -73,8 +82,9 @@ def _serve(arguments: list[str]) -> int:
     from sparse_serve.engine.vllm_engine import VllmEngine
     from sparse_serve.server import Server
 
+    engine = VllmEngine(ours.model, vllm_flags, settings.drain_s)
+
     async def run() -> int:
-        engine = VllmEngine(ours.model, vllm_flags, settings.drain_s)
         server = Server(engine, settings, [ops, http_openai, grpc_v1], REGISTRY, _announce)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -87,7 +97,12 @@ def _serve(arguments: list[str]) -> int:
                 # all is closed; another signal must not turn the exit code into a failure
                 signal.signal(number, signal.SIG_IGN)
 
-    return asyncio.run(run())
+    code = asyncio.run(run())
+    if engine.is_loading:
+        # stopped in the middle of a download, say, whose threads Python would wait for
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _announce(text: str) -> None:

@@ -11,8 +11,12 @@ time limit already, and an impatient kill is what leaves processes behind.
 """
 
 import asyncio
+import json
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from prometheus_client import CollectorRegistry
@@ -81,8 +85,9 @@ class Server:
         if starting.done():
             return starting.result()
         await self.house.engine.stop(0.0)
-        await asyncio.wait({starting})
-        starting.exception()
+        # what still runs in the start thread, a download say, may end when it likes
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         return None
 
     async def _open(self, info: EngineInfo, addresses: dict[str, str]) -> None:
@@ -134,13 +139,21 @@ class Server:
 def banner(info: EngineInfo, http: str, grpc: str) -> str:
     """What a person wants to read and paste once the server is up."""
     share = f"{info.sparse_layers} sparse layers" if info.sparse_layers else "a dense model"
-    body = f'{{"model": "{info.model}", "prompt": "Hello", "max_tokens": 16}}'
+    body = json.dumps({"model": info.model, "prompt": "Hello", "max_tokens": 16})
+    complete = ["curl", f"http://{http}/v1/completions", "-H", "content-type: application/json", "-d", body]
+    generate = [*_this_command(), "generate", "--address", grpc, "--max-tokens", "16", "Hello"]
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 
   HTTP  http://{http}
-        curl http://{http}/v1/completions -H 'content-type: application/json' -d '{body}'
+        {shlex.join(complete)}
   gRPC  {grpc}
-        sparse-serve generate --address {grpc} --max-tokens 16 "Hello"
-  see   curl http://{http}/metrics
+        {shlex.join(generate)}
+  see   {shlex.join(["curl", f"http://{http}/metrics"])}
 """
+
+
+def _this_command() -> list[str]:
+    """`sparse-serve` for another terminal, whose PATH need not be ours."""
+    script = Path(sys.executable).with_name("sparse-serve")
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "sparse_serve.cli"]

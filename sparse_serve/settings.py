@@ -3,10 +3,14 @@
 One frozen dataclass; its fields are the flags, the environment variables and the defaults, each written once. The order
 of precedence is flag, then environment (`SPARSE_SERVE_<FIELD>`), then default. A value that does not parse, or an
 environment variable that looks like ours but names no field, is an error: a typo must not become a default.
+
+One exception: Kubernetes describes a Service to every container of its namespace in variables named after it, and one
+called `sparse-serve`, or `sparse-serve-grpc`, gives them our prefix. They are told by their form and left alone.
 """
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +18,16 @@ from typing import Any
 from sparse_serve.errors import SettingsError
 
 ENV_PREFIX = "SPARSE_SERVE_"
+
+_KUBERNETES = re.compile(
+    ENV_PREFIX
+    + r"""([A-Z0-9_]+_)? (
+        SERVICE_HOST=.+ | SERVICE_PORT(_[A-Z0-9_]+)?=\d+
+        | PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.+ | PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.+
+    )""",
+    re.VERBOSE,
+)
+"""`VARIABLE=value` as Kubernetes injects it for a Service; a plain `SPARSE_SERVE_PORT=8000` is somebody's mistake."""
 
 
 def _setting(default: Any, help_text: str, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -59,7 +73,7 @@ class Settings:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for variable, text in environ.items():
-            if not variable.startswith(ENV_PREFIX):
+            if not variable.startswith(ENV_PREFIX) or _KUBERNETES.fullmatch(f"{variable}={text}"):
                 continue
             name = variable.removeprefix(ENV_PREFIX).lower()
             if name not in fields:

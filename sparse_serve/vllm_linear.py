@@ -9,14 +9,15 @@ narrows a dense weight (in/tp must be a multiple of lcm(8, m)). Fused layers (QK
 outputs, so they are packed if all their parts are; a mixed group is refused by name.
 
 Nothing is served that the manifest does not explain: a linear layer that is neither target nor ignored, a target that
-no layer claims, or a bitmask with a wrong bit count (also what a tensor that was never loaded looks like) ends the
-start with an error.
+no layer claims, a mask digest that differs, or a bitmask with a wrong bit count (also what a tensor that was never
+loaded looks like) ends the start with an error.
 
 Legend: T = tokens, O = out features, I = in features (per rank).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import QUANT_METHOD, SparseConfig
+from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from sparse_serve.kernels import AUTO, Kernel, LinearSpec, choose, kernel_name
@@ -49,6 +51,7 @@ logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its 
 OPTIONS_KEY = "sparse_nm"
 """Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`."""
 
+_VERIFIED = "_SPARSE_SERVE_VERIFIED"
 _BLOCK_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -86,9 +89,18 @@ class SparseNMConfig(QuantizationConfig):
         return cls(SparseConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Verify a local checkpoint's headers before vLLM builds a model from what its `config.json` claims."""
+        """Verify the checkpoint before vLLM builds a model from what its `config.json` claims.
+
+        vLLM calls this where it builds the engine's configuration, and not again in the engine or its workers.
+        """
         if Path(model_name).is_dir():
-            SparseCheckpoint.open(model_name, verify_bits=False)
+            verify(model_name)
+        else:
+            logger.warning(
+                "%s is not a directory, so its files and mask digest are not verified, only each layer's bits when it "
+                "is loaded; `sparse-serve serve` verifies models of the hub too",
+                model_name,
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow vLLM's renaming of modules."""
@@ -191,6 +203,20 @@ class SparseNMLinear(LinearMethodBase):
         """`[T, I] -> [T, O]`."""
         assert self.kernel is not None
         return self.kernel.linear(x, {name: getattr(layer, name) for name in self.tensor_names}, bias)
+
+
+def verify(directory: str) -> None:
+    """Verify a checkpoint, every bit of its masks included. Raises `FormatError`.
+
+    What was verified last stays in the environment, by name, size and time of each file, so that it is read once by a
+    server that checks early, and not by each of several API servers.
+    """
+    files = [(file.name, file.stat()) for file in sorted(Path(directory).iterdir()) if file.is_file()]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    seal = digest_json({"directory": str(Path(directory).resolve()), "files": facts})
+    if os.environ.get(_VERIFIED) != seal:
+        SparseCheckpoint.open(directory)
+        os.environ[_VERIFIED] = seal
 
 
 def register() -> None:

@@ -19,7 +19,6 @@ class SparseStats(TypedDict):
     sparse_names: list[str]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
-    model_bytes: int
 
 
 class WorkerExtension:
@@ -40,7 +39,6 @@ class WorkerExtension:
             sparse_names=[],
             sparse_weight_bytes=0,
             dense_equivalent_bytes=0,
-            model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         )
         kernels: Counter[str] = Counter()
         for module in model.modules():

@@ -121,16 +121,9 @@ class Engine(Protocol):
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `RequestError`."""
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-
     @property
     def died(self) -> bool:
         """Whether a started engine is gone without `stop` having been called."""
-
-    @property
-    def unfinished(self) -> int:
-        """Requests the engine is working on or has queued."""
 
     async def stop(self, grace_s: float) -> None:
         """Give everything back, also while `start` is still running. Processes get `grace_s` seconds to end

@@ -1,8 +1,9 @@
 """An engine without a model: it echoes the prompt. For tests of what stands around an engine.
 
 Output token i is prompt token i modulo the prompt's length, a token id is a character's code point, and every
-log-probability is minus the token id over 1000: all of it predictable from the request. It records what was aborted,
-and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, or die.
+log-probability is minus the token id over 1000: all of it predictable from the request. It records what was aborted
+and counts what is unfinished, and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, or
+die.
 """
 
 import asyncio
@@ -44,7 +45,7 @@ class FakeEngine:
         self.stopped = False
         self.aborted: list[GenerateRequest] = []
         self.requests: list[GenerateRequest] = []
-        self._unfinished = 0
+        self.unfinished = 0
         self._dead = False
 
     async def start(self) -> EngineInfo:
@@ -56,7 +57,7 @@ class FakeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        self._unfinished += 1
+        self.unfinished += 1
         try:
             async for chunk in self._chunks(request):
                 yield chunk
@@ -64,10 +65,10 @@ class FakeEngine:
             self.aborted.append(request)
             raise
         finally:
-            self._unfinished -= 1
+            self.unfinished -= 1
 
     async def _chunks(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        ids = self.tokenize(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        ids = list(map(ord, request.prompt)) if isinstance(request.prompt, str) else list(request.prompt)
         sampling = request.sampling
         room = INFO.max_model_len - len(ids)
         count = min(sampling.max_tokens or DEFAULT_MAX_TOKENS, room)
@@ -97,16 +98,9 @@ class FakeEngine:
     async def score(self, token_ids: list[int]) -> list[float]:
         return [-id_ / 1000 for id_ in token_ids[1:]]
 
-    def tokenize(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
     @property
     def died(self) -> bool:
         return self._dead and not self.stopped
-
-    @property
-    def unfinished(self) -> int:
-        return self._unfinished
 
     def die(self) -> None:
         """What a killed engine process looks like."""

@@ -1,5 +1,7 @@
 """Which of vLLM's flags this server cannot honour, and what vLLM needs to be told that the user did not say.
 
+A sparse model of the hub is also brought here, as only what is in a directory can be verified before it is served.
+
 No vLLM import here. Most defaults are for machines without a GPU; each answers a way in which vLLM 0.32 fails there or
 is needlessly slow:
 
@@ -13,14 +15,17 @@ is needlessly slow:
 """
 
 from argparse import Namespace
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from maskgen.core.checkpoint import is_sparse_checkpoint
 from sparse_serve.errors import SettingsError
 
 _GIB = 1 << 30
 _MAX_KV_CACHE_GIB = 4
 _MAX_SEQUENCES = 128
+_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _REFUSED = {
     "port": "use --http-port",
     "uds": "this server listens on TCP",
@@ -28,9 +33,41 @@ _REFUSED = {
     "grpc": "the gRPC door is always open, see --grpc-port",
     "grpc_port": "the gRPC door is ours",
     "api_key": "it would guard only a part of the HTTP door and nothing of gRPC; put a proxy in front",
-    "ssl_keyfile": "it would encrypt the HTTP door only; put a proxy in front",
-    "ssl_certfile": "it would encrypt the HTTP door only; put a proxy in front",
+    **dict.fromkeys(
+        ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
+        "it would encrypt the HTTP door only; put a proxy in front",
+    ),
     "worker_extension_cls": "the server needs its own to count sparse layers",
+    "root_path": "the HTTP door's own routes would not follow; let the proxy strip the prefix",
+    "api_server_count": "one process holds both doors; run more replicas instead",
+    **dict.fromkeys(
+        ("uvicorn_log_level", "disable_uvicorn_access_log", "disable_access_log_for_endpoints"),
+        "the HTTP door writes no access log; see /metrics",
+    ),
+    **dict.fromkeys(
+        ("h11_max_incomplete_event_size", "h11_max_header_count"),
+        "the HTTP door has its own limits, see --max-message-bytes",
+    ),
+    **dict.fromkeys(("tool_parser_plugin", "reasoning_parser_plugin"), "only vLLM's built-in parsers are loaded"),
+    **dict.fromkeys(
+        (
+            "data_parallel_size",
+            "data_parallel_rank",
+            "data_parallel_start_rank",
+            "data_parallel_size_local",
+            "data_parallel_address",
+            "data_parallel_rpc_port",
+            "data_parallel_backend",
+            "data_parallel_hybrid_lb",
+            "data_parallel_external_lb",
+            "data_parallel_multi_port_external_lb",
+            "data_parallel_supervisor_port",
+            "dp_supervisor_probe_interval_s",
+            "dp_supervisor_probe_timeout_s",
+            "dp_supervisor_probe_failure_threshold",
+        ),
+        "this server has one engine; run more replicas behind a load balancer",
+    ),
 }
 """Flags of `vllm serve` that would be ignored here, or be half true, and what to do instead."""
 
@@ -42,7 +79,45 @@ def check_model(model: str) -> None:
         if not (path / "config.json").is_file():
             raise SettingsError(f"{model} has no config.json; expected a Hugging Face model directory")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise SettingsError(f"{model} is not a directory; expected one, or a Hugging Face name such as owner/model")
+        raise SettingsError(
+            f"{model} is not a directory; expected one, or a Hugging Face name such as owner/model, before vLLM's flags"
+        )
+
+
+def fetch_sparse(args: Namespace, environ: Mapping[str, str]) -> None:
+    """Point a hub model that is sparse at its local snapshot, downloading what is missing, under the name it was given.
+
+    A dense one is left to vLLM, which knows more file formats, and so is another hub. Raises `SettingsError` when the
+    hub does not answer.
+    """
+    if Path(args.model).is_dir() or environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true":
+        return
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+    place = {"revision": args.revision, "cache_dir": args.download_dir}
+    patterns = [*_SNAPSHOT_FILES, "*.py"] if args.trust_remote_code else _SNAPSHOT_FILES
+    with _hub_errors(args.model):
+        try:
+            config = Path(hf_hub_download(args.model, "config.json", **place))
+        except (RemoteEntryNotFoundError, HFValidationError):
+            return
+        if not is_sparse_checkpoint(config.parent):
+            return
+        directory = snapshot_download(args.model, allow_patterns=patterns, **place)
+    args.served_model_name = args.served_model_name or [args.model]
+    args.model = args.model_tag = directory
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"{model} is neither a directory nor to be had from the Hugging Face hub: {reason}"
+        ) from error
 
 
 def check_flags(args: Namespace, defaults: Namespace, environ: Mapping[str, str]) -> None:
@@ -54,6 +129,15 @@ def check_flags(args: Namespace, defaults: Namespace, environ: Mapping[str, str]
         raise SettingsError(f"VLLM_API_KEY cannot be used here: {_REFUSED['api_key']}")
 
 
+def check_cpu(args: Namespace) -> None:
+    """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do."""
+    if args.pipeline_parallel_size > 1:
+        raise SettingsError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size}: vLLM's CPU backend would die in the first "
+            "request, with any model; use --tensor-parallel-size"
+        )
+
+
 def set_common(environ: MutableMapping[str, str]) -> None:
     """Defaults for every machine, to be set before vLLM is imported."""
     environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -61,7 +145,7 @@ def set_common(environ: MutableMapping[str, str]) -> None:
 
 
 def set_cpu(environ: MutableMapping[str, str], ranks: int, eager: bool, cores: Sequence[int]) -> None:
-    """Defaults for the CPU backend. `ranks`: tensor- times pipeline-parallel size; `cores`: ids we may run on."""
+    """Defaults for the CPU backend. `ranks`: tensor-parallel size; `cores`: ids we may run on."""
     environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_kv_cache_gib(_available_bytes())))
     if eager:
         environ.setdefault("TORCHDYNAMO_DISABLE", "1")

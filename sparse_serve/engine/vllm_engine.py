@@ -1,8 +1,9 @@
 """The engine: vLLM's `AsyncLLM`, wrapped so that the rest of the server never sees vLLM.
 
 Starting takes tens of seconds and blocks, so it runs in a thread of its own while the event loop goes on answering
-"not ready". `stop` may come in the middle: the processes started so far are killed, which also makes the thread end.
-vLLM is imported in that thread too, which is why no import of it stands at the top of this file.
+"not ready". `stop` may come in the middle: the processes started so far are killed, which also makes the thread end,
+unless it is stuck in a download; it is left behind then. vLLM is imported in that thread too, which is why no import of
+it stands at the top of this file.
 
 `AsyncLLM` always runs the engine in a child process. What a machine without a GPU needs is in `vllm_defaults`;
 everything the user says with a vLLM flag or variable wins.
@@ -10,8 +11,8 @@ everything the user says with a vLLM flag or variable wins.
 Perplexity: `score` asks for `prompt_logprobs=0`, the log-probability of each actual prompt token. vLLM computes it as
 a float32 log-softmax over the whole vocabulary, so it is exact.
 
-A sparse checkpoint is verified before the engine starts, and once it runs, the layers the workers really hold on
-sparse kernels are compared with the checkpoint's manifest: vLLM merely logs a plugin that fails to load.
+A sparse checkpoint, local or from the hub, is verified before the engine starts, and once it runs, the layers the
+workers really hold on sparse kernels are compared with its manifest: vLLM merely logs a plugin that fails to load.
 """
 
 import asyncio
@@ -27,10 +28,11 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, NoReturn
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
+from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from sparse_serve import processes
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
-from sparse_serve.engine.vllm_defaults import check_flags, check_model, set_common, set_cpu
+from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
 from sparse_serve.engine.vllm_values import chunk, missing_targets, sampling_arguments
 from sparse_serve.errors import (
     EngineDiedError,
@@ -43,7 +45,7 @@ from sparse_serve.errors import (
 logger = logging.getLogger(__name__)
 
 WORKER_EXTENSION = "sparse_serve.worker.WorkerExtension"
-_KILL_AFTER_S = 20.0
+_KILL_AFTER_S = 10.0
 
 
 class VllmEngine:
@@ -95,16 +97,19 @@ class VllmEngine:
         processes.lead()
         set_common(os.environ)
         self.args = parse(self._command, self._drain_s)
-        if is_sparse_checkpoint(self.args.model):
-            SparseCheckpoint.open(self.args.model)
         self._check_wanted()
-
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from sparse_serve.vllm_linear import verify
+
+        if is_sparse_checkpoint(self.args.model):
+            verify(self.args.model)
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
+            raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
         self._check_wanted()
         self.client = AsyncLLM.from_vllm_config(
             vllm_config=config,
@@ -177,17 +182,14 @@ class VllmEngine:
                 final = output
         return [final.prompt_logprobs[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        return list(self.client.renderer.tokenizer.encode(text, add_special_tokens=False))
+    @property
+    def is_loading(self) -> bool:
+        """Whether the start thread is still busy. After `stop`, that is one which cannot be interrupted."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def died(self) -> bool:
         return self.client is not None and not self._stopped and self.client.errored
-
-    @property
-    def unfinished(self) -> int:
-        return 0 if self.client is None else self.client.get_num_unfinished_requests()
 
     async def stop(self, grace_s: float) -> None:
         """Give everything back. See `Engine.stop`."""
@@ -198,7 +200,7 @@ class VllmEngine:
         if client is not None:
             await asyncio.to_thread(client.shutdown, timeout=grace_s)
         deadline_s = time.monotonic() + _KILL_AFTER_S
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline_s:
+        while self.is_loading and time.monotonic() < deadline_s:
             processes.kill(self._started())
             await asyncio.sleep(0.05)
         processes.kill(self._started())
@@ -228,13 +230,15 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     args.model = args.model_tag or args.model
     args.worker_extension_cls = WORKER_EXTENSION
     if on_cpu:
-        ranks = args.tensor_parallel_size * args.pipeline_parallel_size
-        set_cpu(os.environ, ranks, args.enforce_eager, sorted(os.sched_getaffinity(0)))
-        args.dtype = _cpu_dtype(args)
+        check_cpu(args)
+        set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, sorted(os.sched_getaffinity(0)))
     try:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
         raise SettingsError(str(error)) from None
+    fetch_sparse(args, os.environ)
+    if on_cpu:
+        args.dtype = _cpu_dtype(args)
     return args
 
 

@@ -1,15 +1,21 @@
 """The life of the process: start, ready, drain, death; with a fake engine."""
 
 import asyncio
+import dataclasses
+import json
 import logging
+import shlex
+import sys
+from pathlib import Path
 
 import grpc
 import httpx
 import pytest
 
-from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.engine.fake import INFO, FakeEngine
 from sparse_serve.errors import EngineStartError, PortInUseError
 from sparse_serve.pb.v1 import generation_pb2 as pb
+from sparse_serve.server import banner
 from tests.sparse_serve.running import running
 
 
@@ -22,6 +28,29 @@ async def test_the_banner_comes_last_and_its_addresses_are_real() -> None:
         async with grpc.aio.insecure_channel(address) as channel:
             await channel.channel_ready()
         assert server.metric("sparse_serve_ready") == 1
+
+
+def printed(*start: str, model: str = "fake", grpc: str = "127.0.0.1:2") -> list[str]:
+    """The words of the banner's line that starts with these, as a shell reads it."""
+    lines = banner(dataclasses.replace(INFO, model=model), "127.0.0.1:1", grpc).splitlines()
+    (words,) = [shlex.split(line) for line in lines if shlex.join(start) in line]
+    return words
+
+
+@pytest.mark.parametrize("model", ["plain", "it's", 'so "called" $HOME', "back\\slash"])
+def test_the_printed_request_survives_quotes_in_the_models_name(model: str) -> None:
+    words = printed("curl", "http://127.0.0.1:1/v1/completions", model=model)
+    assert json.loads(words[-1])["model"] == model
+
+
+def test_the_printed_command_needs_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "an environment"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    assert printed("generate", "--address")[:3] == [str(folder / "python"), "-m", "sparse_serve.cli"]
+    (folder / "sparse-serve").touch()
+    words = printed("generate", "--address", grpc="[::1]:2")
+    assert words[:4] == [str(folder / "sparse-serve"), "generate", "--address", "[::1]:2"]
 
 
 async def test_the_engine_is_described_by_metrics() -> None:
@@ -64,9 +93,11 @@ async def test_requests_that_do_not_finish_in_time_are_cut_off() -> None:
 
 
 async def test_stop_during_the_start_ends_with_0_and_no_engine() -> None:
-    async with running(FakeEngine(start_s=1.0), ready=False) as server:
+    """Even if the start never ends: a fake engine's goes on after its `stop`, as a download does."""
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         server.server.stop()
-        assert await server.task == 0
+        async with asyncio.timeout(5):
+            assert await server.task == 0
     assert server.engine.stopped and not server.banners
 
 

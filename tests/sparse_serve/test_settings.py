@@ -57,3 +57,32 @@ def test_types_are_strict_from_python_too() -> None:
     for wrong in ({"http_port": True}, {"http_port": 1.0}, {"reflection": 1}, {"host": None}):
         with pytest.raises(SettingsError):
             Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SPARSE_SERVE_SERVICE_HOST=10.0.0.1",
+        "SPARSE_SERVE_SERVICE_PORT=8000",
+        "SPARSE_SERVE_SERVICE_PORT_HTTP_API=8000",
+        "SPARSE_SERVE_PORT=tcp://10.0.0.1:8000",
+        "SPARSE_SERVE_PORT_8000_TCP=tcp://10.0.0.1:8000",
+        "SPARSE_SERVE_PORT_8000_TCP_PROTO=tcp",
+        "SPARSE_SERVE_PORT_8000_TCP_PORT=8000",
+        "SPARSE_SERVE_PORT_8000_TCP_ADDR=10.0.0.1",
+        "SPARSE_SERVE_GRPC_SERVICE_HOST=10.0.0.1",
+        "SPARSE_SERVE_GRPC_PORT=tcp://10.0.0.1:50051",
+    ],
+)
+def test_what_kubernetes_says_about_a_service_of_our_name_is_not_for_us(line: str) -> None:
+    variable, _, value = line.partition("=")
+    assert from_flags(**{variable: value}) == Settings()
+
+
+@pytest.mark.parametrize(
+    "line", ["SPARSE_SERVE_PORT=8000", "SPARSE_SERVE_PORT_8000=1", "SPARSE_SERVE_SERVICE=x", "SPARSE_SERVE_HTTP_PORT=x"]
+)
+def test_what_only_looks_like_kubernetes_is_an_error(line: str) -> None:
+    variable, _, value = line.partition("=")
+    with pytest.raises(SettingsError, match=variable):
+        from_flags(**{variable: value})

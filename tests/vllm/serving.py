@@ -105,7 +105,7 @@ def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def launch(model: Path, directory: Path, *flags: str) -> Running:
+def launch(model: Path | str, directory: Path, *flags: str) -> Running:
     command = [sys.executable, "-m", "sparse_serve.cli", "serve", str(model), "--http-port=0", "--grpc-port=0", *flags]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
@@ -137,6 +137,14 @@ def make_checkpoint(root: Path) -> Path:
     return root / "sparse"
 
 
+def damage_digest(checkpoint: Path) -> None:
+    """Legal masks that are not the manifest's: only reading all of them can tell."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["mask_digest"] = "sha256:" + "1" * 64
+    file.write_text(json.dumps(config))
+
+
 def grpc_request(max_tokens: int, kind: Any = pb.GenerateRequest, **sampling: Any) -> Any:
     return kind(text=PROMPT, sampling=pb.Sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True, **sampling))
 
@@ -155,3 +163,13 @@ def http_error(server: Running, path: str, body: Any = None) -> urllib.error.HTT
 
 def running_requests(server: Running) -> float:
     return server.metric("vllm:num_requests_running")
+
+
+def put_on_hub(checkpoint: Path, cache: Path) -> str:
+    """Make a checkpoint look like a downloaded model of the hub; serve it with `--download-dir={cache}`."""
+    folder = cache / "models--tests--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots").mkdir()
+    checkpoint.rename(folder / "snapshots" / ("a" * 40))
+    return "tests/tiny"

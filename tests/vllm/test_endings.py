@@ -5,6 +5,7 @@ Each test starts what it ends, which costs tens of seconds.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -21,20 +22,27 @@ from tests import models
 from tests.vllm.serving import (
     SHAPE,
     SPARSE_LAYERS,
+    START_S,
     command_of,
+    damage_digest,
     end,
     grpc_request,
     is_alive,
     launch,
     make_checkpoint,
+    put_on_hub,
     wait_ready,
 )
 
 
 def test_a_killed_engine_fails_requests_and_ends_with_1(tmp_path: Path) -> None:
-    server = launch(make_checkpoint(tmp_path), tmp_path)
+    """It serves a model of the hub, as that is started differently and there is no other test of it."""
+    server = launch(put_on_hub(make_checkpoint(tmp_path), tmp_path), tmp_path, f"--download-dir={tmp_path}")
     try:
         wait_ready(server)
+        info = server.stub.GetModelInfo(pb.GetModelInfoRequest())
+        assert (info.model, info.sparse_layers) == ("tests/tiny", SPARSE_LAYERS)
+        assert [model["id"] for model in json.loads(server.get("/v1/models"))["data"]] == ["tests/tiny"]
         call = server.stub.GenerateStream(grpc_request(1000, pb.GenerateStreamRequest))
         next(call)
         os.kill(server.engine_pid(), signal.SIGKILL)
@@ -67,6 +75,19 @@ def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_pat
             end(server)
 
 
+def test_a_damaged_model_of_the_hub_is_refused_before_the_engine_starts(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path)
+    damage_digest(checkpoint)
+    server = launch(put_on_hub(checkpoint, tmp_path), tmp_path, f"--download-dir={tmp_path}")
+    try:
+        assert server.process.wait(START_S) == 2
+        errors = (server.directory / "err").read_text()
+        assert "sparse-serve: error: " in errors and "the stored masks have digest" in errors
+        assert "EngineCore" not in errors
+    finally:
+        end(server)
+
+
 async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16."""
     dense = models.build("llama", **SHAPE)
@@ -77,8 +98,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
         info = await engine.start()
         family = descendants(os.getpid()) - family
         assert (info.dtype, info.sparse_layers, info.dense_layers) == ("float32", 0, SPARSE_LAYERS)
-        ids = engine.tokenize(models.TEXT)[:400]
-        assert models.BOS not in models.tokenizer().convert_ids_to_tokens(ids)
+        ids = models.tokenizer().encode(models.TEXT, add_special_tokens=False)[:400]
         scores = await engine.score(ids)
         with pytest.raises(RequestError, match="expected 2 to 1023"):
             await engine.score([5])

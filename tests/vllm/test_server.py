@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -59,6 +62,21 @@ def test_both_doors_give_the_same_greedy_tokens(server: Running) -> None:
     assert over_grpc.finish_reason == pb.FINISH_REASON_LENGTH and choice["finish_reason"] == "length"
     assert over_grpc.usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
     assert over_grpc.usage.completion_tokens == over_http["usage"]["completion_tokens"] == 24
+
+
+@pytest.mark.parametrize(
+    ("part", "answer"),
+    [("/v1/completions", '"finish_reason"'), (" generate --address ", "\n"), ("/metrics", "sparse_serve_ready")],
+)
+def test_the_printed_lines_work_in_another_terminal(server: Running, part: str, answer: str) -> None:
+    (line,) = [line.strip().removeprefix("see ") for line in server.output.splitlines() if part in line]
+    curl = shutil.which("curl")
+    if curl is None and "curl" in line:
+        pytest.skip("no curl")
+    environ = os.environ | {"PATH": str(Path(curl or "/bin/sh").parent)}
+    done = subprocess.run(line, shell=True, cwd="/", env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert answer in done.stdout
 
 
 def test_both_doors_stream_what_they_answer_at_once(server: Running) -> None:

@@ -18,7 +18,8 @@ KINDS = {
 
 
 def test_every_error_is_listed_here() -> None:
-    assert set(errors.SparseError.__subclasses__()) == set(KINDS)
+    ours = {kind for kind in errors.SparseError.__subclasses__() if kind.__module__ == errors.__name__}
+    assert ours == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,10 @@
 """Defaults for vLLM, and flags it would take in vain."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from sparse_serve.engine import vllm_defaults
@@ -76,3 +78,73 @@ def test_models_are_directories_or_names(tmp_path: Path) -> None:
     for wrong in ("model", "./model", "/a/b", "~/model", "a/b/c"):
         with pytest.raises(SettingsError, match="is not a directory"):
             vllm_defaults.check_model(wrong)
+
+
+def test_only_one_pipeline_stage_on_a_cpu() -> None:
+    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1))
+    with pytest.raises(SettingsError, match=r"--pipeline-parallel-size 2: .*--tensor-parallel-size"):
+        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=2))
+
+
+def hub(cache: Path, files: dict[str, str], revision: str = "main") -> Namespace:
+    """Arguments for `owner/model`, which is in the hub's cache with these files."""
+    folder = cache / "models--owner--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / revision).write_text("a" * 40)
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+    none = dict.fromkeys(("model_tag", "revision", "served_model_name"))
+    return Namespace(model="owner/model", download_dir=str(cache), trust_remote_code=False, **none)
+
+
+SPARSE = json.dumps({"quantization_config": {"quant_method": "sparse_nm"}})
+
+
+def test_a_sparse_model_of_the_hub_becomes_a_directory_under_its_own_name(tmp_path: Path) -> None:
+    args = hub(tmp_path, {"config.json": SPARSE}, "v2")
+    args.revision = "v2"
+    vllm_defaults.fetch_sparse(args, {})
+    assert json.loads((Path(args.model) / "config.json").read_text()) == json.loads(SPARSE)
+    assert (args.model_tag, args.served_model_name) == (args.model, ["owner/model"])
+    other = Namespace(**vars(args) | {"model": "owner/model", "served_model_name": ["mine"]})
+    vllm_defaults.fetch_sparse(other, {})
+    assert (other.model, other.served_model_name) == (args.model, ["mine"])
+
+
+def test_dense_models_of_the_hub_and_directories_are_left_alone(tmp_path: Path) -> None:
+    args = hub(tmp_path, {"config.json": "{}"})
+    vllm_defaults.fetch_sparse(args, {})
+    assert (args.model, args.served_model_name) == ("owner/model", None)
+    sparse = hub(tmp_path / "other", {"config.json": SPARSE})
+    vllm_defaults.fetch_sparse(sparse, {"VLLM_USE_MODELSCOPE": "True"})
+    assert sparse.model == "owner/model"
+    (tmp_path / "config.json").write_text(SPARSE)
+    local = Namespace(model=str(tmp_path))
+    vllm_defaults.fetch_sparse(local, {})
+    assert local == Namespace(model=str(tmp_path))
+
+
+def test_code_is_downloaded_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], **place: object) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    args = hub(tmp_path, {"config.json": SPARSE})
+    vllm_defaults.fetch_sparse(Namespace(**vars(args)), {})
+    vllm_defaults.fetch_sparse(Namespace(**vars(args) | {"trust_remote_code": True}), {})
+    assert ["*.py" in patterns for patterns in asked] == [False, True]
+    assert all("*.safetensors" in patterns for patterns in asked)
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path: Path) -> None:
+    args = hub(tmp_path, {"config.json": SPARSE})
+    args.revision = "gone"
+    with pytest.raises(
+        SettingsError, match="owner/model is neither a directory nor to be had from the Hugging Face hub: "
+    ):
+        vllm_defaults.fetch_sparse(args, {})

@@ -1,0 +1,41 @@
+"""Tensor parallelism through our engine: two ranks say what one says, and their layers are counted once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sparse_serve.engine import EngineInfo, GenerateRequest, Sampling
+from sparse_serve.engine.vllm_engine import VllmEngine
+from tests import models
+from tests.vllm.serving import SHAPE, SPARSE_LAYERS
+
+PROMPTS = [(5, 9, 17, 33, 65, 129, 7, 70), (200, 100, 50, 25), (300, 3, 30)]
+
+
+async def greedy(model: Path, ranks: int) -> tuple[EngineInfo, list[tuple[int, ...]]]:
+    engine = VllmEngine(str(model), ["--tensor-parallel-size", str(ranks), "--max-model-len", "64"])
+    try:
+        info = await engine.start()
+        tokens = []
+        for prompt in PROMPTS:
+            request = GenerateRequest(prompt, Sampling(max_tokens=12, temperature=0.0, ignore_eos=True))
+            tokens.append(tuple([id_ async for chunk in engine.generate(request) for id_ in chunk.token_ids]))
+        return info, tokens
+    finally:
+        await engine.stop(5.0)
+
+
+async def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2: biases on query, key and value are split over the ranks together with the packed outputs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    models.save("qwen2", tmp_path / "dense", **SHAPE)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    one, expected = await greedy(tmp_path / "sparse", 1)
+    two, tokens = await greedy(tmp_path / "sparse", 2)
+    assert len({id_ for sequence in expected for id_ in sequence}) > 6, "a constant output would hide a mistake"
+    assert tokens == expected
+    assert one.sparse_layers == SPARSE_LAYERS
+    assert dataclasses.replace(two, model=one.model) == one

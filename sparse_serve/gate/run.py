@@ -84,8 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the gate and return the exit status."""
+    todo = plan(args)
     try:
-        report = gate(plan(args), _vllm_engine)
+        report = gate(todo, _vllm_engine)
     except (GateError, EngineStartError, EngineDiedError) as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)  # noqa: T201
         return Verdict.ERROR.exit_code

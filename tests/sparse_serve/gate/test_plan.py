@@ -58,7 +58,7 @@ def test_another_base_is_refused_unless_allowed(arguments: Any, tmp_path: Path) 
 )
 def test_wrong_flags_are_refused_at_once(arguments: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        run.plan(arguments(**changes))
+        run.main(arguments(**changes))
 
 
 def test_a_bug_is_not_a_regression(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:

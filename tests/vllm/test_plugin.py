@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from maskgen.compress import compress_masks, decompress, iterate_tensors
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, read_headers
+from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_json, digest_weights
+from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
 from tests import models
@@ -178,9 +180,30 @@ def test_fewer_layers_than_the_manifest_are_refused(tmp_path: Path) -> None:
     for suffix in (".values", ".bitmask"):
         tensors["model.layers.0.mlp.extra_proj" + suffix] = tensors["model.layers.0.mlp.up_proj" + suffix].clone()
     save_file(tensors, file, metadata={"format": "pt"})
-    edit_config(sparse, lambda section: section["targets"].append("model.layers.0.mlp.extra_proj"))
-    with pytest.raises(Exception, match=r"extra_proj"), serve(sparse):
+    bitmasks = {name.removesuffix(".bitmask"): bits for name, bits in tensors.items() if name.endswith(".bitmask")}
+    masks = MaskSet(NMPattern(2, 4), bitmasks, "", "")
+    changes = {"targets": list(masks.names), "mask_digest": masks.digest()}
+    edit_config(sparse, lambda section: section.update(changes))
+    with (
+        pytest.raises(Exception, match=r"sparse layers of the manifest are not in the model|extra_proj"),
+        serve(sparse),
+    ):
         pass
+
+
+def test_a_target_that_no_layer_claims_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_serve import vllm_linear
+
+    digest = digest_json({})
+    targets = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    manifest = SparseConfig(NMPattern(2, 4), targets, (), digest, digest, "base", digest)
+    config = vllm_linear.SparseNMConfig(manifest)
+    monkeypatch.setattr(vllm_linear, "_on_this_rank", lambda module: True)
+    config.attached.add(targets[0])
+    with pytest.raises(FormatError, match=r"1 of 2 sparse layers .* first model\.layers\.1\.mlp\.down_proj"):
+        config.check_all_attached()
+    config.attached.add(targets[1])
+    config.check_all_attached()
 
 
 def test_damaged_bits_never_reach_a_kernel(tmp_path: Path) -> None:
@@ -189,7 +212,7 @@ def test_damaged_bits_never_reach_a_kernel(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.2.mlp.up_proj.bitmask"][3, 0] = 0b0111_0011
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(Exception, match=r"layers\.2\.mlp\.gate_up_proj: row \d+, columns 4\.\.7 keep 3"), serve(sparse):
+    with pytest.raises(Exception, match=r"layers\.2\.mlp\.up_proj: row 3, columns 4\.\.7 keep 3"), serve(sparse):
         pass
 
 

@@ -20,7 +20,7 @@ import torch
 
 from tests.bench import record
 
-RECIPES = ("magnitude", "wanda", "sparsegpt-mask-only", "sparsegpt")
+RECIPES = ("magnitude", "wanda", "sparsegpt")
 SAMPLES, WINDOW_TOKENS = 128, 256
 
 

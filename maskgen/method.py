@@ -24,21 +24,38 @@ from maskgen.core.pattern import NMPattern
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A small dense term beside a sparse weight: y += S (X x), `out` = S `[O, K]`, `pool` = X `[K, I]`.
+
+    `pool` None means fixed sums of I / K consecutive inputs each (SLoRB's block of ones), which costs no memory.
+    """
+
+    out: Tensor
+    pool: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Solution:
     """The answer for one layer: a bool mask `[O, I]` (True = kept), and new weights if the method changed them."""
 
     mask: Tensor
     weight: Tensor | None = None
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
-class LocalMethod(ABC):
-    """Base of the one-shot methods. `needs_data=False` lets the driver skip every forward pass."""
-
-    needs_data: ClassVar[bool] = True
+class Method(ABC):
+    """What every method is: a frozen dataclass of options. See `LocalMethod` and `maskgen.learned.LearnedMethod`."""
 
     def check_pattern(self, pattern: NMPattern) -> None:  # noqa: B027 - most methods take every pattern
         """Raise `RecipeError` if these options do not go with `pattern`; asked when the recipe is read."""
+
+
+@dataclass(frozen=True)
+class LocalMethod(Method):
+    """Base of the one-shot methods. `needs_data=False` lets the driver skip every forward pass."""
+
+    needs_data: ClassVar[bool] = True
 
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
         """Fold float32 calibration inputs `[T, I]` into `stats` (None at first) and return the new `stats`.
@@ -55,7 +72,7 @@ class LocalMethod(ABC):
         """
 
 
-def create(name: str, options: Mapping[str, Any]) -> LocalMethod:
+def create(name: str, options: Mapping[str, Any]) -> Method:
     """Build the method `name` from recipe options; `RecipeError` lists what is known.
 
     Whole numbers are accepted where a float is expected; nothing else is converted.
@@ -68,7 +85,7 @@ def create(name: str, options: Mapping[str, Any]) -> LocalMethod:
             known = sorted(fields) or "none"
             raise RecipeError(f"method.{key}: {name} has no such option; its options are: {known}")
         values[key] = _typed(f"method.{key}", value, type(fields[key].default))
-    result: LocalMethod = method(**values)
+    result: Method = method(**values)
     return result
 
 

@@ -27,8 +27,9 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -69,6 +70,37 @@ class Calibration(_Strict):
     window_tokens: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     batch: int = Field(default=8, ge=1)
+
+
+class Training(_Strict):
+    """How a learned method is trained. One step sees `batch` windows of `window_tokens` tokens, whatever the machine.
+
+    `noise_samples` is the number of independent noise draws the windows of a step are divided among. `warmup` is a
+    fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest gradient norm (0: no limit). `scope` "all"
+    also trains what is not pruned (norms, embeddings). `heldout_windows` are taken off the end of the text and never
+    trained on.
+    """
+
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=16, ge=1)
+    window_tokens: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0)
+    noise_samples: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    decay: Literal["cosine", "linear"] = "cosine"
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    clip: float = Field(default=1.0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    scope: Literal["targets", "all"] = "targets"
+    distill_weight: float = Field(default=0.0, ge=0, le=1)
+    distill_temperature: float = Field(default=1.0, gt=0)
+    heldout_windows: int = Field(default=64, ge=1)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
 class MethodSpec(_Strict):

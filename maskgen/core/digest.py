@@ -60,6 +60,11 @@ def digest_weights(model_dir: Path | str) -> str:
     return digest_files(paths)
 
 
+def derive_seed(*parts: int) -> int:
+    """A generator seed below 2^60 that is unrelated for every different tuple of numbers."""
+    return int(digest_json(parts)[len("sha256:") :][:15], 16)
+
+
 def check_digest(text: Any, name: str) -> str:
     """Return `text` if it is a digest, else raise `FormatError`."""
     if not isinstance(text, str) or not _DIGEST.fullmatch(text):

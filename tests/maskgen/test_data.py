@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from maskgen import data
 from maskgen.core.errors import DataError
@@ -30,13 +33,13 @@ def test_text_is_one_document_without_special_tokens(tmp_path: Path, tokenizer: 
     path = tmp_path / "a.txt"
     path.write_text("On day 1\n\nthe fox", "utf-8")
     ids = read_tokens(path, tokenizer)
-    assert ids.dtype == torch.int64
+    assert ids.dtype == torch.int32
     assert tokenizer.decode(ids.tolist()) == "On day 1\n\nthe fox"
 
 
 def test_jsonl_documents_are_joined_with_eos(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "the fox", "id": 3}\n\n{"text": "a \\u00e9 boat"}\n', "utf-8")
+    path.write_text('{"text": "the fox", "id": 3}\n\n{"text": ""}\n{"text": "a \\u00e9 boat"}\n', "utf-8")
     assert tokenizer.decode(read_tokens(path, tokenizer).tolist()) == "the fox</s>a é boat"
 
 
@@ -123,3 +126,106 @@ def test_samples_are_dealt_evenly_over_files(tmp_path: Path, tokenizer: models.P
         windows(files, tokenizer, samples=2, window_tokens=4)
     with pytest.raises(DataError, match="--data"):
         windows([], tokenizer)
+
+
+IDS = [0, 7, 319, 2, 2, 5, 1, 44]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_ready_made_ids_are_read_as_they_are(
+    tmp_path: Path,
+    tokenizer: models.PreTrainedTokenizerFast,
+    kind: Any,
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "CHUNK_IDS", 3)
+    path = tmp_path / f"ids{suffix}"
+    if suffix == ".npy":
+        np.save(path, np.array(IDS, dtype=kind))
+    else:
+        save_file({"ids": torch.from_numpy(np.array(IDS, dtype=kind))}, path)
+    ids = read_tokens(path, tokenizer)
+    assert ids.dtype == torch.int32 and ids.tolist() == IDS
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([3, 4, 320]), r"token id 320 at position 2, but the tokenizer has 320 tokens"),
+        (np.array([3, -1]), r"token id -1 at position 1"),
+        (np.array([2**40]), r"token id 1099511627776 at position 0"),
+        (np.array([], dtype=np.int32), "holds no text and no tokens"),
+        (
+            np.array([[1, 2]]),
+            r"not a \.npy file this .* expected a one-dimensional little-endian array of uint16, int32 or int64",
+        ),
+        (np.array([1.0, 2.0]), r"not a .*<f8.* expected a one-dimensional"),
+        (np.array([1, 2], dtype=">i4"), r"not a .*>i4"),
+        (np.array([True]), r"not a .*\|b1"),
+        (np.array([{}], dtype=object), r"not a .*\|O"),
+    ],
+)
+def test_arrays_that_are_no_ids(
+    tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, array: np.ndarray[Any, Any], message: str
+) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, array, allow_pickle=array.dtype == object)
+    with pytest.raises(DataError, match=rf"ids\.npy: {message}"):
+        read_tokens(path, tokenizer)
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\x01\x00\x00\x00"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 an npz",
+        b"\x93NUMPY\x01\x00",
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (100,), }\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (4611686018427387904,), }\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-3,), }\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (" + "9" * 40 + ",), }\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': 'x'}\n"),
+        npy("__import__('os').abort()\n"),
+        npy("(" * 3000 + "\n"),
+    ],
+)
+def test_damaged_npy_files(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, content: bytes) -> None:
+    path = tmp_path / "ids.npy"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"ids\.npy: "):
+        read_tokens(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"tokens": torch.tensor([1])}, r"holds tensors \['tokens'\], expected one named \"ids\""),
+        ({"ids": torch.tensor([1]), "more": torch.tensor([1])}, r"holds tensors \['ids', 'more'\]"),
+        ({"ids": torch.tensor([1.5])}, r"ids of F32 and shape \[1\]"),
+        ({"ids": torch.tensor([[1]])}, r"ids of I64 and shape \[1, 1\]"),
+        ({"ids": torch.tensor(1)}, r"ids of I64 and shape \[\]"),
+        ({"ids": torch.tensor([5, 999])}, r"token id 999 at position 1"),
+        ({"ids": torch.zeros(0, dtype=torch.int64)}, r"holds no text and no tokens"),
+    ],
+)
+def test_tensors_that_are_no_ids(
+    tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    path = tmp_path / "ids.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(DataError, match=rf"ids\.safetensors: {message}"):
+        read_tokens(path, tokenizer)
+
+
+def test_a_damaged_safetensors_file(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "ids.safetensors"
+    save_file({"ids": torch.arange(100)}, path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"ids\.safetensors: not a valid safetensors file"):
+        read_tokens(path, tokenizer)

@@ -20,18 +20,8 @@ from torch import Tensor
 import maskgen.methods
 from maskgen.core import folder
 from maskgen.core.errors import RecipeError
+from maskgen.core.packed import Correction as Correction  # part of a Solution
 from maskgen.core.pattern import NMPattern
-
-
-@dataclass(frozen=True)
-class Correction:
-    """A small dense term beside a sparse weight: y += S (X x), `out` = S `[O, K]`, `pool` = X `[K, I]`.
-
-    `pool` None means fixed sums of I / K consecutive inputs each (SLoRB's block of ones), which costs no memory.
-    """
-
-    out: Tensor
-    pool: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,11 @@ class LocalMethod(Method):
 
     needs_data: ClassVar[bool] = True
 
+    @property
+    def uses_prior(self) -> bool:
+        """Whether these options ask the driver for a mask to start from."""
+        return False
+
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
         """Fold float32 calibration inputs `[T, I]` into `stats` (None at first) and return the new `stats`.
 
@@ -65,9 +60,10 @@ class LocalMethod(Method):
         return stats
 
     @abstractmethod
-    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern) -> Solution:
-        """Choose what stays of a float32 weight `[O, I]`. Neither `weight_OI` nor `stats` may be changed.
+    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
+        """Choose what stays of a float32 weight `[O, I]`. None of the tensors may be changed.
 
+        `prior_OI` is a legal bool mask `[O, I]` for methods with `uses_prior`, and None for all others.
         Raises `NumericalError` when the layer's statistics cannot be used.
         """
 

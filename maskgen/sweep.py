@@ -18,8 +18,6 @@ Legend: O = out features, I = in features, T = tokens.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,10 +29,11 @@ from torch import Tensor, nn
 
 from maskgen import blocks
 from maskgen.core.digest import digest_json
-from maskgen.core.errors import DataError, ModelError, NumericalError, PatternError
+from maskgen.core.errors import DataError, ModelError, NumericalError, PatternError, RecipeError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.data import check_window_tokens, digest_tokens
+from maskgen.memory import peak_rss_bytes
 from maskgen.method import LocalMethod
 from maskgen.model import Plan, max_tokens, plan
 from maskgen.recipe import Recipe
@@ -110,11 +109,15 @@ class _Observer:
             self.stats[name] = self.method.observe(self.stats.get(name), x.reshape(-1, x.shape[-1]))
 
 
-def run_digest(recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu") -> str:
-    """What identifies a run: recipe, dense weights, calibration tokens, and whose arithmetic made its bits."""
+def run_digest(
+    recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu", prior_digest: str | None = None
+) -> str:
+    """What identifies a run: recipe, dense weights, calibration tokens, prior, and whose arithmetic made its bits."""
     data = None if windows is None else digest_tokens(windows)
     arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
-    return digest_json({"recipe": recipe.digest(), "base": base_digest, "data": data, **arithmetic})
+    return digest_json(
+        {"recipe": recipe.digest(), "base": base_digest, "data": data, "prior": prior_digest, **arithmetic}
+    )
 
 
 @torch.no_grad()
@@ -126,18 +129,23 @@ def sweep(
     base_digest: str,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
+    prior: Callable[[str], Tensor] | None = None,
+    prior_digest: str | None = None,
 ) -> tuple[SweepReport, WorkDir]:
     """Prune `model` (on the CPU) in place; the packed layers are in the returned `WorkDir`.
 
     `windows` are calibration tokens `[S, T]`, or None for a method that needs none. `base_digest` is the digest of the
-    weights `model` was loaded from. Raises `ModelError`, `DataError`, `NumericalError` (naming the layer), and
-    `OutputExistsError` when `work_dir` belongs to another run.
+    weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
+    is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`. Raises
+    `ModelError`, `DataError`, `RecipeError`, `NumericalError` (naming the layer), and `OutputExistsError` when
+    `work_dir` belongs to another run.
     """
-    todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.build_method()
+    todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.local_method()
     data = _data_for(method, recipe, windows, max_tokens(model))
-    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device), recipe.pattern)
+    _check_prior(method, recipe, todo, prior)
+    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), recipe.pattern)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
-    run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1))
+    run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1), prior)
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
     for index in range(len(todo.blocks)):
@@ -165,6 +173,7 @@ class _Sweep:
     device: torch.device
     progress: Callable[[Progress], None] | None
     last_to_solve: int
+    prior: Callable[[str], Tensor] | None = None
     recording: blocks.Recording | None = None
     solve_s: dict[str, float] = field(default_factory=dict)
     resumed_blocks: int = 0
@@ -196,7 +205,9 @@ class _Sweep:
         for name, linear in targets.items():
             started_s = time.perf_counter()
             stats = observer.take(name) if self.recording is not None else None
-            layers[name] = solve_layer(self.method, linear.weight, stats, self.work.pattern, dtypes[name], name)
+            prior_OI = None if self.prior is None else self.prior(name).to(self.device)
+            pattern, dtype = self.work.pattern, dtypes[name]
+            layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
             self.solve_s[name] = time.perf_counter() - started_s
             self._report(index, name)
         return layers
@@ -227,7 +238,13 @@ class _Sweep:
 
 
 def solve_layer(
-    method: LocalMethod, weight_OI: Tensor, stats: Any, pattern: NMPattern, dtype: torch.dtype, name: str
+    method: LocalMethod,
+    weight_OI: Tensor,
+    stats: Any,
+    pattern: NMPattern,
+    dtype: torch.dtype,
+    name: str,
+    prior_OI: Tensor | None = None,
 ) -> PackedTensor:
     """Solve one float32 weight, round the result to `dtype` and pack it (on the CPU).
 
@@ -235,21 +252,11 @@ def solve_layer(
     """
     blocks.check_finite(weight_OI, f"{name}: weight")
     try:
-        solution = method.solve(weight_OI, stats, pattern)
+        solution = method.solve(weight_OI, stats, pattern, prior_OI)
     except (PatternError, NumericalError) as error:
         raise NumericalError(f"{name}: {error}") from error
     solved_OI = weight_OI if solution.weight is None else solution.weight
     return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far. On Linux not by `getrusage`, which counts in who started it."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit: int | None) -> Tensor | None:
@@ -260,3 +267,28 @@ def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit
         raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
     check_window_tokens(windows.shape[1], limit)
     return windows
+
+
+def _check_prior(method: LocalMethod, recipe: Recipe, todo: Plan, prior: Callable[[str], Tensor] | None) -> None:
+    """Check every mask of the prior before work begins. Raises `RecipeError` and `DataError`."""
+    if prior is None and method.uses_prior:
+        raise RecipeError(
+            f"method {recipe.method.name} with these options needs masks to start from; give --prior FILE"
+        )
+    if prior is None:
+        return
+    if not method.uses_prior:
+        raise RecipeError(f"method {recipe.method.name} with these options takes no prior; leave out --prior")
+    for name, linear in (item for targets in todo.targets for item in targets.items()):
+        try:
+            mask_OI = prior(name)
+            if mask_OI.shape != linear.weight.shape:
+                raise DataError(
+                    f"prior mask of {name}: shape {tuple(mask_OI.shape)}, the layer has {tuple(linear.weight.shape)}; "
+                    "these masks are of another model"
+                )
+            recipe.pattern.check_mask(mask_OI, f"prior mask of {name}")
+        except KeyError:
+            raise DataError(f"the prior has no mask for {name}; keep this layer dense with ignore") from None
+        except PatternError as error:
+            raise DataError(str(error)) from None

@@ -22,7 +22,7 @@ class Magnitude(LocalMethod):
 
     needs_data: ClassVar[bool] = False
 
-    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern) -> Solution:
+    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """Mask by absolute value; `stats` is ignored."""
         return Solution(pattern.mask_from_scores(weight_OI.abs()))
 

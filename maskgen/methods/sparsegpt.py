@@ -12,7 +12,7 @@ Features that were never active have H_jj = 0: their weights multiply nothing, s
 The diagonal is damped by a fraction of its mean. `update=False` keeps the weights as they are and only takes the mask,
 scored on the original weights; that is the prior learned methods start from.
 
-Workspace: three float32 matrices `[I, I]` beside two of the weight's size. TF32 must stay off (torch's default).
+Workspace: three float32 matrices `[I, I]` beside two of the weight's size.
 
 Source: Frantar & Alistarh, "SparseGPT", ICML 2023.
 
@@ -26,19 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
+from maskgen.core.statistics import Gram, add_gram, damped_cholesky
 from maskgen.method import LocalMethod, Solution
-
-_MAX_RETRY_DAMP = 0.1
-
-
-@dataclass
-class Gram:
-    """Float32 sum of x x^T over `tokens` tokens."""
-
-    sum_II: Tensor
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,7 @@ class SparseGPT(LocalMethod):
 
     def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
         """`stats` is the Gram matrix of the inputs, updated in place."""
-        if stats is None:
-            size = x_TI.shape[1]
-            stats = Gram(torch.zeros(size, size, dtype=torch.float32, device=x_TI.device), 0)
-        stats.sum_II.addmm_(x_TI.T, x_TI)
-        stats.tokens += x_TI.shape[0]
-        return stats
+        return add_gram(stats, x_TI)
 
     def check_pattern(self, pattern: NMPattern) -> None:
         """Blocks hold whole groups."""
@@ -71,7 +57,7 @@ class SparseGPT(LocalMethod):
                 f"method.block {self.block}: not a multiple of {pattern.m}, the group size of pattern {pattern}"
             )
 
-    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern) -> Solution:
+    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """Mask, and with `update` the compensated weights (float32, zero where pruned)."""
         self.check_pattern(pattern)
         hessian_II = stats.sum_II * (2.0 / stats.tokens)
@@ -87,28 +73,10 @@ class SparseGPT(LocalMethod):
 
 def _inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
     """Upper triangular U with (H + damp * mean(diag H) * I)^-1 = U^T U; more damping if the factorisation fails."""
-    mean = hessian_II.diagonal().mean()
+    upper_II = damped_cholesky(hessian_II.flip(0, 1), damp).flip(0, 1)
     eye_II = torch.eye(hessian_II.shape[0], dtype=hessian_II.dtype, device=hessian_II.device)
-    damps = _damps(damp)
-    for damp in damps:
-        reversed_II = (hessian_II + eye_II * (damp * mean)).flip(0, 1)
-        lower_II, info = torch.linalg.cholesky_ex(reversed_II)
-        if info == 0 and torch.isfinite(lower_II).all():
-            inverse_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), eye_II, upper=True)
-            return inverse_II
-    raise NumericalError(
-        f"Cholesky factorisation of the {hessian_II.shape[0]} x {hessian_II.shape[0]} Hessian failed with damping "
-        f"{damps}; raise method.damp or use more calibration samples"
-    )
-
-
-def _damps(damp: float) -> list[float]:
-    """What to try: `damp`, then ten times more each time up to `_MAX_RETRY_DAMP`; only `damp` if it is that or more."""
-    damps = [damp]
-    while damps[-1] < _MAX_RETRY_DAMP:
-        more = damps[-1] * 10
-        damps.append(more if more < _MAX_RETRY_DAMP * 0.999 else _MAX_RETRY_DAMP)
-    return damps
+    inverse_II: Tensor = torch.linalg.solve_triangular(upper_II, eye_II, upper=True)
+    return inverse_II
 
 
 def _sweep(weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern, block: int) -> Solution:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
+from maskgen.core.statistics import add_squares
 from maskgen.method import LocalMethod, Solution
 
 
@@ -25,10 +26,9 @@ class Wanda(LocalMethod):
 
     def observe(self, stats: Tensor | None, x_TI: Tensor) -> Tensor:
         """`stats` is the float32 sum of squares per input feature `[I]`."""
-        square_I = x_TI.square().sum(0)
-        return square_I if stats is None else stats.add_(square_I)
+        return add_squares(stats, x_TI)
 
-    def solve(self, weight_OI: Tensor, stats: Tensor, pattern: NMPattern) -> Solution:
+    def solve(self, weight_OI: Tensor, stats: Tensor, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """Mask by |W| times the feature norms."""
         return Solution(pattern.mask_from_scores(weight_OI.abs() * stats.sqrt()))
 

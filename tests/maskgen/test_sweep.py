@@ -48,7 +48,7 @@ def plain_sweep(model: nn.Module, wanted: Recipe, data: Tensor) -> dict[str, Ten
     return masks
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "sparsegpt-mask-only"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "sparsegpt", "sparsegpt-mask-only", "admm"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_equals_the_plain_sweep(name: str, pattern: str, tmp_path: Path) -> None:
     wanted = recipe(name, f"pattern={pattern}")
@@ -108,7 +108,7 @@ class Recorder(LocalMethod):
         self.seen.append(tuple(x_TI.shape))
         return (stats or 0) + len(x_TI)
 
-    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern) -> Solution:
+    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         assert stats == 240
         return Solution(pattern.mask_from_scores(weight_OI.abs()))
 
@@ -174,7 +174,7 @@ def test_activations_that_overflow_are_named(tmp_path: Path) -> None:
 
 def test_rounding_to_the_stored_dtype_can_overflow() -> None:
     class Blow(Recorder):
-        def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern) -> Solution:
+        def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
             return Solution(pattern.mask_from_scores(weight_OI), weight_OI * 1e6)
 
     with pytest.raises(NumericalError, match="layer"):

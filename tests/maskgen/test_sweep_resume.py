@@ -14,7 +14,7 @@ from torch import nn
 
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.sweep import Progress, run_digest
-from maskgen.workdir import WorkDir
+from maskgen.workdir import TOKENS_FOLDER, WorkDir, claim
 from tests import models
 from tests.maskgen.sweeping import BASE, recipe, run, windows
 
@@ -146,3 +146,11 @@ def test_a_block_file_of_another_run_is_not_taken(tmp_path: Path) -> None:
     path.write_bytes((other.path / path.name).read_bytes())
     with pytest.raises(FormatError, match=r"block-00001\.safetensors: not written by this run"):
         run(models.build("llama"), recipe("wanda"), tmp_path / "work")
+
+
+def test_a_token_cache_may_be_there_before_the_run_is_known(tmp_path: Path) -> None:
+    (tmp_path / "work" / TOKENS_FOLDER).mkdir(parents=True)
+    claim(tmp_path / "work", BASE)
+    claim(tmp_path / "work", BASE)
+    with pytest.raises(OutputExistsError, match="another run"):
+        claim(tmp_path / "work", "sha256:" + "c" * 64)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
+from maskgen.core.statistics import Gram
 from maskgen.methods.magnitude import Magnitude
-from maskgen.methods.sparsegpt import Gram, SparseGPT
+from maskgen.methods.sparsegpt import SparseGPT
 
 PATTERN = NMPattern(2, 4)
 

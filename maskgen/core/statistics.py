@@ -1,0 +1,77 @@
+"""What one-shot methods remember of a layer's inputs, and the factorisation they have in common.
+
+`add_squares` keeps the diagonal of X^T X (Wanda, RIA), `add_gram` all of it (SparseGPT, ADMM). Both sum over tokens in
+float32 whatever the model's dtype, fold in one batch at a time, and update in place. TF32 must stay off (torch's
+default): a Gram matrix with ten bits is not positive definite.
+
+Legend: T = tokens, I = in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import NumericalError
+
+_MAX_RETRY_DAMP = 0.1
+
+
+@dataclass
+class Gram:
+    """Float32 sum of x x^T over `tokens` tokens, `[I, I]`."""
+
+    sum_II: Tensor
+    tokens: int
+
+
+def add_squares(stats: Tensor | None, x_TI: Tensor) -> Tensor:
+    """Float32 sum of squares per input feature `[I]`."""
+    square_I = x_TI.square().sum(0)
+    return square_I if stats is None else stats.add_(square_I)
+
+
+def add_gram(stats: Gram | None, x_TI: Tensor) -> Gram:
+    """Gram matrix of the inputs."""
+    if stats is None:
+        size = x_TI.shape[1]
+        stats = Gram(torch.zeros(size, size, dtype=torch.float32, device=x_TI.device), 0)
+    stats.sum_II.addmm_(x_TI.T, x_TI)
+    stats.tokens += x_TI.shape[0]
+    return stats
+
+
+def cholesky(matrix_II: Tensor) -> Tensor | None:
+    """Lower triangular L with L L^T = A, or None when A is not positive definite in its own precision."""
+    lower_II, info = torch.linalg.cholesky_ex(matrix_II)
+    return lower_II if info == 0 and torch.isfinite(lower_II).all() else None
+
+
+def damped_cholesky(matrix_II: Tensor, damp: float) -> Tensor:
+    """Lower triangular L with L L^T = A + damp * mean(diag A) * I; more damping when the factorisation fails.
+
+    Raises `NumericalError` when A, a Hessian, cannot be factorised with any damping up to a tenth (or to `damp`).
+    """
+    mean = matrix_II.diagonal().mean()
+    damps = _damps(damp)
+    for tried in damps:
+        damped_II = matrix_II.clone()
+        damped_II.diagonal().add_(tried * mean)
+        lower_II = cholesky(damped_II)
+        if lower_II is not None:
+            return lower_II
+    raise NumericalError(
+        f"Cholesky factorisation of the {matrix_II.shape[0]} x {matrix_II.shape[0]} Hessian failed with damping "
+        f"{damps}; raise method.damp or use more calibration samples"
+    )
+
+
+def _damps(damp: float) -> list[float]:
+    """What to try: `damp`, then ten times more each time up to `_MAX_RETRY_DAMP`; only `damp` if it is that or more."""
+    damps = [damp]
+    while damps[-1] < _MAX_RETRY_DAMP:
+        more = damps[-1] * 10
+        damps.append(more if more < _MAX_RETRY_DAMP * 0.999 else _MAX_RETRY_DAMP)
+    return damps

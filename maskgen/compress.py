@@ -2,7 +2,11 @@
 
 Compression streams: shards of the dense model are read one tensor at a time and written by `CheckpointWriter`, so the
 peak is one output shard plus one weight, whatever the size of the model. Weights come either from the dense model (a
-`MaskSet`, for methods that only choose a mask) or already packed (methods that also changed the kept values).
+`MaskSet`, for methods that only choose a mask) or already packed (methods that also changed the kept values, or added a
+correction). The manifest decides how values are stored: what arrives as floats is quantised on the way out.
+
+The way back is exact in what it can be: a sparse weight comes back bit for bit, 8-bit values as the floats they stand
+for, and a correction y += S (X x) is folded into one dense weight mask * W + S X, which is then sparse no more.
 
 Legend: O = out features, I = in features.
 """
@@ -16,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maskgen.core import layout
 from maskgen.core.checkpoint import (
     MISTRAL_CONFIG,
     VALUES_SUFFIX,
@@ -24,26 +29,27 @@ from maskgen.core.checkpoint import (
     TensorHeader,
     read_headers,
 )
-from maskgen.core.config import CONFIG_KEY, SparseConfig
+from maskgen.core.config import CONFIG_KEY, CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_weights
-from maskgen.core.errors import FormatError, ModelError, clip
+from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
 from maskgen.core.files import open_tensors, read_json
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
-from maskgen.core.packed import PackedTensor
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.sizes import check_dimensions
+from maskgen.core.values import FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Files that travel with a model: tokenizer, generation settings, chat template. Never code, never other weights."""
 
-Pack = Callable[[str, Tensor], PackedTensor]
-"""Module name and dense weight `[O, I]` -> the packed weight to store."""
+Pack = Callable[[str, Tensor], StoredLayer]
+"""Module name and dense weight `[O, I]` -> what to store of the layer."""
 
 
 @dataclass(frozen=True)
 class CompressReport:
-    """Bytes of the target weights before and after, and of the whole directory's tensors after."""
+    """Bytes of the targets' weights before and after (scales and corrections included), and of all tensors after."""
 
     targets: int
     dense_target_bytes: int
@@ -52,14 +58,19 @@ class CompressReport:
 
     @property
     def ratio(self) -> float:
-        """Packed over dense bytes of the target weights; 0.5625 for 2:4 in 16 bits."""
+        """Packed over dense bytes of the target weights; 0.5625 for 2:4 in 16 bits, about 0.3125 with int8 values."""
         return self.packed_target_bytes / self.dense_target_bytes
 
 
 def compress_masks(
-    model_dir: Path, masks: MaskSet, out_dir: Path, ignored: tuple[str, ...] = (), shard_bytes: int = SHARD_BYTES
+    model_dir: Path,
+    masks: MaskSet,
+    out_dir: Path,
+    ignored: tuple[str, ...] = (),
+    shard_bytes: int = SHARD_BYTES,
+    values: str = FLOAT,
 ) -> CompressReport:
-    """Apply masks to the dense model they were made for.
+    """Apply masks to the dense model they were made for; `values` is how the kept ones are stored.
 
     Raises `FormatError` when the mask set belongs to other weights: masks are only valid for the weights they saw.
     """
@@ -77,10 +88,11 @@ def compress_masks(
         recipe_digest=masks.recipe_digest,
         base_model=model_label(model_dir),
         base_digest=base_digest,
+        values=values,
     )
 
-    def pack(name: str, weight_OI: Tensor) -> PackedTensor:
-        return PackedTensor.pack(weight_OI, masks.mask(name), masks.pattern, name)
+    def pack(name: str, weight_OI: Tensor) -> StoredLayer:
+        return StoredLayer(PackedTensor.pack(weight_OI, masks.mask(name), masks.pattern, name))
 
     return compress(model_dir, config, pack, out_dir, shard_bytes=shard_bytes)
 
@@ -92,13 +104,20 @@ def compress(
     out_dir: Path,
     extra: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    others: Mapping[str, Tensor] | None = None,
 ) -> CompressReport:
     """Write `out_dir`: every tensor of `model_dir`, with the weights of `config.targets` replaced by `pack`'s result.
 
-    `extra` maps names of further JSON files to their values (the resolved recipe). Raises `ModelError` for targets
-    that are not in the model, `OutputExistsError`, and whatever `pack` raises; then nothing is left behind.
+    `pack` returns float values of the weight's own dtype; `config.values` says whether they are quantised here, and
+    `config.correction` which correction comes with every layer. `others` replaces tensors that belong to no target
+    (norms and embeddings that were trained too), by name, of the same shape, cast to the stored dtype. `extra` maps
+    names of further JSON files to their values (the resolved recipe). Raises `ModelError` for targets and others that
+    are not in the model, `OutputExistsError`, and whatever `pack` raises; then nothing is left behind.
     """
-    hf_config, headers = check_source(model_dir, config.pattern, config.targets, config.ignored)
+    reserved = layout.suffixes(config)
+    hf_config, headers = check_source(model_dir, config.pattern, config.targets, config.ignored, reserved)
+    others = others or {}
+    _check_others(model_dir, config, others, headers)
     sizes = {"dense": 0, "packed": 0}
     targets = set(config.targets)
     with CheckpointWriter(
@@ -107,27 +126,27 @@ def compress(
         for name, tensor in iterate_tensors(headers):
             module = name.removesuffix(WEIGHT_SUFFIX)
             if module == name or module not in targets:
-                writer.add(name, tensor)
+                writer.add(name, others[name].detach().to("cpu", tensor.dtype) if name in others else tensor)
                 continue
-            packed = pack(module, tensor)
-            if packed.shape != tuple(tensor.shape) or packed.values.dtype != tensor.dtype:
-                raise ModelError(
-                    f"{module}: packed weight {packed.values.dtype} {packed.shape} replaces a weight {tensor.dtype} "
-                    f"{tuple(tensor.shape)}; dtype and shape must not change"
-                )
+            stored = _stored(module, tensor, pack(module, tensor), config)
             sizes["dense"] += tensor.nbytes
-            sizes["packed"] += packed.nbytes
-            writer.add(module + VALUES_SUFFIX, packed.values)
-            writer.add(module + BITMASK_SUFFIX, packed.bitmask)
+            sizes["packed"] += stored.nbytes
+            for suffix, part in layout.tensors(stored).items():
+                writer.add(module + suffix, part)
     return CompressReport(len(targets), sizes["dense"], sizes["packed"], writer.total_bytes)
 
 
 def check_source(
-    model_dir: Path, pattern: NMPattern, targets: Iterable[str], ignored: Iterable[str]
+    model_dir: Path,
+    pattern: NMPattern,
+    targets: Iterable[str],
+    ignored: Iterable[str],
+    reserved: tuple[str, ...] = (VALUES_SUFFIX, BITMASK_SUFFIX),
 ) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
     """Everything about a dense directory that could make `compress` refuse it, found without reading a weight.
 
-    Returns its `config.json` and its headers. Raises `FormatError` and `ModelError`.
+    `reserved` are suffixes of names that packed weights need for themselves. Returns its `config.json` and its headers.
+    Raises `FormatError` and `ModelError`.
     """
     hf_config = read_json(model_dir / "config.json")
     if CONFIG_KEY in hf_config:
@@ -139,26 +158,28 @@ def check_source(
         if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
             raise ModelError(f"{model_dir}: no tensor {module}{WEIGHT_SUFFIX}, though {module} is to be kept dense")
     for name in headers:
-        if name.endswith((VALUES_SUFFIX, BITMASK_SUFFIX)):
+        if name.endswith(reserved):
             raise ModelError(
-                f"{model_dir}: tensor {clip(name)}: {VALUES_SUFFIX} and {BITMASK_SUFFIX} are reserved for packed "
-                "weights; this model cannot be stored sparse"
+                f"{model_dir}: tensor {clip(name)}: {' and '.join(reserved)} are reserved for packed weights; this "
+                "model cannot be stored sparse"
             )
     return hf_config, headers
 
 
 def decompress(sparse_dir: Path, out_dir: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write the masked-dense model: a stock Hugging Face directory any tool reads. Returns bytes written."""
+    """Write the dense model that computes the same: a stock Hugging Face directory any tool reads. Returns its bytes.
+
+    Its weights are masked ones, unless the checkpoint has corrections, which are folded in. Values of 8 bits come back
+    in the dtype `config.json` names (`SparseCheckpoint.weight_dtype`).
+    """
     checkpoint = SparseCheckpoint.open(sparse_dir)
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != CONFIG_KEY}
-    targets = set(checkpoint.config.targets)
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
-        for name in checkpoint.headers:
-            module, _, suffix = name.rpartition(".")
-            if module not in targets or "." + suffix not in (VALUES_SUFFIX, BITMASK_SUFFIX):
+        for name, module in walk(checkpoint):
+            if module is None:
                 writer.add(name, checkpoint.tensor(name))
-            elif "." + suffix == VALUES_SUFFIX:
-                writer.add(module + WEIGHT_SUFFIX, checkpoint.packed(module).unpack())
+            else:
+                writer.add(module + WEIGHT_SUFFIX, checkpoint.layer(module).dense(checkpoint.weight_dtype(module)))
     return writer.total_bytes
 
 
@@ -194,6 +215,17 @@ def model_label(model_dir: Path) -> str:
     return model_dir.resolve().name or "model"
 
 
+def walk(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, str | None]]:
+    """Every stored tensor once: (name, None) for those of no target, and (name of its values, module) per target."""
+    own, targets = layout.suffixes(checkpoint.config), set(checkpoint.config.targets)
+    for name in checkpoint.headers:
+        module, _, suffix = name.rpartition(".")
+        if module not in targets or "." + suffix not in own:
+            yield name, None
+        elif "." + suffix == VALUES_SUFFIX:
+            yield name, module
+
+
 def _check_targets(
     model_dir: Path, pattern: NMPattern, targets: Iterable[str], headers: Mapping[str, TensorHeader]
 ) -> None:
@@ -207,3 +239,40 @@ def _check_targets(
         if len(header.shape) != 2:
             raise ModelError(f"{model_dir}: {module}{WEIGHT_SUFFIX} has shape {header.shape}, expected a matrix")
         pattern.check_columns(header.shape[1], module)
+
+
+def _check_others(
+    model_dir: Path, config: SparseConfig, others: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]
+) -> None:
+    weights = {module + WEIGHT_SUFFIX for module in config.targets}
+    for name, tensor in others.items():
+        header = None if name in weights else headers.get(name)
+        if header is None or tuple(tensor.shape) != header.shape:
+            stored = "no tensor of that name besides the targets" if header is None else f"shape {header.shape}"
+            raise ModelError(f"{model_dir}: {clip(name)} {tuple(tensor.shape)} is to be replaced, but it has {stored}")
+
+
+def _stored(module: str, weight_OI: Tensor, layer: StoredLayer, config: SparseConfig) -> StoredLayer:
+    """What is written of a layer: checked against the weight it replaces and the manifest, and quantised."""
+    packed = layer.packed
+    if packed.shape != tuple(weight_OI.shape) or packed.values.dtype != weight_OI.dtype:
+        raise ModelError(
+            f"{module}: packed weight {packed.values.dtype} {packed.shape} replaces a weight {weight_OI.dtype} "
+            f"{tuple(weight_OI.shape)}; dtype and shape must not change"
+        )
+    correction = None if layer.correction is None else layer.correction.to(weight_OI.dtype)
+    _check_correction(module, packed.shape, correction, config.correction)
+    return StoredLayer(packed.quantised(config.values), correction)
+
+
+def _check_correction(
+    module: str, shape: tuple[int, int], correction: Correction | None, form: CorrectionForm | None
+) -> None:
+    expected = None if form is None else form.shapes(*shape, module)
+    found = None
+    if correction is not None:
+        found = list(correction.out.shape), None if correction.pool is None else list(correction.pool.shape)
+        if not correction.is_finite:
+            raise NumericalError(f"{module}: the correction holds NaN or infinity")
+    if found != expected:
+        raise ModelError(f"{module}: correction of shapes {found}, but the manifest's {form} implies {expected}")

@@ -1,8 +1,13 @@
 """Teach `transformers` to read sparse checkpoints: `AutoModelForCausalLM.from_pretrained` decompresses on load.
 
 The result is an ordinary dense model (plain `nn.Linear`, pruned weights +0, in the dtype asked for) that behaves and
-saves as if it had been read from the masked dense checkpoint. Without this hook transformers only warns about an
-unknown `quant_method` and fills every target layer with random numbers, so strictness is the point of this file:
+saves as if it had been read from the masked dense checkpoint. Values of 8 bits become the floats they stand for. A
+correction y += S (X x) is folded into the weight, mask * W + S X, summed in float32: any tool that evaluates the model
+evaluates the same function, exactly so when it is loaded in float32, and with the sum rounded once when it is loaded in
+bfloat16 (a server keeps both terms apart and rounds them separately).
+
+Without this hook transformers only warns about an unknown `quant_method` and fills every target layer with random
+numbers, so strictness is the point of this file:
 
 * the directory is verified like any other reader does it (`SparseCheckpoint.open`), before a weight is read;
 * checkpoint names go through the model's own renamings first; a model weight with no tensor, or a tensor with no place
@@ -20,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
@@ -30,15 +36,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from maskgen.core.checkpoint import VALUES_SUFFIX, WEIGHT_SUFFIX, SparseCheckpoint
+from maskgen.core import layout
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint
 from maskgen.core.config import QUANT_METHOD, SparseConfig
 from maskgen.core.errors import FormatError
-from maskgen.core.mask import BITMASK_SUFFIX
-from maskgen.core.packed import PackedTensor
-from maskgen.core.pattern import NMPattern
-
-_VALUES_PATTERN = re.escape(VALUES_SUFFIX) + "$"
-_BITMASK_PATTERN = re.escape(BITMASK_SUFFIX) + "$"
 
 
 def register() -> None:
@@ -67,19 +68,18 @@ class _HfSparseConfig(QuantizationConfigMixin):
 
 
 class _Unpack(ConversionOps):
-    """(values, bitmask) of one layer -> its dense weight, in the stored dtype."""
+    """All tensors of one layer -> its dense weight: bit for bit where it is only masked, else in float32."""
 
-    def __init__(self, pattern: NMPattern) -> None:
-        self._pattern = pattern
+    def __init__(self, config: SparseConfig) -> None:
+        self._config = config
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        name = kwargs["full_layer_name"]
-        (values,), (bitmask,) = input_dict[_VALUES_PATTERN], input_dict[_BITMASK_PATTERN]
-        packed = PackedTensor(values, bitmask, self._pattern)
-        packed.verify(name)
-        return {WEIGHT_SUFFIX: packed.unpack()}
+        stored = layout.layer(lambda suffix: input_dict[_pattern(suffix)][0], self._config)
+        stored.verify(kwargs["full_layer_name"])
+        exact = stored.packed.values.dtype if stored.is_masked_only else torch.float32
+        return {WEIGHT_SUFFIX: stored.dense(exact)}
 
 
 class _SparseLoader(HfQuantizer):
@@ -99,8 +99,9 @@ class _SparseLoader(HfQuantizer):
         self._model, self._expected = model, dict(model.state_dict())
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        config = self._checkpoint.config
         unpack = WeightConverter(
-            [_VALUES_PATTERN, _BITMASK_PATTERN], WEIGHT_SUFFIX, [_Unpack(self._checkpoint.config.pattern)]
+            [_pattern(suffix) for suffix in layout.suffixes(config)], WEIGHT_SUFFIX, [_Unpack(config)]
         )
         conversions = [*weight_conversions, unpack]
         _check_names(self._checkpoint, self._model, self._expected, conversions)
@@ -167,6 +168,11 @@ def _targets(renamed: str, source: str | None, converters: list[Any]) -> list[st
     converter = next(converter for converter in converters if source in converter.source_patterns)
     first, *_ = converter.target_patterns
     return [renamed.replace(first, target) for target in converter.target_patterns]
+
+
+def _pattern(suffix: str) -> str:
+    """The regular expression transformers knows one of our tensors by."""
+    return re.escape(suffix) + "$"
 
 
 def _matching(names: Any, patterns: Any) -> set[str]:

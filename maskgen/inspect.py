@@ -19,12 +19,17 @@ from torch import Tensor
 
 from maskgen.compress import iterate_tensors
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, read_headers
+from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One weight matrix. `follows` = no group of `m` columns has more than `n` non-zeros; `zeros` is a fraction."""
+    """One weight matrix. `follows` = no group of `m` columns has more than `n` non-zeros; `zeros` is a fraction.
+
+    `stored_bytes` include scales and a correction; the latter alone are `correction_bytes`.
+    """
 
     name: str
     out_features: int
@@ -34,17 +39,22 @@ class LayerReport:
     zeros: float
     dense_bytes: int
     stored_bytes: int
+    correction_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases)."""
+    """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases).
+
+    `values` is how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
+    """
 
     path: str
     pattern: str
     compressed: bool
     layers: list[LayerReport]
     other_bytes: int
+    values: str = FLOAT
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -73,27 +83,30 @@ def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
 def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     pattern = checkpoint.config.pattern
     layers = list(_packed_layers(checkpoint))
-    packed_names = {layer.name for layer in layers}
+    packed_names, own = {layer.name for layer in layers}, suffixes(checkpoint.config)
     other_bytes = 0
     for name in checkpoint.headers:
         module, _, suffix = name.rpartition(".")
-        if module in packed_names and suffix in ("values", "bitmask"):
+        if module in packed_names and "." + suffix in own:
             continue
         tensor = checkpoint.tensor(name)
         if suffix == "weight" and tensor.ndim == 2:
             layers.append(_dense_layer(module, tensor, pattern))
         else:
             other_bytes += tensor.nbytes
-    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes)
+    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, checkpoint.config.values)
 
 
 def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:
     for name in checkpoint.config.targets:
-        packed = checkpoint.packed(name)
-        kept_zeros = int((packed.values == 0).sum())
+        layer = checkpoint.layer(name)
+        packed = layer.packed
+        kept_zeros = int((packed.values.float() == 0).sum())
         count = packed.shape[0] * packed.shape[1]
         zeros = 1.0 - (packed.values.numel() - kept_zeros) / count
-        yield LayerReport(name, *packed.shape, "packed", True, zeros, packed.dense_nbytes, packed.nbytes)
+        dense_bytes = packed.dense_nbytes(checkpoint.weight_dtype(name))
+        correction_bytes = 0 if layer.correction is None else layer.correction.nbytes
+        yield LayerReport(name, *packed.shape, "packed", True, zeros, dense_bytes, layer.nbytes, correction_bytes)
 
 
 def _dense_layer(name: str, weight_OI: Tensor, pattern: NMPattern) -> LayerReport:

@@ -1,12 +1,13 @@
 """N:M sparse linear layers inside vLLM.
 
 `SparseNMConfig` answers, for each linear layer vLLM builds, whether the checkpoint stores it packed; `SparseNMLinear`
-gives such a layer `values` and `bitmask` parameters instead of `weight`, hands them to a kernel once they are loaded,
-and runs that kernel. The weights are never decompressed to a dense copy.
+gives such a layer `values` and `bitmask` (and for 8-bit values `scale`) parameters instead of `weight`, hands them to a
+kernel once they are loaded, and runs that kernel. The weights are never decompressed to a dense copy. What a checkpoint
+adds to the product of its sparse weight is in `vllm_correction`.
 
-Tensor parallelism needs no code here: both tensors keep dim 0 = out and dim 1 = in, so vLLM narrows them exactly as it
-narrows a dense weight (in/tp must be a multiple of lcm(8, m)). Fused layers (QKV, gate-up) concatenate along the
-outputs, so they are packed if all their parts are; a mixed group is refused by name.
+Tensor parallelism needs no code here: values and bitmask keep dim 0 = out and dim 1 = in, so vLLM narrows them exactly
+as it narrows a dense weight (in/tp must be a multiple of lcm(8, m)), and a scale goes with its row. Fused layers (QKV,
+gate-up) concatenate along the outputs, so they are packed if all their parts are; a mixed group is refused by name.
 
 Nothing is served that the manifest does not explain: a linear layer that is neither target nor ignored, a target that
 no layer claims, a mask digest that differs, or a bitmask with a wrong bit count (also what a tensor that was never
@@ -37,14 +38,16 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import QUANT_METHOD, SparseConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
+from maskgen.core.values import CODE_DTYPES, FLOAT
 from sparse_serve.kernels import AUTO, Kernel, LinearSpec, choose, kernel_name
+from sparse_serve.vllm_correction import LayerCorrection
 
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
 
@@ -60,7 +63,7 @@ class SparseNMConfig(QuantizationConfig):
 
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
-        self.pattern = config.pattern
+        self.pattern, self.values, self.correction = config.pattern, config.values, config.correction
         self.targets = set(config.targets)
         self.ignored = set(config.ignored)
         self.attached: set[str] = set()
@@ -115,7 +118,7 @@ class SparseNMConfig(QuantizationConfig):
         packed = [name for name in names if name in self.targets]
         if len(packed) == len(names):
             self.attached.update(names)
-            return SparseNMLinear(self, prefix)
+            return SparseNMLinear(self, prefix, len(names))
         if packed:
             raise FormatError(
                 f"{prefix} is one layer in vLLM, but only {packed} of {names} are stored packed; make all of them "
@@ -146,15 +149,22 @@ class SparseNMConfig(QuantizationConfig):
 
 @register_weight_loader_v2_supported_method
 class SparseNMLinear(LinearMethodBase):
-    """One packed linear layer: creates its parameters, gives them to a kernel, runs it."""
+    """One packed linear layer, `parts` of the checkpoint's: creates its parameters, gives them to a kernel, runs it."""
 
-    def __init__(self, config: SparseNMConfig, prefix: str) -> None:
+    def __init__(self, config: SparseNMConfig, prefix: str, parts: int = 1) -> None:
         self.config = config
         self.prefix = prefix
         self.wanted = _kernel_option(get_current_vllm_config().additional_config)
         self.kernel: Kernel | None = None
-        self.tensor_names: tuple[str, ...] = ()
+        self.kernel_names: tuple[str, ...] = ()
+        self.correction = None if config.correction is None else LayerCorrection(config.correction, prefix, parts)
+        self.dtype = torch.float32
         self.dense_bytes = 0
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Parameters of the layer that stand for its weight: the kernel's, and the correction's."""
+        return self.kernel_names + (() if self.correction is None else self.correction.tensor_names)
 
     def create_weights(
         self,
@@ -166,43 +176,58 @@ class SparseNMLinear(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register `values` `[O, I*n/m]` and `bitmask` uint8 `[O, I/8]`; called by vLLM."""
+        """Register `values` `[O, I*n/m]`, `bitmask` uint8 `[O, I/8]` and what else there is; called by vLLM."""
         pattern, out_features = self.config.pattern, sum(output_partition_sizes)
         pattern.check_columns(input_size_per_partition, f"{self.prefix} (per tensor-parallel rank)")
+        self.dtype, loader = params_dtype, extra_weight_attrs["weight_loader"]
         shapes = {
-            "values": (params_dtype, pattern.kept_columns(input_size_per_partition)),
+            "values": (
+                CODE_DTYPES.get(self.config.values, params_dtype),
+                pattern.kept_columns(input_size_per_partition),
+            ),
             "bitmask": (torch.uint8, input_size_per_partition // 8),
         }
         for name, (dtype, columns) in shapes.items():
-            parameter = ModelWeightParameter(
-                # Zeros, not empty: a bitmask that is never loaded must fail the bit count, not pass it by luck.
-                data=torch.zeros(out_features, columns, dtype=dtype),
-                input_dim=1,
-                output_dim=0,
-                weight_loader=extra_weight_attrs["weight_loader"],
+            # Zeros, not empty: a bitmask or scale that is never loaded must fail its check, not pass it by luck.
+            data = torch.zeros(out_features, columns, dtype=dtype)
+            layer.register_parameter(
+                name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
             )
-            layer.register_parameter(name, parameter)
+        if self.config.values != FLOAT:
+            scale = torch.zeros(out_features)
+            layer.register_parameter(
+                "scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+            )
+        if self.correction is not None:
+            self.correction.create_weights(
+                layer, input_size_per_partition, output_partition_sizes, input_size, params_dtype, loader
+            )
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Verify what was loaded, choose a kernel, and replace the stored form by the kernel's layout."""
         self.config.check_all_attached()
-        packed = PackedTensor(
-            layer.get_parameter("values").data, layer.get_parameter("bitmask").data, self.config.pattern
-        )
+        stored = {
+            name: layer.get_parameter(name).data for name in ("values", "bitmask", "scale") if hasattr(layer, name)
+        }
+        packed = PackedTensor(stored["values"], stored["bitmask"], self.config.pattern, stored.get("scale"))
         packed.verify(self.prefix)
-        spec = LinearSpec(*packed.shape, packed.pattern, packed.values.dtype, packed.values.device.type)
+        spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
         kernel = choose(spec, self.wanted)
         tensors = kernel.prepare(packed)
-        del layer.values, layer.bitmask
+        for name in stored:
+            delattr(layer, name)
         for name, tensor in tensors.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        self.kernel, self.tensor_names, self.dense_bytes = kernel, tuple(tensors), packed.dense_nbytes
+        if self.correction is not None:
+            self.correction.finish_loading(layer)
+        self.kernel, self.kernel_names, self.dense_bytes = kernel, tuple(tensors), packed.dense_nbytes(self.dtype)
         logger.info_once("sparse_nm: first layer %s served %s by %s", self.prefix, spec, kernel_name(kernel))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[T, I] -> [T, O]`."""
         assert self.kernel is not None
-        return self.kernel.linear(x, {name: getattr(layer, name) for name in self.tensor_names}, bias)
+        y = self.kernel.linear(x, {name: getattr(layer, name) for name in self.kernel_names}, bias)
+        return y if self.correction is None else y + self.correction.apply(layer, x)
 
 
 def verify(directory: str) -> None:

@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskgen.compress import compress_masks
+from maskgen.compress import compress, compress_masks
 from maskgen.core.checkpoint import read_headers
+from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_bytes, digest_weights
 from maskgen.core.errors import FormatError, SparseError
 from maskgen.core.files import open_tensors
 from maskgen.core.mask import MaskSet
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
 
@@ -98,6 +100,26 @@ def sparse_dir(path: Path, shard_bytes: int = 1 << 30, pattern: NMPattern = TWO_
     """Write a sparse checkpoint; its dense model stays beside it as `<name>-dense`."""
     dense = dense_dir(path.with_name(path.name + "-dense"), **config)
     compress_masks(dense, magnitude_masks(dense, pattern), path, ignored=("lm_head",), shard_bytes=shard_bytes)
+    return path
+
+
+def corrected_dir(path: Path, values: str = "float", form: CorrectionForm | None = None, **config: Any) -> Path:
+    """Write a sparse checkpoint with `values` of any kind and random corrections; its dense model stays beside it."""
+    dense = dense_dir(path.with_name(path.name + "-dense"), **config)
+    masks, generator = magnitude_masks(dense), torch.Generator().manual_seed(2)
+    manifest = SparseConfig(
+        masks.pattern, masks.names, ("lm_head",), masks.digest(), RECIPE, "tiny", masks.base_digest, values, form
+    )
+
+    def pack(name: str, weight_OI: Tensor) -> StoredLayer:
+        packed = PackedTensor.pack(weight_OI, masks.mask(name), masks.pattern, name)
+        if form is None:
+            return StoredLayer(packed)
+        out_shape, pool_shape = form.shapes(*packed.shape, name)
+        pool = None if pool_shape is None else torch.randn(pool_shape, generator=generator)
+        return StoredLayer(packed, Correction(torch.randn(out_shape, generator=generator), pool))
+
+    compress(dense, manifest, pack, path)
     return path
 
 

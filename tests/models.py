@@ -31,10 +31,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from maskgen.compress import compress_masks
+from maskgen.compress import compress, compress_masks
 from maskgen.core.checkpoint import read_headers
+from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 
 VOCABULARY = 320
@@ -150,4 +152,26 @@ def save_sparse(dense_dir: Path, directory: Path, pattern: str = "2:4", shard_by
     """Compress a dense directory with magnitude masks; returns the masks."""
     masks = magnitude_masks(dense_dir, NMPattern.parse(pattern))
     compress_masks(dense_dir, masks, directory, ("lm_head",), shard_bytes)
+    return masks
+
+
+def save_corrected(dense_dir: Path, directory: Path, form: CorrectionForm | None, values: str = "float") -> MaskSet:
+    """Compress with magnitude masks, random corrections of one form and `values` of any kind; returns the masks."""
+    masks, generator = magnitude_masks(dense_dir, NMPattern(2, 4)), torch.Generator().manual_seed(1)
+    ignored = ("lm_head",)
+    digests = (masks.digest(), masks.recipe_digest)
+    config = SparseConfig(masks.pattern, masks.names, ignored, *digests, "tiny", masks.base_digest, values, form)
+
+    def correction(shape: torch.Size, name: str) -> Correction | None:
+        if form is None:
+            return None
+        out_shape, pool_shape = form.shapes(*shape, name)
+        pool = None if pool_shape is None else torch.randn(pool_shape, generator=generator) * 0.3
+        return Correction(torch.randn(out_shape, generator=generator) * 0.05, pool)
+
+    def pack(name: str, weight_OI: torch.Tensor) -> StoredLayer:
+        packed = PackedTensor.pack(weight_OI, masks.mask(name), masks.pattern, name)
+        return StoredLayer(packed, correction(weight_OI.shape, name))
+
+    compress(dense_dir, config, pack, directory)
     return masks

@@ -4,9 +4,10 @@
 what the files claim: `config.json` is strict JSON with a known `quantization_config`; the shard list names plain files
 inside the directory, no other weight file lies beside them (an engine that globs would load it unverified), and nothing
 makes an engine take the directory for one in Mistral's format, with sizes from another file; every shard parses; the
-set of tensors is exactly what the manifest implies; dtypes and shapes belong together and to the model's dimensions
-(`sizes`); and (unless `verify_bits=False`) every bitmask has exactly `n` bits set in each group, and all of them
-together have the manifest's `mask_digest`. Only then may a kernel see a tensor.
+set of tensors is exactly what the manifest implies (`layout`); dtypes and shapes belong together and to the model's
+dimensions (`sizes`); and (unless `verify_bits=False`) every bitmask has exactly `n` bits set in each group, all of them
+together have the manifest's `mask_digest`, quantised values hold only codes and scales that a writer writes, and
+corrections are finite. Only then may a kernel see a tensor.
 """
 
 from __future__ import annotations
@@ -18,33 +19,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from maskgen.core import layout
 from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, SparseConfig
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, read_json
+from maskgen.core.layout import VALUES_SUFFIX as VALUES_SUFFIX  # the two names everybody needs
+from maskgen.core.layout import WEIGHT_SUFFIX as WEIGHT_SUFFIX
+from maskgen.core.layout import TensorHeader as TensorHeader
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet, check_bits, digest_bitmasks
-from maskgen.core.packed import PackedTensor, check_shapes
+from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.sizes import check_dimensions
+from maskgen.core.values import FLOAT, FLOAT_DTYPES
 
-VALUES_SUFFIX = ".values"
-WEIGHT_SUFFIX = ".weight"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-VALUE_DTYPES = ("BF16", "F16", "F32")
 MISTRAL_CONFIG = "params.json"
 """`config.json` of Mistral's format, whose weights are `consolidated*.safetensors`; vLLM prefers it to ours."""
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor is and what it is, known without reading it. `dtype` is the safetensors name, such as `BF16`."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ class SparseCheckpoint:
     def open(cls, path: Path | str, verify_bits: bool = True) -> SparseCheckpoint:
         """Open and verify a directory; `FormatError` names the first thing that is wrong.
 
-        `verify_bits=False` skips reading the bitmasks (1/9 of the bytes of a 2:4 weight in 16 bits); for processes
-        that start after one that has read them.
+        `verify_bits=False` skips reading the bitmasks (1/9 of the bytes of a 2:4 weight in 16 bits), quantised
+        values and corrections; for processes that start after one that has read them.
         """
         path = Path(path)
         hf_config = read_json(path / "config.json")
@@ -75,11 +71,12 @@ class SparseCheckpoint:
             raise FormatError(f"{path / 'config.json'}: {error}") from None
         headers = read_headers(path)
         _check_shards(path, headers)
-        _check_tensors(path, config, headers)
+        layout.check_headers(path, config, headers)
         check_dimensions(path, hf_config, {name: header.shape for name, header in headers.items()})
         checkpoint = cls(path, config, hf_config, headers)
         if verify_bits:
             _check_masks(checkpoint)
+            _check_values(checkpoint)
         return checkpoint
 
     def tensor(self, name: str) -> Tensor:
@@ -88,11 +85,20 @@ class SparseCheckpoint:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def layer(self, module: str) -> StoredLayer:
+        """Read all that is stored of one target module, its weight and its correction."""
+        return layout.layer(lambda suffix: self.tensor(module + suffix), self.config)
+
     def packed(self, module: str) -> PackedTensor:
         """Read one target module's weight."""
-        return PackedTensor(
-            self.tensor(module + VALUES_SUFFIX), self.tensor(module + BITMASK_SUFFIX), self.config.pattern
-        )
+        return self.layer(module).packed
+
+    def weight_dtype(self, module: str) -> torch.dtype:
+        """The dtype one target's dense weight has: that of its values, or where they are codes `config.json`'s."""
+        if self.config.values == FLOAT:
+            return _DTYPES[self.headers[module + VALUES_SUFFIX].dtype]
+        claimed = self.hf_config.get("dtype", self.hf_config.get("torch_dtype"))
+        return next((dtype for dtype in FLOAT_DTYPES if claimed == str(dtype).removeprefix("torch.")), torch.float32)
 
     def mask_set(self) -> MaskSet:
         """All masks, for use as a prior or to compress again."""
@@ -171,31 +177,6 @@ def _check_shards(path: Path, headers: Mapping[str, TensorHeader]) -> None:
         )
 
 
-def _check_tensors(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
-    for module in config.targets:
-        stored = {suffix: headers.get(module + suffix) for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX, WEIGHT_SUFFIX)}
-        values, bitmask = stored[VALUES_SUFFIX], stored[BITMASK_SUFFIX]
-        if values is None or bitmask is None or stored[WEIGHT_SUFFIX] is not None:
-            present = [module + suffix for suffix, header in stored.items() if header is not None]
-            raise FormatError(
-                f"{path}: target {module}: expected exactly {VALUES_SUFFIX} and {BITMASK_SUFFIX}, found {present}"
-            )
-        if values.dtype not in VALUE_DTYPES or bitmask.dtype != "U8":
-            raise FormatError(
-                f"{path}: {module}: values {values.dtype}, bitmask {bitmask.dtype}; expected one of "
-                f"{list(VALUE_DTYPES)} and U8"
-            )
-        check_shapes(list(values.shape), list(bitmask.shape), config.pattern, f"{path}: {module}")
-    targets = set(config.targets)
-    for name in headers:
-        module, _, suffix = name.rpartition(".")
-        if "." + suffix in (VALUES_SUFFIX, BITMASK_SUFFIX) and module not in targets:
-            raise FormatError(f"{path}: tensor {clip(name)} belongs to no target of {CONFIG_KEY}")
-    for module in config.ignored:
-        if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
-            raise FormatError(f"{path}: ignored module {module} has no {WEIGHT_SUFFIX} tensor")
-
-
 def _check_masks(checkpoint: SparseCheckpoint) -> None:
     config = checkpoint.config
 
@@ -211,3 +192,10 @@ def _check_masks(checkpoint: SparseCheckpoint) -> None:
             f"{checkpoint.path}: the stored masks have digest {digest}, but {CONFIG_KEY} says {config.mask_digest}; "
             "masks and manifest come from different runs: write the checkpoint again"
         )
+
+
+def _check_values(checkpoint: SparseCheckpoint) -> None:
+    if checkpoint.config.values == FLOAT and checkpoint.config.correction is None:
+        return
+    for name in checkpoint.config.targets:
+        checkpoint.layer(name).verify_numbers(f"{checkpoint.path}: {name}")

@@ -14,15 +14,18 @@ from typing import Any
 from maskgen.core.digest import check_digest
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT, KINDS
 
 QUANT_METHOD = "sparse_nm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_KEY = "quantization_config"
 
 _KEYS = (
     "quant_method",
     "format_version",
     "pattern",
+    "values",
+    "correction",
     "targets",
     "ignored",
     "mask_digest",
@@ -32,6 +35,61 @@ _KEYS = (
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")
 _MAX_MODULES = 1 << 20
 _MAX_LABEL_CHARS = 256
+_MAX_SEGMENT = 1 << 20
+POOLED = "pooled"
+FIXED, TRAINED = "fixed", "trained"
+
+
+@dataclass(frozen=True)
+class CorrectionForm:
+    """The form of every target's correction y += S (X x): X sums, or weighs, runs of inputs (SLoRB).
+
+    S is `[O, I / segment]`. With `pool` "fixed", X adds up `segment` consecutive inputs and is not stored; with
+    "trained" it is stored, `[I / segment, I]`.
+    """
+
+    segment: int
+    pool: str
+
+    def __post_init__(self) -> None:
+        if type(self.segment) is not int or not 1 <= self.segment <= _MAX_SEGMENT:
+            raise FormatError(
+                f"{CONFIG_KEY}: correction.segment {clip(self.segment)}, expected a whole number from 1 to "
+                f"{_MAX_SEGMENT}"
+            )
+        if self.pool not in (FIXED, TRAINED):
+            raise FormatError(f"{CONFIG_KEY}: correction.pool {clip(self.pool)}, expected {FIXED!r} or {TRAINED!r}")
+
+    @property
+    def trained(self) -> bool:
+        """Whether X is stored."""
+        return self.pool == TRAINED
+
+    def shapes(self, out_features: int, in_features: int, name: str) -> tuple[list[int], list[int] | None]:
+        """Shapes of S and of a stored X for a weight `[O, I]`; `FormatError` if its inputs are no whole segments."""
+        if in_features % self.segment:
+            raise FormatError(
+                f"{name}: {in_features} input features are no multiple of the correction's segment of {self.segment}"
+            )
+        columns = in_features // self.segment
+        return [out_features, columns], [columns, in_features] if self.trained else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object in the manifest."""
+        return {"kind": POOLED, "segment": self.segment, "pool": self.pool}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> CorrectionForm | None:
+        """Read the JSON object or null; `FormatError` on anything else."""
+        if value is None:
+            return None
+        where = f"{CONFIG_KEY}: correction"
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} {clip(value)}, expected an object or null")
+        _check_keys(value, ("kind", "segment", "pool"), where)
+        if value["kind"] != POOLED:
+            raise FormatError(f"{where}.kind {clip(value['kind'])}, expected {POOLED!r}")
+        return cls(value["segment"], value["pool"])
 
 
 @dataclass(frozen=True)
@@ -40,7 +98,8 @@ class SparseConfig:
 
     `targets` are the modules stored as values + bitmask, `ignored` the Linear modules kept dense; together they are
     every Linear of the model. `mask_digest` is `MaskSet.digest()`. `base_model` is a label for people (a hub id or
-    directory name); `base_digest` identifies the dense weights.
+    directory name); `base_digest` identifies the dense weights. `values` (`float`, `int8` or `fp8_e4m3`) and
+    `correction` hold for all targets.
     """
 
     pattern: NMPattern
@@ -50,8 +109,12 @@ class SparseConfig:
     recipe_digest: str
     base_model: str
     base_digest: str
+    values: str = FLOAT
+    correction: CorrectionForm | None = None
 
     def __post_init__(self) -> None:
+        if self.values not in KINDS:
+            raise FormatError(f"{CONFIG_KEY}: values {clip(self.values)}, expected one of {list(KINDS)}")
         _check_modules(self.targets, "targets", least=1)
         _check_modules(self.ignored, "ignored", least=0)
         both = set(self.targets) & set(self.ignored)
@@ -71,6 +134,8 @@ class SparseConfig:
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "pattern": str(self.pattern),
+            "values": self.values,
+            "correction": None if self.correction is None else self.correction.to_dict(),
             "targets": list(self.targets),
             "ignored": list(self.ignored),
             "mask_digest": self.mask_digest,
@@ -109,6 +174,8 @@ class SparseConfig:
             recipe_digest=value["recipe_digest"],
             base_model=base["name"],
             base_digest=base["digest"],
+            values=value["values"],
+            correction=CorrectionForm.from_dict(value["correction"]),
         )
 
 

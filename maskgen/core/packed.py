@@ -3,10 +3,11 @@
     weight  [O, I]        a  0  0  b | 0  c  d  0        bitmask byte 0b01101001 (column 0 is the lowest bit)
     values  [O, I*n/m]    a  b  c  d                     in column order, row by row
 
-For 2:4 in bfloat16 that is 8 + 1 bits per weight instead of 16: 0.5625 of the dense bytes. A pruned entry unpacks to
-+0. A kept value may itself be zero, which is why the mask is stored and never guessed from the values.
+For 2:4 in bfloat16 that is 8 + 1 bits per weight instead of 16: 0.5625 of the dense bytes; with values of 8 bits it is
+4 + 1: 0.3125. A pruned entry unpacks to +0. A kept value may itself be zero, which is why the mask is stored and never
+guessed from the values. `StoredLayer` adds what a method may store beside the weight: a small dense `Correction`.
 
-Legend: O = out features, I = in features.
+Legend: O = out features, I = in features, K = columns of a correction.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from torch import Tensor
 from maskgen.core.errors import FormatError, NumericalError, PatternError
 from maskgen.core.mask import check_bits, pack_bits, unpack_bits
 from maskgen.core.pattern import NMPattern
-
-VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from maskgen.core.values import FLOAT, FLOAT_DTYPES, check_codes, check_scale, from_codes, kind_of, to_codes
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """`values` `[O, I*n/m]` (bf16, fp16 or fp32) and `bitmask` uint8 `[O, I/8]` of one weight `[O, I]`."""
+    """`values` `[O, I*n/m]` and `bitmask` uint8 `[O, I/8]` of one weight `[O, I]`.
+
+    `values` are bf16, fp16 or fp32; or int8 or float8_e4m3fn codes, and then `scale` float32 `[O]` goes with them.
+    """
 
     values: Tensor
     bitmask: Tensor
     pattern: NMPattern
+    scale: Tensor | None = None
 
     @classmethod
     def pack(cls, weight_OI: Tensor, mask_OI: Tensor, pattern: NMPattern, name: str = "weight") -> PackedTensor:
@@ -37,8 +41,8 @@ class PackedTensor:
 
         Raises `PatternError` (shape, mask), `NumericalError` (a kept value is not finite), `FormatError` (dtype).
         """
-        if weight_OI.dtype not in VALUE_DTYPES:
-            raise FormatError(f"{name}: dtype {weight_OI.dtype}, expected one of {list(VALUE_DTYPES)}")
+        if weight_OI.dtype not in FLOAT_DTYPES:
+            raise FormatError(f"{name}: dtype {weight_OI.dtype}, expected one of {list(FLOAT_DTYPES)}")
         if weight_OI.shape != mask_OI.shape or weight_OI.ndim != 2:
             raise PatternError(f"{name}: weight {tuple(weight_OI.shape)} and mask {tuple(mask_OI.shape)} differ")
         pattern.check_columns(weight_OI.shape[1], name)
@@ -54,38 +58,132 @@ class PackedTensor:
         return self.bitmask.shape[0], self.bitmask.shape[1] * 8
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of values and bitmask."""
-        return self.values.nbytes + self.bitmask.nbytes
+    def kind(self) -> str:
+        """How the values are stored: `float`, `int8` or `fp8_e4m3`."""
+        return kind_of(self.values.dtype)
 
     @property
-    def dense_nbytes(self) -> int:
-        """Bytes the dense weight would take in the same dtype."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+    def nbytes(self) -> int:
+        """Bytes of values, bitmask and scale."""
+        return self.values.nbytes + self.bitmask.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def dense_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes the dense weight would take in `dtype`."""
+        return self.shape[0] * self.shape[1] * dtype.itemsize
 
     def mask(self) -> Tensor:
         """The bool mask `[O, I]`."""
         return unpack_bits(self.bitmask)
 
     def unpack(self) -> Tensor:
-        """The dense weight `[O, I]`, +0 where pruned."""
-        return unpack(self.values, self.bitmask)
+        """The dense weight `[O, I]`, +0 where pruned; in float32 if the values are quantised."""
+        return unpack(self.values, self.bitmask, self.scale)
+
+    def quantised(self, kind: str) -> PackedTensor:
+        """The same weight with values of `kind`: itself if they are that already; `FormatError` from another code."""
+        if kind == self.kind:
+            return self
+        if self.kind != FLOAT or kind == FLOAT:
+            raise FormatError(f"values {self.kind} cannot become {kind}: quantise the checkpoint they were made from")
+        codes, scale = to_codes(self.values, kind)
+        return PackedTensor(codes, self.bitmask, self.pattern, scale)
 
     def verify(self, name: str = "weight") -> None:
-        """Raise `FormatError` unless dtypes, shapes and every group's bit count are right."""
-        if self.values.dtype not in VALUE_DTYPES or self.bitmask.dtype != torch.uint8:
-            raise FormatError(
-                f"{name}: values {self.values.dtype}, bitmask {self.bitmask.dtype}; expected one of "
-                f"{list(VALUE_DTYPES)} and uint8"
-            )
+        """Raise `FormatError` unless dtypes, shapes, codes, scales and every group's bit count are right."""
+        if self.bitmask.dtype != torch.uint8:
+            raise FormatError(f"{name}: bitmask {self.bitmask.dtype}, expected uint8")
         check_shapes(list(self.values.shape), list(self.bitmask.shape), self.pattern, name)
+        self.verify_numbers(name)
         check_bits(self.bitmask, self.pattern, name)
 
+    def verify_numbers(self, name: str = "weight") -> None:
+        """The part of `verify` that reads values: codes and scales. Float values may be anything."""
+        check_scale(self.scale, self.values, name)
+        check_codes(self.values, name)
 
-def unpack(values: Tensor, bitmask: Tensor) -> Tensor:
-    """Values `[O, I*n/m]` and bitmask `[O, I/8]`, or the same rows of both, to dense `[O, I]`, +0 where pruned."""
+
+@dataclass(frozen=True)
+class Correction:
+    """A small dense term beside a sparse weight: y += S (X x), `out` = S `[O, K]`, `pool` = X `[K, I]`.
+
+    `pool` None means fixed sums of I / K consecutive inputs each (SLoRB's block of ones), which costs no memory.
+    """
+
+    out: Tensor
+    pool: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of S and, where it is trained, X."""
+        return self.out.nbytes + (0 if self.pool is None else self.pool.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number of it is NaN or infinite."""
+        return all(bool(tensor.isfinite().all()) for tensor in (self.out, self.pool) if tensor is not None)
+
+    def dense(self, in_features: int) -> Tensor:
+        """S X as one float32 matrix `[O, I]`."""
+        if self.pool is not None:
+            return self.out.float() @ self.pool.float()
+        return self.out.float().repeat_interleave(in_features // self.out.shape[1], dim=1)
+
+    def to(self, dtype: torch.dtype) -> Correction:
+        """The same correction on the CPU in the dtype it is stored in."""
+        pool = None if self.pool is None else self.pool.detach().to("cpu", dtype)
+        return Correction(self.out.detach().to("cpu", dtype), pool)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """All a checkpoint stores of one target layer but its bias."""
+
+    packed: PackedTensor
+    correction: Correction | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.packed.nbytes + (0 if self.correction is None else self.correction.nbytes)
+
+    @property
+    def is_masked_only(self) -> bool:
+        """Whether the layer is a float weight with zeros in it, and nothing else."""
+        return self.correction is None and self.packed.scale is None
+
+    def verify(self, name: str = "weight") -> None:
+        """Raise `FormatError` unless the weight is sound (`PackedTensor.verify`) and the correction finite."""
+        self.packed.verify(name)
+        self._verify_correction(name)
+
+    def verify_numbers(self, name: str = "weight") -> None:
+        """The part of `verify` that reads numbers, not the mask."""
+        self.packed.verify_numbers(name)
+        self._verify_correction(name)
+
+    def _verify_correction(self, name: str) -> None:
+        if self.correction is not None and not self.correction.is_finite:
+            raise FormatError(f"{name}: the correction holds NaN or infinity")
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The one weight `[O, I]` that computes the same: mask * W + S X, summed in float32, then rounded to `dtype`.
+
+        Without a correction it is sparse, and values stored in `dtype` come out bit for bit.
+        """
+        weight_OI = self.packed.unpack()
+        if self.correction is not None:
+            weight_OI = weight_OI.float() + self.correction.dense(weight_OI.shape[1])
+        return weight_OI.to(dtype)
+
+
+def unpack(values: Tensor, bitmask: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Values `[O, I*n/m]`, bitmask `[O, I/8]` and scale `[O]`, or the same rows of all, to dense `[O, I]`.
+
+    +0 where pruned. In the values' dtype; with a scale, in float32.
+    """
     mask_OI = unpack_bits(bitmask)
-    return torch.zeros(mask_OI.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask_OI, values)
+    kept = values if scale is None else from_codes(values, scale)
+    return torch.zeros(mask_OI.shape, dtype=kept.dtype, device=kept.device).masked_scatter_(mask_OI, kept)
 
 
 def check_shapes(values_shape: list[int], bitmask_shape: list[int], pattern: NMPattern, name: str) -> None:

@@ -32,8 +32,8 @@ class CheckpointWriter:
     """Context manager: `add` tensors, and on a clean exit `out_dir` exists, whole.
 
     `config` becomes `config.json`, `files` are copied beside it (tokenizer and the like), `extra` maps file names to
-    JSON values. Raises `OutputExistsError` if `out_dir` exists or another process is writing it; `OSError` (disk full)
-    passes through and leaves no output.
+    JSON values, or to paths of files to copy. Raises `OutputExistsError` if `out_dir` exists or another process is
+    writing it; `OSError` (disk full) passes through and leaves no output.
     """
 
     def __init__(
@@ -125,6 +125,9 @@ class CheckpointWriter:
         for file in self._files:
             shutil.copyfile(file, self._partial / file.name)
         for name, value in self._json.items():
+            if isinstance(value, Path):
+                shutil.copyfile(value, self._partial / name)
+                continue
             text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             (self._partial / name).write_text(text, "utf-8")
         for path in self._partial.iterdir():

@@ -8,7 +8,8 @@ A kernel is one file of this folder; its name is the file's name. It offers four
     linear(x_TI, tensors, bias_O) -> y_TO           y = x W^T + b, as a torch custom op with a fake implementation
 
 The layout a kernel wants (index nibbles, swizzles, a vendor's blob) is its own matter; what it receives is always the
-stored form, values + bitmask. `choose` tries kernels in order of priority and keeps every reason given. A kernel asked
+stored form: values and bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row.
+`choose` tries kernels in order of priority and keeps every reason given. A kernel asked
 for by name that refuses is an error with its reason: there is no silent fallback, so nobody benchmarks the wrong thing.
 
 Legend: T = tokens, O = out features, I = in features.
@@ -26,6 +27,7 @@ import sparse_serve.kernels as _folder
 from maskgen.core.folder import load, names
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT
 from sparse_serve.errors import KernelError
 
 AUTO = "auto"
@@ -33,13 +35,17 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What a kernel must know to accept or refuse a layer: shape per rank, pattern, activation dtype and device."""
+    """What a kernel must know to accept or refuse a layer: shape per rank, pattern, activation dtype and device.
+
+    `values` is how the weight's values are stored: `float` (then in `dtype`), `int8` or `fp8_e4m3`.
+    """
 
     out_features: int
     in_features: int
     pattern: NMPattern
     dtype: torch.dtype
     device_type: str
+    values: str = FLOAT
 
 
 class Kernel(Protocol):
@@ -52,7 +58,7 @@ class Kernel(Protocol):
         """Why this kernel cannot serve `spec` on this machine, or None."""
 
     def prepare(self, packed: PackedTensor) -> dict[str, Tensor]:
-        """Turn values `[O, I*n/m]` and bitmask `[O, I/8]` into the tensors `linear` wants."""
+        """Turn values `[O, I*n/m]`, bitmask `[O, I/8]` and a scale `[O]` or None into the tensors `linear` wants."""
 
     def linear(self, x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """`[..., I] -> [..., O]` in x's dtype."""
@@ -78,6 +84,6 @@ def choose(spec: LinearSpec, wanted: str = AUTO) -> Kernel:
             return kernel
         reasons.append(f"{kernel_name(kernel)}: {reason}")
     raise KernelError(
-        f"no kernel for a {spec.pattern} weight [{spec.out_features}, {spec.in_features}], {spec.dtype}, on "
-        f"{spec.device_type}: {'; '.join(reasons)}"
+        f"no kernel for a {spec.pattern} weight [{spec.out_features}, {spec.in_features}], {spec.dtype}, "
+        f"{spec.values} values, on {spec.device_type}: {'; '.join(reasons)}"
     )

@@ -13,6 +13,7 @@ import sparse_serve.kernels as folder
 from maskgen.core.folder import names
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT, KINDS
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec, choose, kernel_name
 
@@ -20,13 +21,17 @@ PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def packed_weight(out_features: int, in_features: int, pattern: NMPattern, dtype: torch.dtype) -> PackedTensor:
+def packed_weight(
+    out_features: int, in_features: int, pattern: NMPattern, dtype: torch.dtype, values: str = FLOAT
+) -> PackedTensor:
     weight_OI = torch.randn(out_features, in_features, dtype=dtype)
-    return PackedTensor.pack(weight_OI, pattern.mask_from_scores(torch.rand(out_features, in_features)), pattern)
+    mask_OI = pattern.mask_from_scores(torch.rand(out_features, in_features))
+    return PackedTensor.pack(weight_OI, mask_OI, pattern).quantised(values)
 
 
-def kernel_or_skip(name: str, packed: PackedTensor) -> Kernel:
-    spec = LinearSpec(*packed.shape, packed.pattern, packed.values.dtype, packed.values.device.type)
+def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = None) -> Kernel:
+    dtype = dtype or packed.values.dtype
+    spec = LinearSpec(*packed.shape, packed.pattern, dtype, packed.values.device.type, packed.kind)
     try:
         return choose(spec, name)
     except KernelError as error:
@@ -35,15 +40,16 @@ def kernel_or_skip(name: str, packed: PackedTensor) -> Kernel:
 
 @pytest.mark.parametrize("name", names(folder))
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("values", KINDS)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_equals_dense_in_float64(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_equals_dense_in_float64(name: str, dtype: torch.dtype, values: str, data: st.DataObject) -> None:
     pattern = data.draw(st.sampled_from(PATTERNS))
     rows, columns = data.draw(st.integers(1, 70)), 8 * data.draw(st.integers(1, 24))
     leading = data.draw(st.sampled_from([(0,), (1,), (3,), (17,), (64,), (2, 5)]))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    packed = packed_weight(rows, columns, pattern, dtype)
-    kernel = kernel_or_skip(name, packed)
+    packed = packed_weight(rows, columns, pattern, dtype, values)
+    kernel = kernel_or_skip(name, packed, dtype)
     bias_O = torch.randn(rows, dtype=dtype) if data.draw(st.booleans()) else None
     x_TI = torch.randn(*leading, columns, dtype=dtype)
     y_TO = kernel.linear(x_TI, kernel.prepare(packed), bias_O)
@@ -64,16 +70,18 @@ def test_inputs_that_are_not_contiguous(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-def test_stays_compressed(name: str) -> None:
-    packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16)
-    tensors = kernel_or_skip(name, packed).prepare(packed)
-    assert sum(tensor.nbytes for tensor in tensors.values()) <= 0.65 * packed.dense_nbytes
+@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.4)])
+def test_stays_compressed(name: str, values: str, most: float) -> None:
+    packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16, values)
+    tensors = kernel_or_skip(name, packed, torch.bfloat16).prepare(packed)
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= most * packed.dense_nbytes(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", names(folder))
-def test_is_a_custom_op_that_torch_can_trace(name: str) -> None:
-    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32)
-    kernel = kernel_or_skip(name, packed)
+@pytest.mark.parametrize("values", KINDS)
+def test_is_a_custom_op_that_torch_can_trace(name: str, values: str) -> None:
+    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32, values)
+    kernel = kernel_or_skip(name, packed, torch.float32)
     tensors = kernel.prepare(packed)
 
     def run(x_TI: torch.Tensor) -> torch.Tensor:

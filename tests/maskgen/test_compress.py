@@ -17,7 +17,7 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.errors import FormatError, ModelError, NumericalError, OutputExistsError, PatternError
 from maskgen.core.mask import MaskSet
-from maskgen.core.packed import PackedTensor
+from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from tests.directories import (
     COMPANIONS,
@@ -117,8 +117,8 @@ def test_extra_json_is_written_beside(tmp_path: Path) -> None:
     dense = dense_dir(tmp_path / "dense")
     masks = magnitude_masks(dense)
 
-    def pack(name: str, weight: Tensor) -> PackedTensor:
-        return PackedTensor.pack(weight, masks.mask(name), TWO_FOUR)
+    def pack(name: str, weight: Tensor) -> StoredLayer:
+        return StoredLayer(PackedTensor.pack(weight, masks.mask(name), TWO_FOUR))
 
     compress(dense, manifest(masks), pack, tmp_path / "out", extra={"sparse_recipe.json": {"method": "wanda"}})
     assert json.loads((tmp_path / "out" / "sparse_recipe.json").read_text()) == {"method": "wanda"}
@@ -129,8 +129,8 @@ def test_methods_that_change_weights(tmp_path: Path) -> None:
     dense = dense_dir(tmp_path / "dense")
     masks = magnitude_masks(dense)
 
-    def pack(name: str, weight: Tensor) -> PackedTensor:
-        return PackedTensor.pack(weight * 2, masks.mask(name), TWO_FOUR, name)
+    def pack(name: str, weight: Tensor) -> StoredLayer:
+        return StoredLayer(PackedTensor.pack(weight * 2, masks.mask(name), TWO_FOUR, name))
 
     compress(dense, manifest(masks), pack, tmp_path / "out")
     weight = read_all(dense)[TARGETS[0] + ".weight"]
@@ -145,9 +145,9 @@ def test_dtype_and_shape_must_not_change(tmp_path: Path, change: Any) -> None:
     dense = dense_dir(tmp_path / "dense")
     masks = magnitude_masks(dense)
 
-    def pack(name: str, weight: Tensor) -> PackedTensor:
+    def pack(name: str, weight: Tensor) -> StoredLayer:
         changed = change(weight)
-        return PackedTensor.pack(changed, TWO_FOUR.mask_from_scores(changed.float()), TWO_FOUR, name)
+        return StoredLayer(PackedTensor.pack(changed, TWO_FOUR.mask_from_scores(changed.float()), TWO_FOUR, name))
 
     with pytest.raises(ModelError, match=f"{TARGETS[0]}: .*dtype and shape must not change"):
         compress(dense, manifest(masks), pack, tmp_path / "out")
@@ -179,8 +179,8 @@ def refused(dense: Path, masks: MaskSet, kind: type[Exception], message: str, **
     """Compression fails with one error and leaves nothing."""
     before = sorted(dense.parent.iterdir())
 
-    def pack(name: str, weight: Tensor) -> PackedTensor:
-        return PackedTensor.pack(weight, masks.mask(name), masks.pattern, name)
+    def pack(name: str, weight: Tensor) -> StoredLayer:
+        return StoredLayer(PackedTensor.pack(weight, masks.mask(name), masks.pattern, name))
 
     with pytest.raises(kind, match=message):
         compress(dense, manifest(masks, **changes), pack, dense.parent / "out")

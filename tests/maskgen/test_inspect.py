@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from maskgen.compress import decompress
+from maskgen.core.config import CorrectionForm
 from maskgen.core.errors import FormatError
 from maskgen.core.pattern import NMPattern
 from maskgen.inspect import InspectReport, inspect
-from tests.directories import HIDDEN, TARGETS, dense_dir, edit_tensors, read_all, sparse_dir
+from tests.directories import HIDDEN, TARGETS, corrected_dir, dense_dir, edit_tensors, read_all, sparse_dir
 
 
 def follows(report: InspectReport) -> dict[str, bool]:
@@ -84,6 +85,22 @@ def test_a_sparse_checkpoint(tmp_path: Path) -> None:
         assert layer.stored_bytes / layer.dense_bytes == 0.5625
         assert layer.zeros == pytest.approx(0.5, abs=0.01)
     assert sorted(follows(report)) == sorted([*TARGETS, "lm_head", "model.embed_tokens"])
+    assert report.other_bytes + sum(layer.stored_bytes for layer in report.layers) == sum(
+        tensor.nbytes for tensor in read_all(sparse).values()
+    )
+
+
+def test_codes_and_corrections_are_counted(tmp_path: Path) -> None:
+    sparse = corrected_dir(tmp_path / "sparse", "int8", CorrectionForm(8, "trained"))
+    report = inspect(sparse)
+    assert report.values == "int8"
+    for layer in report.packed_layers:
+        columns = layer.in_features // 8
+        assert layer.dense_bytes == 2 * layer.out_features * layer.in_features
+        assert layer.correction_bytes == 2 * columns * (layer.out_features + layer.in_features)
+        packed_bytes = layer.stored_bytes - layer.correction_bytes
+        assert packed_bytes == 0.3125 * layer.dense_bytes + 4 * layer.out_features
+        assert layer.follows and layer.zeros == pytest.approx(0.5, abs=0.02)
     assert report.other_bytes + sum(layer.stored_bytes for layer in report.layers) == sum(
         tensor.nbytes for tensor in read_all(sparse).values()
     )

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
-from maskgen.core.config import SparseConfig
+from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.errors import FormatError, PatternError
 from maskgen.core.pattern import NMPattern
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 MANIFEST: dict[str, Any] = {
     "quant_method": "sparse_nm",
-    "format_version": 1,
+    "format_version": 2,
     "pattern": "2:4",
+    "values": "float",
+    "correction": None,
     "targets": ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"],
     "ignored": ["lm_head"],
     "mask_digest": DIGEST,
@@ -66,11 +68,61 @@ def test_unknown_keys(key: str) -> None:
         SparseConfig.from_dict({**MANIFEST, "base_model": {"name": "a", "digest": DIGEST, key: 1}})
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 1.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, 2.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
 def test_unknown_versions(version: Any) -> None:
-    with pytest.raises(FormatError, match=r"format_version .*, this release reads 1") as caught:
+    with pytest.raises(FormatError, match=r"format_version .*, this release reads 2") as caught:
         SparseConfig.from_dict({**MANIFEST, "format_version": version})
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("values", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("pool", ["fixed", "trained"])
+def test_values_and_corrections_round_trip(values: str, pool: str) -> None:
+    manifest = {**MANIFEST, "values": values, "correction": {"kind": "pooled", "segment": 16, "pool": pool}}
+    config = SparseConfig.from_dict(manifest)
+    assert (config.values, config.correction) == (values, CorrectionForm(16, pool))
+    assert config.to_dict() == manifest
+
+
+@pytest.mark.parametrize("values", ["Float", "int4", "fp8_e5m2", "", None, 8, True, ["int8"], {"int8": 1}, "x" * 10**6])
+def test_values_of_another_kind(values: Any) -> None:
+    with pytest.raises(FormatError, match=r"values .*, expected one of \['float', 'int8', 'fp8_e4m3'\]") as caught:
+        SparseConfig.from_dict({**MANIFEST, "values": values})
+    assert len(str(caught.value)) < 300
+
+
+CORRECTION = {"kind": "pooled", "segment": 16, "pool": "fixed"}
+
+
+@pytest.mark.parametrize(
+    ("correction", "message"),
+    [
+        ("pooled", "correction 'pooled', expected an object or null"),
+        ([CORRECTION], "correction .*, expected an object or null"),
+        (False, "correction False, expected an object or null"),
+        ({}, r"correction: unknown keys \[\], missing keys"),
+        ({**CORRECTION, "rank": 4}, r"correction: unknown keys \['rank'\]"),
+        ({**CORRECTION, "kind": "lora"}, "correction.kind 'lora', expected 'pooled'"),
+        ({**CORRECTION, "pool": "learned"}, "correction.pool 'learned', expected 'fixed' or 'trained'"),
+        ({**CORRECTION, "pool": ["fixed"]}, "correction.pool"),
+        ({**CORRECTION, "pool": None}, "correction.pool"),
+        *(
+            ({**CORRECTION, "segment": segment}, "correction.segment .*, expected a whole number from 1 to 1048576")
+            for segment in (0, -16, 16.0, True, "16", None, 2**20 + 1, 10**100, [16])
+        ),
+    ],
+)
+def test_corrections_of_another_kind(correction: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message) as caught:
+        SparseConfig.from_dict({**MANIFEST, "correction": correction})
+    assert len(str(caught.value)) < 400
+
+
+def test_shapes_of_a_correction() -> None:
+    assert CorrectionForm(16, "fixed").shapes(8, 64, "up") == ([8, 4], None)
+    assert CorrectionForm(16, "trained").shapes(8, 64, "up") == ([8, 4], [4, 64])
+    with pytest.raises(FormatError, match="up: 64 input features are no multiple of the correction's segment of 48"):
+        CorrectionForm(48, "fixed").shapes(8, 64, "up")
 
 
 @pytest.mark.parametrize("method", ["Sparse_nm", "sparse-24", "", None, 1, ["sparse_nm"]])

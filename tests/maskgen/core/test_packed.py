@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskgen.core.errors import FormatError, NumericalError, PatternError
 from maskgen.core.mask import pack_bits
-from maskgen.core.packed import PackedTensor
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from tests.directories import TWO_FOUR, bits
 
@@ -64,7 +64,7 @@ def test_bytes(pattern: str, dtype: torch.dtype, ratio: float) -> None:
     nm = NMPattern.parse(pattern)
     weight = random_weight(nm, dtype)
     packed = PackedTensor.pack(weight, random_mask(nm, weight), nm)
-    assert packed.dense_nbytes == weight.nbytes
+    assert packed.dense_nbytes(weight.dtype) == weight.nbytes
     assert packed.nbytes / weight.nbytes == ratio == nm.density + 1 / (8 * weight.element_size())
 
 
@@ -143,3 +143,72 @@ def test_six_columns_do_not_fit_the_bytes_of_one_group_of_six() -> None:
     bitmask = pack_bits(torch.tensor([[True] * 3 + [False] * 5]))
     with pytest.raises(FormatError, match="do not match"):
         PackedTensor(torch.ones(1, 4), bitmask, NMPattern(3, 6)).verify()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_quantised_pruned_weights_are_exactly_zero(kind: str, pattern: str) -> None:
+    nm = NMPattern.parse(pattern)
+    weight = random_weight(nm, torch.bfloat16, rows=6, units=4)
+    packed = PackedTensor.pack(weight, random_mask(nm, weight), nm)
+    codes = packed.quantised(kind)
+    codes.verify("up")
+    assert (codes.kind, packed.kind) == (kind, "float")
+    assert codes.quantised(kind) is codes and packed.quantised("float") is packed
+    assert codes.nbytes == packed.values.numel() + packed.bitmask.nbytes + 4 * 6
+    dense = codes.unpack()
+    assert dense.dtype == torch.float32
+    assert bits(dense[~codes.mask()]) == bytes(4 * int((~codes.mask()).sum()))
+    torch.testing.assert_close(dense, packed.unpack().float(), rtol=0.07, atol=float(packed.values.abs().max()) / 100)
+    with pytest.raises(FormatError, match=f"values {kind} cannot become float"):
+        codes.quantised("float")
+    with pytest.raises(FormatError, match=f"values {kind} cannot become"):
+        codes.quantised("int8" if kind == "fp8_e4m3" else "fp8_e4m3")
+
+
+def test_the_scale_sees_kept_weights_only() -> None:
+    weight = torch.tensor([[1.0, 100.0, 0.5, -100.0] * 2])
+    mask = torch.tensor([[True, False, True, False] * 2])
+    assert PackedTensor.pack(weight, mask, TWO_FOUR).quantised("int8").scale == pytest.approx(1 / 127)
+
+
+def test_quantised_bytes_of_a_two_four_weight() -> None:
+    packed = PackedTensor.pack(
+        torch.randn(8, 4096).bfloat16(), torch.tensor([[True, True, False, False]]).repeat(8, 1024), TWO_FOUR
+    )
+    assert packed.quantised("int8").nbytes / packed.dense_nbytes(torch.bfloat16) == 0.3125 + 2 / 4096
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_folded_correction_computes_the_same(trained: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 32, generator=generator), torch.randn(5, 32, generator=generator)
+    packed = PackedTensor.pack(weight, random_mask(TWO_FOUR, weight), TWO_FOUR)
+    pool = torch.randn(4, 32, generator=generator) if trained else None
+    ones = torch.eye(4).repeat_interleave(8, dim=1) if pool is None else pool
+    layer = StoredLayer(packed, Correction(torch.randn(6, 4, generator=generator), pool))
+    expected = x @ packed.unpack().T + (x @ ones.T) @ layer.correction.out.T
+    torch.testing.assert_close(x @ layer.dense(torch.float32).T, expected, rtol=1e-4, atol=1e-4)
+    assert layer.nbytes == packed.nbytes + 6 * 4 * 4 + (4 * 32 * 4 if trained else 0)
+    assert not layer.is_masked_only and StoredLayer(packed).is_masked_only
+    layer.verify("up")
+
+
+def test_the_sum_of_weight_and_correction_is_rounded_once() -> None:
+    weight = torch.full((1, 8), 256.0).bfloat16()
+    packed = PackedTensor.pack(weight, torch.tensor([[True, True, False, False] * 2]), TWO_FOUR)
+    correction = Correction(torch.tensor([[1.001]]).bfloat16())
+    assert StoredLayer(packed, correction).dense(torch.bfloat16)[0, :3].tolist() == [256.0, 256.0, 1.0]
+    assert StoredLayer(packed, correction).dense(torch.float32)[0, :3].tolist() == [257.0, 257.0, 1.0]
+    assert bits(StoredLayer(packed).dense(torch.bfloat16)) == bits(packed.unpack())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["out", "pool"])
+def test_corrections_must_be_finite(value: float, where: str) -> None:
+    weight = torch.ones(2, 8)
+    packed = PackedTensor.pack(weight, random_mask(TWO_FOUR, weight), TWO_FOUR)
+    tensors = {"out": torch.ones(2, 1), "pool": torch.ones(1, 8)}
+    tensors[where][0, 0] = value
+    with pytest.raises(FormatError, match="up: the correction holds NaN or infinity"):
+        StoredLayer(packed, Correction(**tensors)).verify("up")

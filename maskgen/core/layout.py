@@ -1,0 +1,123 @@
+"""Which tensors a checkpoint stores for a target layer: their names, dtypes and shapes, checked from headers alone.
+
+    T.values   T.bitmask                    always
+    T.scale                                 if the values are 8-bit codes
+    T.correction_out   T.correction_pool    if there is a correction y += S (X x); the second if X was trained
+
+All targets of a checkpoint store the same kinds of tensors; the manifest says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from maskgen.core.config import CONFIG_KEY, FIXED, TRAINED, CorrectionForm, SparseConfig
+from maskgen.core.errors import FormatError, clip
+from maskgen.core.mask import BITMASK_SUFFIX
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer, check_shapes
+from maskgen.core.values import FLOAT, FP8, INT8
+
+WEIGHT_SUFFIX = ".weight"
+VALUES_SUFFIX = ".values"
+SCALE_SUFFIX = ".scale"
+OUT_SUFFIX = ".correction_out"
+POOL_SUFFIX = ".correction_pool"
+
+_FLOATS = ("BF16", "F16", "F32")
+_VALUE_DTYPES = {FLOAT: _FLOATS, INT8: ("I8",), FP8: ("F8_E4M3",)}
+_EVERY_SUFFIX = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX, OUT_SUFFIX, POOL_SUFFIX, WEIGHT_SUFFIX)
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where a tensor is and what it is, known without reading it. `dtype` is the safetensors name, such as `BF16`."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def suffixes(config: SparseConfig) -> tuple[str, ...]:
+    """Suffixes of the tensors that every target has, in the order they are written."""
+    names = [VALUES_SUFFIX, BITMASK_SUFFIX]
+    if config.values != FLOAT:
+        names.append(SCALE_SUFFIX)
+    if config.correction is not None:
+        names += [OUT_SUFFIX, POOL_SUFFIX] if config.correction.trained else [OUT_SUFFIX]
+    return tuple(names)
+
+
+def form_of(correction: Correction | None, in_features: int) -> CorrectionForm | None:
+    """What the manifest says about a correction like this one, of a layer with `in_features` inputs."""
+    if correction is None:
+        return None
+    return CorrectionForm(in_features // correction.out.shape[1], FIXED if correction.pool is None else TRAINED)
+
+
+def tensors(layer: StoredLayer) -> dict[str, Tensor]:
+    """Every tensor of a layer by suffix, in the order they are written."""
+    packed, correction = layer.packed, layer.correction
+    found = {
+        VALUES_SUFFIX: packed.values,
+        BITMASK_SUFFIX: packed.bitmask,
+        SCALE_SUFFIX: packed.scale,
+        OUT_SUFFIX: None if correction is None else correction.out,
+        POOL_SUFFIX: None if correction is None else correction.pool,
+    }
+    return {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+
+
+def layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
+    """A layer from its tensors; `read` is asked for each suffix that `config` implies."""
+    found = {suffix: read(suffix) for suffix in suffixes(config)}
+    packed = PackedTensor(found[VALUES_SUFFIX], found[BITMASK_SUFFIX], config.pattern, found.get(SCALE_SUFFIX))
+    if OUT_SUFFIX not in found:
+        return StoredLayer(packed)
+    return StoredLayer(packed, Correction(found[OUT_SUFFIX], found.get(POOL_SUFFIX)))
+
+
+def check_headers(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
+    """Raise `FormatError` unless the tensors of a directory are exactly those the manifest implies."""
+    expected = suffixes(config)
+    for module in config.targets:
+        stored = {suffix: headers[module + suffix] for suffix in _EVERY_SUFFIX if module + suffix in headers}
+        if set(stored) != set(expected):
+            raise FormatError(
+                f"{path}: target {module}: expected exactly {', '.join(expected)}, found "
+                f"{[module + suffix for suffix in stored]}"
+            )
+        _check_target(f"{path}: {module}", config, stored)
+    targets = set(config.targets)
+    for name in headers:
+        module, _, suffix = name.rpartition(".")
+        if "." + suffix in expected and module not in targets:
+            raise FormatError(f"{path}: tensor {clip(name)} belongs to no target of {CONFIG_KEY}")
+    for module in config.ignored:
+        if module + WEIGHT_SUFFIX not in headers and not module.endswith("lm_head"):
+            raise FormatError(f"{path}: ignored module {module} has no {WEIGHT_SUFFIX} tensor")
+
+
+def _check_target(where: str, config: SparseConfig, stored: Mapping[str, TensorHeader]) -> None:
+    values, bitmask = stored[VALUES_SUFFIX], stored[BITMASK_SUFFIX]
+    allowed = _VALUE_DTYPES[config.values]
+    if values.dtype not in allowed or bitmask.dtype != "U8":
+        raise FormatError(
+            f"{where}: values {values.dtype}, bitmask {bitmask.dtype}; expected one of {list(allowed)} and U8"
+        )
+    check_shapes(list(values.shape), list(bitmask.shape), config.pattern, where)
+    out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
+    wanted: dict[str, tuple[tuple[str, ...], list[int] | None]] = {SCALE_SUFFIX: (("F32",), [out_features])}
+    if config.correction is not None:
+        out_shape, pool_shape = config.correction.shapes(out_features, in_features, where)
+        floats = (values.dtype,) if config.values == FLOAT else _FLOATS
+        wanted |= {OUT_SUFFIX: (floats, out_shape), POOL_SUFFIX: (floats, pool_shape)}
+    for suffix, (dtypes, shape) in wanted.items():
+        header = stored.get(suffix)
+        if header is not None and (header.dtype not in dtypes or list(header.shape) != shape):
+            raise FormatError(
+                f"{where}{suffix}: {header.dtype} {list(header.shape)}, expected {' or '.join(dtypes)} {shape}"
+            )

@@ -1,0 +1,89 @@
+"""How kept values are stored: as floats, or as 8-bit codes with one float32 scale for each row.
+
+    int8        code = round(w / scale),        scale = max|w| / 127      codes -127 .. 127; -128 is never written
+    fp8_e4m3    code = nearest e4m3 of w/scale, scale = max|w| / 448      448 is the largest e4m3; NaN is never written
+
+Symmetric, so that zero is exactly zero, and the maximum is over the row's *kept* weights only: pruned ones are not
+stored, so no zero point could disturb them and none of the range is spent on them. The weight a code stands for is
+`float32(code) * scale`, a product of two float32 that every reader rounds alike.
+
+Legend: O = out features, V = kept values per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import FormatError
+
+FLOAT, INT8, FP8 = "float", "int8", "fp8_e4m3"
+KINDS = (FLOAT, INT8, FP8)
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CODE_DTYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
+LARGEST = {INT8: 127.0, FP8: 448.0}
+"""Largest magnitude of a code."""
+
+
+def kind_of(dtype: torch.dtype, name: str = "weight") -> str:
+    """The kind of values a dtype stores; `FormatError` naming the tensor if it stores none."""
+    for kind, code_dtype in CODE_DTYPES.items():
+        if dtype == code_dtype:
+            return kind
+    if dtype not in FLOAT_DTYPES:
+        raise FormatError(f"{name}: values {dtype}, expected one of {[*FLOAT_DTYPES, *CODE_DTYPES.values()]}")
+    return FLOAT
+
+
+def to_codes(values_OV: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes `[O, V]` of `kind` and their scales float32 `[O]`. A row of zeros gets scale 1."""
+    exact_OV = values_OV.float()
+    largest_O = exact_OV.abs().amax(1)
+    # A scale below the normal numbers would lose its own digits; one rounded up at the very top, make infinity.
+    limits = torch.finfo(torch.float32)
+    most = torch.nextafter(torch.tensor(limits.max) / LARGEST[kind], torch.tensor(0.0)).item()
+    scale_O = (largest_O / LARGEST[kind]).clamp(limits.tiny, most)
+    scale_O = torch.where(largest_O == 0, torch.ones_like(scale_O), scale_O)
+    steps_OV = (exact_OV / scale_O[:, None]).clamp(-LARGEST[kind], LARGEST[kind])
+    if kind == INT8:
+        steps_OV = steps_OV.round()
+    return steps_OV.to(CODE_DTYPES[kind]), scale_O
+
+
+def from_codes(codes_OV: Tensor, scale_O: Tensor) -> Tensor:
+    """The float32 values `[O, V]` that codes stand for."""
+    return codes_OV.float() * scale_O[:, None]
+
+
+def check_scale(scale: Tensor | None, values: Tensor, name: str) -> None:
+    """Raise `FormatError` unless a scale is there exactly when `values` are codes: one number > 0 a row.
+
+    It must be finite even times the largest code, so that no weight is infinite.
+    """
+    kind = kind_of(values.dtype, name)
+    if (scale is None) != (kind == FLOAT):
+        raise FormatError(f"{name}: values {values.dtype} {'without' if scale is None else 'with'} a scale")
+    if scale is None:
+        return
+    if scale.dtype != torch.float32 or list(scale.shape) != [values.shape[0]]:
+        raise FormatError(f"{name}: scale {scale.dtype} {list(scale.shape)}, expected float32 [{values.shape[0]}]")
+    bad = ~(torch.isfinite(scale * LARGEST[kind]) & (scale > 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise FormatError(
+            f"{name}: scale of row {row} is {scale[row].item()}, expected above 0 and finite times {LARGEST[kind]:.0f}"
+        )
+
+
+def check_codes(values: Tensor, name: str) -> None:
+    """Raise `FormatError` if `values` hold a code that no writer writes: int8 -128, or NaN in float8."""
+    if values.dtype == torch.int8:
+        bad, what = values == -128, "-128; int8 codes are -127 to 127"
+    elif values.dtype == torch.float8_e4m3fn:
+        bad, what = (values.view(torch.uint8) & 0x7F) == 0x7F, "NaN"
+    else:
+        return
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise FormatError(f"{name}: values: code {column} of row {row} is {what}")

@@ -1,0 +1,122 @@
+"""Quantised values and corrections on real vLLM: the tokens transformers computes from the same directory, in float32.
+
+Each start covers one kind of values and one form of correction, on one rank or two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgen import hf_loader
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.config import CorrectionForm
+from maskgen.core.errors import FormatError
+from tests import models
+from tests.vllm.test_plugin import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
+
+FIXED, TRAINED = CorrectionForm(8, "fixed"), CorrectionForm(16, "trained")
+
+
+def make(kind: str, root: Path, values: str, form: CorrectionForm | None) -> Path:
+    models.save(kind, root / "dense", **SHAPE)
+    models.save_corrected(root / "dense", root / "sparse", form, values)
+    return root / "sparse"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "form", "ranks"),
+    [
+        ("llama", "int8", TRAINED, 1),
+        ("llama_tied", "fp8_e4m3", FIXED, 1),
+        ("qwen2", "float", FIXED, 2),
+        ("llama", "int8", TRAINED, 2),
+    ],
+)
+def test_serves_what_transformers_computes(
+    kind: str, values: str, form: CorrectionForm, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_loader.register()
+    sparse = make(kind, tmp_path, values, form)
+    models.save_corrected(tmp_path / "dense", tmp_path / "plain", None)
+    tokens, logprobs = transformers_oracle(sparse)
+    assert tokens != transformers_oracle(tmp_path / "plain")[0], "neither correction nor rounding would be noticed"
+    if ranks > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with serve(sparse, tensor_parallel_size=ranks) as llm:
+        stats = llm.collective_rpc("sparse_stats")
+        assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=2e-4)
+        assert greedy(llm) == tokens
+    checkpoint = SparseCheckpoint.open(sparse)
+    stored = sum(checkpoint.layer(name).nbytes for name in checkpoint.config.targets)
+    held = sum(rank["sparse_weight_bytes"] for rank in stats)
+    assert held == stored if ranks == 1 else stored <= held < 1.3 * stored
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's parameters ask of its process groups, without any."""
+    for function, answer in (("rank", 0), ("world_size", 1)):
+        name = f"vllm.model_executor.parameter.get_tensor_model_parallel_{function}"
+        monkeypatch.setattr(name, lambda answer=answer: answer)
+
+
+def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the directory was not verified, each layer still is."""
+    from sparse_serve.vllm_linear import SparseNMConfig, SparseNMLinear
+
+    monkeypatch.setattr(SparseNMConfig, "check_all_attached", lambda config: None)
+    config = SparseCheckpoint.open(make("llama", tmp_path, "int8", None)).config
+    method = SparseNMLinear.__new__(SparseNMLinear)
+    method.config, method.prefix = SparseNMConfig(config), "up"
+    layer = torch.nn.Module()
+    tensors = {
+        "values": torch.full((2, 4), -128, dtype=torch.int8),
+        "bitmask": torch.full((2, 1), 0x33, dtype=torch.uint8),
+        "scale": torch.ones(2),
+    }
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    with pytest.raises(FormatError, match="up: values: code 0 of row 0 is -128"):
+        method.process_weights_after_loading(layer)
+
+
+def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+
+    from sparse_serve.vllm_correction import LayerCorrection
+
+    class Strange(ColumnParallelLinear):
+        pass
+
+    def create(kind: type, form: CorrectionForm, parts: int, inputs_per_rank: int, rows: list[int]) -> None:
+        layer = kind.__new__(kind)
+        torch.nn.Module.__init__(layer)
+        correction = LayerCorrection(form, "layers.0.some_proj", parts)
+        correction.create_weights(layer, inputs_per_rank, rows, 96, torch.float32, None)
+
+    create(RowParallelLinear, FIXED, 1, 48, [64])
+    with pytest.raises(FormatError, match=r"layers\.0\.some_proj: 48 inputs per .* segment of 32; use fewer ranks"):
+        create(RowParallelLinear, CorrectionForm(32, "fixed"), 1, 48, [64])
+    create(RowParallelLinear, CorrectionForm(32, "trained"), 1, 48, [64])
+    with pytest.raises(FormatError, match="96 inputs are no multiple of the correction's segment of 64"):
+        create(RowParallelLinear, CorrectionForm(64, "trained"), 1, 48, [64])
+    with pytest.raises(FormatError, match="cannot be served by vLLM's Strange"):
+        create(Strange, FIXED, 1, 96, [64])
+    with pytest.raises(FormatError, match="fuses 3 matrices, but the checkpoint has 2"):
+        create(MergedColumnParallelLinear, FIXED, 2, 96, [64, 64, 64])
+
+
+def test_a_correction_that_was_not_loaded_is_no_correction_of_zero(one_rank: None) -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from sparse_serve.vllm_correction import LayerCorrection
+
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    correction = LayerCorrection(FIXED, "layers.0.some_proj", 1)
+    correction.create_weights(layer, 16, [8], 16, torch.float32, None)
+    with pytest.raises(FormatError, match=r"some_proj\.correction_out: holds NaN or infinity, or was not loaded"):
+        correction.finish_loading(layer)

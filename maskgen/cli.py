@@ -20,9 +20,13 @@ _EXAMPLES = """\
 examples:
   maskgen demo --out demo                                     a tiny trained model and text to try everything on
   maskgen run sparsegpt --model demo/model --data demo/calibration.txt --out demo/sparse
+  maskgen run maskllm --model demo/model --data demo/calibration.txt --out demo/learned
   maskgen eval demo/sparse --data demo/heldout.txt            perplexity, protocol stated
   maskgen inspect demo/sparse                                 what is stored, layer by layer
 """
+
+_CODES = ("int8", "fp8_e4m3")
+"""Kinds of `maskgen.core.values`, which is not imported for `--help`; a test compares the two."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,10 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run(verbs)
     _add_compress(verbs)
+    _add_quantise(verbs)
     _add_decompress(verbs)
     _add_inspect(verbs)
     _add_eval(verbs)
     _add_demo(verbs)
+    _add_report(verbs)
     return parser
 
 
@@ -70,12 +76,14 @@ def _add_run(verbs: _Verbs) -> None:
     parser = _verb(
         verbs,
         "run",
-        "prune a model with a recipe and write a sparse checkpoint",
+        "prune a model with a recipe, one-shot or learned, and write the result",
         "The result is a complete Hugging Face directory. A run that is stopped continues when started again with the "
-        "same arguments: finished blocks are kept in OUT.work until the checkpoint is written.",
+        "same arguments: what is done is kept in OUT.work until the result is written.",
     )
     parser.add_argument(
-        "recipe", help="a shipped recipe (magnitude, wanda, sparsegpt, sparsegpt-mask-only) or the path of a .toml file"
+        "recipe",
+        help="a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all) or the path "
+        "of a .toml file",
     )
     parser.add_argument(
         "--model", required=True, help="dense model: a Hugging Face directory or a hub id like org/name"
@@ -86,8 +94,9 @@ def _add_run(verbs: _Verbs) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help='calibration text: plain text, or .jsonl with a "text" field; several files are mixed in equal parts '
-        "(default: none; enough for methods that need no data, such as magnitude)",
+        help='calibration or training text: plain text, .jsonl or .parquet with a "text" field, token ids as .npy or '
+        ".safetensors, or hf:ORG/NAME[:CONFIG][:SPLIT]; several are mixed in equal parts (default: none; enough for "
+        "methods that need no data, such as magnitude)",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
     parser.add_argument(
@@ -99,10 +108,50 @@ def _add_run(verbs: _Verbs) -> None:
         help="change one recipe value, such as method.damp=0.05 or calibration.samples=64; repeatable (default: none)",
     )
     _add_device(parser)
+    _add_training(parser)
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
     )
     parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Flags of learned methods. They change how a run goes, never what comes out, but for `--prior`."""
+    group = parser.add_argument_group("learned methods")
+    group.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model) in place of "
+        "the recipe's [prior] (default: the recipe's)",
+    )
+    group.add_argument(
+        "--micro-batch", type=_count, metavar="WINDOWS", help="windows per forward pass; bounds memory (default: 8)"
+    )
+    group.add_argument(
+        "--eval-every",
+        type=_count,
+        metavar="STEPS",
+        help="steps between looks at the held-out perplexity of the masks (default: five looks a run)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=_count,
+        metavar="STEPS",
+        help="steps between checkpoints, from which a killed run goes on (default: one every five minutes)",
+    )
+    group.add_argument("--keep-checkpoints", type=_count, metavar="N", help="newest checkpoints to keep (default: 2)")
+    group.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, more time, the same result (default: no)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _add_compress(verbs: _Verbs) -> None:
@@ -112,11 +161,32 @@ def _add_compress(verbs: _Verbs) -> None:
         "masks", type=Path, help="a mask file from `run --masks-out`, or a sparse checkpoint to take masks from"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
+    parser.add_argument(
+        "--values",
+        choices=("float", *_CODES),
+        default="float",
+        help="how kept weights are stored: as they are, or as 8-bit codes with a scale per row (default: %(default)s)",
+    )
+
+
+def _add_quantise(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "quantise",
+        "write a sparse checkpoint again with kept weights of 8 bits",
+        "Masks, corrections and every other tensor stay as they are; pruned weights are exactly zero before and after.",
+    )
+    parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
+    parser.add_argument("--values", required=True, choices=_CODES, help="the code: integers, or floats of 8 bits")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
 
 
 def _add_decompress(verbs: _Verbs) -> None:
     parser = _verb(
-        verbs, "decompress", "write a sparse checkpoint as an ordinary dense one, zeros included, for other tools"
+        verbs,
+        "decompress",
+        "write a sparse checkpoint as an ordinary dense one, zeros included, for other tools",
+        "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
@@ -142,7 +212,7 @@ def _add_eval(verbs: _Verbs) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help='text to score: plain text, or .jsonl with a "text" field',
+        help='text to score: plain text, .jsonl or .parquet with a "text" field, or token ids as .npy or .safetensors',
     )
     parser.add_argument("--window", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument(
@@ -179,6 +249,29 @@ def _add_demo(verbs: _Verbs) -> None:
         type=Path,
         metavar="DIR",
         help="directory to write (default: sparse-serve/demo-v1 in your cache directory)",
+    )
+
+
+def _add_report(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "report",
+        "compare learned runs, finished or not, in one HTML page",
+        "Curves, agreement by layer, perplexities and patterns; the page needs no network. Needs the extra `report`.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="output directory of `maskgen run`, the OUT.work of one that is running, or a log file",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="page to write; an older one is replaced (default: %(default)s)",
     )
 
 

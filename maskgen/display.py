@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from maskgen.compress import CompressReport
+from maskgen.fit import EvalLog
 from maskgen.inspect import InspectReport
 from maskgen.model import OUTSIDE
+from maskgen.shrink import ShrinkReport
 from maskgen.sweep import Progress, SweepReport
+from maskgen.train import StepLog
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -59,24 +62,54 @@ class _LogLines(ProgressBar):
             self.said_s = time.monotonic()
             task = self.tasks[task_id]
             total = "" if task.total is None else f" {task.completed:g}/{task.total:g}"
-            self.console.print(
-                f"{task.description}{total} {task.fields.get('note', '')}", highlight=False, markup=False
-            )
+            line = f"{task.description}{total} {task.fields.get('note', '')}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def sweep_progress(bar: ProgressBar, task: TaskID) -> Callable[[Progress], None]:
+def sweep_progress(bar: ProgressBar, task: TaskID, prefix: str = "") -> Callable[[Progress], None]:
     """A sweep's callback that moves `bar`."""
 
     def show(progress: Progress) -> None:
         bar.update(
             task,
-            description=f"block {progress.block + 1}/{progress.blocks}",
+            description=f"{prefix}block {progress.block + 1}/{progress.blocks}",
             completed=progress.block,
             total=progress.blocks,
             note=f"{progress.what}  peak memory {megabytes(progress.peak_rss_bytes)}",
         )
 
     return show
+
+
+def training_progress(bar: ProgressBar, task: TaskID) -> Callable[[StepLog | EvalLog], None]:
+    """A training run's callback that moves `bar`: where the loss is, where the masks are, how long it will take."""
+    seen: EvalLog | None = None
+    began: StepLog | None = None
+
+    def show(log: StepLog | EvalLog) -> None:
+        nonlocal seen, began
+        if isinstance(log, EvalLog):
+            seen = log
+            bar.update(task, note=f"held-out perplexity {log.perplexity:.2f}")
+            return
+        began = began or log
+        step_s = (log.elapsed_s - began.elapsed_s) / max(1, log.step - began.step)
+        parts = [f"loss {log.loss:.3f}"]
+        if seen is not None:
+            parts.append(f"held-out {seen.perplexity:.2f}, same {seen.agreement:.1%}, flipped {seen.flipped:.2%}")
+        if step_s:
+            parts.append(f"{log.tokens / step_s:,.0f} tokens/s")
+            parts.append(f"{duration((log.steps - log.step) * step_s)} to go")
+        parts.append(megabytes(log.peak_rss_bytes))
+        bar.update(task, description="training", completed=log.step, total=log.steps, note="  ".join(parts))
+
+    return show
+
+
+def duration(seconds: float) -> str:
+    """For people: `1:02:03`, or `2:03` below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def say(text: str) -> None:
@@ -107,10 +140,41 @@ def print_compressed(out: Path, written: CompressReport) -> None:
     say(f"next: maskgen eval {out} --data FILE    or    sparse-serve serve {out}")
 
 
+def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
+    """What a training run did, from its log: where the masks were, where they are, what it took."""
+    steps = [record for record in log if record["kind"] == "step"]
+    looks = [record for record in log if record["kind"] == "eval"]
+    tokens, first, last = sum(record["tokens"] for record in steps), looks[0], looks[-1]
+    dense = f"; dense {first['dense_perplexity']:.2f}" if "dense_perplexity" in first else ""
+    say(f"held-out perplexity {first['perplexity']:.2f} at the start -> {last['perplexity']:.2f}{dense}")
+    say(
+        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak memory "
+        f"{megabytes(max(record['peak_rss_bytes'] for record in steps))}"
+    )
+    say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")
+
+
+def print_dense(out: Path, total_bytes: int) -> None:
+    """What was written, when nothing was pruned."""
+    say(f"wrote {out}: dense, {megabytes(total_bytes)}")
+    say(f"next: maskgen eval {out} --data FILE")
+
+
+def print_shrunk(out: Path, written: ShrinkReport) -> None:
+    """What was written, when whole heads and neurons were removed."""
+    kept = ", ".join(f"{count} {kind}" for kind, count in written.keep.items())
+    say(
+        f"wrote {out}: {written.fraction:.2%} of the parameters of the blocks ({kept} per layer), directory "
+        f"{megabytes(written.total_bytes)}"
+    )
+    say(f"next: maskgen eval {out} --data FILE    or    maskgen run sparsegpt --model {out} --data FILE --out DIR")
+
+
 def print_inspect(report: InspectReport) -> None:
     """A table, one line per matrix."""
     kind = "sparse checkpoint" if report.compressed else "dense model"
-    say(f"{report.path}: {kind}, pattern {report.pattern}")
+    values = f", {report.values} values" if report.compressed else ""
+    say(f"{report.path}: {kind}, pattern {report.pattern}{values}")
     table = Table()
     for heading in ("layer", "stored"):
         table.add_column(heading, overflow="fold")
@@ -132,3 +196,6 @@ def print_inspect(report: InspectReport) -> None:
         f"{len(report.packed_layers)} of {len(report.layers)} matrices packed; {megabytes(stored_bytes)} stored, "
         f"{megabytes(dense_bytes)} if dense, {megabytes(report.other_bytes)} of other tensors"
     )
+    correction_bytes = sum(layer.correction_bytes for layer in report.layers)
+    if correction_bytes:
+        say(f"  {megabytes(correction_bytes)} of what is stored are corrections")

@@ -8,7 +8,9 @@ Every target becomes a `LearnedLinear` that computes one of three things:
     DENSE   the layer as it was given: the teacher, when the weights are frozen, at no cost in memory
 
 Time and randomness are arguments: a `Moment` says when it is, and its `noise_seed` is the only source of noise, so that
-a run that was killed and resumed draws the same numbers, and a backward pass can draw them again instead of keeping them.
+a run that was killed and resumed draws the same numbers, and a backward pass can draw them again instead of keeping
+them. What a layer or an optimiser must remember from step to step is a parameter, a persistent buffer or a tensor of
+the optimiser's state: these are what a checkpoint holds.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -38,7 +40,7 @@ class Mode(Enum):
 
 
 class Result(Enum):
-    """What a run of a method writes: a sparse checkpoint, a dense model, or a dense model with fewer heads and neurons."""
+    """What a run writes: a sparse checkpoint, a dense model, or a dense model with fewer heads and neurons."""
 
     SPARSE = "sparse"
     DENSE = "dense"
@@ -47,7 +49,7 @@ class Result(Enum):
 
 @dataclass(frozen=True)
 class Moment:
-    """When it is: `step` of `steps`, counted from 0. `noise_seed` differs from step to step and noise sample to sample."""
+    """When it is: `step` of `steps`, counted from 0. `noise_seed` differs from step to step and sample to sample."""
 
     step: int
     steps: int
@@ -63,9 +65,9 @@ class Moment:
 class Site:
     """One layer a method may replace.
 
-    `index` numbers the layers of the model. `prior_OI` is a bool mask to start from, or None. `units` says into how many
-    equal runs of columns the input of this layer divides when whole heads or neurons are pruned (key-value groups for an
-    attention output, hidden width for an FFN output), and is None for every other layer.
+    `index` numbers the layers of the model. `prior_OI` is a bool mask to start from, or None. `units` says into how
+    many equal runs of columns the input of this layer divides when whole heads or neurons are pruned (key-value groups
+    for an attention output, hidden width for an FFN output), and is None for every other layer.
     """
 
     index: int
@@ -134,7 +136,7 @@ Layers = Mapping[str, LearnedLinear]
 
 
 @dataclass(frozen=True)
-class LearnedMethod(Method):
+class LearnedMethod(Method, ABC):
     """Base of the methods that learn end to end. Options are the fields of the (frozen) dataclass, as in `LocalMethod`.
 
     `trains_weights` decides who the teacher is (the same tensors without masks, or a frozen copy) and what the result
@@ -164,10 +166,10 @@ class LearnedMethod(Method):
         """A scalar added to the loss of every micro-batch, or None. Asked after the forward pass."""
         return None
 
-    def before_step(self, layers: Layers, moment: Moment) -> None:  # noqa: B027 - many have nothing to do
+    def before_step(self, layers: Layers, moment: Moment) -> None:
         """Called once per optimiser step before its first forward pass (refresh a mask, say)."""
 
-    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:  # noqa: B027 - many have nothing to do
+    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:
         """Called once per optimiser step after it (a proximal map, say), without gradients; `lr` is the step's."""
 
     def kept_units(self, layers: Layers) -> Mapping[str, Tensor]:

@@ -34,15 +34,15 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """What every method is: a frozen dataclass of options. See `LocalMethod` and `maskgen.learned.LearnedMethod`."""
 
-    def check_pattern(self, pattern: NMPattern) -> None:  # noqa: B027 - most methods take every pattern
+    def check_pattern(self, pattern: NMPattern) -> None:
         """Raise `RecipeError` if these options do not go with `pattern`; asked when the recipe is read."""
 
 
 @dataclass(frozen=True)
-class LocalMethod(Method):
+class LocalMethod(Method, ABC):
     """Base of the one-shot methods. `needs_data=False` lets the driver skip every forward pass."""
 
     needs_data: ClassVar[bool] = True

@@ -3,8 +3,8 @@
     L = (1 - a) CE(student) + a T^2 KL(teacher || student),    both averaged over predicted tokens, in nats
 
 The teacher is the model itself before any sparsity. When its weights are frozen that is the same tensors with every
-`LearnedLinear` in DENSE mode, so distillation costs one more forward pass and no weight memory; when weights are trained
-it is a frozen copy. Padding does not occur: training windows are packed.
+`LearnedLinear` in DENSE mode, so distillation costs one more forward pass and no weight memory; when weights are
+trained it is a frozen copy. Padding does not occur: training windows are packed.
 
 Logits are the widest tensors of a language model, so losses are taken over slices of tokens whose float32 copies are
 recomputed in the backward pass: beside the logits themselves, one slice exists at a time.

@@ -17,6 +17,17 @@ are resolved when the recipe is read, so a recipe that spells out a default and 
     seed = 0                               # where in the text they are cut
     batch = 8                              # windows per forward pass
 
+A learned method has two sections more. `[prior]` is written like `[method]` and names the one-shot method that makes
+the mask to start from, on the `[calibration]` text; it is dropped when the method's options have no use for it.
+
+    [prior]
+    name = "sparsegpt"
+    update = false
+
+    [train]
+    steps = 300                            # see `Training`; defaults for what is left out
+    lr = 1e-3
+
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """
 
@@ -44,10 +55,14 @@ import maskgen
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.method import LocalMethod, create
+from maskgen.learned import LearnedMethod
+from maskgen.method import LocalMethod, Method, create
 
 WINDOW_TOKENS = 2048
-"""Length of calibration windows, for models that read as much."""
+"""Length of calibration and training windows, for models that read as much."""
+
+RECIPE_FILE = "maskgen_recipe.json"
+"""The resolved recipe, written beside the weights."""
 
 _Pattern = Annotated[
     NMPattern,
@@ -97,6 +112,14 @@ class Training(_Strict):
     distill_temperature: float = Field(default=1.0, gt=0)
     heldout_windows: int = Field(default=64, ge=1)
 
+    @model_validator(mode="after")
+    def _check_noise(self) -> Training:
+        if self.noise_samples > self.batch:
+            raise RecipeError(
+                f"train.noise_samples {self.noise_samples}: more than the {self.batch} windows of a step (train.batch)"
+            )
+        return self
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of matrix products."""
@@ -118,18 +141,48 @@ class MethodSpec(_Strict):
         options = {key: option for key, option in value.items() if key != "name"}
         return {"name": value["name"], "options": dataclasses.asdict(create(value["name"], options))}
 
+    def build(self) -> Method:
+        """The method, ready to use."""
+        return create(self.name, self.options)
+
 
 class Recipe(_Strict):
-    """A resolved recipe. Make one with `load` or `parse`."""
+    """A resolved recipe. Make one with `load` or `parse`. `train` is there exactly when the method is a learned one."""
 
     pattern: _Pattern = NMPattern(2, 4)
     method: MethodSpec
+    prior: MethodSpec | None = None
     calibration: Calibration = Calibration()
+    train: Training | None = None
     ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        """Settle which of the learned methods' sections there are: a recipe has one resolved form."""
+        if not isinstance(value, dict) or not isinstance(value.get("method"), dict):
+            return value
+        try:
+            method = MethodSpec.model_validate(value["method"]).build()
+        except ValidationError:  # reported, with its place, when the field itself is read
+            return value
+        if not isinstance(method, LearnedMethod):
+            return value
+        prior = value.get("prior") if method.uses_prior else None
+        return {**value, "prior": prior, "train": value.get("train", {})}
+
     @model_validator(mode="after")
-    def _check_pattern(self) -> Recipe:
-        self.build_method().check_pattern(self.pattern)
+    def _check(self) -> Recipe:
+        method = self.build_method()
+        method.check_pattern(self.pattern)
+        for section in ("prior", "train"):
+            if isinstance(method, LocalMethod) and getattr(self, section) is not None:
+                raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
+        if self.prior is not None:
+            prior = self.prior.build()
+            if not isinstance(prior, LocalMethod):
+                raise RecipeError(f"prior.name: {self.prior.name} is learned itself; expected a one-shot method")
+            prior.check_pattern(self.pattern)
         return self
 
     def for_context(self, limit: int | None) -> Recipe:
@@ -137,19 +190,34 @@ class Recipe(_Strict):
 
         A number that the recipe gives stays as it is.
         """
-        if self.calibration.window_tokens is not None:
-            return self
         window_tokens = WINDOW_TOKENS if limit is None else min(WINDOW_TOKENS, limit)
-        calibration = self.calibration.model_copy(update={"window_tokens": window_tokens})
-        return self.model_copy(update={"calibration": calibration})
+        changes: dict[str, Calibration | Training] = {}
+        for name, section in (("calibration", self.calibration), ("train", self.train)):
+            if section is not None and section.window_tokens is None:
+                changes[name] = section.model_copy(update={"window_tokens": window_tokens})
+        return self.model_copy(update=changes)
 
-    def build_method(self) -> LocalMethod:
-        """The method, ready to use."""
-        return create(self.method.name, self.method.options)
+    def build_method(self) -> Method:
+        """The method, ready to use: a `LocalMethod` or a `LearnedMethod`."""
+        return self.method.build()
+
+    def local_method(self) -> LocalMethod:
+        """The one-shot method; `RecipeError` for a recipe of a learned one."""
+        method = self.build_method()
+        if not isinstance(method, LocalMethod):
+            raise RecipeError(f"method.name: {self.method.name} is learned; expected a one-shot method")
+        return method
+
+    def prior_recipe(self) -> Recipe | None:
+        """The one-shot recipe of the mask to start from."""
+        if self.prior is None:
+            return None
+        return self.model_copy(update={"method": self.prior, "prior": None, "train": None})
 
     def resolved(self) -> dict[str, Any]:
         """JSON-serialisable form with every default spelled out; what `digest` covers."""
-        return self.model_dump(mode="json")
+        form = self.model_dump(mode="json")
+        return {key: value for key, value in form.items() if value is not None}
 
     def digest(self) -> str:
         """`sha256:<hex>` of the resolved recipe."""
@@ -221,8 +289,10 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        model = Calibration if problem["loc"][0] == "calibration" else Recipe
+        models: dict[str, type[_Strict]] = {"calibration": Calibration, "train": Training}
+        model = models.get(str(problem["loc"][0]), Recipe)
         return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        text = str(problem["ctx"]["error"])
+        return text.replace("method", "prior") if where == "prior" else text
     return f"{where}: {problem['msg'].lower()}, got {str(problem['input'])[:80]!r}"

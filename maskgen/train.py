@@ -2,12 +2,12 @@
 
     every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too (scope = "all")
     for each step:  before_step -> forward, loss, backward (per micro-batch) -> clip -> optimiser -> after_step
-    now and then:   hard-mask loss on held-out windows, checkpoint
 
-Everything a step does is a function of the recipe and the step's number: which windows it sees, the noise, the learning
-rate. So resuming needs parameters and optimiser states only, and ends with the same bits.
+This file does one step; `fit` is the loop around it. Everything a step does is a function of the recipe and the step's
+number: which windows it sees, the noise, the learning rate. So resuming needs parameters, buffers and optimiser states
+only, and ends with the same bits.
 
-Legend: B = batch, T = tokens.
+Legend: B = batch, T = tokens, S = windows.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from maskgen.core.digest import derive_seed
 from maskgen.core.errors import NumericalError
+from maskgen.core.pattern import NMPattern
 from maskgen.corpus import Corpus
-from maskgen.learned import LearnedLinear, LearnedMethod, Moment, Mode, Site, learned_parameters
+from maskgen.learned import LearnedLinear, LearnedMethod, Mode, Moment, Site, learned_parameters
+from maskgen.memory import peak_rss_bytes
 from maskgen.model import Plan
 from maskgen.objective import Objective, in_mode
 from maskgen.recipe import Training
-from maskgen.sweep import peak_rss_bytes
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """What one step measured; losses in nats per token."""
+    """What one step measured, `step` counted from 1; losses in nats per token, `elapsed_s` since the run began."""
 
     step: int
     steps: int
@@ -46,14 +47,14 @@ class StepLog:
     tokens: int
     elapsed_s: float
     peak_rss_bytes: int
-    heldout_nll: float | None = None
-    agreement: float | None = None
-    flipped: float | None = None
 
 
 @dataclass
 class Session:
-    """A model under training: its replaced layers, the objective and the optimiser."""
+    """A model under training: its replaced layers, the objective and the optimiser.
+
+    `step` steps are done, in `elapsed_s` seconds (those of earlier processes included).
+    """
 
     model: nn.Module
     method: LearnedMethod
@@ -62,22 +63,41 @@ class Session:
     objective: Objective
     optimizer: torch.optim.Optimizer
     step: int = 0
+    earlier_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of this run, over all processes that worked on it."""
+        return self.earlier_s + time.perf_counter() - self.started_s
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything the optimiser moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def run_step(self, corpus: Corpus, micro_batch: int) -> StepLog:
-        """One optimiser step over the windows that belong to it."""
+        """One optimiser step over the windows that belong to it, `micro_batch` of them per forward pass.
+
+        Raises `NumericalError` when loss or gradient are not finite; parameters are then as they were.
+        """
         factor = schedule(self.spec, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        windows_BT = corpus.batch(self.step, self.spec.batch).to(next(self.model.parameters()).device)
-        parts = windows_BT.split(micro_batch)
         self.set_moment(noise_sample=0)
         with torch.no_grad():
             self.method.before_step(self.layers, self.moment)
         totals = torch.zeros(3, dtype=torch.float64)
-        for number, ids_BT in enumerate(parts):
-            self.set_moment(number * self.spec.noise_samples // len(parts))
+        tokens = 0
+        for noise_sample, ids_BT in self._parts(corpus, micro_batch):
+            self.set_moment(noise_sample)
             totals += self._backward(ids_BT, len(ids_BT) / self.spec.batch)
+            tokens += ids_BT.numel()
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -87,10 +107,8 @@ class Session:
         self.step += 1
         loss, ce, divergence = totals.tolist()
         return StepLog(
-            step=self.step, steps=self.spec.steps, loss=loss, cross_entropy=ce, divergence=divergence,
-            gradient_norm=norm, lr=lr, tokens=windows_BT.numel(), elapsed_s=time.perf_counter() - self.started_s,
-            peak_rss_bytes=peak_rss_bytes(),
-        )  # fmt: skip
+            self.step, self.spec.steps, loss, ce, divergence, norm, lr, tokens, self.elapsed_s, peak_rss_bytes()
+        )
 
     @property
     def moment(self) -> Moment:
@@ -103,22 +121,37 @@ class Session:
         for layer in self.layers.values():
             layer.moment = Moment(self.step, self.spec.steps, seed)
 
+    def _parts(self, corpus: Corpus, micro_batch: int) -> Iterator[tuple[int, Tensor]]:
+        """Micro-batches `[B, T]` of the step with the number of their noise sample; none has two."""
+        windows_BT = corpus.batch(self.step, self.spec.batch).to(self.device)
+        for noise_sample, sample_BT in enumerate(windows_BT.tensor_split(self.spec.noise_samples)):
+            for ids_BT in sample_BT.split(micro_batch):
+                yield noise_sample, ids_BT
+
     def _backward(self, ids_BT: Tensor, share: float) -> Tensor:
         """Forward and backward of one micro-batch, which is `share` of the step's windows."""
         loss = self.objective(self.model, ids_BT)
         penalty = self.method.regulariser(self.layers, self.moment)
         total = loss.total if penalty is None else loss.total + penalty
-        if not torch.isfinite(total):
-            raise NumericalError(
-                f"step {self.step}: the loss is {float(total)}; lower train.lr, or compute with train.dtype=float32"
-            )
+        self._check_finite("loss", float(total.detach()))
         (total * share).backward()
         return torch.tensor([float(total.detach()), loss.cross_entropy, loss.divergence], dtype=torch.float64) * share
 
     def _clip(self) -> float:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip or math.inf)
-        return float(norm)
+        """Clip the gradient and return its norm. A parameter that nothing reached has gradient 0, in every process."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or math.inf))
+        self._check_finite("norm of the gradient", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NumericalError(
+                f"step {self.step + 1}: the {what} is {value}; lower train.lr, or compute with train.dtype=float32"
+            )
 
 
 def prepare(
@@ -128,45 +161,52 @@ def prepare(
     method: LearnedMethod,
     spec: Training,
     prior: Callable[[str], Tensor] | None,
-    pattern: Any,
+    pattern: NMPattern,
 ) -> Session:
     """Replace the layers of `plan` in `model` and build what trains them. `prior` gives a bool mask per layer name."""
     teacher = None
     model.requires_grad_(False)
     if method.trains_weights and spec.distill_weight > 0:
         teacher = copy.deepcopy(model).to(spec.torch_dtype)
-    generator = torch.Generator().manual_seed(spec.seed)
+    targets = [item for block in plan.targets for item in block.items()]
     others: list[nn.Parameter] = []
     if spec.scope == "all":
-        taken = {id(linear.weight) for block in plan.targets for linear in block.values()}
+        taken = {id(parameter) for _, linear in targets for parameter in linear.parameters()}
         others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         for parameter in others:
             parameter.requires_grad_(True)
+    generator = torch.Generator().manual_seed(spec.seed)
     layers: dict[str, LearnedLinear] = {}
-    targets = [item for block in plan.targets for item in block.items()]
     for index, (name, linear) in enumerate(targets):
-        mask = None if prior is None else prior(name)
+        mask = None if prior is None else prior(name).to(linear.weight.device)
         layer = method.attach(Site(index, name, linear, pattern, mask, units.get(name)), generator)
         if layer is not None:
             model.set_submodule(name, layer)
             layers[name] = layer
+    assert learned_parameters(layers), "the method attached nothing that can be trained"
     optimizer = method.optimizer(layers, others, spec.lr)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
-    assert learned_parameters(layers)
     return Session(model, method, spec, layers, objective, optimizer)
 
 
+def checkpoint_activations(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Keep the inputs of the decoder's blocks only and run each again in the backward pass: same bits, less memory."""
+    wanted = {id(block) for block in blocks}
+    for name, module in list(model.named_modules()):
+        if id(module) in wanted:
+            model.set_submodule(name, checkpoint_wrapper(module, preserve_rng_state=False))
+
+
 @torch.no_grad()
-def heldout_nll(session: Session, windows_ST: Tensor, batch: int) -> float:
-    """Mean negative log-likelihood of held-out windows `[S, T]` with the masks as they would be exported now."""
+def heldout_nll(session: Session, windows_ST: Tensor, batch: int, mode: Mode = Mode.HARD) -> float:
+    """Mean negative log-likelihood of held-out windows `[S, T]`: HARD masks as exported now, or the DENSE model."""
     objective = Objective(session.layers, 0.0, 1.0, session.spec.torch_dtype)
-    device = next(session.model.parameters()).device
     total = 0.0
-    with in_mode(session.layers, Mode.HARD):
+    with in_mode(session.layers, mode):
         for ids_BT in windows_ST.split(batch):
-            total += objective(session.model, ids_BT.to(device)).cross_entropy * len(ids_BT)
+            total += objective(session.model, ids_BT.to(session.device)).cross_entropy * len(ids_BT)
     return total / len(windows_ST)
 
 
@@ -178,4 +218,3 @@ def schedule(spec: Training, step: int) -> float:
     progress = (step - warm) / max(1.0, spec.steps - 1 - warm)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if spec.decay == "cosine" else 1 - progress
     return spec.final_lr + (1 - spec.final_lr) * shape
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,24 +15,29 @@ import torch
 from maskgen import compress as compressor
 from maskgen import data, display, evaluate, model, recipe
 from maskgen import demo as demos
-from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen import quantise as quantiser
+from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_weights
-from maskgen.core.errors import DataError, ModelError, OutputExistsError
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, SparseError
 from maskgen.core.files import write_json
+from maskgen.core.mask import MaskSet
+from maskgen.core.packed import StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Protocol
 from maskgen.inspect import inspect
-from maskgen.recipe import Recipe
-from maskgen.sweep import SweepReport, peak_rss_bytes, sweep
-from maskgen.workdir import WorkDir
+from maskgen.learn import given_prior, learn
+from maskgen.memory import peak_rss_bytes
+from maskgen.method import LocalMethod
+from maskgen.recipe import RECIPE_FILE, Recipe
+from maskgen.sweep import SweepReport, sweep
+from maskgen.workdir import WorkDir, work_dir
 
-RECIPE_FILE = "maskgen_recipe.json"
-"""The resolved recipe, written beside the weights."""
+_TRAINING_FLAGS = ("micro_batch", "eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_activations")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Recipe + dense model + text -> sparse checkpoint."""
+    """Recipe + dense model + text -> checkpoint."""
     model.quiet()
     wanted = recipe.load(args.recipe, args.overrides)
     for path in (args.out, args.masks_out):
@@ -40,11 +46,25 @@ def run(args: argparse.Namespace) -> None:
     device, model_dir = _device(args.device), model.resolve(args.model)
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{args.model}: already sparse; start from the dense model")
-    limit = model.stored_max_tokens(model_dir)
-    wanted = wanted.for_context(limit)
-    windows = _calibration(wanted, args.data, model_dir, limit)
+    wanted = wanted.for_context(model.stored_max_tokens(model_dir))
+    if isinstance(wanted.build_method(), LocalMethod):
+        _prune(args, wanted, model_dir, device)
+    else:
+        learn(args, wanted, model_dir, _label(args.model, model_dir), device)
+    if not args.keep_work:
+        shutil.rmtree(work_dir(args.out))
+
+
+def _prune(args: argparse.Namespace, wanted: Recipe, model_dir: Path, device: str) -> None:
+    """The one-shot branch of `run`."""
+    for flag in _TRAINING_FLAGS:
+        if getattr(args, flag):
+            name = "--" + flag.replace("_", "-")
+            raise RecipeError(f"{name}: {wanted.method.name} is a one-shot method and does not train; leave it out")
+    prior = given_prior(args.prior, wanted.local_method().uses_prior, wanted, model_dir)
+    windows = _calibration(wanted, args.data, model_dir)
     base_digest = digest_weights(model_dir)
-    report, work = _prune(model_dir, wanted, windows, args.out, base_digest, device)
+    report, work = _sweep(model_dir, wanted, windows, args.out, base_digest, device, prior)
     gc.collect()
     masks = work.mask_set(base_digest, wanted.digest())
     config = SparseConfig(
@@ -57,11 +77,11 @@ def run(args: argparse.Namespace) -> None:
         base_digest=base_digest,
     )
     extra = {RECIPE_FILE: wanted.resolved()}
-    written = compressor.compress(model_dir, config, lambda name, weight: work.packed(name), args.out, extra)
+    written = compressor.compress(
+        model_dir, config, lambda name, weight: StoredLayer(work.packed(name)), args.out, extra
+    )
     if args.masks_out is not None:
         masks.save(args.masks_out)
-    if not args.keep_work:
-        work.remove()
     display.print_run(args.out, report, written, peak_rss_bytes())
 
 
@@ -69,13 +89,21 @@ def compress(args: argparse.Namespace) -> None:
     """Dense model + masks -> sparse checkpoint."""
     model_dir, masks = model.resolve(args.model), compressor.load_masks(args.masks)
     ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
-    display.print_compressed(args.out, compressor.compress_masks(model_dir, masks, args.out, ignored))
+    report = compressor.compress_masks(model_dir, masks, args.out, ignored, values=args.values)
+    display.print_compressed(args.out, report)
+
+
+def quantise(args: argparse.Namespace) -> None:
+    """Sparse checkpoint with float values -> one with 8-bit values."""
+    display.print_compressed(args.out, quantiser.quantise(args.model, args.out, args.values))
 
 
 def decompress(args: argparse.Namespace) -> None:
-    """Sparse checkpoint -> dense model with zeros."""
+    """Sparse checkpoint -> dense model with zeros, or with corrections folded in."""
     total_bytes = compressor.decompress(args.model, args.out)
     display.say(f"wrote {args.out}: {display.megabytes(total_bytes)}")
+    if SparseCheckpoint.open(args.model, verify_bits=False).config.correction is not None:
+        display.say("  its corrections are folded into the weights, so these are no longer sparse")
 
 
 def inspect_model(args: argparse.Namespace) -> None:
@@ -134,13 +162,28 @@ def demo(args: argparse.Namespace) -> None:
     display.say(f"next: maskgen run sparsegpt --model {out}/model --data {out}/calibration.txt --out {out}/sparse")
 
 
+def report(args: argparse.Namespace) -> None:
+    """One page about runs. What draws it is an optional extra, so it is imported here."""
+    try:
+        from maskgen.report import write
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise SparseError(
+            f"maskgen report needs {package}, which is not installed: pip install 'sparse-serve[report]'"
+        ) from None
+    size_bytes = write(args.runs, args.out)
+    display.say(f"wrote {args.out}: {display.megabytes(size_bytes)}; open it in a browser")
+
+
 VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
     "compress": compress,
+    "quantise": quantise,
     "decompress": decompress,
     "inspect": inspect_model,
     "eval": evaluate_model,
     "demo": demo,
+    "report": report,
 }
 
 
@@ -154,34 +197,41 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _calibration(wanted: Recipe, files: list[Path], model_dir: Path, limit: int | None) -> torch.Tensor | None:
-    if not wanted.build_method().needs_data:
+def _calibration(wanted: Recipe, files: list[Path], model_dir: Path) -> torch.Tensor | None:
+    if not wanted.local_method().needs_data:
         return None
     if not files:
         raise DataError(f"method {wanted.method.name} needs calibration text; give it with --data FILE ...")
     section = wanted.calibration
     assert section.window_tokens is not None
-    data.check_window_tokens(section.window_tokens, limit)
+    data.check_window_tokens(section.window_tokens, model.stored_max_tokens(model_dir))
     generator = torch.Generator().manual_seed(section.seed)
     tokenizer = model.load_tokenizer(model_dir)
     return data.calibration_windows(files, tokenizer, section.samples, section.window_tokens, generator)
 
 
-def _prune(
-    model_dir: Path, wanted: Recipe, windows: torch.Tensor | None, out: Path, base_digest: str, device: str
+def _sweep(
+    model_dir: Path,
+    wanted: Recipe,
+    windows: torch.Tensor | None,
+    out: Path,
+    base_digest: str,
+    device: str,
+    prior: MaskSet | None,
 ) -> tuple[SweepReport, WorkDir]:
     """Load and sweep. The dense model lives in here only: what follows needs the memory, and not the model.
 
     Some architectures refer to themselves, which only the collector undoes; the caller runs it.
     """
-    work_dir = out.with_name(out.name + ".work")
+    masks, digest = (None, None) if prior is None else (prior.mask, prior.digest())
     with display.bar() as bar:
         task = bar.add_task("loading", total=None, note="")
         loaded = model.load(model_dir)
         plan = model.plan(loaded, wanted.pattern, wanted.ignore)
         targets = [name for block in plan.targets for name in block]
         compressor.check_source(model_dir, wanted.pattern, targets, plan.ignored)
-        return sweep(loaded, wanted, windows, work_dir, base_digest, device, display.sweep_progress(bar, task))
+        show = display.sweep_progress(bar, task)
+        return sweep(loaded, wanted, windows, work_dir(out), base_digest, device, show, masks, digest)
 
 
 def _label(source: str, model_dir: Path) -> str:

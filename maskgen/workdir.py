@@ -7,8 +7,11 @@ weights, data and what computes); another run is refused rather than mixed in.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,6 +31,13 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 
 _RUN_FILE = "run.json"
+TOKENS_FOLDER = "tokens"
+"""Where in it the token cache of `maskgen.corpus` is: named by content, so it may be there before the run is known."""
+
+
+def work_dir(out_dir: Path) -> Path:
+    """Where a run that writes `out_dir` keeps what it has done so far."""
+    return out_dir.with_name(out_dir.name + ".work")
 
 
 class WorkDir:
@@ -39,14 +49,7 @@ class WorkDir:
     def __init__(self, path: Path, run_digest: str, pattern: NMPattern) -> None:
         self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
         self._file_of: dict[str, Path] = {}
-        run_file = self.path / _RUN_FILE
-        if not self.path.exists() or (self.path.is_dir() and _holds_only_leftovers(self.path)):
-            write_json(run_file, {"run": run_digest})
-        elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
-            raise OutputExistsError(
-                f"{self.path}: belongs to another run (different recipe, model, data, kind of device or version of "
-                "torch); delete it to start over, or choose another --out"
-            )
+        claim(self.path, run_digest)
 
     def has(self, block: int) -> bool:
         """Whether block number `block` is finished."""
@@ -102,6 +105,32 @@ class WorkDir:
         return self.path / f"block-{block:05d}.safetensors"
 
 
+def claim(path: Path, run_digest: str) -> None:
+    """Make `path` the directory of the run `run_digest`, or find that it is; `OutputExistsError` if it is not."""
+    run_file = path / _RUN_FILE
+    if not path.exists() or (path.is_dir() and _holds_only_leftovers(path)):
+        write_json(run_file, {"run": run_digest})
+    elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
+        raise OutputExistsError(
+            f"{path}: belongs to another run (different recipe, model, data, prior, kind of device or version of "
+            "torch); delete it to start over, or choose another --out"
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a claimed directory to this process; `OutputExistsError` if another one is at work in it."""
+    descriptor = os.open(path / _RUN_FILE, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExistsError(f"{path}: another process is at work on this run; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _holds_only_leftovers(path: Path) -> bool:
     """A process killed before `run.json` was whole leaves its temporary name behind, and nothing worth keeping."""
-    return all(is_temporary(entry) for entry in path.iterdir())
+    return all(is_temporary(entry) or entry.name == TOKENS_FOLDER for entry in path.iterdir())

@@ -1,11 +1,14 @@
-"""Masks as values: bool tensors in memory, bitmasks on disk, and `MaskSet` for a whole model.
+"""Masks as values: bool tensors in memory, bitmasks for a whole model (`MaskSet`), and the file of one.
 
-A mask is never recovered from `weight == 0`: a kept weight may be zero. On disk it is one bit per weight, row-major,
-little-endian (bit j of byte k is column 8k + j), the layout of `numpy.packbits(bitorder="little")`. For 2:4 that costs
-exactly what 2-bit indices cost, it needs no per-pattern code, and it is checked with a population count.
+A mask is never recovered from `weight == 0`: a kept weight may be zero. In memory and in sparse checkpoints it is one
+bit per weight, row-major, little-endian (bit j of byte k is column 8k + j), the layout of
+`numpy.packbits(bitorder="little")`: it needs no per-pattern code and is checked with a population count.
 
-A `MaskSet` file is a safetensors file with one `<module>.bitmask` per layer and string metadata: pattern, the digest of
-the dense model the mask was made for (a mask is only valid for those weights) and the digest of the recipe.
+One dense model may have a mask per domain, so in a `MaskSet` file every bit counts: it stores patterns as digits
+(`maskgen.core.digits`: 0.667 bit a weight for 2:4), or the bits of patterns for which that is not smaller (4:8, say).
+It is a safetensors file with `<module>.digits` (uint8) and `<module>.shape` (int64: O, I), or `<module>.bitmask` (uint8
+`[O, I/8]`), and string metadata: which of the two, the pattern, and the digests of the masks (a changed digit would be
+another legal mask), of the dense model they were made for (they are valid for no other weights) and of the recipe.
 
 Legend: O = out features, I = in features.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +26,21 @@ from torch import Tensor
 
 from maskgen.core.config import check_module_name
 from maskgen.core.digest import check_digest, digest_tensors
+from maskgen.core.digits import digits_per_byte, pack_digits, unpack_digits
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, save_tensors, temporary_sibling
 from maskgen.core.pattern import NMPattern
 
 MASK_FORMAT = "sparse_nm.masks"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BITMASK_SUFFIX = ".bitmask"
+DIGITS_SUFFIX = ".digits"
+SHAPE_SUFFIX = ".shape"
 
-_METADATA_KEYS = ("format", "format_version", "pattern", "base_digest", "recipe_digest")
+BITS, DIGITS = "bits", "pattern-digits"
+"""Encodings of a mask file. The pattern decides which one is used; a file that says otherwise is refused."""
+
+_METADATA_KEYS = ("format", "format_version", "encoding", "pattern", "mask_digest", "base_digest", "recipe_digest")
 
 
 def pack_bits(mask_OI: Tensor) -> Tensor:
@@ -86,16 +96,19 @@ class MaskSet:
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically."""
-        metadata = dict(
-            zip(
-                _METADATA_KEYS,
-                (MASK_FORMAT, str(FORMAT_VERSION), str(self.pattern), self.base_digest, self.recipe_digest),
-                strict=True,
-            )
-        )
-        tensors = {name + BITMASK_SUFFIX: self.bitmasks[name].contiguous() for name in self.names}
+        encoding = DIGITS if digits_per_byte(self.pattern) else BITS
+        digests = (self.digest(), self.base_digest, self.recipe_digest)
+        values = (MASK_FORMAT, str(FORMAT_VERSION), encoding, str(self.pattern), *digests)
+        tensors = {}
+        for name in self.names:
+            if encoding == BITS:
+                tensors[name + BITMASK_SUFFIX] = self.bitmasks[name].contiguous()
+            else:
+                mask_OI = self.mask(name)
+                tensors[name + DIGITS_SUFFIX] = pack_digits(mask_OI, self.pattern)
+                tensors[name + SHAPE_SUFFIX] = torch.tensor(mask_OI.shape)
         with temporary_sibling(Path(path)) as temporary:
-            save_tensors(tensors, temporary, metadata)
+            save_tensors(tensors, temporary, dict(zip(_METADATA_KEYS, values, strict=True)))
 
     @classmethod
     def load(cls, path: Path | str) -> MaskSet:
@@ -104,44 +117,98 @@ class MaskSet:
         with open_tensors(path) as file:
             check_tensor_names(path)
             metadata = file.metadata() or {}
-            if sorted(metadata) != sorted(_METADATA_KEYS) or metadata["format"] != MASK_FORMAT:
-                raise FormatError(
-                    f"{path}: not a mask file: metadata keys {clip(sorted(metadata))}, expected "
-                    f"{sorted(_METADATA_KEYS)} with format {MASK_FORMAT!r}; masks are written by "
-                    "`maskgen run --masks-out`"
-                )
-            if metadata["format_version"] != str(FORMAT_VERSION):
-                raise FormatError(
-                    f"{path}: format_version {clip(metadata['format_version'])}, this release reads {FORMAT_VERSION}"
-                )
-            check_digest(metadata["base_digest"], f"{path}: base_digest")
-            check_digest(metadata["recipe_digest"], f"{path}: recipe_digest")
-            try:
-                pattern = NMPattern.parse(metadata["pattern"])
-            except PatternError as error:
-                raise FormatError(f"{path}: {error}") from None
-            bitmasks = {}
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                tensor_slice = file.get_slice(key)
-                check_bitmask_header(key, str(tensor_slice.get_dtype()), tensor_slice.get_shape(), pattern, path)
-                name = key.removesuffix(BITMASK_SUFFIX)
-                bitmasks[name] = file.get_tensor(key)
-                check_bits(bitmasks[name], pattern, f"{path}: {name}")
+            pattern = _read_metadata(metadata, path)
+            keys = sorted(file.keys())
+            if metadata["encoding"] == BITS:
+                bitmasks = dict(_read_bits(file, key, pattern, path) for key in keys)
+            else:
+                bitmasks = dict(_read_digits(file, name, pattern, path) for name in _digit_names(keys, path))
         if not bitmasks:
             raise FormatError(f"{path}: holds no masks")
-        return cls(pattern, bitmasks, metadata["base_digest"], metadata["recipe_digest"])
+        masks = cls(pattern, bitmasks, metadata["base_digest"], metadata["recipe_digest"])
+        if masks.digest() != metadata["mask_digest"]:
+            raise FormatError(
+                f"{path}: the masks have digest {masks.digest()}, the file says {metadata['mask_digest']}; it is "
+                "damaged or was changed"
+            )
+        return masks
 
 
-def check_bitmask_header(key: str, dtype: str, shape: list[int], pattern: NMPattern, path: Path) -> None:
-    """Check name, dtype and shape of a stored bitmask before its bytes are read."""
+def _read_metadata(metadata: Mapping[str, str], path: Path) -> NMPattern:
+    """Check the metadata of a mask file and return its pattern."""
+    is_ours, version = metadata.get("format") == MASK_FORMAT, metadata.get("format_version")
+    if is_ours and version is not None and version != str(FORMAT_VERSION):
+        raise FormatError(f"{path}: format_version {clip(version)}, this release reads {FORMAT_VERSION}")
+    if not is_ours or sorted(metadata) != sorted(_METADATA_KEYS):
+        raise FormatError(
+            f"{path}: not a mask file: metadata keys {clip(sorted(metadata))}, expected {sorted(_METADATA_KEYS)} with "
+            f"format {MASK_FORMAT!r}; masks are written by `maskgen run --masks-out`"
+        )
+    for key in ("mask_digest", "base_digest", "recipe_digest"):
+        check_digest(metadata[key], f"{path}: {key}")
+    try:
+        pattern = NMPattern.parse(metadata["pattern"])
+    except PatternError as error:
+        raise FormatError(f"{path}: {error}") from None
+    encoding = DIGITS if digits_per_byte(pattern) else BITS
+    if metadata["encoding"] != encoding:
+        raise FormatError(f"{path}: encoding {clip(metadata['encoding'])}, expected {encoding!r} for pattern {pattern}")
+    return pattern
+
+
+def _read_bits(file: Any, key: str, pattern: NMPattern, path: Path) -> tuple[str, Tensor]:
+    """One mask stored as bits: (module name, bitmask). The header is checked before any bytes are read."""
+    dtype, shape = _header(file, key)
     if not key.endswith(BITMASK_SUFFIX) or dtype != "U8" or len(shape) != 2 or min(shape, default=0) < 1:
         raise FormatError(
             f"{path}: tensor {clip(key)}: {dtype} {shape}; expected '<module>{BITMASK_SUFFIX}', U8 [out, in/8] with no "
             "empty side"
         )
-    check_module_name(key.removesuffix(BITMASK_SUFFIX), f"{path}: tensor {clip(key)}")
+    name = key.removesuffix(BITMASK_SUFFIX)
+    check_module_name(name, f"{path}: tensor {clip(key)}")
     if shape[1] * 8 % pattern.m:
         raise FormatError(f"{path}: {key}: {shape[1] * 8} columns are no multiple of {pattern.m}, pattern {pattern}")
+    bitmask = file.get_tensor(key)
+    check_bits(bitmask, pattern, f"{path}: {name}")
+    return name, bitmask
+
+
+def _digit_names(keys: list[str], path: Path) -> list[str]:
+    """The modules of a file of digits: every one has both of its tensors, and nothing else is there."""
+    names = [key.removesuffix(DIGITS_SUFFIX) for key in keys if key.endswith(DIGITS_SUFFIX)]
+    wanted = {name + suffix for name in names for suffix in (DIGITS_SUFFIX, SHAPE_SUFFIX)}
+    for key in sorted(wanted.symmetric_difference(keys)):
+        raise FormatError(
+            f"{path}: tensor {clip(key)} is {'missing' if key in wanted else 'unexpected'}; every mask is "
+            f"'<module>{DIGITS_SUFFIX}' and '<module>{SHAPE_SUFFIX}'"
+        )
+    return names
+
+
+def _read_digits(file: Any, name: str, pattern: NMPattern, path: Path) -> tuple[str, Tensor]:
+    """One mask stored as digits: (module name, bitmask). Headers are checked before any bytes are read."""
+    check_module_name(name, f"{path}: tensor {clip(name + DIGITS_SUFFIX)}")
+    (digits_dtype, digits_shape), (shape_dtype, shape_shape) = (
+        _header(file, name + suffix) for suffix in (DIGITS_SUFFIX, SHAPE_SUFFIX)
+    )
+    if (digits_dtype, len(digits_shape), shape_dtype, shape_shape) != ("U8", 1, "I64", [2]):
+        raise FormatError(
+            f"{path}: {name}: digits {digits_dtype} {digits_shape}, shape {shape_dtype} {shape_shape}; expected U8 "
+            "[bytes] and I64 [2]"
+        )
+    rows, columns = file.get_tensor(name + SHAPE_SUFFIX).tolist()
+    if min(rows, columns) < 1 or columns % pattern.column_multiple:
+        raise FormatError(
+            f"{path}: {name}: a mask [{rows}, {columns}]; expected positive numbers, the second a multiple of "
+            f"{pattern.column_multiple} for pattern {pattern}"
+        )
+    digits = file.get_tensor(name + DIGITS_SUFFIX)
+    return name, pack_bits(unpack_digits(digits, (rows, columns), pattern, f"{path}: {name}"))
+
+
+def _header(file: Any, key: str) -> tuple[str, list[int]]:
+    tensor_slice = file.get_slice(key)
+    return str(tensor_slice.get_dtype()), tensor_slice.get_shape()
 
 
 def digest_bitmasks(pattern: NMPattern, bitmasks: Iterable[tuple[str, Tensor]]) -> str:

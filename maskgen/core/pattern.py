@@ -9,6 +9,7 @@ Legend: O = out features, I = in features, G = groups per row (I / m), m = colum
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from maskgen.core.errors import PatternError, clip
 
 MAX_GROUP = 64
 """Largest `m` accepted. Hardware and literature stop at 16; the bound keeps a hostile pattern from costing anything."""
+
+MAX_CANDIDATES = 1024
+"""Most patterns of one group that are enumerated (4:8 has 70, 8:16 has 12,870)."""
 
 _TEXT = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 
@@ -62,6 +66,25 @@ class NMPattern:
     def kept_columns(self, in_features: int) -> int:
         """Number of values stored per row of `in_features` columns."""
         return in_features * self.n // self.m
+
+    @property
+    def candidate_count(self) -> int:
+        """Number of legal ways to fill a group: m choose n."""
+        return math.comb(self.m, self.n)
+
+    def candidates(self) -> Tensor:
+        """Every legal group as a bool `[P, m]`, P = m choose n: the project's only enumeration of patterns.
+
+        The order is part of the mask file's format: by the columns kept, in lexicographic order. For 2:4 that is 1100,
+        1010, 1001, 0110, 0101, 0011. Raises `PatternError` for patterns with more than 1,024 candidates.
+        """
+        if self.candidate_count > MAX_CANDIDATES:
+            raise PatternError(
+                f"pattern {self} has {self.candidate_count} candidates per group, at most {MAX_CANDIDATES} are "
+                "enumerated; choose a smaller group"
+            )
+        kept = itertools.combinations(range(self.m), self.n)
+        return torch.tensor([[column in columns for column in range(self.m)] for columns in kept])
 
     def check_columns(self, in_features: int, name: str = "weight") -> None:
         """Raise `PatternError` unless a row of `in_features` columns can be packed."""

@@ -33,7 +33,7 @@ def main() -> None:
     texts = {path.stem: data.read_tokens(path, tokenizer).tolist() for path in args.eval}
     rows = [{"recipe": "dense", "seed": None, "perplexity": _score(model.load(args.model), texts, protocol)}]
     for name in args.recipes:
-        needs_data = recipe.load(name, []).build_method().needs_data
+        needs_data = recipe.load(name, []).local_method().needs_data
         for seed in args.seeds if needs_data else [None]:
             rows.append(_measure(args, name, seed, tokenizer, texts, protocol))
             print(json.dumps(rows[-1]), flush=True)  # noqa: T201

@@ -1,4 +1,4 @@
-"""Results of measurements: one JSON file each, `<what>--<model>--<hardware>--<yyyymmdd-hhmm>`, never overwritten."""
+"""Results of measurements: one JSON file each, `<what>--<model>--<hardware>--<yyyymmdd-hhmmss>`, never overwritten."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def save(what: str, model: str, result: dict[str, Any]) -> Path:
         **result,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{what}--{model}--{hardware}--{created:%Y%m%d-%H%M}.json"
+    path = RESULTS / f"{what}--{model}--{hardware}--{created:%Y%m%d-%H%M%S}.json"
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
     return path
+
+
+def load(what: str, model: str) -> list[dict[str, Any]]:
+    """Every result of `what` on `model`, on any hardware, oldest first."""
+    files = sorted(RESULTS.glob(f"{what}--{model}--*.json"), key=lambda file: file.stem.rsplit("--", 1)[1])
+    return [json.loads(file.read_text("utf-8")) for file in files]

@@ -20,7 +20,11 @@ from maskgen.core import folder
 from maskgen.core.pattern import NMPattern
 from maskgen.method import LocalMethod, Solution, create
 
-NAMES = folder.names(maskgen.methods)
+NAMES = [
+    name for name in folder.names(maskgen.methods) if issubclass(folder.load(maskgen.methods, name).METHOD, LocalMethod)
+]
+COUPLES_ROWS = {"ria"}
+"""Methods that by definition compare the rows of a column."""
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)]
 OUT_FEATURES, IN_FEATURES, TOKENS = 24, 64, 200
 
@@ -89,6 +93,8 @@ def test_scaling_rows_or_inputs_does_not_change_the_mask(name: str, pattern: NMP
     weight_OI, x_TI = layer()
     mask_OI = solve(name, weight_OI, x_TI, pattern).mask
     row_scale_O1 = 2.0 ** torch.arange(-8, OUT_FEATURES - 8).float()[:, None]
+    if name in COUPLES_ROWS:
+        row_scale_O1.fill_(0.25)
     assert torch.equal(solve(name, weight_OI * row_scale_O1, x_TI, pattern).mask, mask_OI)
     assert torch.equal(solve(name, weight_OI, x_TI * 0.125, pattern).mask, mask_OI)
     assert torch.equal(solve(name, -weight_OI, x_TI, pattern).mask, mask_OI)
@@ -98,7 +104,8 @@ def test_rows_are_independent(name: str, pattern: NMPattern) -> None:
     weight_OI, x_TI = layer()
     mask_OI = solve(name, weight_OI, x_TI, pattern).mask
     assert torch.equal(solve(name, weight_OI.flip(0), x_TI, pattern).mask.flip(0), mask_OI)
-    assert torch.equal(solve(name, weight_OI[5:6], x_TI, pattern).mask, mask_OI[5:6])
+    if name not in COUPLES_ROWS:
+        assert torch.equal(solve(name, weight_OI[5:6], x_TI, pattern).mask, mask_OI[5:6])
 
 
 def test_same_answer_twice_and_for_any_batching(name: str, pattern: NMPattern) -> None:

@@ -42,7 +42,7 @@ def verb_parsers() -> dict[str, argparse.ArgumentParser]:
 
 def test_every_flag_is_explained_with_its_default() -> None:
     parsers = verb_parsers()
-    assert set(parsers) == set(verbs.VERBS) == {"run", "compress", "decompress", "inspect", "eval", "demo"}
+    assert set(parsers) == set(verbs.VERBS)
     for verb, parser in parsers.items():
         assert parser.description
         for action in parser._actions:

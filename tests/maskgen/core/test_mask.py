@@ -92,6 +92,32 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.parametrize("text", ["1:2", "1:4", "3:4", "4:8", "2:8", "1:8", "2:16", "1:64", "3:6", "8:16"])
+def test_file_round_trip_of_every_encoding(tmp_path: Path, text: str) -> None:
+    pattern = NMPattern.parse(text)
+    generator = torch.Generator().manual_seed(0)
+    columns = 3 * pattern.column_multiple
+    drawn = {f"m.{rows}": pattern.mask_from_scores(torch.rand(rows, columns, generator=generator)) for rows in (1, 5)}
+    masks = MaskSet.from_masks(pattern, drawn, BASE, RECIPE)
+    masks.save(tmp_path / "m.safetensors")
+    again = MaskSet.load(tmp_path / "m.safetensors")
+    assert again.digest() == masks.digest() and again.pattern == pattern
+    assert all(torch.equal(again.mask(name), mask) for name, mask in drawn.items())
+
+
+def test_a_2_4_mask_takes_two_thirds_of_a_bit_per_weight(tmp_path: Path) -> None:
+    mask = TWO_FOUR.mask_from_scores(torch.rand(512, 1024, generator=torch.Generator().manual_seed(0)))
+    MaskSet.from_masks(TWO_FOUR, {"m": mask}, BASE, RECIPE).save(tmp_path / "m.safetensors")
+    assert 0.666 < (tmp_path / "m.safetensors").stat().st_size * 8 / mask.numel() < 0.68
+
+
+def test_a_mask_that_breaks_its_pattern_is_not_saved(tmp_path: Path) -> None:
+    masks = MaskSet(TWO_FOUR, {"m": torch.full((2, 2), 0x37, dtype=torch.uint8)}, BASE, RECIPE)
+    with pytest.raises(PatternError, match="row 0"):
+        masks.save(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     mask_set(seed=1).save(path)

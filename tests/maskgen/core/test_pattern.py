@@ -142,3 +142,25 @@ def test_check_mask_names_the_first_bad_group(kept: int) -> None:
 def test_check_mask_refuses_other_tensors(mask: Tensor) -> None:
     with pytest.raises(PatternError, match="expected bool"):
         NMPattern(2, 4).check_mask(mask)
+
+
+def test_candidates_have_one_fixed_order() -> None:
+    """The order is part of the mask file's format and of every checkpoint of a learned mask."""
+    as_text = ["".join("01"[bit] for bit in row) for row in NMPattern(2, 4).candidates().tolist()]
+    assert as_text == ["1100", "1010", "1001", "0110", "0101", "0011"]
+    assert NMPattern(1, 4).candidates().tolist() == torch.eye(4).bool().tolist()
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(n, m) for n, m in ((1, 2), (2, 4), (3, 4), (4, 8), (2, 16))], ids=str)
+def test_candidates_are_every_legal_group_once(pattern: NMPattern) -> None:
+    candidates = pattern.candidates()
+    assert candidates.shape == (pattern.candidate_count, pattern.m) and candidates.dtype == torch.bool
+    assert len(set(map(tuple, candidates.tolist()))) == pattern.candidate_count
+    pattern.check_mask(candidates)
+    assert candidates.tolist() == sorted(candidates.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("pattern", ["8:16", "32:64"])
+def test_too_many_candidates_are_refused_before_they_cost_anything(pattern: str) -> None:
+    with pytest.raises(PatternError, match=rf"pattern {pattern} has \d+ candidates per group, at most 1024"):
+        NMPattern.parse(pattern).candidates()

@@ -1,0 +1,214 @@
+"""The learned branch of `maskgen run`: dense model + text -> (prior) -> training -> result.
+
+All that is needed to go on after a kill is in OUT.work until the result is written:
+
+    run.json              whose directory this is: digest over recipe, weights, data, prior, device, torch
+    prior/                the one-shot sweep that makes the mask to start from (`workdir`)
+    tokens/               the text as token ids (`corpus`)
+    checkpoints/          what is learned (`training_state`)
+    log.jsonl             every step (`trainlog`), kept beside the result
+
+Text held out from training is held out from the prior's calibration too.
+
+Legend: S = windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgen import compress as compressor
+from maskgen import data, display, export, model, shrink
+from maskgen.core.digest import digest_json, digest_weights
+from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
+from maskgen.core.mask import MaskSet
+from maskgen.corpus import Corpus, load_corpus
+from maskgen.export import Origin
+from maskgen.fit import Cadence, fit
+from maskgen.learned import LearnedMethod, Result
+from maskgen.model import Plan
+from maskgen.recipe import RECIPE_FILE, Recipe
+from maskgen.sweep import sweep
+from maskgen.train import Session, checkpoint_activations, prepare
+from maskgen.training_state import Checkpoints
+from maskgen.trainlog import LOG_FILE, WORK_LOG_FILE, read
+from maskgen.workdir import TOKENS_FOLDER, claim, locked, work_dir
+
+PROVENANCE_FILE = "maskgen_provenance.json"
+"""Digests of everything a result was made from, written beside the weights."""
+
+
+def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str, device: str) -> None:
+    """Run a recipe of a learned method; `wanted` is settled for the model. Raises every `SparseError` and `OSError`."""
+    method = wanted.build_method()
+    assert isinstance(method, LearnedMethod) and wanted.train is not None
+    cadence = Cadence(
+        args.micro_batch or 8, args.eval_every or 0, args.checkpoint_every or 0, args.keep_checkpoints or 2
+    )
+    given = given_prior(args.prior, method.uses_prior, wanted, model_dir)
+    if method.uses_prior and given is None and wanted.prior is None:
+        raise RecipeError(
+            f"{wanted.method.name} starts from a mask: give --prior FILE, or a [prior] section in the recipe"
+        )
+    origin = Origin(model_dir, label, digest_weights(model_dir), wanted.digest(), wanted.pattern)
+    work = work_dir(args.out)
+    corpus = read_corpus(wanted, args.data, model_dir, work / TOKENS_FOLDER)
+    digests = {
+        "recipe": origin.recipe_digest,
+        "base": origin.base_digest,
+        "data": corpus.digest(),
+        "prior": None if given is None else given.digest(),
+    }
+    run_digest = digest_json({**digests, "device": torch.device(device).type, "torch": str(torch.__version__)})
+    claim(work, run_digest)
+    with locked(work):
+        prior = given
+        if prior is None and method.uses_prior:
+            prior = _prior(wanted, corpus, model_dir, work / "prior", origin.base_digest, device)
+            gc.collect()
+            digests["prior"] = prior.digest()
+        provenance = {**digests, "run": run_digest}
+        with display.bar() as bar:
+            task = bar.add_task("loading", total=None, note="")
+            session, plan = _session(wanted, method, model_dir, prior, device)
+            if args.checkpoint_activations:
+                checkpoint_activations(session.model, plan.blocks)
+            header = _header(wanted, session, corpus, args.data, label, provenance)
+            checkpoints = Checkpoints(work / "checkpoints", run_digest, cadence.keep_checkpoints)
+            log_file = work / WORK_LOG_FILE
+            show = display.training_progress(bar, task)
+            bits = None if prior is None else prior.bitmasks
+            fit(session, corpus, log_file, header, checkpoints, bits, cadence, show)
+        display.print_training(read(log_file), args.out / LOG_FILE)
+        extra = {RECIPE_FILE: wanted.resolved(), PROVENANCE_FILE: provenance, LOG_FILE: log_file}
+        _write(args, session, plan, origin, extra)
+
+
+def given_prior(path: Path | None, used: bool, wanted: Recipe, model_dir: Path) -> MaskSet | None:
+    """The masks of `--prior`, checked against the recipe and the model they are to be used with."""
+    if path is None:
+        return None
+    if not used:
+        raise RecipeError(f"--prior {path}: {wanted.method.name} with these options starts from no mask; leave it out")
+    masks = compressor.load_masks(path)
+    if masks.pattern != wanted.pattern:
+        raise RecipeError(f"--prior {path}: its pattern is {masks.pattern}, the recipe's is {wanted.pattern}")
+    base_digest = digest_weights(model_dir)
+    if masks.base_digest != base_digest:
+        raise FormatError(
+            f"--prior {path}: made for the weights {masks.base_digest}, but {model_dir} has {base_digest}; a mask is "
+            "only valid for the weights it was chosen for"
+        )
+    return masks
+
+
+def read_corpus(wanted: Recipe, files: list[Path], model_dir: Path, cache_dir: Path) -> Corpus:
+    """Training and held-out windows of `--data`, as the recipe wants them; tokenised once, into `cache_dir`."""
+    spec = wanted.train
+    assert spec is not None and spec.window_tokens is not None
+    if not files:
+        raise DataError(f"method {wanted.method.name} learns from text; give it with --data FILE ...")
+    data.check_window_tokens(spec.window_tokens, model.stored_max_tokens(model_dir))
+    tokenizer = model.load_tokenizer(model_dir)
+    return load_corpus(files, tokenizer, spec, cache_dir)
+
+
+def _prior(wanted: Recipe, corpus: Corpus, model_dir: Path, work: Path, base_digest: str, device: str) -> MaskSet:
+    """Sweep a throw-away copy of the model with the recipe's [prior]."""
+    recipe = wanted.prior_recipe()
+    assert recipe is not None
+    limit = model.stored_max_tokens(model_dir)
+    windows_ST = _calibration(recipe, corpus, limit) if recipe.local_method().needs_data else None
+    with display.bar() as bar:
+        task = bar.add_task("loading", total=None, note="")
+        loaded = model.load(model_dir)
+        show = display.sweep_progress(bar, task, "prior: ")
+        _, blocks = sweep(loaded, recipe, windows_ST, work, base_digest, device, show)
+    return blocks.mask_set(base_digest, recipe.digest())
+
+
+def _calibration(recipe: Recipe, corpus: Corpus, limit: int | None) -> Tensor:
+    """Windows `[S, T]` for the prior, cut from what is trained on; every file in turn."""
+    section = recipe.calibration
+    assert section.window_tokens is not None
+    data.check_window_tokens(section.window_tokens, limit)
+    generator = torch.Generator().manual_seed(section.seed)
+    windows = []
+    for sample in range(section.samples):
+        ids = corpus.files[sample % len(corpus.files)].flatten()
+        starts = len(ids) - section.window_tokens + 1
+        if starts < 1:
+            raise DataError(
+                f"a file has {len(ids)} tokens to train on, fewer than the {section.window_tokens} of a calibration "
+                "window; give more text, or lower calibration.window_tokens"
+            )
+        start = int(torch.randint(starts, (), generator=generator))
+        windows.append(ids[start : start + section.window_tokens])
+    return torch.stack(windows).long()
+
+
+def _session(
+    wanted: Recipe, method: LearnedMethod, model_dir: Path, prior: MaskSet | None, device: str
+) -> tuple[Session, Plan]:
+    """Load the model and replace its layers. What is trained is float32; frozen weights stay as they are stored."""
+    assert wanted.train is not None
+    trains_stored = method.trains_weights or wanted.train.scope == "all"
+    loaded = model.load(model_dir, torch.float32 if trains_stored else "auto", device)
+    plan = model.plan(loaded, wanted.pattern, wanted.ignore)
+    targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
+    if method.result is Result.SPARSE:
+        compressor.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.ignored)
+    if prior is not None:
+        for name, linear in targets:
+            if name not in prior.bitmasks or prior.mask(name).shape != linear.weight.shape:
+                raise ModelError(f"the prior has no mask for {name} {tuple(linear.weight.shape)}; see [recipe] ignore")
+    units = shrink.units(loaded) if method.result is Result.SLICED else {}
+    mask = None if prior is None else prior.mask
+    return prepare(loaded, plan, units, method, wanted.train, mask, wanted.pattern), plan
+
+
+def _header(
+    wanted: Recipe, session: Session, corpus: Corpus, files: list[Path], label: str, digests: dict[str, Any]
+) -> dict[str, Any]:
+    """First line of the log."""
+    return {
+        "recipe": wanted.resolved(),
+        "digests": digests,
+        "model": label,
+        "data": [file.name for file in files],
+        "training_windows": sum(len(windows) for windows in corpus.files),
+        "heldout_windows": len(corpus.heldout),
+        "layers": {name: [layer.out_features, layer.in_features] for name, layer in session.layers.items()},
+        "trained_parameters": sum(parameter.numel() for parameter in session.parameters),
+        "reference": "start" if digests["prior"] is None else "prior",
+        "torch": str(torch.__version__),
+        "hardware": {
+            "device": str(session.device),
+            "name": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def _write(args: argparse.Namespace, session: Session, plan: Plan, origin: Origin, extra: dict[str, Any]) -> None:
+    """The result, by kind, and what a person should know about it."""
+    result = session.method.result
+    if result is Result.SPARSE:
+        dense = [name for block in plan.targets for name in block if name not in session.layers]
+        masks, written = export.write_sparse(session, origin, args.out, [*plan.ignored, *dense], extra)
+        if args.masks_out is not None:
+            masks.save(args.masks_out)
+        display.print_compressed(args.out, written)
+    elif result is Result.DENSE:
+        display.print_dense(args.out, export.write_dense(session, origin, args.out, extra))
+    else:
+        display.print_shrunk(args.out, export.write_sliced(session, origin, args.out, extra))

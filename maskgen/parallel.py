@@ -1,0 +1,118 @@
+"""Training on several processes, started by `torchrun`: replicas (DDP) or shards (FSDP2), by torch's own means.
+
+    torchrun --nproc-per-node 8 -m maskgen run maskllm --model DIR --data FILE --out DIR --shard
+
+A step sees the same windows however many processes there are: process r of R takes the r-th run of them, with the noise
+samples that belong to those windows, and gradients are averaged. So N processes learn what one would, up to rounding.
+Process 0 alone reads priors, writes logs and results; checkpoints are written by all. Without `torchrun` every function
+here is the identity.
+
+`--shard` splits parameters, gradients and optimiser states by rows over the processes, one decoder block at a time;
+masks never straddle a shard, because their groups run along columns.
+
+Legend: B = batch, T = tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from maskgen.core.errors import RecipeError
+
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for process 0 to make a prior or write a result."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run, seen from number `rank` of `world`. `shard` splits states, else every one holds all."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    shard: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which speaks and writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The model to run forward passes through. Optimisers are made afterwards: sharding replaces parameters."""
+        if self.world == 1:
+            return model
+        if not self.shard:
+            return DistributedDataParallel(model)
+        mesh = init_device_mesh(torch.device(self.device).type, (self.world,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def check_batch(self, batch: int, noise_samples: int) -> None:
+        """`RecipeError` unless every process gets equally many windows of equally many noise samples."""
+        if (
+            batch % self.world
+            or batch % noise_samples
+            or max(self.world, noise_samples) % min(self.world, noise_samples)
+        ):
+            raise RecipeError(
+                f"train.batch {batch} with train.noise_samples {noise_samples} cannot be divided equally among "
+                f"{self.world} processes; make both multiples of {self.world}, or start another number of processes"
+            )
+
+    def parts(self, windows_BT: Tensor, noise_samples: int, micro_batch: int) -> list[tuple[int, Tensor]]:
+        """This process's micro-batches of a step, each with the number of its noise sample; none has two."""
+        share = len(windows_BT) // self.world
+        start, stop = self.rank * share, (self.rank + 1) * share
+        per_sample = len(windows_BT) // noise_samples
+        parts = []
+        for sample in range(noise_samples):
+            mine_BT = windows_BT[max(start, sample * per_sample) : min(stop, (sample + 1) * per_sample)]
+            parts += [(sample, ids_BT) for ids_BT in mine_BT.split(micro_batch) if len(ids_BT)]
+        return parts
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.world == 1:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str, shard: bool) -> Iterator[Group]:
+    """The group this process was started into by `torchrun`, or a group of one. Left on exit.
+
+    `device` "cuda" becomes this process's own GPU.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Group(device=device)
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Group(dist.get_rank(), world, device, shard)
+    finally:
+        dist.destroy_process_group()

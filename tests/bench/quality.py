@@ -1,0 +1,198 @@
+"""The quality table: `python -m tests.bench.quality --model DIR --train TEXT ... --eval TEXT ...`, or `make quality`.
+
+Every row is one `maskgen run` as a user would type it, then one `maskgen eval` per text on what it wrote, in float32.
+A row that has a result file for the same model, data and recipe is not run again, and a run that was stopped continues
+where it was, so the whole table can be made in pieces. Rows of learned methods take tens of minutes each on two cores.
+Result files are never edited; `--table` prints the table of what exists, and `--plot FILE.svg` draws it.
+
+gap(x) = (perplexity of x - dense) / (perplexity of sparsegpt, weights updated - dense): 0 is lossless, 1 is SparseGPT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskgen import recipe
+from maskgen.core.digest import digest_files, digest_json, digest_weights
+from tests.bench import quality_table, record
+
+WHAT = "quality"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a recipe with overrides. `seeds` many runs; `prior` names the row whose masks it starts from.
+
+    `domain` trains on that one of the training texts instead of on all of them.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    seeds: int = 1
+    prior: str | None = None
+    domain: str | None = None
+
+
+ROWS = (
+    Row("magnitude", "magnitude"),
+    Row("wanda", "wanda", seeds=3),
+    Row("ria", "ria", seeds=3),
+    Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=3),
+    Row("sparsegpt", "sparsegpt", seeds=3),
+    Row("admm", "admm", seeds=3),
+    Row("maskllm", "maskllm", seeds=2),
+    Row("proxsparse", "proxsparse", seeds=2),
+    Row("adaptive_sparse", "adaptive_sparse", seeds=2),
+    Row("adaptive_sparse + slorb", "adaptive_sparse_slorb", seeds=2),
+    Row("dense, same extra steps", "dense_control", seeds=2),
+    Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm"),
+    Row("maskprune", "maskprune", seeds=2),
+    Row("structured magnitude", "structured_magnitude"),
+    Row("structured taylor", "structured_taylor"),
+    Row("maskllm, no distillation", "maskllm", ("train.distill_weight=0.0",)),
+    Row("maskllm, no prior", "maskllm", ("method.prior_strength=0.0",)),
+    Row("maskllm, additive logits", "maskllm", ("method.logits=additive",)),
+    Row("maskllm, peps, from scratch", "maskllm", ("train.steps=100",), domain="peps.train"),
+    Row("maskllm, peps, transfer", "maskllm", ("train.steps=100",), domain="peps.train", prior="maskllm"),
+    Row("maskllm, reviews, from scratch", "maskllm", ("train.steps=100",), domain="reviews.train"),
+    Row("maskllm, reviews, transfer", "maskllm", ("train.steps=100",), domain="reviews.train", prior="maskllm"),
+)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    args = _arguments()
+    facts = {
+        "model_digest": digest_weights(args.model),
+        "train_digest": digest_files(args.train),
+        "eval_digest": digest_files(args.eval),
+        "window_tokens": args.window,
+        "max_windows": args.max_windows,
+    }
+    if not args.table:
+        _measure_dense(args, facts)
+        for row in ROWS:
+            for seed in range(row.seeds):
+                if (not args.rows or row.name in args.rows) and seed in args.seeds:
+                    _measure(args, row, seed, facts)
+    results = [result for result in record.load(WHAT, args.label) if facts.items() <= result.items()]
+    print(quality_table.markdown(results, [row.name for row in ROWS]))  # noqa: T201
+    if args.plot:
+        quality_table.plot(results, [row.name for row in ROWS], args.plot)
+
+
+def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    key = digest_json({"row": "dense", **facts})
+    if not _known(args, key):
+        record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **_score(args, args.model)})
+
+
+def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> None:
+    overrides = [*row.overrides, f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
+    learned = recipe.load(row.recipe).train is not None
+    if learned:
+        overrides += [f"train.window_tokens={args.window}", f"train.seed={seed}"]
+    wanted = recipe.load(row.recipe, overrides)
+    key = digest_json({"row": row.name, "recipe": wanted.digest(), "prior": row.prior, "domain": row.domain, **facts})
+    if _known(args, key):
+        return
+    out = args.work / f"{_slug(row.name)}-seed{seed}"
+    train = [text for text in args.train if row.domain in (None, text.stem)]
+    command = ["run", row.recipe, "--model", str(args.model), "--data", *map(str, train), "--out", str(out)]
+    for override in overrides:
+        command += ["--set", override]
+    if row.prior is not None:
+        command += ["--prior", str(args.work / f"{_slug(row.prior)}-seed{seed}")]
+    started_s = time.perf_counter()
+    if not out.exists():
+        _maskgen(command)
+    result = {
+        "key": key,
+        "row": row.name,
+        "seed": seed,
+        "recipe": wanted.resolved(),
+        "command": " ".join(["maskgen", *command]).replace(str(args.model), "MODEL").replace(str(args.work), "WORK"),
+        "run_s": time.perf_counter() - started_s,
+        **facts,
+        **_cost(out),
+        **_score(args, out),
+    }
+    record.save(WHAT, args.label, result)
+
+
+def _score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Perplexity of a directory on every evaluation text."""
+    perplexity = {}
+    for text in args.eval:
+        report = args.work / "eval.json"
+        _maskgen(
+            [
+                "eval",
+                str(directory),
+                "--data",
+                str(text),
+                "--window",
+                str(args.window),
+                "--dtype",
+                "float32",
+                "--max-windows",
+                str(args.max_windows),
+                "--batch",
+                "8",
+                "--json",
+                str(report),
+            ]
+        )
+        perplexity[text.stem] = json.loads(report.read_text())["perplexity"]
+    return {"perplexity": perplexity}
+
+
+def _cost(directory: Path) -> dict[str, Any]:
+    """Tokens, minutes and memory of a learned run, from its own log; nothing for one-shot methods."""
+    log = directory / "maskgen_log.jsonl"
+    if not log.exists():
+        return {}
+    steps = [entry for entry in map(json.loads, log.read_text().splitlines()) if "tokens_seen" in entry]
+    return {"tokens": steps[-1]["tokens_seen"], "peak_rss_bytes": steps[-1]["peak_rss_bytes"]}
+
+
+def _maskgen(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "maskgen", *arguments], check=True)
+
+
+def _known(args: argparse.Namespace, key: str) -> bool:
+    return any(result["key"] == key for result in record.load(WHAT, args.label))
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--label", required=True, help="names the model in the result files")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help="texts to calibrate and learn on")
+    parser.add_argument("--eval", type=Path, nargs="+", required=True, help="texts to score, never trained on")
+    parser.add_argument("--work", type=Path, required=True, help="where runs and checkpoints are kept")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=400)
+    parser.add_argument("--rows", nargs="+", help="only these rows (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="only print what has been measured")
+    parser.add_argument("--plot", type=Path, help="also draw the table, as .svg")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+if __name__ == "__main__":
+    main()

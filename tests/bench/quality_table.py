@@ -1,0 +1,71 @@
+"""The quality table as Markdown and as a plot, from result files. See `tests.bench.quality`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DENSE, REFERENCE = "dense", "sparsegpt"
+"""The rows that `gap` is 0 and 1 for."""
+
+
+def markdown(results: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
+    """One line a row: mean ± standard deviation over seeds of each text's perplexity, gap on the first text, cost."""
+    texts = list(results[0]["perplexity"]) if results else []
+    lines = [
+        f"| row | seeds | {' | '.join(texts)} | gap ({texts[0] if texts else ''}) | M tokens | minutes | peak GB |",
+        "|---" + "|---:" * (len(texts) + 5) + "|",
+    ]
+    for name in [DENSE, *order]:
+        mine = [result for result in results if result["row"] == name]
+        if mine:
+            cells = [_spread([result["perplexity"][text] for result in mine]) for text in texts]
+            cells += [_spread(gaps(results, name, texts[0])), *_cost(mine)]
+            lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gaps(results: Sequence[dict[str, Any]], name: str, text: str) -> list[float]:
+    """gap of every seed of a row; empty while a row it needs is missing."""
+    dense = [result["perplexity"][text] for result in results if result["row"] == DENSE]
+    reference = [result["perplexity"][text] for result in results if result["row"] == REFERENCE]
+    if not dense or not reference:
+        return []
+    scale = statistics.mean(reference) - dense[0]
+    return [(result["perplexity"][text] - dense[0]) / scale for result in results if result["row"] == name]
+
+
+def plot(results: Sequence[dict[str, Any]], order: Sequence[str], path: Path) -> None:
+    """Mean gap over all texts of every row, as a bar chart with a dot for every seed and text."""
+    from matplotlib.figure import Figure
+
+    texts = list(results[0]["perplexity"])
+    rows = [name for name in order if any(result["row"] == name for result in results)]
+    figure = Figure(figsize=(8, 0.34 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for position, name in enumerate(reversed(rows)):
+        per_text = [statistics.mean(gaps(results, name, text)) for text in texts]
+        axes.barh(position, statistics.mean(per_text), color="#4c72b0", height=0.7)
+        points = [gap for text in texts for gap in gaps(results, name, text)]
+        axes.plot(points, [position] * len(points), ".", color="#222222", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), list(reversed(rows)))
+    axes.set_xlabel("gap to dense in perplexity (0 = dense, 1 = SparseGPT); bar: mean of texts, dots: texts and seeds")
+    figure.savefig(path)
+
+
+def _cost(mine: Sequence[dict[str, Any]]) -> list[str]:
+    tokens = [result["tokens"] / 1e6 for result in mine if "tokens" in result]
+    minutes = [result["run_s"] / 60 for result in mine if "run_s" in result]
+    memory = [result["peak_rss_bytes"] / 1e9 for result in mine if "peak_rss_bytes" in result]
+    return [f"{statistics.mean(values):.1f}" if values else "" for values in (tokens, minutes, memory)]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"

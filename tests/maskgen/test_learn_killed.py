@@ -1,0 +1,100 @@
+"""`kill -9` at any moment and the same command again: the same bits as if nothing had happened.
+
+A nursery process imports everything once; each attempt is a fork of it, which is killed at a random moment of its life.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskgen.trainlog import LOG_FILE, read
+
+SEED = 1
+ModelDir = Callable[..., Path]
+
+NURSERY = """
+import json, os, random, signal, sys, time
+import torch
+from maskgen import cli, verbs, learn
+
+def attempt(argv, kill_after_s):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os._exit(cli.main(argv))
+    began_s = time.monotonic()
+    while kill_after_s is None or time.monotonic() - began_s < kill_after_s:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status, time.monotonic() - began_s
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1], kill_after_s
+
+argv, outs, seed = json.loads(sys.argv[1]), sys.argv[2:4], int(sys.argv[4])
+torch.set_num_threads(1)
+status, whole_s = attempt([*argv, "--out", outs[0]], None)
+assert status == 0, status
+rng, killed = random.Random(seed), 0
+while killed < 4:
+    status, _ = attempt([*argv, "--out", outs[1]], rng.uniform(0, 0.7 * whole_s))
+    assert status in (0, signal.SIGKILL), status
+    if status == 0:
+        break
+    killed += 1
+else:
+    assert attempt([*argv, "--out", outs[1]], None)[0] == 0
+assert killed, "too fast to be killed"
+print(killed)
+"""
+
+TRAIN = """
+[train]
+steps = 8
+batch = 4
+window_tokens = 16
+heldout_windows = 4
+dtype = "float32"
+"""
+RECIPES = {
+    "frozen weights": '[method]\nname = "maskllm"\ninit_noise = true\n[prior]\nname = "wanda"\n' + TRAIN,
+    "trained weights": '[method]\nname = "adaptive_sparse"\n' + TRAIN + 'scope = "all"\n',
+}
+FLAGS = ["--set", "calibration.samples=8", "--eval-every", "3", "--checkpoint-every", "2"]
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("elapsed_s", "peak_rss_bytes")}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_killed_at_random_and_started_again(kind: str, model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPES[kind])
+    argv = ["run", str(recipe), "--model", str(model_dir()), "--data", str(text_file), *FLAGS]
+    outs = [tmp_path / "whole", tmp_path / "killed"]
+    done = subprocess.run(
+        [sys.executable, "-c", NURSERY, json.dumps(argv), *map(str, outs), str(SEED)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, killed = ({path.name: path.read_bytes() for path in out.iterdir()} for out in outs)
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == [LOG_FILE]
+    logs = [[timeless(record) for record in read(out / LOG_FILE)] for out in outs]
+    assert logs[0] == logs[1]
+    assert [record["step"] for record in logs[0] if record["kind"] == "step"] == list(range(1, 9))
+    assert [record["step"] for record in logs[0] if record["kind"] == "eval"] == [0, 3, 6, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "recipe.toml", "whole"]

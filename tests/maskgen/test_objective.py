@@ -1,0 +1,132 @@
+"""The loss: what the formula says, in every slicing and for both kinds of teacher.
+
+Legend: N = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskgen import objective
+from maskgen.learned import Mode
+from maskgen.objective import Objective, in_mode, slice_losses
+from tests import models
+from tests.maskgen.training import Toy, corpus, session
+
+
+def logits(seed: int, tokens: int = 7, vocabulary: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student_NV, teacher_NV = (torch.randn(tokens, vocabulary, generator=generator) * 3 for _ in range(2))
+    return student_NV, teacher_NV, torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+def test_the_divergence_is_the_sum_of_p_log_p_over_q(seed: int, temperature: float) -> None:
+    student_NV, teacher_NV, target_N = logits(seed)
+    ce, divergence = slice_losses(student_NV, teacher_NV, target_N, temperature)
+    p_NV, q_NV = ((x.double() / temperature).softmax(-1) for x in (teacher_NV, student_NV))
+    expected = (p_NV * (p_NV.log() - q_NV.log())).sum() * temperature**2
+    assert float(divergence) == pytest.approx(float(expected), rel=1e-5)
+    right_N = student_NV.double().softmax(-1).gather(1, target_N[:, None])
+    assert ce.item() == pytest.approx(-float(right_N.log().sum()), rel=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_divergence_is_zero_for_equal_logits_and_positive_for_others(seed: int) -> None:
+    student_NV, teacher_NV, target_N = logits(seed)
+    assert float(slice_losses(student_NV, student_NV.clone(), target_N, 2.0)[1]) == pytest.approx(0, abs=1e-5)
+    shifted = student_NV + torch.arange(7.0)[:, None]
+    assert float(slice_losses(student_NV, shifted, target_N, 2.0)[1]) == pytest.approx(0, abs=1e-4)
+    assert float(slice_losses(student_NV, teacher_NV, target_N, 2.0)[1]) > 0
+
+
+def test_nothing_is_taught_without_a_teacher() -> None:
+    student_NV, _, target_N = logits(0)
+    assert float(slice_losses(student_NV, None, target_N, 1.0)[1]) == 0
+
+
+def test_slices_are_computed_in_float32() -> None:
+    student_NV, teacher_NV, target_N = logits(1)
+    half = slice_losses(student_NV.bfloat16(), teacher_NV.bfloat16(), target_N, 1.0)
+    exact = slice_losses(student_NV.bfloat16().float(), teacher_NV.bfloat16().float(), target_N, 1.0)
+    assert all(part.dtype == torch.float32 for part in half) and all(map(torch.equal, half, exact))
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.67, 2.0), (1.0, 2.0)])
+@pytest.mark.parametrize("slice_tokens", [1, 4, 7, 10_000])
+def test_loss_and_gradient_do_not_depend_on_the_slices(
+    weight: float, temperature: float, slice_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = session(Toy(noise=0.0))
+    ids_BT = corpus().heldout[:3]
+    monkeypatch.setattr(objective, "SLICE_BYTES", 4 * models.VOCABULARY * slice_tokens)
+    loss = Objective(trained.layers, weight, temperature, torch.float32)(trained.model, ids_BT)
+    loss.total.backward()
+    found = [parameter.grad.clone() for parameter in trained.parameters]
+    for parameter in trained.parameters:
+        parameter.grad = None
+
+    student = trained.model(input_ids=ids_BT).logits[:, :-1].flatten(0, 1)
+    with torch.no_grad(), in_mode(trained.layers, Mode.DENSE):
+        teacher = trained.model(input_ids=ids_BT).logits[:, :-1].flatten(0, 1)
+    ce = torch.nn.functional.cross_entropy(student, ids_BT[:, 1:].flatten())
+    p_NV, log_q_NV = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    divergence = (p_NV * (p_NV.log() - log_q_NV)).sum(-1).mean() * temperature**2
+    total = (1 - weight) * ce + weight * divergence
+    total.backward()
+
+    assert loss.total.item() == pytest.approx(total.item(), rel=1e-5)
+    assert loss.cross_entropy == pytest.approx(ce.item(), rel=1e-5)
+    assert loss.divergence == pytest.approx(divergence.item() if weight else 0.0, rel=1e-4)
+    for gradient, parameter in zip(found, trained.parameters, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_the_own_teacher_is_the_dense_model_and_nothing_flows_into_it() -> None:
+    trained, ids_BT = session(), corpus().heldout
+    teacher = Objective(trained.layers, 0.5, 1.0, torch.float32)._teach(trained.model, ids_BT)
+    with torch.no_grad():
+        expected = models.build("llama")(input_ids=ids_BT).logits[:, :-1]
+    assert torch.equal(teacher, expected) and not teacher.requires_grad
+    assert {layer.mode for layer in trained.layers.values()} == {Mode.TRAIN}
+
+
+def test_a_frozen_copy_teaches_where_weights_are_trained() -> None:
+    trained, text = session(Toy(learns_weights=True), distill_weight=0.5, scope="all"), corpus()
+    ids_BT = text.heldout
+    before = trained.objective._teach(trained.model, ids_BT)
+    for _ in range(3):
+        trained.run_step(text, 4)
+    with torch.no_grad():
+        expected = models.build("llama")(input_ids=ids_BT).logits[:, :-1]
+    assert torch.equal(trained.objective._teach(trained.model, ids_BT), before) and torch.equal(before, expected)
+    with in_mode(trained.layers, Mode.DENSE), torch.no_grad():
+        moved = trained.model(input_ids=ids_BT).logits[:, :-1]
+    assert not torch.equal(moved, before)
+
+
+def test_no_copy_is_made_when_nobody_is_taught() -> None:
+    assert session(Toy(learns_weights=True)).objective.teacher is None
+    assert session(Toy(), distill_weight=0.5).objective.teacher is None
+
+
+def test_modes_end_with_their_block_even_when_it_fails() -> None:
+    trained = session()
+    with pytest.raises(RuntimeError, match="inside"), in_mode(trained.layers, Mode.HARD):
+        assert {layer.mode for layer in trained.layers.values()} == {Mode.HARD}
+        raise RuntimeError("inside")
+    assert {layer.mode for layer in trained.layers.values()} == {Mode.TRAIN}
+
+
+def test_bfloat16_is_for_products_only() -> None:
+    trained, ids_BT = session(dtype="bfloat16"), corpus().heldout
+    loss = Objective(trained.layers, 0.5, 1.0, torch.bfloat16)(trained.model, ids_BT)
+    exact = Objective(trained.layers, 0.5, 1.0, torch.float32)(trained.model, ids_BT)
+    assert loss.total.dtype == torch.float32
+    assert loss.total.item() == pytest.approx(exact.total.item(), rel=2e-2) and loss.total.item() != exact.total.item()
+    loss.total.backward()
+    assert {parameter.grad.dtype for parameter in trained.parameters} == {torch.float32}

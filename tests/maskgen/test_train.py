@@ -1,0 +1,175 @@
+"""One step of training: the same whatever fits into a forward pass, and refused before it breaks anything."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import NumericalError
+from maskgen.core.pattern import NMPattern
+from maskgen.learned import Mode
+from maskgen.model import decoder_blocks
+from maskgen.recipe import Training
+from maskgen.train import Session, checkpoint_activations, heldout_nll, schedule
+from tests import models
+from tests.maskgen.training import PATTERN, Toy, assert_same, corpus, session, state
+
+
+def gradients(of: Session, micro_batch: int) -> list[Tensor]:
+    """What the optimiser is given in the next step."""
+    seen: list[Tensor] = []
+    of.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: seen.extend(parameter.grad.clone() for parameter in of.parameters)
+    )
+    of.run_step(corpus(), micro_batch)
+    return seen
+
+
+@pytest.mark.parametrize("noise_samples", [1, 2, 3])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_gradient_does_not_depend_on_the_micro_batch(noise_samples: int, weight: float) -> None:
+    options = {"batch": 6, "noise_samples": noise_samples, "distill_weight": weight, "clip": 0.0}
+    whole = gradients(session(**options), 6)
+    for micro_batch in (1, 2, 4):
+        parts = gradients(session(**options), micro_batch)
+        for one, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+    assert max(float(gradient.abs().max()) for gradient in whole) > 1e-6
+
+
+def test_noise_samples_are_different_and_follow_from_seed_and_step() -> None:
+    one, two, again = (gradients(session(batch=6, noise_samples=n), 6) for n in (1, 2, 1))
+    other_seed = gradients(session(batch=6, seed=1), 6)
+    assert all(map(torch.equal, one, again))
+    assert not any(map(torch.equal, one, two)) and not any(map(torch.equal, one, other_seed))
+
+
+def test_two_runs_have_the_same_bits_and_learn() -> None:
+    first, second, text = session(steps=12), session(steps=12), corpus()
+    losses = [first.run_step(text, 2).loss for _ in range(12)]
+    assert losses == [second.run_step(text, 2).loss for _ in range(12)]
+    assert_same(state(first), state(second))
+    assert losses[-1] < losses[0]
+
+
+def test_only_what_is_to_be_trained_moves() -> None:
+    trained, before = session(), state(session())
+    trained.run_step(corpus(), 4)
+    moved = {name for name, tensor in state(trained).items() if not torch.equal(tensor, before[name])}
+    assert moved == {f"{name}.{part}" for name in trained.layers for part in ("score", "kept_OI")}
+    trained = session(Toy(learns_weights=True), scope="all")
+    trained.run_step(corpus(), 4)
+    after = state(trained)
+    unmoved = {name for name in before if torch.equal(after[name], before[name])}
+    assert not unmoved
+    rates = [group["lr"] for group in trained.optimizer.param_groups]
+    assert rates == [1e-2, 1e-3]
+
+
+def test_the_learning_rate_of_every_group_follows_the_schedule() -> None:
+    trained = session(Toy(learns_weights=True), scope="all", steps=4, warmup=0.5, final_lr=0.5)
+    seen = []
+    for _ in range(4):
+        log = trained.run_step(corpus(), 4)
+        seen.append([log.lr, *(group["lr"] for group in trained.optimizer.param_groups)])
+    factors = [schedule(trained.spec, step) for step in range(4)]
+    assert seen == [[1e-2 * factor, 1e-2 * factor, 1e-3 * factor] for factor in factors]
+
+
+def test_schedule() -> None:
+    spec = Training(steps=11, warmup=0.0, final_lr=0.2)
+    assert [schedule(spec, step) for step in (0, 5, 10)] == pytest.approx([1, 0.6, 0.2])
+    linear = Training(steps=12, warmup=0.25, decay="linear", final_lr=0.0)
+    assert [schedule(linear, step) for step in (0, 1, 2, 3, 7, 11)] == pytest.approx([0.25, 0.5, 0.75, 1, 0.5, 0])
+    assert schedule(Training(steps=1), 0) == 1
+
+
+def test_a_loss_that_is_not_a_number_stops_before_anything_moves() -> None:
+    broken = session()
+    broken.run_step(corpus(), 4)
+    with torch.no_grad():
+        next(iter(broken.layers.values())).score[0, 0] = float("nan")
+    before = state(broken)
+    with pytest.raises(NumericalError, match=r"step 2: the loss is nan; lower train\.lr"):
+        broken.run_step(corpus(), 4)
+    after = {name: tensor for name, tensor in state(broken).items() if not tensor.isnan().any()}
+    assert_same(after, {name: before[name] for name in after})
+    assert broken.step == 1
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves(clip: float) -> None:
+    broken, before = session(clip=clip), state(session())
+    layer = next(iter(broken.layers.values()))
+    layer.score.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NumericalError, match=r"step 1: the norm of the gradient is (nan|inf)"):
+        broken.run_step(corpus(), 4)
+    moved = {name for name, tensor in state(broken).items() if not torch.equal(tensor, before[name])}
+    assert moved == {f"{name}.kept_OI" for name in broken.layers}
+    assert all(parameter.grad is None for parameter in broken.parameters)
+
+
+def test_clipping() -> None:
+    free, tight = session(clip=0.0), session(clip=1e-3)
+    unclipped, clipped = gradients(free, 4), gradients(tight, 4)
+    norm = sum(float(gradient.square().sum()) for gradient in unclipped) ** 0.5
+    assert sum(float(gradient.square().sum()) for gradient in clipped) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
+    assert session(clip=1e-3).run_step(corpus(), 4).gradient_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox"])
+def test_checkpointed_activations_change_no_bit(kind: str) -> None:
+    plain, saving = (session(kind=kind, distill_weight=0.5, noise_samples=2) for _ in range(2))
+    names = list(saving.model.state_dict())
+    _, blocks = decoder_blocks(models.build(kind))
+    paths = [name for name, module in plain.model.named_modules() if type(module) is type(blocks[0])]
+    assert len(paths) == models.LAYERS
+    checkpoint_activations(saving.model, [saving.model.get_submodule(path) for path in paths])
+    assert list(saving.model.state_dict()) == names
+    calls: list[str] = []
+    first = next(iter(saving.layers.values()))
+    first.register_forward_hook(lambda module, args, y: calls.append(first.mode.value))
+    for _ in range(2):
+        one, other = plain.run_step(corpus(), 2), saving.run_step(corpus(), 2)
+        assert (one.loss, one.gradient_norm) == (other.loss, other.gradient_norm)
+    assert_same(state(plain), state(saving))
+    assert calls == ["dense", "train", "train"] * 2 * 2, "two forward passes for each backward, or nothing is saved"
+
+
+def test_held_out_loss_is_that_of_the_exported_model() -> None:
+    trained, text = session(), corpus()
+    for _ in range(3):
+        trained.run_step(text, 4)
+    masked = copy.deepcopy(session().model)
+    for name, layer in trained.layers.items():
+        masked.get_submodule(name).mode = Mode.DENSE
+        masked.get_submodule(name).weight.mul_(layer.solution().mask)
+    with torch.no_grad():
+        expected = float(masked(input_ids=text.heldout, labels=text.heldout).loss)
+    assert heldout_nll(trained, text.heldout, 4) == pytest.approx(expected, rel=1e-5)
+    dense = copy.deepcopy(session().model)
+    for layer in (dense.get_submodule(name) for name in trained.layers):
+        layer.mode = Mode.DENSE
+    with torch.no_grad():
+        expected = float(dense(input_ids=text.heldout, labels=text.heldout).loss)
+    assert heldout_nll(trained, text.heldout, 4, Mode.DENSE) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_prior_reaches_its_layer() -> None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: layer.weight.shape for name, layer in session().layers.items()}
+    masks = {name: PATTERN.mask_from_scores(torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
+    begun = session(prior=masks.__getitem__)
+    assert all(torch.equal(layer.mask(), masks[name]) for name, layer in begun.layers.items())
+
+
+def test_layers_are_numbered_and_keep_their_names() -> None:
+    begun = session()
+    assert [layer.index for layer in begun.layers.values()] == list(range(len(begun.layers)))
+    assert all(begun.model.get_submodule(name) is layer for name, layer in begun.layers.items())
+    assert {layer.pattern for layer in begun.layers.values()} == {NMPattern(2, 4)}
+    assert dataclasses.replace(begun.moment) == begun.moment

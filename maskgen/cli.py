@@ -146,6 +146,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute activations again in the backward pass: less memory, more time, the same result (default: no)",
     )
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: split parameters, gradients and optimiser states over the processes (FSDP2) instead of "
+        "keeping a copy in each (DDP) (default: no)",
+    )
 
 
 def _count(text: str) -> int:

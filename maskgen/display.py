@@ -32,8 +32,8 @@ def megabytes(size_bytes: int) -> str:
 
 
 @contextmanager
-def bar() -> Iterator[ProgressBar]:
-    """A progress bar on stderr, or log lines where that is no terminal."""
+def bar(quiet: bool = False) -> Iterator[ProgressBar]:
+    """A progress bar on stderr, or log lines where that is no terminal, or nothing at all."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,7 +41,7 @@ def bar() -> Iterator[ProgressBar]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
     if console.is_terminal:
         with ProgressBar(*columns, console=console, transient=True) as bar:
             yield bar

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,11 @@ def fit(
     Raises `NumericalError` and `OSError`; both say what is kept.
     """
     watch = Watch.begin(session, prior)
+    if session.group.first:
+        checkpoints.clean()
+    session.group.wait()
     checkpoints.restore(session, watch.last)
-    with TrainLog(log_file, header, session.step) as log:
+    with TrainLog(log_file, header, session.step) if session.group.first else nullcontext() as log:
         try:
             _loop(session, corpus, log, checkpoints, watch, cadence, progress)
         except NumericalError as error:
@@ -135,7 +139,7 @@ def fit(
 def _loop(
     session: Session,
     corpus: Corpus,
-    log: TrainLog,
+    log: TrainLog | None,
     checkpoints: Checkpoints,
     watch: Watch,
     cadence: Cadence,
@@ -143,23 +147,24 @@ def _loop(
 ) -> None:
     steps, saved_s = session.spec.steps, time.monotonic()
 
-    def evaluate() -> None:
-        seen = watch.look(session, corpus, cadence.micro_batch)
-        log.add("eval", asdict(seen))
-        progress(seen)
+    def tell(kind: str, what: StepLog | EvalLog) -> None:
+        if log is not None:
+            log.add(kind, asdict(what))
+            progress(what)
 
     if session.step == 0:
-        evaluate()
+        tell("eval", watch.look(session, corpus, cadence.micro_batch))
     while session.step < steps:
-        done = session.run_step(corpus, cadence.micro_batch)
-        log.add("step", asdict(done))
-        progress(done)
+        tell("step", session.run_step(corpus, cadence.micro_batch))
         if cadence.evaluates(session.step, steps):
-            evaluate()
+            tell("eval", watch.look(session, corpus, cadence.micro_batch))
         if session.step == steps:
-            log.add("layers", {"step": steps, "layers": watch.layers(session)})
-        if cadence.saves(session.step, steps, time.monotonic() - saved_s):
-            log.flush()
+            layers = watch.layers(session)
+            if log is not None:
+                log.add("layers", {"step": steps, "layers": layers})
+        if session.group.any(cadence.saves(session.step, steps, time.monotonic() - saved_s)):
+            if log is not None:
+                log.flush()
             checkpoints.save(session, watch.last)
             saved_s = time.monotonic()
 

@@ -19,6 +19,7 @@ import argparse
 import gc
 import os
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from maskgen.export import Origin
 from maskgen.fit import Cadence, fit
 from maskgen.learned import LearnedMethod, Result
 from maskgen.model import Plan
+from maskgen.parallel import ALONE, Group, joined
 from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import sweep
-from maskgen.train import Session, checkpoint_activations, prepare
+from maskgen.train import Session, prepare
 from maskgen.training_state import Checkpoints
 from maskgen.trainlog import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.workdir import TOKENS_FOLDER, claim, locked, work_dir
@@ -46,8 +48,11 @@ PROVENANCE_FILE = "maskgen_provenance.json"
 """Digests of everything a result was made from, written beside the weights."""
 
 
-def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str, device: str) -> None:
-    """Run a recipe of a learned method; `wanted` is settled for the model. Raises every `SparseError` and `OSError`."""
+def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str, device: str) -> bool:
+    """Run a recipe of a learned method; `wanted` is settled for the model. Raises every `SparseError` and `OSError`.
+
+    Returns whether it was this process that wrote the result.
+    """
     method = wanted.build_method()
     assert isinstance(method, LearnedMethod) and wanted.train is not None
     cadence = Cadence(
@@ -60,36 +65,46 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
         )
     origin = Origin(model_dir, label, digest_weights(model_dir), wanted.digest(), wanted.pattern)
     work = work_dir(args.out)
-    corpus = read_corpus(wanted, args.data, model_dir, work / TOKENS_FOLDER)
-    digests = {
-        "recipe": origin.recipe_digest,
-        "base": origin.base_digest,
-        "data": corpus.digest(),
-        "prior": None if given is None else given.digest(),
-    }
-    run_digest = digest_json({**digests, "device": torch.device(device).type, "torch": str(torch.__version__)})
-    claim(work, run_digest)
-    with locked(work):
-        prior = given
-        if prior is None and method.uses_prior:
-            prior = _prior(wanted, corpus, model_dir, work / "prior", origin.base_digest, device)
-            gc.collect()
-            digests["prior"] = prior.digest()
-        provenance = {**digests, "run": run_digest}
-        with display.bar() as bar:
-            task = bar.add_task("loading", total=None, note="")
-            session, plan = _session(wanted, method, model_dir, prior, device)
-            if args.checkpoint_activations:
-                checkpoint_activations(session.model, plan.blocks)
-            header = _header(wanted, session, corpus, args.data, label, provenance)
+    with ExitStack() as held:
+        with joined(device, args.shard) as group:
+            with group.first_leads():
+                corpus = read_corpus(wanted, args.data, model_dir, work / TOKENS_FOLDER)
+                digests = {
+                    "recipe": origin.recipe_digest,
+                    "base": origin.base_digest,
+                    "data": corpus.digest(),
+                    "prior": None if given is None else given.digest(),
+                }
+                arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
+                run_digest = digest_json({**digests, **arithmetic})
+                claim(work, run_digest)
+                if group.first:
+                    held.enter_context(locked(work))
+                prior = given
+                if prior is None and method.uses_prior:
+                    prior = _prior(wanted, corpus, model_dir, work / "prior", origin.base_digest, group)
+                    gc.collect()
+                    digests["prior"] = prior.digest()
+            provenance = {**digests, "run": run_digest}
             checkpoints = Checkpoints(work / "checkpoints", run_digest, cadence.keep_checkpoints)
             log_file = work / WORK_LOG_FILE
-            show = display.training_progress(bar, task)
-            bits = None if prior is None else prior.bitmasks
-            fit(session, corpus, log_file, header, checkpoints, bits, cadence, show)
+            with display.bar(quiet=not group.first) as bar:
+                task = bar.add_task("loading", total=None, note="")
+                session, plan = _session(wanted, method, model_dir, prior, group, args.checkpoint_activations)
+                header = _header(wanted, session, corpus, args.data, label, provenance)
+                show = display.training_progress(bar, task)
+                bits = None if prior is None else prior.bitmasks
+                fit(session, corpus, log_file, header, checkpoints, bits, cadence, show)
+        if not group.first:
+            return False
+        if group.world > 1:  # what is split over processes is put together from its last checkpoint
+            del session
+            session, plan = _session(wanted, method, model_dir, prior, ALONE)
+            checkpoints.restore(session, {})
         display.print_training(read(log_file), args.out / LOG_FILE)
         extra = {RECIPE_FILE: wanted.resolved(), PROVENANCE_FILE: provenance, LOG_FILE: log_file}
         _write(args, session, plan, origin, extra)
+    return True
 
 
 def given_prior(path: Path | None, used: bool, wanted: Recipe, model_dir: Path) -> MaskSet | None:
@@ -121,17 +136,17 @@ def read_corpus(wanted: Recipe, files: list[Path], model_dir: Path, cache_dir: P
     return load_corpus(files, tokenizer, spec, cache_dir)
 
 
-def _prior(wanted: Recipe, corpus: Corpus, model_dir: Path, work: Path, base_digest: str, device: str) -> MaskSet:
+def _prior(wanted: Recipe, corpus: Corpus, model_dir: Path, work: Path, base_digest: str, group: Group) -> MaskSet:
     """Sweep a throw-away copy of the model with the recipe's [prior]."""
     recipe = wanted.prior_recipe()
     assert recipe is not None
     limit = model.stored_max_tokens(model_dir)
     windows_ST = _calibration(recipe, corpus, limit) if recipe.local_method().needs_data else None
-    with display.bar() as bar:
+    with display.bar(quiet=not group.first) as bar:
         task = bar.add_task("loading", total=None, note="")
         loaded = model.load(model_dir)
         show = display.sweep_progress(bar, task, "prior: ")
-        _, blocks = sweep(loaded, recipe, windows_ST, work, base_digest, device, show)
+        _, blocks = sweep(loaded, recipe, windows_ST, work, base_digest, group.device, show)
     return blocks.mask_set(base_digest, recipe.digest())
 
 
@@ -156,12 +171,17 @@ def _calibration(recipe: Recipe, corpus: Corpus, limit: int | None) -> Tensor:
 
 
 def _session(
-    wanted: Recipe, method: LearnedMethod, model_dir: Path, prior: MaskSet | None, device: str
+    wanted: Recipe,
+    method: LearnedMethod,
+    model_dir: Path,
+    prior: MaskSet | None,
+    group: Group,
+    checkpointed: bool = False,
 ) -> tuple[Session, Plan]:
     """Load the model and replace its layers. What is trained is float32; frozen weights stay as they are stored."""
     assert wanted.train is not None
     trains_stored = method.trains_weights or wanted.train.scope == "all"
-    loaded = model.load(model_dir, torch.float32 if trains_stored else "auto", device)
+    loaded = model.load(model_dir, torch.float32 if trains_stored else "auto", group.device)
     plan = model.plan(loaded, wanted.pattern, wanted.ignore)
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:
@@ -172,7 +192,7 @@ def _session(
                 raise ModelError(f"the prior has no mask for {name} {tuple(linear.weight.shape)}; see [recipe] ignore")
     units = shrink.units(loaded) if method.result is Result.SLICED else {}
     mask = None if prior is None else prior.mask
-    return prepare(loaded, plan, units, method, wanted.train, mask, wanted.pattern), plan
+    return prepare(loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, checkpointed), plan
 
 
 def _header(
@@ -193,6 +213,7 @@ def _header(
         "hardware": {
             "device": str(session.device),
             "name": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else platform.machine(),
+            "processes": session.group.world,
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
         },

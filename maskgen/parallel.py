@@ -16,8 +16,8 @@ Legend: B = batch, T = tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,25 +48,30 @@ class Group:
         """Whether this is process 0, which speaks and writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    def wrap(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model to run forward passes through. Optimisers are made afterwards: sharding replaces parameters."""
-        if self.world == 1:
-            return model
-        if not self.shard:
+        if self.world > 1 and not self.shard:
             return DistributedDataParallel(model)
-        mesh = init_device_mesh(torch.device(self.device).type, (self.world,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        return self.split(model, blocks)
+
+    def split(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+        """Shard `model` in place if this group shards: every block by itself, and the rest together."""
+        if self.shard:
+            mesh = init_device_mesh(torch.device(self.device).type, (self.world,))
+            for module in (*blocks, model):
+                fully_shard(module, mesh=mesh)
         return model
+
+    def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager[None]:
+        """A backward pass after which, if `more` follow in this step, replicas need not exchange gradients yet."""
+        if more and isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
 
     def check_batch(self, batch: int, noise_samples: int) -> None:
         """`RecipeError` unless every process gets equally many windows of equally many noise samples."""
-        if (
-            batch % self.world
-            or batch % noise_samples
-            or max(self.world, noise_samples) % min(self.world, noise_samples)
-        ):
+        fewer, more = sorted((self.world, noise_samples))
+        if batch % more or more % fewer:
             raise RecipeError(
                 f"train.batch {batch} with train.noise_samples {noise_samples} cannot be divided equally among "
                 f"{self.world} processes; make both multiples of {self.world}, or start another number of processes"
@@ -91,20 +96,41 @@ class Group:
         dist.all_reduce(values)
         return values.cpu()
 
+    def any(self, here: bool) -> bool:
+        """Whether it holds in any process; the same answer in all of them."""
+        return bool(self.total(torch.tensor(float(here))) > 0)
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def first_leads(self) -> Iterator[None]:
+        """A section that process 0 goes through before the others, which then find what it has made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+
+ALONE = Group()
+"""One process on the CPU."""
+
 
 @contextmanager
 def joined(device: str, shard: bool) -> Iterator[Group]:
-    """The group this process was started into by `torchrun`, or a group of one. Left on exit.
+    """The group this process was started into by `torchrun`, or a group of one.
 
-    `device` "cuda" becomes this process's own GPU.
+    `device` "cuda" becomes this process's own GPU. A process that fails leaves without a word to the others, which
+    might be waiting for it: `torchrun` stops them. Raises `RecipeError` for `shard` without `torchrun`.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if shard:
+            raise RecipeError(
+                "--shard splits a run over processes; start it with torchrun --nproc-per-node N -m maskgen"
+            )
         yield Group(device=device)
         return
     kind = torch.device(device).type
@@ -112,7 +138,5 @@ def joined(device: str, shard: bool) -> Iterator[Group]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield Group(dist.get_rank(), world, device, shard)
-    finally:
-        dist.destroy_process_group()
+    yield Group(dist.get_rank(), dist.get_world_size(), device, shard)
+    dist.destroy_process_group()

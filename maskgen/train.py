@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,11 +25,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from maskgen.core.digest import derive_seed
 from maskgen.core.errors import NumericalError
 from maskgen.core.pattern import NMPattern
+from maskgen.core.shards import full
 from maskgen.corpus import Corpus
 from maskgen.learned import LearnedLinear, LearnedMethod, Mode, Moment, Site, learned_parameters
 from maskgen.memory import peak_rss_bytes
-from maskgen.model import Plan
+from maskgen.model import Plan, decoder_blocks
 from maskgen.objective import Objective, in_mode
+from maskgen.parallel import ALONE, Group
 from maskgen.recipe import Training
 
 
@@ -53,7 +55,8 @@ class StepLog:
 class Session:
     """A model under training: its replaced layers, the objective and the optimiser.
 
-    `step` steps are done, in `elapsed_s` seconds (those of earlier processes included).
+    `runner` is `model` as its forward passes are run, which in a group of processes takes more than calling it. `step`
+    steps are done, in `elapsed_s` seconds (those of earlier processes included).
     """
 
     model: nn.Module
@@ -62,6 +65,8 @@ class Session:
     layers: Mapping[str, LearnedLinear]
     objective: Objective
     optimizer: torch.optim.Optimizer
+    group: Group
+    runner: nn.Module
     step: int = 0
     earlier_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
@@ -92,12 +97,13 @@ class Session:
         self.set_moment(noise_sample=0)
         with torch.no_grad():
             self.method.before_step(self.layers, self.moment)
+        windows_BT = corpus.batch(self.step, self.spec.batch)
+        parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
         totals = torch.zeros(3, dtype=torch.float64)
-        tokens = 0
-        for noise_sample, ids_BT in self._parts(corpus, micro_batch):
+        for number, (noise_sample, ids_BT) in enumerate(parts, 1):
             self.set_moment(noise_sample)
-            totals += self._backward(ids_BT, len(ids_BT) / self.spec.batch)
-            tokens += ids_BT.numel()
+            with self.group.accumulating(self.runner, more=number < len(parts)):
+                totals += self._backward(ids_BT.to(self.device), len(ids_BT) / self.spec.batch)
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,10 +111,11 @@ class Session:
         with torch.no_grad():
             self.method.after_step(self.layers, self.moment, lr)
         self.step += 1
-        loss, ce, divergence = totals.tolist()
+        loss, ce, divergence = self.group.total(totals).tolist()
         return StepLog(
-            self.step, self.spec.steps, loss, ce, divergence, norm, lr, tokens, self.elapsed_s, peak_rss_bytes()
-        )
+            self.step, self.spec.steps, loss, ce, divergence, norm, lr, windows_BT.numel(), self.elapsed_s,
+            peak_rss_bytes(),
+        )  # fmt: skip
 
     @property
     def moment(self) -> Moment:
@@ -121,20 +128,13 @@ class Session:
         for layer in self.layers.values():
             layer.moment = Moment(self.step, self.spec.steps, seed)
 
-    def _parts(self, corpus: Corpus, micro_batch: int) -> Iterator[tuple[int, Tensor]]:
-        """Micro-batches `[B, T]` of the step with the number of their noise sample; none has two."""
-        windows_BT = corpus.batch(self.step, self.spec.batch).to(self.device)
-        for noise_sample, sample_BT in enumerate(windows_BT.tensor_split(self.spec.noise_samples)):
-            for ids_BT in sample_BT.split(micro_batch):
-                yield noise_sample, ids_BT
-
     def _backward(self, ids_BT: Tensor, share: float) -> Tensor:
         """Forward and backward of one micro-batch, which is `share` of the step's windows."""
-        loss = self.objective(self.model, ids_BT)
+        loss = self.objective(self.runner, ids_BT)
         penalty = self.method.regulariser(self.layers, self.moment)
         total = loss.total if penalty is None else loss.total + penalty
         self._check_finite("loss", float(total.detach()))
-        (total * share).backward()
+        (total * (share * self.group.world)).backward()  # processes average their gradients
         return torch.tensor([float(total.detach()), loss.cross_entropy, loss.divergence], dtype=torch.float64) * share
 
     def _clip(self) -> float:
@@ -142,7 +142,7 @@ class Session:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or math.inf))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or math.inf)))
         self._check_finite("norm of the gradient", norm)
         return norm
 
@@ -162,41 +162,71 @@ def prepare(
     spec: Training,
     prior: Callable[[str], Tensor] | None,
     pattern: NMPattern,
+    group: Group = ALONE,
+    checkpointed: bool = False,
 ) -> Session:
-    """Replace the layers of `plan` in `model` and build what trains them. `prior` gives a bool mask per layer name."""
-    teacher = None
+    """Replace the layers of `plan` in `model` and build what trains them. `prior` gives a bool mask per layer name.
+
+    With `checkpointed`, only the inputs of the decoder's blocks are kept for the backward pass, which runs each block
+    again: same bits, less memory.
+    """
+    group.check_batch(spec.batch, spec.noise_samples)
     model.requires_grad_(False)
+    teacher = None
     if method.trains_weights and spec.distill_weight > 0:
         teacher = copy.deepcopy(model).to(spec.torch_dtype)
-    targets = [item for block in plan.targets for item in block.items()]
-    others: list[nn.Parameter] = []
-    if spec.scope == "all":
-        taken = {id(parameter) for _, linear in targets for parameter in linear.parameters()}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-        for parameter in others:
-            parameter.requires_grad_(True)
+        group.split(teacher, decoder_blocks(teacher)[1])
+    others = _train_others(model, plan) if spec.scope == "all" else []
+    layers = _attach(model, plan, units, method, spec, prior, pattern)
+    assert learned_parameters(layers), "the method attached nothing that can be trained"
+    blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
+    runner = group.wrap(model, blocks)
+    parameters = dict(model.named_parameters())
+    optimizer = method.optimizer(layers, [parameters[name] for name in others], spec.lr)
+    for settings in optimizer.param_groups:
+        settings["initial_lr"] = settings["lr"]
+    objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
+    return Session(model, method, spec, layers, objective, optimizer, group, runner)
+
+
+def _attach(
+    model: nn.Module,
+    plan: Plan,
+    units: Mapping[str, int],
+    method: LearnedMethod,
+    spec: Training,
+    prior: Callable[[str], Tensor] | None,
+    pattern: NMPattern,
+) -> dict[str, LearnedLinear]:
     generator = torch.Generator().manual_seed(spec.seed)
     layers: dict[str, LearnedLinear] = {}
+    targets = [item for block in plan.targets for item in block.items()]
     for index, (name, linear) in enumerate(targets):
         mask = None if prior is None else prior(name).to(linear.weight.device)
         layer = method.attach(Site(index, name, linear, pattern, mask, units.get(name)), generator)
         if layer is not None:
             model.set_submodule(name, layer)
             layers[name] = layer
-    assert learned_parameters(layers), "the method attached nothing that can be trained"
-    optimizer = method.optimizer(layers, others, spec.lr)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
-    return Session(model, method, spec, layers, objective, optimizer)
+    return layers
 
 
-def checkpoint_activations(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Keep the inputs of the decoder's blocks only and run each again in the backward pass: same bits, less memory."""
-    wanted = {id(block) for block in blocks}
-    for name, module in list(model.named_modules()):
-        if id(module) in wanted:
-            model.set_submodule(name, checkpoint_wrapper(module, preserve_rng_state=False))
+def _train_others(model: nn.Module, plan: Plan) -> list[str]:
+    """Make everything but the plan's targets trainable; its names."""
+    targets = {id(item) for block in plan.targets for linear in block.values() for item in linear.parameters()}
+    others = [name for name, parameter in model.named_parameters() if id(parameter) not in targets]
+    for name in others:
+        model.get_parameter(name).requires_grad_(True)
+    return others
+
+
+def _checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Put torch's wrapper around every block; the wrapped blocks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    wrapped = []
+    for block in blocks:
+        wrapped.append(checkpoint_wrapper(block, preserve_rng_state=False))
+        model.set_submodule(names[id(block)], wrapped[-1])
+    return wrapped
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from maskgen.core.digest import digest_files
 from maskgen.core.errors import FormatError, NumericalError, OutputExistsError
 from maskgen.core.files import fsync_path, read_json, write_json
+from maskgen.core.shards import local
 from maskgen.train import Session
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class Checkpoints:
         self.folder, self.run_digest, self.keep = Path(folder), run_digest, keep
         self.saved_step = 0
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def clean(self) -> None:
+        """Remove what a killed process left half written; for the one process that owns the folder."""
         for leftover in self.folder.glob(".*.partial"):
             shutil.rmtree(leftover)
 
@@ -60,31 +64,35 @@ class Checkpoints:
             return
         tensors = _tensors(session, extra)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
                 raise NumericalError(f"step {session.step}: {name} holds NaN or infinity; lower train.lr")
         path = self._path(session.step)
         partial = path.with_name(f".{path.name}.partial")
         try:
             with _dcp_errors():
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-            write_json(
-                partial / _MANIFEST,
-                {
-                    "run": self.run_digest,
-                    "step": session.step,
-                    "elapsed_s": session.elapsed_s,
-                    "shards": _digest(partial),
-                },
-            )
-            for file in partial.iterdir():
-                fsync_path(file)
-            _remove(path)  # a damaged one that was passed over
-            partial.rename(path)
-            fsync_path(self.folder)
+            if session.group.first:
+                self._finish(partial, path, session)
+            session.group.wait()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{path}: cannot be written: {error}") from error
         self.saved_step = session.step
+
+    def _finish(self, partial: Path, path: Path, session: Session) -> None:
+        """All shards are written: seal them, put the checkpoint in its place, and let go of older ones."""
+        manifest = {
+            "run": self.run_digest,
+            "step": session.step,
+            "elapsed_s": session.elapsed_s,
+            "shards": _digest(partial),
+        }
+        write_json(partial / _MANIFEST, manifest)
+        for file in partial.iterdir():
+            fsync_path(file)
+        _remove(path)  # a damaged one that was passed over
+        partial.rename(path)
+        fsync_path(self.folder)
         for old in self.steps()[: -self.keep]:
             _remove(self._path(old))
 

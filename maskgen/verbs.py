@@ -33,7 +33,14 @@ from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import SweepReport, sweep
 from maskgen.workdir import WorkDir, work_dir
 
-_TRAINING_FLAGS = ("micro_batch", "eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_activations")
+_TRAINING_FLAGS = (
+    "micro_batch",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "checkpoint_activations",
+    "shard",
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     wanted = wanted.for_context(model.stored_max_tokens(model_dir))
     if isinstance(wanted.build_method(), LocalMethod):
         _prune(args, wanted, model_dir, device)
-    else:
-        learn(args, wanted, model_dir, _label(args.model, model_dir), device)
+    elif not learn(args, wanted, model_dir, _label(args.model, model_dir), device):
+        return
     if not args.keep_work:
         shutil.rmtree(work_dir(args.out))
 

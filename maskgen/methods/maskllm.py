@@ -51,6 +51,7 @@ from maskgen.core.digest import derive_seed
 from maskgen.core.errors import PatternError, RecipeError
 from maskgen.core.gumbel import gumbel
 from maskgen.core.pattern import NMPattern
+from maskgen.core.shards import full
 from maskgen.learned import Layers, LearnedLinear, LearnedMethod, Moment, Site, learned_parameters
 
 
@@ -193,7 +194,7 @@ class MaskLLMLinear(LearnedLinear):
 
     def mask(self) -> Tensor:
         """The most probable pattern of every group."""
-        logits_OLG = self.logits.detach()
+        logits_OLG = full(self.logits.detach())
         if self.method.logits != "categorical":
             return self.pattern.mask_from_scores(logits_OLG.transpose(1, 2).flatten(1))
         return self.patterns_Pm.bool()[logits_OLG.argmax(1)].flatten(1)
@@ -277,12 +278,8 @@ class MaskLLM(LearnedMethod):
         """AdamW on the logits. Raises `RecipeError` if anything else is to be trained: weights are frozen here."""
         if others:
             raise RecipeError("train.scope: maskllm learns masks for frozen weights; use scope = 'targets'")
-        options: dict[str, Any] = {
-            "lr": lr,
-            "betas": (0.9, 0.95),
-            "eps": self.adam_eps,
-            "weight_decay": self.weight_decay,
-        }
+        options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "eps": self.adam_eps}
+        options["weight_decay"] = self.weight_decay
         if self.moments == "bfloat16":
             return CompactAdamW(learned_parameters(layers), **options)
         return torch.optim.AdamW(learned_parameters(layers), fused=True, **options)

@@ -148,7 +148,7 @@ class MaskPrune(LearnedMethod):
     ffn_multiple: int = 64
     heads_divide_hidden: bool = True
     lora_rank: int = 8
-    mask_lr: float = 3.0
+    mask_lr: float = 1.0
     init: str = "taylor"
     init_until: float = 0.1
     init_spread: float = 0.3

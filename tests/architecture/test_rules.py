@@ -30,6 +30,7 @@ LEVELS = {
     "maskgen.corpus": 21,
     "maskgen.data": 20,
     "maskgen.objective": 20,
+    "maskgen.parallel": 20,
     "maskgen.sources": 19,
     "maskgen.demo_text": 20,
     "maskgen.hf_loader": 20,

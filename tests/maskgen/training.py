@@ -20,6 +20,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.corpus import Corpus
 from maskgen.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
 from maskgen.method import Solution
+from maskgen.parallel import ALONE, Group
 from maskgen.recipe import Training
 from maskgen.train import Session, prepare
 from tests import models
@@ -99,6 +100,8 @@ def session(
     kind: str = "llama",
     prior: Any = None,
     pattern: NMPattern = PATTERN,
+    group: Group = ALONE,
+    checkpointed: bool = False,
     **spec: Any,
 ) -> Session:
     """A tiny model ready to be trained in float32."""
@@ -106,7 +109,7 @@ def session(
     model = models.build(kind).requires_grad_(False)
     method = method or Toy()
     units = shrink.units(model) if method.result is Result.SLICED else {}
-    return prepare(model, loader.plan(model, pattern), units, method, wanted, prior, pattern)
+    return prepare(model, loader.plan(model, pattern), units, method, wanted, prior, pattern, group, checkpointed)
 
 
 def state(of: Session) -> dict[str, Tensor]:

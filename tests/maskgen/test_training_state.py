@@ -147,6 +147,7 @@ def test_leftovers_of_a_killed_process_are_cleared(two: tuple[Checkpoints, Sessi
     folder = two[0].folder
     shutil.copytree(folder / "step-000004", folder / ".step-000006.partial")
     checkpoints = Checkpoints(folder, RUN)
+    checkpoints.clean()
     assert checkpoints.steps() == [2, 4] and len(list(folder.iterdir())) == 2
 
 

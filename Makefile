@@ -14,6 +14,8 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 MODEL ?=
 RECIPE ?= sparsegpt
 DATA ?=
+EVAL ?=
+LABEL ?= demo
 ARGS ?=
 
 ifeq ($(EXTRA),auto)
@@ -23,9 +25,9 @@ LOCK := deploy/locks/cpu.txt
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO := $(CACHE)/demo-v1
 BIN := $(abspath $(VENV))/bin
-export PYTHON MODEL RECIPE DATA CACHE DEMO BIN
+export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
 
-.PHONY: help serve test check proto demo install clean
+.PHONY: help serve test check quality proto demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -56,6 +58,11 @@ check: install ## lint, formatting, types
 	@"$$BIN/ruff" check .
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
+
+quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
+	@if [[ -z $$MODEL ]]; then "$$BIN/maskgen" demo --out "$$DEMO"; fi
+	"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-$$DEMO/calibration.txt} \
+	  --eval $${EVAL:-$$DEMO/heldout.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
 
 proto: install ## regenerate sparse_serve/pb from proto/
 	@"$$BIN/python" proto/generate.py

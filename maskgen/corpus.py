@@ -31,7 +31,7 @@ from maskgen.core.digest import derive_seed, digest_bytes, digest_files, digest_
 from maskgen.core.errors import DataError
 from maskgen.core.files import fsync_path, temporary_sibling
 from maskgen.data import PIECE_CHARS, read_tokens, token_pieces
-from maskgen.recipe import Training
+from maskgen.training import Training
 
 _ID_BYTES = 4
 

@@ -131,6 +131,23 @@ class LearnedLinear(nn.Module, ABC):
         return Solution(self.mask())
 
 
+class FixedLinear(LearnedLinear):
+    """A layer that keeps the mask it was given while others learn; its TRAIN forward is the HARD one."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        assert site.prior_OI is not None
+        self.register_buffer("kept_OI", site.prior_OI, persistent=False)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        """(m * W) x + b, m * W made anew in each pass: no second copy of the weights stays."""
+        return self.hard_forward(x)
+
+    def mask(self) -> Tensor:
+        """The mask given."""
+        return self.get_buffer("kept_OI")
+
+
 Layers = Mapping[str, LearnedLinear]
 """Every replaced layer by full module name, in model order."""
 

@@ -38,18 +38,9 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 import maskgen
 from maskgen.core.digest import digest_json
@@ -57,6 +48,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.learned import LearnedMethod
 from maskgen.method import LocalMethod, Method, create
+from maskgen.training import Strict, Training
 
 WINDOW_TOKENS = 2048
 """Length of calibration and training windows, for models that read as much."""
@@ -71,11 +63,7 @@ _Pattern = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """Calibration text: `samples` windows of `window_tokens` tokens; `batch` windows go through a block together.
 
     `window_tokens` is None until `Recipe.for_context` has seen the model.
@@ -87,46 +75,7 @@ class Calibration(_Strict):
     batch: int = Field(default=8, ge=1)
 
 
-class Training(_Strict):
-    """How a learned method is trained. One step sees `batch` windows of `window_tokens` tokens, whatever the machine.
-
-    `noise_samples` is the number of independent noise draws the windows of a step are divided among. `warmup` is a
-    fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest gradient norm (0: no limit). `scope` "all"
-    also trains what is not pruned (norms, embeddings). `heldout_windows` are taken off the end of the text and never
-    trained on.
-    """
-
-    steps: int = Field(default=300, ge=1)
-    batch: int = Field(default=16, ge=1)
-    window_tokens: int | None = Field(default=None, ge=2)
-    seed: int = Field(default=0, ge=0)
-    noise_samples: int = Field(default=1, ge=1)
-    lr: float = Field(default=1e-3, gt=0)
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    decay: Literal["cosine", "linear"] = "cosine"
-    final_lr: float = Field(default=0.1, ge=0, le=1)
-    clip: float = Field(default=1.0, ge=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    scope: Literal["targets", "all"] = "targets"
-    distill_weight: float = Field(default=0.0, ge=0, le=1)
-    distill_temperature: float = Field(default=1.0, gt=0)
-    heldout_windows: int = Field(default=64, ge=1)
-
-    @model_validator(mode="after")
-    def _check_noise(self) -> Training:
-        if self.noise_samples > self.batch:
-            raise RecipeError(
-                f"train.noise_samples {self.noise_samples}: more than the {self.batch} windows of a step (train.batch)"
-            )
-        return self
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-
-
-class MethodSpec(_Strict):
+class MethodSpec(Strict):
     """A method by name with all of its options, defaults included."""
 
     name: str
@@ -146,7 +95,7 @@ class MethodSpec(_Strict):
         return create(self.name, self.options)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A resolved recipe. Make one with `load` or `parse`. `train` is there exactly when the method is a learned one."""
 
     pattern: _Pattern = NMPattern(2, 4)
@@ -289,7 +238,7 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        models: dict[str, type[_Strict]] = {"calibration": Calibration, "train": Training}
+        models: dict[str, type[Strict]] = {"calibration": Calibration, "train": Training}
         model = models.get(str(problem["loc"][0]), Recipe)
         return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
     if problem["type"] == "value_error":

@@ -23,16 +23,26 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from maskgen.core.digest import derive_seed
-from maskgen.core.errors import NumericalError
+from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.shards import full
 from maskgen.corpus import Corpus
-from maskgen.learned import LearnedLinear, LearnedMethod, Mode, Moment, Site, learned_parameters
+from maskgen.learned import (
+    FixedLinear,
+    Layers,
+    LearnedLinear,
+    LearnedMethod,
+    Mode,
+    Moment,
+    Result,
+    Site,
+    learned_parameters,
+)
 from maskgen.memory import peak_rss_bytes
 from maskgen.model import Plan, decoder_blocks
 from maskgen.objective import Objective, in_mode
 from maskgen.parallel import ALONE, Group
-from maskgen.recipe import Training
+from maskgen.training import Training
 
 
 @dataclass(frozen=True)
@@ -55,14 +65,16 @@ class StepLog:
 class Session:
     """A model under training: its replaced layers, the objective and the optimiser.
 
-    `runner` is `model` as its forward passes are run, which in a group of processes takes more than calling it. `step`
+    `learning` are the `layers` that learn: all of them, unless the recipe learns in some blocks only. `runner` is
+    `model` as its forward passes are run, which in a group of processes takes more than calling it. `step`
     steps are done, in `elapsed_s` seconds (those of earlier processes included).
     """
 
     model: nn.Module
     method: LearnedMethod
     spec: Training
-    layers: Mapping[str, LearnedLinear]
+    layers: Layers
+    learning: Layers
     objective: Objective
     optimizer: torch.optim.Optimizer
     group: Group
@@ -96,7 +108,7 @@ class Session:
             group["lr"] = group["initial_lr"] * factor
         self.set_moment(noise_sample=0)
         with torch.no_grad():
-            self.method.before_step(self.layers, self.moment)
+            self.method.before_step(self.learning, self.moment)
         windows_BT = corpus.batch(self.step, self.spec.batch)
         parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
         totals = torch.zeros(3, dtype=torch.float64)
@@ -109,7 +121,7 @@ class Session:
         self.optimizer.zero_grad(set_to_none=True)
         lr = self.spec.lr * factor
         with torch.no_grad():
-            self.method.after_step(self.layers, self.moment, lr)
+            self.method.after_step(self.learning, self.moment, lr)
         self.step += 1
         loss, ce, divergence = self.group.total(totals).tolist()
         return StepLog(
@@ -131,7 +143,7 @@ class Session:
     def _backward(self, ids_BT: Tensor, share: float) -> Tensor:
         """Forward and backward of one micro-batch, which is `share` of the step's windows."""
         loss = self.objective(self.runner, ids_BT)
-        penalty = self.method.regulariser(self.layers, self.moment)
+        penalty = self.method.regulariser(self.learning, self.moment)
         total = loss.total if penalty is None else loss.total + penalty
         self._check_finite("loss", float(total.detach()))
         (total * (share * self.group.world)).backward()  # processes average their gradients
@@ -182,11 +194,12 @@ def prepare(
     blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
     runner = group.wrap(model, blocks)
     parameters = dict(model.named_parameters())
-    optimizer = method.optimizer(layers, [parameters[name] for name in others], spec.lr)
+    learning = {name: layer for name, layer in layers.items() if not isinstance(layer, FixedLinear)}
+    optimizer = method.optimizer(learning, [parameters[name] for name in others], spec.lr)
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
     objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
-    return Session(model, method, spec, layers, objective, optimizer, group, runner)
+    return Session(model, method, spec, layers, learning, objective, optimizer, group, runner)
 
 
 def _attach(
@@ -200,14 +213,29 @@ def _attach(
 ) -> dict[str, LearnedLinear]:
     generator = torch.Generator().manual_seed(spec.seed)
     layers: dict[str, LearnedLinear] = {}
-    targets = [item for block in plan.targets for item in block.items()]
-    for index, (name, linear) in enumerate(targets):
+    active = _active_blocks(spec, len(plan.blocks), method, prior is not None)
+    targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
+    for index, (block, name, linear) in enumerate(targets):
         mask = None if prior is None else prior(name).to(linear.weight.device)
-        layer = method.attach(Site(index, name, linear, pattern, mask, units.get(name)), generator)
+        site = Site(index, name, linear, pattern, mask, units.get(name))
+        layer = method.attach(site, generator) if block in active else FixedLinear(site)
         if layer is not None:
             model.set_submodule(name, layer)
             layers[name] = layer
     return layers
+
+
+def _active_blocks(spec: Training, blocks: int, method: LearnedMethod, has_prior: bool) -> range:
+    if spec.blocks is None:
+        return range(blocks)
+    if not has_prior or method.result is not Result.SPARSE or spec.scope == "all":
+        raise RecipeError(
+            f"train.blocks {list(spec.blocks)}: the other blocks keep a prior's masks, so this needs a method that "
+            "starts from one, with scope = 'targets'"
+        )
+    if spec.blocks[1] > blocks:
+        raise RecipeError(f"train.blocks {list(spec.blocks)}: the model has {blocks} blocks, numbered from 0")
+    return range(*spec.blocks)
 
 
 def _train_others(model: nn.Module, plan: Plan) -> list[str]:

@@ -25,6 +25,7 @@ LEVELS = {
     "maskgen.methods.*": 20,
     "maskgen.learned": 12,
     "maskgen.memory": 10,
+    "maskgen.training": 12,
     "maskgen.recipe": 13,
     "maskgen.blocks": 20,
     "maskgen.corpus": 21,

@@ -14,13 +14,13 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgen import recipe
+from maskgen import recipe, trainlog
 from maskgen.core.digest import digest_files, digest_json, digest_weights
+from maskgen.trainlog import LOG_FILE
 from tests.bench import quality_table, record
 
 WHAT = "quality"
@@ -111,7 +111,6 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         command += ["--set", override]
     if row.prior is not None:
         command += ["--prior", str(args.work / f"{_slug(row.prior)}-seed{seed}")]
-    started_s = time.perf_counter()
     if not out.exists():
         _maskgen(command)
     result = {
@@ -120,7 +119,6 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "seed": seed,
         "recipe": wanted.resolved(),
         "command": " ".join(["maskgen", *command]).replace(str(args.model), "MODEL").replace(str(args.work), "WORK"),
-        "run_s": time.perf_counter() - started_s,
         **facts,
         **_cost(out),
         **_score(args, out),
@@ -156,12 +154,16 @@ def _score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def _cost(directory: Path) -> dict[str, Any]:
-    """Tokens, minutes and memory of a learned run, from its own log; nothing for one-shot methods."""
-    log = directory / "maskgen_log.jsonl"
+    """Tokens, minutes and memory of a learned run, over all its restarts, from its own log; else nothing."""
+    log = directory / LOG_FILE
     if not log.exists():
         return {}
-    steps = [entry for entry in map(json.loads, log.read_text().splitlines()) if "tokens_seen" in entry]
-    return {"tokens": steps[-1]["tokens_seen"], "peak_rss_bytes": steps[-1]["peak_rss_bytes"]}
+    steps = [entry for entry in trainlog.read(log) if entry["kind"] == "step"]
+    return {
+        "tokens": sum(entry["tokens"] for entry in steps),
+        "train_s": steps[-1]["elapsed_s"],
+        "peak_rss_bytes": max(entry["peak_rss_bytes"] for entry in steps),
+    }
 
 
 def _maskgen(arguments: list[str]) -> None:

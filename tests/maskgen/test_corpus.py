@@ -18,7 +18,7 @@ from torch import Tensor
 from maskgen import corpus as corpora
 from maskgen.core.errors import DataError
 from maskgen.corpus import Corpus, load_corpus
-from maskgen.recipe import Training
+from maskgen.training import Training
 from tests import models
 
 sizes_of_files = st.lists(st.integers(1, 12), min_size=1, max_size=4)

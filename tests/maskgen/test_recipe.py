@@ -12,7 +12,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.learned import LearnedMethod
 from maskgen.methods.sparsegpt import SparseGPT
-from maskgen.recipe import Training
+from maskgen.training import Training
 
 MINIMAL = '[method]\nname = "sparsegpt"\n'
 LEARNED = '[method]\nname = "maskllm"\n[prior]\nname = "sparsegpt"\nupdate = false\n[train]\nsteps = 7\n'
@@ -161,7 +161,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         (LEARNED.replace("sparsegpt", "maskllm").replace("update", "init_noise"), "prior.name: maskllm is learned"),
         (LEARNED.replace("update", "updte"), r"prior\.updte: sparsegpt has no such option"),
         (LEARNED.replace('name = "sparsegpt"\n', ""), "prior: expected a table with a name"),
-        (LEARNED + "stps = 8\n", r"unknown key train\.stps; known keys are \['batch', 'clip', "),
+        (LEARNED + "stps = 8\n", r"unknown key train\.stps; known keys are \['batch', 'blocks', 'clip', "),
         (LEARNED + "lr = 0\n", r"train\.lr: .*greater than 0"),
         (LEARNED + "batch = 2\nnoise_samples = 3\n", r"train\.noise_samples 3: more than the 2 windows of a step"),
         (LEARNED + 'scope = "some"\n', r"train\.scope: "),

@@ -25,8 +25,8 @@ from maskgen.core.units import HEADS, NEURONS
 from maskgen.learned import Mode
 from maskgen.method import create
 from maskgen.objective import in_mode
-from maskgen.recipe import Training
 from maskgen.train import Session, prepare
+from maskgen.training import Training
 from tests import models
 from tests.maskgen.test_cli import SMALL as CALIBRATION
 from tests.maskgen.test_cli import run

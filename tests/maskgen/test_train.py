@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgen.core.errors import NumericalError
+from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.learned import Mode
-from maskgen.recipe import Training
+from maskgen.learned import LearnedMethod, Mode, learned_parameters
+from maskgen.method import create
 from maskgen.train import Session, heldout_nll, schedule
+from maskgen.training import Training
 from tests.maskgen.training import PATTERN, Toy, assert_same, corpus, session, state
 
 
@@ -167,3 +169,48 @@ def test_layers_are_numbered_and_keep_their_names() -> None:
     assert all(begun.model.get_submodule(name) is layer for name, layer in begun.layers.items())
     assert {layer.pattern for layer in begun.layers.values()} == {NMPattern(2, 4)}
     assert dataclasses.replace(begun.moment) == begun.moment
+
+
+def method(name: str, **options: Any) -> LearnedMethod:
+    made = create(name, options)
+    assert isinstance(made, LearnedMethod)
+    return made
+
+
+def prior_mask(name: str) -> Tensor:
+    weight_OI = dict(session().model.named_parameters())[f"{name}.weight"]
+    return PATTERN.mask_from_scores(torch.rand(weight_OI.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_blocks_learn_while_the_others_keep_the_prior() -> None:
+    trained = session(method("maskllm", weight_reward=0.0), prior=prior_mask, blocks=(1, 2), lr=1.0)
+    assert trained.learning.keys() < trained.layers.keys()
+    assert all(name.startswith("model.layers.1.") for name in trained.learning)
+    assert {id(item) for item in trained.parameters} == {id(item) for item in learned_parameters(trained.learning)}
+    for _ in range(4):
+        trained.run_step(corpus(), 4)
+    kept = {name: torch.equal(layer.mask(), prior_mask(name)) for name, layer in trained.layers.items()}
+    assert {name for name, same in kept.items() if same} == trained.layers.keys() - trained.learning.keys()
+
+
+def test_a_fixed_layer_is_the_masked_one_in_training_too() -> None:
+    trained = session(method("maskllm"), prior=prior_mask, blocks=(1, 2))
+    name, layer = next(iter(trained.layers.items()))
+    x = torch.randn(3, layer.in_features)
+    y = layer(x)
+    assert torch.equal(y, torch.nn.functional.linear(x, layer.weight * prior_mask(name), layer.bias))
+    layer.mode = Mode.DENSE
+    assert not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "problem"),
+    [
+        ("maskllm", {"blocks": (0, 9)}, r"blocks \[0, 9\]: the model has 3 blocks"),
+        ("adaptive_sparse", {"blocks": (0, 1)}, r"blocks \[0, 1\]: .* needs a method that starts from one"),
+        ("maskllm", {"blocks": (0, 1), "scope": "all"}, "scope = 'targets'"),
+    ],
+)
+def test_blocks_that_cannot_be(name: str, spec: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        session(method(name), prior=prior_mask if name == "maskllm" else None, **spec)

@@ -21,8 +21,8 @@ from maskgen.corpus import Corpus
 from maskgen.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
 from maskgen.method import Solution
 from maskgen.parallel import ALONE, Group
-from maskgen.recipe import Training
 from maskgen.train import Session, prepare
+from maskgen.training import Training
 from tests import models
 
 PATTERN = NMPattern(2, 4)

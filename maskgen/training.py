@@ -1,0 +1,59 @@
+"""The [train] section of a recipe: what decides the result of a learned method beside the method's own options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from maskgen.core.errors import RecipeError
+
+
+class Strict(BaseModel):
+    """Base of every section: frozen, unknown keys refused, nothing converted."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Training(Strict):
+    """How a learned method is trained. One step sees `batch` windows of `window_tokens` tokens, whatever the machine.
+
+    `noise_samples` is the number of independent noise draws the windows of a step are divided among. `warmup` is a
+    fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest gradient norm (0: no limit). `scope` "all"
+    also trains what is not pruned (norms, embeddings). `heldout_windows` are taken off the end of the text and never
+    trained on. `blocks` [start, stop] learns in these decoder blocks only, while all others keep the prior's masks: a
+    model whose states do not fit is learned a few blocks at a time, each run starting from the masks of the one before.
+    """
+
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=16, ge=1)
+    window_tokens: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0)
+    noise_samples: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    decay: Literal["cosine", "linear"] = "cosine"
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    clip: float = Field(default=1.0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    scope: Literal["targets", "all"] = "targets"
+    distill_weight: float = Field(default=0.0, ge=0, le=1)
+    distill_temperature: float = Field(default=1.0, gt=0)
+    heldout_windows: int = Field(default=64, ge=1)
+    blocks: Annotated[tuple[int, int], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.noise_samples > self.batch:
+            raise RecipeError(
+                f"train.noise_samples {self.noise_samples}: more than the {self.batch} windows of a step (train.batch)"
+            )
+        if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1]:
+            raise RecipeError(f"train.blocks {list(self.blocks)}: expected [start, stop] with 0 <= start < stop")
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32

@@ -54,6 +54,7 @@ ROWS = (
     Row("adaptive_sparse + slorb", "adaptive_sparse_slorb", seeds=2),
     Row("dense, same extra steps", "dense_control", seeds=2),
     Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm"),
+    Row("maskllm, then adaptive_sparse", "adaptive_sparse", ("method.mask=prior",), prior="maskllm"),
     Row("maskprune", "maskprune", seeds=2),
     Row("structured magnitude", "structured_magnitude"),
     Row("structured taylor", "structured_taylor"),

@@ -53,6 +53,7 @@ ROWS = (
     Row("adaptive_sparse", "adaptive_sparse", seeds=2),
     Row("adaptive_sparse + slorb", "adaptive_sparse_slorb", seeds=2),
     Row("dense, same extra steps", "dense_control", seeds=2),
+    Row("dense, same extra steps, no distillation", "dense_control", ("train.distill_weight=0.0",)),
     Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm"),
     Row("maskllm, then adaptive_sparse", "adaptive_sparse", ("method.mask=prior",), prior="maskllm"),
     Row("maskprune", "maskprune", seeds=2),
@@ -97,21 +98,17 @@ def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 
 def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> None:
-    overrides = [*row.overrides, f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
-    learned = recipe.load(row.recipe).train is not None
-    if learned:
-        overrides += [f"train.window_tokens={args.window}", f"train.seed={seed}"]
-    wanted = recipe.load(row.recipe, overrides)
-    key = digest_json({"row": row.name, "recipe": wanted.digest(), "prior": row.prior, "domain": row.domain, **facts})
+    wanted = recipe.load(row.recipe, _overrides(args, row, seed))
+    key = _key(args, row, seed, facts)
     if _known(args, key):
         return
-    out = args.work / f"{_slug(row.name)}-seed{seed}"
+    out = _directory(args, row, seed, facts)
     train = [text for text in args.train if row.domain in (None, text.stem)]
     command = ["run", row.recipe, "--model", str(args.model), "--data", *map(str, train), "--out", str(out)]
-    for override in overrides:
+    for override in _overrides(args, row, seed):
         command += ["--set", override]
     if row.prior is not None:
-        command += ["--prior", str(args.work / f"{_slug(row.prior)}-seed{seed}")]
+        command += ["--prior", str(_directory(args, _row(row.prior), seed, facts))]
     if not out.exists():
         _maskgen(command)
     result = {
@@ -125,6 +122,37 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         **_score(args, out),
     }
     record.save(WHAT, args.label, result)
+
+
+def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
+    overrides = [*row.overrides, f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
+    if recipe.load(row.recipe).train is not None:
+        overrides += [f"train.window_tokens={args.window}", f"train.seed={seed}"]
+    return overrides
+
+
+def _key(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> str:
+    """What decides the numbers of a run: its recipe, model and texts, and the run whose masks it starts from."""
+    return digest_json(
+        {
+            "recipe": recipe.load(row.recipe, _overrides(args, row, seed)).digest(),
+            "prior": None if row.prior is None else _key(args, _row(row.prior), seed, facts),
+            "domain": row.domain,
+            **facts,
+        }
+    )
+
+
+def _directory(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> Path:
+    """Where a run is kept. The name holds its key, so that a changed recipe is never mistaken for the old one."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in row.name)
+    work: Path = args.work
+    return work / f"{slug}-seed{seed}-{_key(args, row, seed, facts)[7:15]}"
+
+
+def _row(name: str) -> Row:
+    (row,) = (row for row in ROWS if row.name == name)
+    return row
 
 
 def _score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -173,10 +201,6 @@ def _maskgen(arguments: list[str]) -> None:
 
 def _known(args: argparse.Namespace, key: str) -> bool:
     return any(result["key"] == key for result in record.load(WHAT, args.label))
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def _arguments() -> argparse.Namespace:

@@ -148,7 +148,7 @@ def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
     dense = f"; dense {first['dense_perplexity']:.2f}" if "dense_perplexity" in first else ""
     say(f"held-out perplexity {first['perplexity']:.2f} at the start -> {last['perplexity']:.2f}{dense}")
     say(
-        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak memory "
+        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak host memory "
         f"{megabytes(max(record['peak_rss_bytes'] for record in steps))}"
     )
     say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")

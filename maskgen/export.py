@@ -32,6 +32,7 @@ from maskgen.core.mask import MaskSet, pack_bits
 from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
+from maskgen.learned import Result
 from maskgen.train import Session
 from maskgen.training_state import trained_tensors
 
@@ -105,17 +106,28 @@ def write_sliced(session: Session, origin: Origin, out_dir: Path, extra: Mapping
     return shrink.write(origin.model_dir, out_dir, weights, kept, extra, others)
 
 
+def check(session: Session, model_dir: Path) -> None:
+    """Raise now, before any training, the `ModelError` that writing what `session` learns would end in."""
+    headers = read_headers(model_dir)
+    _others(session, headers)
+    for name in session.layers:
+        if name + WEIGHT_SUFFIX not in headers:
+            raise ModelError(f"{model_dir}: stores no tensor {name + WEIGHT_SUFFIX}, which the result is to replace")
+    if session.method.result is Result.SLICED:
+        shrink.check(model_dir, session.method.kept_units(session.layers))
+
+
 def _others(session: Session, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:
-    """Trained tensors by their stored names, but for the weights of replaced layers. `ModelError` if one has none."""
+    """Trained tensors by their stored names, but for the weights of replaced layers. `ModelError` if one has none.
+
+    A tensor of several names (a tied head) goes by the first of them here.
+    """
     found: dict[str, Tensor] = {}
-    nameless: dict[str, Tensor] = {}
     for name, tensor in trained_tensors(session).items():
         module, _, kind = name.rpartition(".")
         if module in session.layers and kind != "bias":
             continue
-        (found if name in headers else nameless)[name] = tensor
-    places = {tensor.data_ptr() for tensor in found.values()}
-    for name, tensor in nameless.items():
-        if tensor.data_ptr() not in places:  # else it is tied to one that is stored
-            raise ModelError(f"{name} was trained, but the model directory stores no tensor of that name")
+        if name not in headers:
+            raise ModelError(f"{name} is to be trained, but the model directory stores no tensor of that name")
+        found[name] = tensor
     return found

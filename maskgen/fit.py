@@ -29,6 +29,8 @@ EVALUATIONS = 5
 """How often a run looks at its masks when nobody says, the look before the first step not counted."""
 
 CHECKPOINT_EVERY_S = 300.0
+SAVING_SHARE = 20
+"""Unless told otherwise, a run works this many times as long as its last checkpoint took to write, or longer."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ class Cadence:
         every = self.eval_every or math.ceil(steps / EVALUATIONS)
         return step == steps or step % every == 0
 
-    def saves(self, step: int, steps: int, since_s: float) -> bool:
-        """Whether a checkpoint is written after `step`, `since_s` seconds after the one before; always at the end."""
+    def saves(self, step: int, steps: int, since_s: float, cost_s: float) -> bool:
+        """Whether a checkpoint is written after `step`; always at the end.
+
+        `since_s` seconds are over since the one before, which took `cost_s`. The cost counts the digests, which process
+        0 takes of all shards: with many processes and states of many gigabytes, that is most of it.
+        """
         if self.checkpoint_every:
             return step == steps or step % self.checkpoint_every == 0
-        return step == steps or since_s >= CHECKPOINT_EVERY_S
+        return step == steps or since_s >= max(CHECKPOINT_EVERY_S, SAVING_SHARE * cost_s)
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,14 @@ class Watch:
         return cls(now if prior is None else prior, {name: bits.clone() for name, bits in now.items()})
 
     def look(self, session: Session, corpus: Corpus, micro_batch: int) -> EvalLog:
-        """Evaluate the masks of now; they are the last ones from here on."""
+        """Evaluate the masks of now; they are the last ones from here on. Raises `NumericalError`."""
         now = bitmasks(session)
         agreement = 1 - difference(now, self.start)
         flipped = difference(now, self.last)
         for name, bits in now.items():
             self.last[name].copy_(bits)
-        dense = None if session.step else heldout_nll(session, corpus.heldout, micro_batch, Mode.DENSE)
-        hard = heldout_nll(session, corpus.heldout, micro_batch)
+        dense = None if session.step else _heldout_nll(session, corpus, micro_batch, Mode.DENSE)
+        hard = _heldout_nll(session, corpus, micro_batch, Mode.HARD)
         return EvalLog(
             session.step, hard, perplexity(hard), agreement, flipped, session.elapsed_s, dense,
             None if dense is None else perplexity(dense),
@@ -145,7 +151,7 @@ def _loop(
     cadence: Cadence,
     progress: Callable[[StepLog | EvalLog], None],
 ) -> None:
-    steps, saved_s = session.spec.steps, time.monotonic()
+    steps, saved_s, cost_s = session.spec.steps, time.monotonic(), 0.0
 
     def tell(kind: str, what: StepLog | EvalLog) -> None:
         if log is not None:
@@ -162,11 +168,24 @@ def _loop(
             layers = watch.layers(session)
             if log is not None:
                 log.add("layers", {"step": steps, "layers": layers})
-        if session.group.any(cadence.saves(session.step, steps, time.monotonic() - saved_s)):
+        begun_s = time.monotonic()
+        if session.group.any(cadence.saves(session.step, steps, begun_s - saved_s, cost_s)):
             if log is not None:
                 log.flush()
             checkpoints.save(session, watch.last)
             saved_s = time.monotonic()
+            cost_s = saved_s - begun_s
+
+
+def _heldout_nll(session: Session, corpus: Corpus, micro_batch: int, mode: Mode) -> float:
+    nll = heldout_nll(session, corpus.heldout, micro_batch, mode)
+    if not math.isfinite(nll):
+        advice = "check that the model itself runs" if mode is Mode.DENSE else "lower train.lr"
+        raise NumericalError(
+            f"step {session.step}: the loss of the {mode.value} model on held-out text is {nll}; {advice}, or compute "
+            "with train.dtype=float32"
+        )
+    return nll
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ All that is needed to go on after a kill is in OUT.work until the result is writ
 
     run.json              whose directory this is: digest over recipe, weights, data, prior, device, torch
     prior/                the one-shot sweep that makes the mask to start from (`workdir`)
+    prior.safetensors     that mask, once the sweep is done
     tokens/               the text as token ids (`corpus`)
     checkpoints/          what is learned (`training_state`)
     log.jsonl             every step (`trainlog`), kept beside the result
@@ -35,7 +36,6 @@ from maskgen.corpus import Corpus, load_corpus
 from maskgen.export import Origin
 from maskgen.fit import Cadence, fit
 from maskgen.learned import LearnedMethod, Result
-from maskgen.model import Plan
 from maskgen.parallel import ALONE, Group, joined
 from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import sweep
@@ -46,6 +46,9 @@ from maskgen.workdir import TOKENS_FOLDER, claim, locked, work_dir
 
 PROVENANCE_FILE = "maskgen_provenance.json"
 """Digests of everything a result was made from, written beside the weights."""
+
+PRIOR_FILE = "prior.safetensors"
+"""In OUT.work: the masks that the recipe's [prior] made."""
 
 
 def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str, device: str) -> bool:
@@ -58,11 +61,7 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
     cadence = Cadence(
         args.micro_batch or 8, args.eval_every or 0, args.checkpoint_every or 0, args.keep_checkpoints or 2
     )
-    given = given_prior(args.prior, method.uses_prior, wanted, model_dir)
-    if method.uses_prior and given is None and wanted.prior is None:
-        raise RecipeError(
-            f"{wanted.method.name} starts from a mask: give --prior FILE, or a [prior] section in the recipe"
-        )
+    given = _checked(args, wanted, method, model_dir)
     origin = Origin(model_dir, label, digest_weights(model_dir), wanted.digest(), wanted.pattern)
     work = work_dir(args.out)
     with ExitStack() as held:
@@ -82,15 +81,14 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
                     held.enter_context(locked(work))
                 prior = given
                 if prior is None and method.uses_prior:
-                    prior = _prior(wanted, corpus, model_dir, work / "prior", origin.base_digest, group)
-                    gc.collect()
+                    prior = _prior(wanted, corpus, model_dir, work, origin.base_digest, group)
                     digests["prior"] = prior.digest()
             provenance = {**digests, "run": run_digest}
             checkpoints = Checkpoints(work / "checkpoints", run_digest, cadence.keep_checkpoints)
             log_file = work / WORK_LOG_FILE
             with display.bar(quiet=not group.first) as bar:
                 task = bar.add_task("loading", total=None, note="")
-                session, plan = _session(wanted, method, model_dir, prior, group, args.checkpoint_activations)
+                session, dense = _session(wanted, method, model_dir, prior, group, args.checkpoint_activations)
                 header = _header(wanted, session, corpus, args.data, label, provenance)
                 show = display.training_progress(bar, task)
                 bits = None if prior is None else prior.bitmasks
@@ -99,12 +97,25 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
             return False
         if group.world > 1:  # what is split over processes is put together from its last checkpoint
             del session
-            session, plan = _session(wanted, method, model_dir, prior, ALONE)
-            checkpoints.restore(session, {})
+            gc.collect()
+            untaught = wanted.model_copy(update={"train": wanted.train.model_copy(update={"distill_weight": 0.0})})
+            session, dense = _session(untaught, method, model_dir, prior, ALONE)
+            checkpoints.restore_model(session)
         display.print_training(read(log_file), args.out / LOG_FILE)
         extra = {RECIPE_FILE: wanted.resolved(), PROVENANCE_FILE: provenance, LOG_FILE: log_file}
-        _write(args, session, plan, origin, extra)
+        _write(args, session, dense, origin, extra)
     return True
+
+
+def _checked(args: argparse.Namespace, wanted: Recipe, method: LearnedMethod, model_dir: Path) -> MaskSet | None:
+    """`given_prior`, and that what is given and wanted goes with the method."""
+    name = wanted.method.name
+    if args.masks_out is not None and method.result is not Result.SPARSE:
+        raise RecipeError(f"--masks-out {args.masks_out}: {name} writes a dense model, without masks; leave it out")
+    given = given_prior(args.prior, method.uses_prior, wanted, model_dir)
+    if method.uses_prior and given is None and wanted.prior is None:
+        raise RecipeError(f"{name} starts from a mask: give --prior FILE, or a [prior] section in the recipe")
+    return given
 
 
 def given_prior(path: Path | None, used: bool, wanted: Recipe, model_dir: Path) -> MaskSet | None:
@@ -137,16 +148,30 @@ def read_corpus(wanted: Recipe, files: list[Path], model_dir: Path, cache_dir: P
 
 
 def _prior(wanted: Recipe, corpus: Corpus, model_dir: Path, work: Path, base_digest: str, group: Group) -> MaskSet:
-    """Sweep a throw-away copy of the model with the recipe's [prior]."""
-    recipe = wanted.prior_recipe()
+    """The masks of the recipe's [prior], from the file of an earlier process where there is one."""
+    recipe, file = wanted.prior_recipe(), work / PRIOR_FILE
     assert recipe is not None
+    if group.first and not file.exists():
+        _sweep(recipe, corpus, model_dir, work / "prior", base_digest, group.device).save(file)
+        gc.collect()
+    try:
+        masks = MaskSet.load(file)
+    except FormatError as error:
+        raise FormatError(f"{error}; delete it to have it made again") from None
+    if (masks.base_digest, masks.recipe_digest) != (base_digest, recipe.digest()):
+        raise FormatError(f"{file}: made for another model or by another recipe; delete it to have it made again")
+    return masks
+
+
+def _sweep(recipe: Recipe, corpus: Corpus, model_dir: Path, work: Path, base_digest: str, device: str) -> MaskSet:
+    """Sweep a throw-away copy of the model."""
     limit = model.stored_max_tokens(model_dir)
     windows_ST = _calibration(recipe, corpus, limit) if recipe.local_method().needs_data else None
-    with display.bar(quiet=not group.first) as bar:
+    with display.bar() as bar:
         task = bar.add_task("loading", total=None, note="")
         loaded = model.load(model_dir)
         show = display.sweep_progress(bar, task, "prior: ")
-        _, blocks = sweep(loaded, recipe, windows_ST, work, base_digest, group.device, show)
+        _, blocks = sweep(loaded, recipe, windows_ST, work, base_digest, device, show)
     return blocks.mask_set(base_digest, recipe.digest())
 
 
@@ -177,11 +202,15 @@ def _session(
     prior: MaskSet | None,
     group: Group,
     checkpointed: bool = False,
-) -> tuple[Session, Plan]:
-    """Load the model and replace its layers. What is trained is float32; frozen weights stay as they are stored."""
+) -> tuple[Session, list[str]]:
+    """Load the model and replace its layers; and the names of the linear layers that stay as they are.
+
+    What is trained is float32; frozen weights stay as they are stored, unless the run is to compute in float32. What
+    would stand in the way of writing the result is said here, before the first step.
+    """
     assert wanted.train is not None
-    trains_stored = method.trains_weights or wanted.train.scope == "all"
-    loaded = model.load(model_dir, torch.float32 if trains_stored else "auto", group.device)
+    in_float32 = method.trains_weights or wanted.train.scope == "all" or wanted.train.dtype == "float32"
+    loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", group.device)
     plan = model.plan(loaded, wanted.pattern, wanted.ignore)
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:
@@ -192,7 +221,9 @@ def _session(
                 raise ModelError(f"the prior has no mask for {name} {tuple(linear.weight.shape)}; see [recipe] ignore")
     units = shrink.units(loaded) if method.result is Result.SLICED else {}
     mask = None if prior is None else prior.mask
-    return prepare(loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, checkpointed), plan
+    session = prepare(loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, checkpointed)
+    export.check(session, model_dir)
+    return session, [*plan.ignored, *(name for name, _ in targets if name not in session.layers)]
 
 
 def _header(
@@ -220,12 +251,11 @@ def _header(
     }
 
 
-def _write(args: argparse.Namespace, session: Session, plan: Plan, origin: Origin, extra: dict[str, Any]) -> None:
+def _write(args: argparse.Namespace, session: Session, dense: list[str], origin: Origin, extra: dict[str, Any]) -> None:
     """The result, by kind, and what a person should know about it."""
     result = session.method.result
     if result is Result.SPARSE:
-        dense = [name for block in plan.targets for name in block if name not in session.layers]
-        masks, written = export.write_sparse(session, origin, args.out, [*plan.ignored, *dense], extra)
+        masks, written = export.write_sparse(session, origin, args.out, dense, extra)
         if args.masks_out is not None:
             masks.save(args.masks_out)
         display.print_compressed(args.out, written)

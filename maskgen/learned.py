@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,20 @@ class LearnedLinear(nn.Module, ABC):
         return Solution(self.mask())
 
 
+class _Masked(torch.autograd.Function):
+    """(m * W) x + b for fixed m, W, b. The backward pass makes m * W again: a product kept per layer would add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_OI, mask_OI)
+        return dense_linear(x, weight_OI * mask_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        weight_OI, mask_OI = ctx.saved_tensors
+        return dy @ (weight_OI * mask_OI).to(dy.dtype), None, None, None
+
+
 class FixedLinear(LearnedLinear):
     """A layer that keeps the mask it was given while others learn; its TRAIN forward is the HARD one."""
 
@@ -140,8 +154,9 @@ class FixedLinear(LearnedLinear):
         self.register_buffer("kept_OI", site.prior_OI, persistent=False)
 
     def train_forward(self, x: Tensor) -> Tensor:
-        """(m * W) x + b, m * W made anew in each pass: no second copy of the weights stays."""
-        return self.hard_forward(x)
+        """(m * W) x + b, m * W made anew in each pass, backward too: no second copy of the weights stays."""
+        y: Tensor = _Masked.apply(x, self.weight, self.get_buffer("kept_OI"), self.bias)
+        return y
 
     def mask(self) -> Tensor:
         """The mask given."""

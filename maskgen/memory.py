@@ -1,4 +1,4 @@
-"""How much memory this process has used at most."""
+"""How much of the host's memory this process has used at most. What a GPU holds is not in it."""
 
 from __future__ import annotations
 

@@ -22,13 +22,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
 from torch.utils.checkpoint import checkpoint
 
 from maskgen.learned import LearnedLinear, Mode
 
 SLICE_BYTES = 64 << 20
 """Float32 bytes of one slice of logits."""
+
+NO_TARGET = -100
+"""The target of a window's last token, whose successor is not known. Cutting it off would copy all logits."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Objective:
         ce = divergence = student_BTV.new_zeros((), dtype=torch.float32)
         tokens = ids_BT[:, 1:].numel()
         rows = max(1, SLICE_BYTES // (4 * student_BTV.shape[-1]))
-        targets = ids_BT[:, 1:].flatten().split(rows)
+        targets = pad(ids_BT[:, 1:], (0, 1), value=NO_TARGET).flatten().split(rows)
         students = student_BTV.flatten(0, 1).split(rows)
         teachers = [None] * len(targets) if teacher_BTV is None else teacher_BTV.flatten(0, 1).split(rows)
         for student_NV, teacher_NV, target_N in zip(students, teachers, targets, strict=True):
@@ -80,23 +83,27 @@ class Objective:
             return self._logits(student, ids_BT)
 
     def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
-        """Logits of the predicted positions `[B, T-1, V]`, in the dtype they are computed in."""
+        """Logits `[B, T, V]`, in the dtype they are computed in."""
         with autocast(ids_BT.device, self.compute_dtype):
             logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[:, :-1]
+        return logits_BTV
 
 
 def slice_losses(
     student_NV: Tensor, teacher_NV: Tensor | None, target_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Sums over N tokens: cross-entropy, and T^2 KL(teacher || student) (0 without a teacher), in float32."""
+    """Sums over N tokens: cross-entropy, and T^2 KL(teacher || student) (0 without a teacher), in float32.
+
+    Tokens whose target is `NO_TARGET` do not count.
+    """
     student_NV = student_NV.float()
-    ce = cross_entropy(student_NV, target_N, reduction="sum")
+    ce = cross_entropy(student_NV, target_N, ignore_index=NO_TARGET, reduction="sum")
     if teacher_NV is None:
         return ce, torch.zeros_like(ce)
     expected_NV = log_softmax(teacher_NV.float() / temperature, -1)
-    divergence = kl_div(log_softmax(student_NV / temperature, -1), expected_NV, log_target=True, reduction="sum")
-    return ce, divergence * temperature**2
+    found_NV = log_softmax(student_NV / temperature, -1)
+    divergence_N = kl_div(found_NV, expected_NV, log_target=True, reduction="none").sum(-1)
+    return ce, divergence_N.masked_fill(target_N == NO_TARGET, 0).sum() * temperature**2
 
 
 @contextmanager

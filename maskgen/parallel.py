@@ -31,17 +31,22 @@ from torch.nn.parallel import DistributedDataParallel
 from maskgen.core.errors import RecipeError
 
 PATIENCE = timedelta(hours=24)
-"""How long processes wait for process 0 to make a prior or write a result."""
+"""How long processes wait for process 0 to tokenise text, make a prior or seal a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, seen from number `rank` of `world`. `shard` splits states, else every one holds all."""
+    """The processes of a run, seen from number `rank` of `world`. `shard` splits states, else every one holds all.
+
+    `waiting` is for `wait` alone, which may take long; all else that is exchanged has torch's usual time limits, so
+    that a process that hangs is noticed.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
     shard: bool = False
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -51,7 +56,7 @@ class Group:
     def wrap(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """The model to run forward passes through. Optimisers are made afterwards: sharding replaces parameters."""
         if self.world > 1 and not self.shard:
-            return DistributedDataParallel(model)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return self.split(model, blocks)
 
     def split(self, model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
@@ -103,7 +108,7 @@ class Group:
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.waiting)
 
     @contextmanager
     def first_leads(self) -> Iterator[None]:
@@ -137,6 +142,7 @@ def joined(device: str, shard: bool) -> Iterator[Group]:
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-    yield Group(dist.get_rank(), dist.get_world_size(), device, shard)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield Group(dist.get_rank(), dist.get_world_size(), device, shard, waiting)
     dist.destroy_process_group()

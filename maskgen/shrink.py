@@ -117,6 +117,11 @@ def write(
     return ShrinkReport(keep, counted.parameters, after, writer.total_bytes)
 
 
+def check(model_dir: Path, kept_units: Mapping[str, Tensor]) -> None:
+    """Raise the `ModelError` of `write` for numbers of units that no engine could load; nothing is written."""
+    _config(read_json(model_dir / "config.json"), _widths(kept_units))
+
+
 def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, Shape]:
     """The linear layers of the blocks, by module name."""
     shapes = {}

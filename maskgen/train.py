@@ -17,10 +17,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
 
 from maskgen.core.digest import derive_seed
 from maskgen.core.errors import NumericalError, RecipeError
@@ -186,20 +187,29 @@ def prepare(
     model.requires_grad_(False)
     teacher = None
     if method.trains_weights and spec.distill_weight > 0:
-        teacher = copy.deepcopy(model).to(spec.torch_dtype)
+        teacher = _copy(model, spec.torch_dtype)
         group.split(teacher, decoder_blocks(teacher)[1])
     others = _train_others(model, plan) if spec.scope == "all" else []
     layers = _attach(model, plan, units, method, spec, prior, pattern)
     assert learned_parameters(layers), "the method attached nothing that can be trained"
     blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
     runner = group.wrap(model, blocks)
-    parameters = dict(model.named_parameters())
+    parameters = {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
     learning = {name: layer for name, layer in layers.items() if not isinstance(layer, FixedLinear)}
     optimizer = method.optimizer(learning, [parameters[name] for name in others], spec.lr)
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
     objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
     return Session(model, method, spec, layers, learning, objective, optimizer, group, runner)
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy with its parameters in `dtype`; buffers (rotary frequencies) stay as they are."""
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, copies)
 
 
 def _attach(

@@ -19,7 +19,9 @@ class Strict(BaseModel):
 class Training(Strict):
     """How a learned method is trained. One step sees `batch` windows of `window_tokens` tokens, whatever the machine.
 
-    `noise_samples` is the number of independent noise draws the windows of a step are divided among. `warmup` is a
+    `noise_samples` is the number of independent noise draws the windows of a step are divided among; from the number of
+    processes on, every process has noise of its own. `dtype` is that of matrix products, and float32 computes with
+    frozen weights in float32 too. `warmup` is a
     fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest gradient norm (0: no limit). `scope` "all"
     also trains what is not pruned (norms, embeddings). `heldout_windows` are taken off the end of the text and never
     trained on. `blocks` [start, stop] learns in these decoder blocks only, while all others keep the prior's masks: a

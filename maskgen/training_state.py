@@ -13,9 +13,10 @@ a warning, and the one before it is used. Older ones beyond `keep` are deleted o
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -38,6 +39,7 @@ from maskgen.train import Session
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"step-(\d{6,})")
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
 
 
@@ -101,6 +103,16 @@ class Checkpoints:
 
         False when there is none. Raises `OutputExistsError` for a checkpoint of another run.
         """
+        found = self._load(session, lambda: _tensors(session, extra))
+        session.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def restore_model(self, session: Session) -> bool:
+        """`restore` of the model and the step only: enough to write a result, without making optimiser states."""
+        return self._load(session, lambda: _model_tensors(session))
+
+    def _load(self, session: Session, wanted: Callable[[], dict[str, Tensor]]) -> bool:
+        """Fill the tensors that `wanted` makes from the newest whole checkpoint, if there is one."""
         for step in reversed(self.steps()):
             path = self._path(step)
             try:
@@ -109,16 +121,16 @@ class Checkpoints:
                 logger.warning("%s; going on from what there was before it", error)
                 continue
             with _dcp_errors():
-                load(_tensors(session, extra), storage_reader=HuggingFaceStorageReader(str(path)))
+                load(wanted(), storage_reader=HuggingFaceStorageReader(str(path)))
             session.step = self.saved_step = step
             session.earlier_s = manifest["elapsed_s"]
-            session.optimizer.zero_grad(set_to_none=True)
             return True
         return False
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, oldest first."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
 
     def last_words(self) -> str:
         """For error messages: what is left to go on from."""
@@ -144,13 +156,16 @@ def trained_tensors(session: Session) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in trained.items() if name not in aliases}
 
 
+def _model_tensors(session: Session) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in trained_tensors(session).items()}
+
+
 def _tensors(session: Session, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is learned, as views of where it lives; the optimiser's states are made if there are none."""
-    model, optimizer = get_state_dict(session.model, session.optimizer, options=_OPTIONS)
+    optimizer = get_optimizer_state_dict(session.model, session.optimizer, options=_OPTIONS)
     states = {name: value for name, value in optimizer.items() if not name.startswith("param_groups.")}
-    aliases = _aliases(session.model)
     return {
-        **{f"model.{name}": tensor for name, tensor in _only_tensors(model).items() if name not in aliases},
+        **_model_tensors(session),
         **{f"optimizer.{name}": tensor for name, tensor in _only_tensors(states).items()},
         **{f"extra.{name}": tensor for name, tensor in extra.items()},
     }

@@ -5,6 +5,8 @@
     {"kind": "eval", ...}       now and then: held-out loss with hard masks, and how the masks moved
     {"kind": "layers", ...}     at the end: every layer's masks
 
+`peak_rss_bytes` of a step is host memory of process 0, also where training is on a GPU.
+
 Lines are appended and flushed to disk before each checkpoint. A run that goes on from a checkpoint cuts away the lines
 after its step and writes them again.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,7 +48,9 @@ class TrainLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # What could not be written is tried again here; that must not hide the error that says so.
+        with nullcontext() if error is None else suppress(OSError):
+            self._file.close()
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one line; fields that are None are left out."""

@@ -189,7 +189,9 @@ class MaskLLMLinear(LearnedLinear):
 
     def train_forward(self, x: Tensor) -> Tensor:
         """`[..., I] -> [..., O]` with the sampled mask; leaves |W * M|^2 in `energy` for the reward."""
-        y, self.energy = SoftLinear.apply(x, self.logits, self.weight, self.draw())
+        y, energy = SoftLinear.apply(x, self.logits, self.weight, self.draw())
+        recomputing = torch._C._current_graph_task_id() != -1  # in a backward pass; energy would keep all of its block
+        self.energy = None if recomputing else energy
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def mask(self) -> Tensor:
@@ -278,20 +280,21 @@ class MaskLLM(LearnedMethod):
         """AdamW on the logits. Raises `RecipeError` if anything else is to be trained: weights are frozen here."""
         if others:
             raise RecipeError("train.scope: maskllm learns masks for frozen weights; use scope = 'targets'")
-        options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "eps": self.adam_eps}
-        options["weight_decay"] = self.weight_decay
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": self.adam_eps, "weight_decay": self.weight_decay}
         if self.moments == "bfloat16":
-            return CompactAdamW(learned_parameters(layers), **options)
-        return torch.optim.AdamW(learned_parameters(layers), fused=True, **options)
+            return CompactAdamW(learned_parameters(layers), lr, **options)
+        return torch.optim.AdamW(learned_parameters(layers), lr, fused=True, **options)
 
     def regulariser(self, layers: Layers, moment: Moment) -> Tensor | None:
-        """-lambda times the weight energy that the samples of the last forward pass keep."""
+        """-lambda times the weight energy that the samples of the last forward pass keep, which is let go of."""
+        ours = cast(Mapping[str, MaskLLMLinear], layers).values()
+        energies = [layer.energy.to(torch.float32) for layer in ours if layer.energy is not None]
+        for layer in ours:
+            layer.energy = None
         if self.weight_reward == 0:
             return None
-        ours = cast(Mapping[str, MaskLLMLinear], layers).values()
         dense = sum(layer.dense_energy for layer in ours) if self.reward_form == "normalised" else 1.0
-        kept = torch.stack([layer.energy.to(torch.float32) for layer in ours if layer.energy is not None]).sum()
-        return kept * (-self.weight_reward * (1 - moment.progress) / dense)
+        return torch.stack(energies).sum() * (-self.weight_reward * (1 - moment.progress) / dense)
 
 
 METHOD = MaskLLM

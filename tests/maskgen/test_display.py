@@ -62,6 +62,6 @@ def test_the_last_words_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     display.print_training(log, Path("out/log.jsonl"))
     assert capsys.readouterr().out.splitlines() == [
         "held-out perplexity 54.60 at the start -> 51.25; dense 49.40",
-        "  2 steps, 8,192 tokens, 2:05, peak memory 700.0 MB",
+        "  2 steps, 8,192 tokens, 2:05, peak host memory 700.0 MB",
         "  90.00% of the mask is as it was at the start; log in out/log.jsonl",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,21 @@ def test_a_broken_run_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert_same(state(whole), state(again))
 
 
+@pytest.mark.parametrize("mode", [fitting.Mode.HARD, fitting.Mode.DENSE])
+def test_a_held_out_loss_that_is_lost_says_what_is_kept(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(of: Session, windows_ST: Tensor, batch: int, which: Any = fitting.Mode.HARD) -> float:
+        return math.nan if which is mode and of.step == (0 if mode is fitting.Mode.DENSE else 3) else 1.0
+
+    monkeypatch.setattr(fitting, "heldout_nll", lost)
+    kept = "the checkpoint of step 2 is kept in" if mode is fitting.Mode.HARD else "there is no checkpoint yet"
+    with pytest.raises(
+        NumericalError, match=rf"step \d: the loss of the {mode.value} model on held-out .* nan; .*; {kept}"
+    ):
+        run(session(), tmp_path)
+
+
 @pytest.mark.parametrize("where", ["checkpoint", "log"])
 def test_a_full_disk_says_what_is_kept(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
@@ -182,8 +198,28 @@ def test_cadence() -> None:
     assert [step for step in range(1, 301) if Cadence().evaluates(step, 300)] == [60, 120, 180, 240, 300]
     assert [step for step in range(1, 4) if Cadence().evaluates(step, 3)] == [1, 2, 3]
     assert [step for step in range(1, 8) if Cadence(eval_every=3).evaluates(step, 7)] == [3, 6, 7]
-    assert [step for step in range(1, 8) if Cadence(checkpoint_every=3).saves(step, 7, 9e9)] == [3, 6, 7]
-    assert Cadence().saves(5, 7, 301) and Cadence().saves(7, 7, 0) and not Cadence().saves(5, 7, 299)
+    assert [step for step in range(1, 8) if Cadence(checkpoint_every=3).saves(step, 7, 9e9, 1)] == [3, 6, 7]
+    assert Cadence().saves(5, 7, 301, 1) and Cadence().saves(7, 7, 0, 1) and not Cadence().saves(5, 7, 299, 1)
+    assert not Cadence().saves(5, 7, 1999, 100) and Cadence().saves(5, 7, 2001, 100), "saving is 5 % of the time"
+
+
+def test_a_checkpoint_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved, save, run_step = [0.0], [], Checkpoints.save, Session.run_step
+
+    def slow(self: Checkpoints, of: Session, extra: Mapping[str, Tensor]) -> None:
+        saved.append(of.step)
+        now[0] += 60
+        save(self, of, extra)
+
+    def step(self: Session, *args: Any) -> StepLog:
+        now[0] += 301
+        return run_step(self, *args)
+
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(Session, "run_step", step)
+    run(session(), tmp_path, Cadence(micro_batch=2))
+    assert saved == [1, 5, 8]
 
 
 def bits_of(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ Legend: N = tokens, V = vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from maskgen import objective
 from maskgen.learned import Mode
-from maskgen.objective import Objective, in_mode, slice_losses
+from maskgen.objective import NO_TARGET, Objective, in_mode, slice_losses
 from tests import models
 from tests.maskgen.training import Toy, corpus, session
 
@@ -47,6 +49,41 @@ def test_the_divergence_is_zero_for_equal_logits_and_positive_for_others(seed: i
 def test_nothing_is_taught_without_a_teacher() -> None:
     student_NV, _, target_N = logits(0)
     assert float(slice_losses(student_NV, None, target_N, 1.0)[1]) == 0
+
+
+def test_tokens_without_a_target_do_not_count() -> None:
+    student_NV, teacher_NV, target_N = logits(2)
+    student_NV.requires_grad_()
+    some = slice_losses(student_NV, teacher_NV, target_N.where(torch.arange(7) % 3 != 0, NO_TARGET), 2.0)
+    sum(some).backward()
+    kept_N = torch.tensor([1, 2, 4, 5])
+    expected = slice_losses(student_NV[kept_N], teacher_NV[kept_N], target_N[kept_N], 2.0)
+    torch.testing.assert_close(some, expected)
+    assert student_NV.grad is not None
+    assert student_NV.grad.abs().sum(1).bool().tolist() == [False, True, True, False, True, True, False]
+    assert sum(slice_losses(student_NV.detach(), teacher_NV, torch.full((7,), NO_TARGET), 2.0)) == 0
+
+
+def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the student's nor the teacher's: they are the widest tensors there are."""
+    trained, made, sliced = session(distill_weight=0.5), [], []
+    forward, losses = trained.objective._logits, objective.slice_losses
+
+    def storage(of: Tensor) -> int:
+        return of.untyped_storage().data_ptr()
+
+    def note_logits(*args: Any) -> Tensor:
+        made.append(forward(*args))
+        return made[-1]
+
+    def note_slices(student_NV: Tensor, teacher_NV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        sliced.append((storage(teacher_NV), storage(student_NV)))
+        return losses(student_NV, teacher_NV, *rest)
+
+    monkeypatch.setattr(Objective, "_logits", lambda self, *args: note_logits(*args))
+    monkeypatch.setattr(objective, "slice_losses", note_slices)
+    trained.objective(trained.model, corpus().heldout[:3])
+    assert sliced == [(storage(made[0]), storage(made[1]))]
 
 
 def test_slices_are_computed_in_float32() -> None:
@@ -90,7 +127,7 @@ def test_the_own_teacher_is_the_dense_model_and_nothing_flows_into_it() -> None:
     trained, ids_BT = session(), corpus().heldout
     teacher = Objective(trained.layers, 0.5, 1.0, torch.float32)._teach(trained.model, ids_BT)
     with torch.no_grad():
-        expected = models.build("llama")(input_ids=ids_BT).logits[:, :-1]
+        expected = models.build("llama")(input_ids=ids_BT).logits
     assert torch.equal(teacher, expected) and not teacher.requires_grad
     assert {layer.mode for layer in trained.layers.values()} == {Mode.TRAIN}
 
@@ -102,7 +139,7 @@ def test_a_frozen_copy_teaches_where_weights_are_trained() -> None:
     for _ in range(3):
         trained.run_step(text, 4)
     with torch.no_grad():
-        expected = models.build("llama")(input_ids=ids_BT).logits[:, :-1]
+        expected = models.build("llama")(input_ids=ids_BT).logits
     assert torch.equal(trained.objective._teach(trained.model, ids_BT), before) and torch.equal(before, expected)
     with in_mode(trained.layers, Mode.DENSE), torch.no_grad():
         moved = trained.model(input_ids=ids_BT).logits[:, :-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from maskgen import cli
 from maskgen.compress import load_masks
 from maskgen.core.errors import RecipeError
-from maskgen.parallel import Group, joined
+from maskgen.parallel import PATIENCE, Group, joined
 from maskgen.trainlog import LOG_FILE, read
 from tests.maskgen import parallel_cases
 
@@ -29,9 +31,9 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> dict[str, Any]:
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes learned in every case, from one start of them."""
-    ran = torchrun("-m", "tests.maskgen.parallel_cases")
+    ran = torchrun("-m", "tests.maskgen.parallel_cases", str(tmp_path_factory.mktemp("checkpoints")))
     assert ran.returncode == 0, ran.stderr
     (line,) = (line for line in ran.stdout.splitlines() if line.startswith("{"))
     return dict(json.loads(line))
@@ -43,15 +45,22 @@ def test_two_processes_learn_what_one_does(case: str, shard: bool, two_processes
     torch.set_num_threads(1)
     alone = parallel_cases.learned(case, Group())
     together = two_processes[parallel_cases.key(case, shard)]
-    assert together["losses"] == pytest.approx(alone["losses"], rel=2e-5)
-    assert together["gradient_norms"] == pytest.approx(alone["gradient_norms"], rel=1e-4)
-    assert together["heldout"] == pytest.approx(alone["heldout"], rel=1e-4)
+    rounding = 50 if parallel_cases.CASES[case][2].get("dtype") == "bfloat16" else 1
+    assert together["losses"] == pytest.approx(alone["losses"], rel=2e-5 * rounding)
+    assert together["gradient_norms"] == pytest.approx(alone["gradient_norms"], rel=1e-4 * rounding)
+    assert together["heldout"] == pytest.approx(alone["heldout"], rel=1e-4 * rounding)
     differing = [
         a != b
         for one, other in zip(alone["masks"], together["masks"], strict=True)
         for a, b in zip(one, other, strict=True)
     ]
     assert sum(differing) <= 0.001 * len(differing)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["replicas", "shards"])
+@pytest.mark.parametrize("case", parallel_cases.RESUMED)
+def test_two_processes_go_on_with_the_same_bits(case: str, shard: bool, two_processes: dict[str, Any]) -> None:
+    assert two_processes[parallel_cases.key(case, shard)]["resumed"] == []
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["replicas", "shards"])
@@ -101,3 +110,26 @@ def test_alone_nothing_is_exchanged() -> None:
     with joined("cpu", shard=False) as group:
         assert (group.rank, group.world, group.first, group.any(True), group.any(False)) == (0, 1, True, True, False)
         assert group.total(torch.tensor([2.0])).tolist() == [2.0]
+
+
+def test_only_process_0_is_waited_for_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A collective that hangs is noticed in minutes; a barrier lasts as long as a sweep may."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    usual = dist.distributed_c10d.default_pg_timeout
+    with joined("cpu", shard=False) as group:
+        assert group.waiting is not None
+        limits = [each._get_backend(torch.device("cpu")).options._timeout for each in (dist.group.WORLD, group.waiting)]
+    assert limits == [usual, PATIENCE] and usual < PATIENCE
+
+
+def test_a_wait_is_a_barrier_of_the_patient_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(dist, "barrier", waited.append)
+    Group(0, 2, waiting=dist.ProcessGroup(0, 2)).wait()
+    Group().wait()
+    assert [type(group) for group in waited] == [dist.ProcessGroup]

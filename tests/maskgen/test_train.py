@@ -12,10 +12,12 @@ from torch import Tensor
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.learned import LearnedMethod, Mode, learned_parameters
+from maskgen.learned import FixedLinear, LearnedMethod, Mode, learned_parameters
 from maskgen.method import create
+from maskgen.objective import autocast
 from maskgen.train import Session, heldout_nll, schedule
 from maskgen.training import Training
+from tests import models
 from tests.maskgen.training import PATTERN, Toy, assert_same, corpus, session, state
 
 
@@ -121,10 +123,18 @@ def test_clipping() -> None:
     assert session(clip=1e-3).run_step(corpus(), 4).gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox"])
-def test_checkpointed_activations_change_no_bit(kind: str) -> None:
-    plain = session(kind=kind, distill_weight=0.5, noise_samples=2)
-    saving = session(kind=kind, distill_weight=0.5, noise_samples=2, checkpointed=True)
+@pytest.mark.parametrize(
+    ("kind", "scope"),
+    [("llama", "targets"), ("qwen2", "targets"), ("opt", "targets"), ("gpt_neox", "targets"), ("llama_tied", "all")],
+)
+def test_checkpointed_activations_change_no_bit(kind: str, scope: str) -> None:
+    plain, saving = (
+        session(
+            Toy(learns_weights=scope == "all"), kind, checkpointed=checkpointed, distill_weight=0.5, noise_samples=2,
+            scope=scope,
+        )
+        for checkpointed in (False, True)
+    )  # fmt: skip
     assert list(saving.model.state_dict()) == list(plain.model.state_dict())
     calls: list[str] = []
     first = next(iter(saving.layers.values()))
@@ -133,7 +143,8 @@ def test_checkpointed_activations_change_no_bit(kind: str) -> None:
         one, other = plain.run_step(corpus(), 2), saving.run_step(corpus(), 2)
         assert (one.loss, one.gradient_norm) == (other.loss, other.gradient_norm)
     assert_same(state(plain), state(saving))
-    assert calls == ["dense", "train", "train"] * 2 * 2, "two forward passes for each backward, or nothing is saved"
+    seen = ["dense", "train", "train"] if scope == "targets" else ["train", "train"]  # else a copy teaches
+    assert calls == seen * 2 * 2, "two forward passes for each backward, or nothing is saved"
 
 
 def test_held_out_loss_is_that_of_the_exported_model() -> None:
@@ -201,6 +212,40 @@ def test_a_fixed_layer_is_the_masked_one_in_training_too() -> None:
     assert torch.equal(y, torch.nn.functional.linear(x, layer.weight * prior_mask(name), layer.bias))
     layer.mode = Mode.DENSE
     assert not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fixed_layer_keeps_no_product(dtype: str) -> None:
+    """Its gradient is that of the plain product, and what waits for the backward pass exists already."""
+    trained = session(method("maskllm"), prior=prior_mask, blocks=(1, 2))
+    layer = next(iter(trained.layers.values()))
+    assert isinstance(layer, FixedLinear)
+    there = {tensor.data_ptr() for tensor in (layer.weight, layer.get_buffer("kept_OI"))}
+    saved: list[Tensor] = []
+    gradients = []
+    for forward in (layer.train_forward, layer.hard_forward):
+        x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda it: it)
+        with hooks, autocast(x.device, getattr(torch, dtype)):
+            y = forward(x)
+        if forward == layer.train_forward:
+            assert saved and {tensor.data_ptr() for tensor in saved} <= there
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_teacher_is_the_model_before_training(dtype: str) -> None:
+    """A copy of its own, cast, but for buffers: rotary frequencies lose too much in bfloat16."""
+    trained = session(Toy(learns_weights=True), "llama_tied", distill_weight=0.5, dtype=dtype, scope="all")
+    teacher, given = trained.objective.teacher, models.build("llama_tied")
+    assert teacher is not None and teacher.lm_head.weight is teacher.model.embed_tokens.weight
+    taught, own = dict(teacher.named_parameters()), {tensor.data_ptr() for tensor in trained.model.parameters()}
+    for name, parameter in given.named_parameters():
+        assert torch.equal(taught[name], parameter.to(getattr(torch, dtype))) and not taught[name].requires_grad
+    assert not own & {tensor.data_ptr() for tensor in taught.values()}
+    assert {buffer.dtype for buffer in teacher.buffers()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import resource
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +16,7 @@ from maskgen import training_state
 from maskgen.core.errors import NumericalError, OutputExistsError
 from maskgen.train import Session
 from maskgen.training_state import Checkpoints
-from tests.maskgen.training import Toy, assert_same, corpus, session, state
+from tests.maskgen.training import Toy, assert_same, corpus, largest_file, session, state
 
 RUN = "sha256:" + "7" * 64
 EVERYTHING = {"learns_weights": {"scope": "all"}, "masks": {}}
@@ -67,6 +63,24 @@ def test_a_restored_session_is_the_same_to_the_last_bit_and_stays_so(kind: str, 
     assert_same(optimizer_state(whole), optimizer_state(resumed))
     assert_same(state(advance(whole, 3)), state(advance(resumed, 3)))
     assert_same(optimizer_state(whole), optimizer_state(resumed))
+
+
+def test_a_result_can_be_written_from_the_model_alone(two: tuple[Checkpoints, Session]) -> None:
+    checkpoints, trained = two
+    found, nothing = session(), session()
+    assert Checkpoints(checkpoints.folder, RUN).restore_model(found) and found.step == 4
+    assert_same(state(found), state(trained))
+    assert not found.optimizer.state and all(parameter.grad is None for parameter in found.parameters)
+    assert not Checkpoints(checkpoints.folder.with_name("none"), RUN).restore_model(nothing) and nothing.step == 0
+
+
+def test_other_names_in_the_folder_are_nobodys_business(two: tuple[Checkpoints, Session]) -> None:
+    checkpoints, trained = two
+    for name in ("step-x", "step-12", "step-000004.old", "notes"):
+        (checkpoints.folder / name).mkdir()
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.save(advance(trained, 2), {})
+    assert checkpoints.steps() == [4, 6] and (checkpoints.folder / "step-x").is_dir()
 
 
 def test_frozen_weights_are_not_stored_and_nothing_is_pickled(two: tuple[Checkpoints, Session]) -> None:
@@ -177,18 +191,6 @@ def assert_keeps_what_there_was(checkpoints: Checkpoints, trained: Session, reas
     assert checkpoints.last_words() == f"the checkpoint of step 4 is kept in {checkpoints.folder}"
     resumed = session()
     assert Checkpoints(checkpoints.folder, RUN).restore(resumed, {}) and resumed.step == 4
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_nan_is_never_kept(two: tuple[Checkpoints, Session]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from maskgen.core.errors import FormatError
 from maskgen.trainlog import TrainLog, read
+from tests.maskgen.training import largest_file
 
 
 @pytest.fixture
@@ -63,3 +64,25 @@ def test_what_is_no_log(text: str, tmp_path: Path) -> None:
 def test_numbers_that_json_cannot_hold_are_refused(path: Path) -> None:
     with TrainLog(path, {}, 3) as log, pytest.raises(ValueError, match="not JSON compliant"):
         log.add("step", {"loss": float("nan")})
+
+
+def test_a_full_disk_is_told_by_the_line_that_did_not_fit(path: Path) -> None:
+    """Closing the file tries once more, and must not put its own error in the place of this one."""
+    kept = "the checkpoint of step 3 is kept"
+    with (
+        largest_file(path.stat().st_size + 10),
+        pytest.raises(OSError, match=rf"log\.jsonl: .*too large; {kept}"),
+        TrainLog(path, {}, 3) as log,
+    ):
+        try:
+            log.add("step", {"step": 4, "loss": 1.0})
+        except OSError as error:
+            raise OSError(f"{error}; {kept}") from error
+    assert [record.get("step") for record in read(path)] == [None, 1, 2, 3]
+
+
+def test_what_is_lost_in_closing_is_an_error(path: Path) -> None:
+    log = TrainLog(path, {}, 3)
+    log._file.write("not flushed")
+    with largest_file(path.stat().st_size), pytest.raises(OSError, match="too large"):
+        log.__exit__(None, None, None)

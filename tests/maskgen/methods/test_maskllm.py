@@ -5,6 +5,8 @@ Legend: O = out features, I = in features, G = groups per row, m = columns per g
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -234,6 +236,23 @@ def test_recomputation_sees_the_same_noise() -> None:
         (y.square().sum() + penalty).backward()
         gradients.append(one.logits.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_a_backward_pass_leaves_no_graph_behind(wrapped: bool, reward: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass, recomputed ones included, has its own `Draw`, which lives as long as the graph of the pass."""
+    one, x = layer(weight_reward=reward), torch.randn(4, 16, generator=generator()).requires_grad_()
+    draws, make = [], one.draw
+    monkeypatch.setattr(one, "draw", lambda: (draws.append(weakref.ref(made := make())), made)[1])
+    for passes in (1, 2):
+        block = nn.Sequential(one, nn.GELU())  # recomputation stops at the last tensor that is needed
+        y = checkpoint(block, x, use_reentrant=False) if wrapped else block(x)
+        penalty = one.method.regulariser({"up": one}, one.moment)
+        (y.sum() + (penalty or 0)).backward()
+        del block, y, penalty
+        gc.collect()
+        assert len(draws) == passes * (1 + wrapped) and not any(draw() for draw in draws)
 
 
 def test_the_backward_pass_belongs_to_the_moment_of_its_forward_pass() -> None:

@@ -95,6 +95,7 @@ def test_schedules() -> None:
 
 
 def reward(method: MaskLLM, one: MaskLLMLinear, moment: Moment) -> float:
+    one(torch.zeros(1, 16))
     value = method.regulariser({"up": one}, moment)
     return 0.0 if value is None else float(value.detach())
 
@@ -102,7 +103,6 @@ def reward(method: MaskLLM, one: MaskLLMLinear, moment: Moment) -> float:
 def test_the_reward_is_the_kept_energy_and_ends_at_zero() -> None:
     one = layer()
     one.moment = Moment(0, 5)
-    one(torch.zeros(1, 16))
     noise = next(one.draw().chunks(one.logits))[1]
     kept = float((one.weight * one.draw().mask(one.logits.detach(), noise)).square().sum())
     dense = float(one.weight.square().sum())

@@ -125,6 +125,11 @@ def test_shapes_and_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(prox(weight_OI, 0.4), whole_OI, rtol=0, atol=1e-7)
 
 
+def test_a_gpu_gets_chunks_that_fill_it() -> None:
+    assert proxsparse._chunk_groups(torch.device("cpu")) == proxsparse.CHUNK_GROUPS
+    assert proxsparse._chunk_groups(torch.device("cuda")) >= 32 * proxsparse.CHUNK_GROUPS
+
+
 def test_real_strengths_converge_in_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI = torch.randn(64, 64, generator=torch.Generator().manual_seed(3)) * 0.05
     converged_OI = prox(weight_OI, 0.2)

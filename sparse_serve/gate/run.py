@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=limits.max_ppl_increase,
         metavar="F",
         help=f"allowed relative increase of perplexity (default: {limits.max_ppl_increase}, that is "
-        f"{limits.max_ppl_increase:.0%})",
+        f"{limits.max_ppl_increase:.0%}%)",
     )
     parser.add_argument(
         "--alpha", type=float, default=limits.alpha, help=f"one-sided error rate (default: {limits.alpha})"

@@ -26,6 +26,14 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
     assert all(verb in run.stdout for verb in ("serve", "generate", "gate"))
 
 
+@pytest.mark.parametrize("verb", ["generate", "gate"])
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"sparse-serve {verb}" in capsys.readouterr().out
+
+
 def test_serve_help_shows_our_settings_and_says_that_vllms_flags_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["serve", "--help"])

@@ -116,7 +116,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "row": row.name,
         "seed": seed,
         "recipe": wanted.resolved(),
-        "command": " ".join(["maskgen", *command]).replace(str(args.model), "MODEL").replace(str(args.work), "WORK"),
+        "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
         **_cost(out),
         **_score(args, out),

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
+from sparse_serve import processes
 from sparse_serve.settings import Settings
+
+processes.follow()  # vLLM's spawned processes import this module before anything of vLLM
 
 _VERBS = {
     "serve": ("sparse_serve.cli", "serve a checkpoint over HTTP (OpenAI API) and gRPC"),

@@ -3,7 +3,9 @@
 vLLM starts processes at several depths (engine, workers, a short-lived model inspector). While it is still starting
 there is no handle to stop them with, so `descendants` asks the operating system. And vLLM's engine process does not
 notice that its server is gone; it would stay, with the whole model in memory. So the server leaves its process id in
-the environment (`lead`), and our vLLM plugin, which every one of those processes loads, calls `follow`.
+the environment (`lead`), and every one of those processes calls `follow` as early as our code runs in it: when it is
+forked, or when it imports the server's main module (`sparse_serve.cli`), else when vLLM loads its plugins, which an
+engine whose server died during their handshake does not do for five minutes.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import threading
 from pathlib import Path
 
 _LEADER = "_SPARSE_SERVE_PID"
+_THREAD = "follow-server"
 
 
 def descendants(pid: int) -> set[int]:
@@ -37,18 +40,22 @@ def kill(pids: set[int]) -> None:
 def lead() -> None:
     """Make the vLLM processes started from here on end when this process does."""
     os.environ[_LEADER] = str(os.getpid())
+    os.register_at_fork(after_in_child=follow)
 
 
 def follow() -> None:
-    """End this process, without ceremony, when the one that called `lead` is gone. Nothing if there is none."""
+    """End this process, without ceremony, when the one that called `lead` is gone. Nothing if there is none.
+
+    A second call changes nothing.
+    """
     leader = int(os.environ.get(_LEADER, "0"))
-    if leader in (0, os.getpid()):
+    if leader in (0, os.getpid()) or any(thread.name == _THREAD for thread in threading.enumerate()):
         return
     try:
         handle = os.pidfd_open(leader)
     except ProcessLookupError:
         os._exit(1)
-    threading.Thread(target=_end_with, args=(handle,), name="follow-server", daemon=True).start()
+    threading.Thread(target=_end_with, args=(handle,), name=_THREAD, daemon=True).start()
 
 
 def _end_with(handle: int) -> None:

@@ -54,6 +54,15 @@ def test_a_follower_ends_when_its_leader_is_killed() -> None:
         until(lambda: processes._parent(processes.Path(f"/proc/{follower}")) is None)
 
 
+def test_a_forked_process_follows_by_itself_and_only_once() -> None:
+    code = (
+        "import os, threading; from sparse_serve import processes; processes.lead()\n"
+        "if os.fork() == 0: processes.follow(); os._exit(threading.active_count())\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 2
+
+
 def test_a_follower_of_a_leader_already_gone_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()

@@ -31,6 +31,7 @@ from tests.vllm.serving import (
     launch,
     make_checkpoint,
     put_on_hub,
+    until,
     wait_ready,
 )
 
@@ -55,7 +56,10 @@ def test_a_killed_engine_fails_requests_and_ends_with_1(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_path: Path) -> None:
-    """Two servers start side by side, as most of the time is imports: one gets Ctrl-C, the other is killed."""
+    """Two servers start side by side, as most of the time is imports: one gets Ctrl-C, the other is killed.
+
+    The killed one is stopped before, so that its engine waits for an answer to its first message.
+    """
     checkpoint = make_checkpoint(tmp_path)
     servers = []
     for name in ("interrupted", "killed"):
@@ -65,6 +69,8 @@ def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_pat
     try:
         interrupted.engine_pid()
         interrupted.process.send_signal(signal.SIGINT)
+        until(lambda: any(map(is_importing_torch, descendants(killed.process.pid))), START_S)
+        killed.process.send_signal(signal.SIGSTOP)
         killed.engine_pid()
         killed.process.kill()
         assert interrupted.process.wait(60) == 0
@@ -73,6 +79,14 @@ def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_pat
     finally:
         for server in servers:
             end(server)
+
+
+def is_importing_torch(pid: int) -> bool:
+    """Whether a process is one that vLLM spawned, and is on its way to calling back."""
+    try:
+        return "spawn_main" in command_of(pid) and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
 
 
 def test_a_damaged_model_of_the_hub_is_refused_before_the_engine_starts(tmp_path: Path) -> None:

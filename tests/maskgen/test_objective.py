@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskgen import objective
 from maskgen.learned import Mode
-from maskgen.objective import NO_TARGET, Objective, in_mode, slice_losses
+from maskgen.objective import NO_TARGET, MixedLoss, Objective, in_mode, slice_losses
 from tests import models
 from tests.maskgen.training import Toy, corpus, session
 
@@ -29,7 +29,7 @@ def logits(seed: int, tokens: int = 7, vocabulary: int = 11) -> tuple[Tensor, Te
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
 def test_the_divergence_is_the_sum_of_p_log_p_over_q(seed: int, temperature: float) -> None:
     student_NV, teacher_NV, target_N = logits(seed)
-    ce, divergence = slice_losses(student_NV, teacher_NV, target_N, temperature)
+    ce, divergence, _ = slice_losses(student_NV, teacher_NV, target_N, 0.5, temperature)
     p_NV, q_NV = ((x.double() / temperature).softmax(-1) for x in (teacher_NV, student_NV))
     expected = (p_NV * (p_NV.log() - q_NV.log())).sum() * temperature**2
     assert float(divergence) == pytest.approx(float(expected), rel=1e-5)
@@ -40,28 +40,49 @@ def test_the_divergence_is_the_sum_of_p_log_p_over_q(seed: int, temperature: flo
 @given(st.integers(0, 2**32 - 1))
 def test_the_divergence_is_zero_for_equal_logits_and_positive_for_others(seed: int) -> None:
     student_NV, teacher_NV, target_N = logits(seed)
-    assert float(slice_losses(student_NV, student_NV.clone(), target_N, 2.0)[1]) == pytest.approx(0, abs=1e-5)
+    assert float(slice_losses(student_NV, student_NV.clone(), target_N, 0.5, 2.0)[1]) == pytest.approx(0, abs=1e-5)
     shifted = student_NV + torch.arange(7.0)[:, None]
-    assert float(slice_losses(student_NV, shifted, target_N, 2.0)[1]) == pytest.approx(0, abs=1e-4)
-    assert float(slice_losses(student_NV, teacher_NV, target_N, 2.0)[1]) > 0
+    assert float(slice_losses(student_NV, shifted, target_N, 0.5, 2.0)[1]) == pytest.approx(0, abs=1e-4)
+    assert float(slice_losses(student_NV, teacher_NV, target_N, 0.5, 2.0)[1]) > 0
 
 
 def test_nothing_is_taught_without_a_teacher() -> None:
     student_NV, _, target_N = logits(0)
-    assert float(slice_losses(student_NV, None, target_N, 1.0)[1]) == 0
+    assert float(slice_losses(student_NV, None, target_N, 0.0, 1.0)[1]) == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.5, 1.0, 2.0]))
+def test_the_gradient_is_that_of_the_mixed_sum(seed: int, weight: float, temperature: float) -> None:
+    student_NV, teacher_NV, target_N = logits(seed)
+    *_, gradient_NV = slice_losses(student_NV, teacher_NV, target_N, weight, temperature)
+    exact_NV = student_NV.double().requires_grad_()
+    q_NV, log_p_NV = (teacher_NV.double() / temperature).softmax(-1), (exact_NV / temperature).log_softmax(-1)
+    ce = torch.nn.functional.cross_entropy(exact_NV, target_N, reduction="sum")
+    ((1 - weight) * ce + weight * temperature**2 * (q_NV * (q_NV.log() - log_p_NV)).sum()).backward()
+    assert exact_NV.grad is not None
+    torch.testing.assert_close(gradient_NV, exact_NV.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_without_a_target_do_not_count() -> None:
     student_NV, teacher_NV, target_N = logits(2)
-    student_NV.requires_grad_()
-    some = slice_losses(student_NV, teacher_NV, target_N.where(torch.arange(7) % 3 != 0, NO_TARGET), 2.0)
-    sum(some).backward()
+    some_N = target_N.where(torch.arange(7) % 3 != 0, NO_TARGET)
+    *some, gradient_NV = slice_losses(student_NV, teacher_NV, some_N, 0.5, 2.0)
     kept_N = torch.tensor([1, 2, 4, 5])
-    expected = slice_losses(student_NV[kept_N], teacher_NV[kept_N], target_N[kept_N], 2.0)
+    *expected, _ = slice_losses(student_NV[kept_N], teacher_NV[kept_N], target_N[kept_N], 0.5, 2.0)
     torch.testing.assert_close(some, expected)
-    assert student_NV.grad is not None
-    assert student_NV.grad.abs().sum(1).bool().tolist() == [False, True, True, False, True, True, False]
-    assert sum(slice_losses(student_NV.detach(), teacher_NV, torch.full((7,), NO_TARGET), 2.0)) == 0
+    assert gradient_NV.abs().sum(1).bool().tolist() == [False, True, True, False, True, True, False]
+
+
+def test_the_gradient_lies_in_the_teacher_s_logits_and_serves_once() -> None:
+    student_NV, teacher_NV, target_N = logits(3)
+    student_BTV, teacher_BTV = student_NV[None].requires_grad_(), teacher_NV[None]
+    total, *_ = MixedLoss.apply(student_BTV, teacher_BTV, target_N[None], 0.5, 2.0)
+    (gradient_BTV,) = torch.autograd.grad(3 * total, student_BTV, retain_graph=True)
+    assert gradient_BTV.data_ptr() == teacher_NV.data_ptr()
+    *_, expected_NV = slice_losses(student_NV, logits(3)[1], target_N, 0.5, 2.0)
+    torch.testing.assert_close(gradient_BTV[0], expected_NV * 3 / 7)
+    with pytest.raises(AttributeError):
+        total.backward()
 
 
 def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +97,7 @@ def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(forward(*args))
         return made[-1]
 
-    def note_slices(student_NV: Tensor, teacher_NV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def note_slices(student_NV: Tensor, teacher_NV: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         sliced.append((storage(teacher_NV), storage(student_NV)))
         return losses(student_NV, teacher_NV, *rest)
 
@@ -88,8 +109,8 @@ def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slices_are_computed_in_float32() -> None:
     student_NV, teacher_NV, target_N = logits(1)
-    half = slice_losses(student_NV.bfloat16(), teacher_NV.bfloat16(), target_N, 1.0)
-    exact = slice_losses(student_NV.bfloat16().float(), teacher_NV.bfloat16().float(), target_N, 1.0)
+    half = slice_losses(student_NV.bfloat16(), teacher_NV.bfloat16(), target_N, 0.5, 1.0)
+    exact = slice_losses(student_NV.bfloat16().float(), teacher_NV.bfloat16().float(), target_N, 0.5, 1.0)
     assert all(part.dtype == torch.float32 for part in half) and all(map(torch.equal, half, exact))
 
 
@@ -100,7 +121,7 @@ def test_loss_and_gradient_do_not_depend_on_the_slices(
 ) -> None:
     trained = session(Toy(noise=0.0))
     ids_BT = corpus().heldout[:3]
-    monkeypatch.setattr(objective, "SLICE_BYTES", 4 * models.VOCABULARY * slice_tokens)
+    monkeypatch.setattr(objective, "chunk_elements", lambda device: models.VOCABULARY * slice_tokens)
     loss = Objective(trained.layers, weight, temperature, torch.float32)(trained.model, ids_BT)
     loss.total.backward()
     found = [parameter.grad.clone() for parameter in trained.parameters]

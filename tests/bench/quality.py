@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,14 @@ class Row:
     domain: str | None = None
 
 
+TUNED = ("method.lora_rank=8", "train.steps=300", "train.lr=1e-2", "train.distill_weight=0.9")
 ROWS = (
     Row("magnitude", "magnitude"),
-    Row("wanda", "wanda", seeds=3),
-    Row("ria", "ria", seeds=3),
-    Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=3),
-    Row("sparsegpt", "sparsegpt", seeds=3),
-    Row("admm", "admm", seeds=3),
+    Row("wanda", "wanda", seeds=2),
+    Row("ria", "ria", seeds=2),
+    Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=2),
+    Row("sparsegpt", "sparsegpt", seeds=2),
+    Row("admm", "admm", seeds=2),
     Row("maskllm", "maskllm", seeds=2),
     Row("proxsparse", "proxsparse", seeds=2),
     Row("adaptive_sparse", "adaptive_sparse", seeds=2),
@@ -59,6 +62,7 @@ ROWS = (
     Row("maskprune", "maskprune", seeds=2),
     Row("structured magnitude", "structured_magnitude"),
     Row("structured taylor", "structured_taylor"),
+    Row("structured taylor, same adapters and steps", "structured_taylor", TUNED),
     Row("maskllm, no distillation", "maskllm", ("train.distill_weight=0.0",)),
     Row("maskllm, no prior", "maskllm", ("method.prior_strength=0.0",)),
     Row("maskllm, additive logits", "maskllm", ("method.logits=additive",)),
@@ -109,8 +113,9 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         command += ["--set", override]
     if row.prior is not None:
         command += ["--prior", str(_directory(args, _row(row.prior), seed, facts))]
-    if not out.exists():
-        _maskgen(command)
+    if wanted.train is not None:
+        command += ["--micro-batch", str(args.micro_batch)]
+    cost = {} if out.exists() else _maskgen(command)
     result = {
         "key": key,
         "row": row.name,
@@ -118,7 +123,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "recipe": wanted.resolved(),
         "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
-        **_cost(out),
+        **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
         **_score(args, out),
     }
     record.save(WHAT, args.label, result)
@@ -159,7 +164,7 @@ def _score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Perplexity of a directory on every evaluation text."""
     perplexity = {}
     for text in args.eval:
-        report = args.work / "eval.json"
+        report = args.work / f"{directory.name}.eval.json"
         _maskgen(
             [
                 "eval",
@@ -195,8 +200,19 @@ def _cost(directory: Path) -> dict[str, Any]:
     }
 
 
-def _maskgen(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "maskgen", *arguments], check=True)
+def _calibration_tokens(wanted: recipe.Recipe) -> int:
+    return wanted.calibration.samples * wanted.calibration.window_tokens
+
+
+def _maskgen(arguments: list[str]) -> dict[str, float]:
+    """Run it to its end; how long it took, imports included, and its peak memory."""
+    started_s = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "maskgen", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return {"train_s": time.perf_counter() - started_s, "peak_rss_bytes": usage.ru_maxrss * 1024}
 
 
 def _known(args: argparse.Namespace, key: str) -> bool:
@@ -212,6 +228,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where runs and checkpoints are kept")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=400)
+    parser.add_argument("--micro-batch", type=int, default=16, help="windows of a training step at a time")
     parser.add_argument("--rows", nargs="+", help="only these rows (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what has been measured")

@@ -100,7 +100,7 @@ def training_progress(bar: ProgressBar, task: TaskID) -> Callable[[StepLog | Eva
         if step_s:
             parts.append(f"{log.tokens / step_s:,.0f} tokens/s")
             parts.append(f"{duration((log.steps - log.step) * step_s)} to go")
-        parts.append(megabytes(log.peak_rss_bytes))
+        parts.append(megabytes(log.peak_memory_bytes))
         bar.update(task, description="training", completed=log.step, total=log.steps, note="  ".join(parts))
 
     return show
@@ -149,7 +149,7 @@ def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
     say(f"held-out perplexity {first['perplexity']:.2f} at the start -> {last['perplexity']:.2f}{dense}")
     say(
         f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak host memory "
-        f"{megabytes(max(record['peak_rss_bytes'] for record in steps))}"
+        f"{megabytes(max(record['peak_memory_bytes'] for record in steps))}"
     )
     say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")
 

@@ -210,7 +210,8 @@ def _session(
     """
     assert wanted.train is not None
     in_float32 = method.trains_weights or wanted.train.scope == "all" or wanted.train.dtype == "float32"
-    loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", group.device)
+    device = "cpu" if group.shard else group.device  # sharding moves a block at a time
+    loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", device)
     plan = model.plan(loaded, wanted.pattern, wanted.ignore)
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:

@@ -1,10 +1,12 @@
-"""How much of the host's memory this process has used at most. What a GPU holds is not in it."""
+"""How much memory this process has used at most, of the host or of the device it works on."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 
 def peak_rss_bytes() -> int:
@@ -15,3 +17,8 @@ def peak_rss_bytes() -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes of tensors so far on a GPU; on a CPU, where tensors are not told apart, `peak_rss_bytes`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()

@@ -122,7 +122,7 @@ def _figures(run: Run) -> list[str]:
         f"{run.steps_done:,}",
         f"{run.tokens:,}",
         f"{run.elapsed_s / 60:,.1f}",
-        _number(None if run.peak_rss_bytes is None else run.peak_rss_bytes / 1e6, ",.0f"),
+        _number(None if run.peak_memory_bytes is None else run.peak_memory_bytes / 1e6, ",.0f"),
     ]
 
 

@@ -78,7 +78,7 @@ class Step(_Record):
     lr: float
     tokens: _Count
     elapsed_s: _Seconds
-    peak_rss_bytes: _Count
+    peak_memory_bytes: _Count
 
 
 class Eval(_Record):
@@ -139,9 +139,9 @@ class Run:
         return max(last, default=0.0)
 
     @property
-    def peak_rss_bytes(self) -> int | None:
+    def peak_memory_bytes(self) -> int | None:
         """Largest resident set of the process (host memory)."""
-        return max((step.peak_rss_bytes for step in self.steps), default=None)
+        return max((step.peak_memory_bytes for step in self.steps), default=None)
 
     @property
     def dense_perplexity(self) -> float | None:

@@ -39,7 +39,7 @@ from maskgen.learned import (
     Site,
     learned_parameters,
 )
-from maskgen.memory import peak_rss_bytes
+from maskgen.memory import peak_memory_bytes
 from maskgen.model import Plan, decoder_blocks
 from maskgen.objective import Objective, in_mode
 from maskgen.parallel import ALONE, Group
@@ -59,7 +59,7 @@ class StepLog:
     lr: float
     tokens: int
     elapsed_s: float
-    peak_rss_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Session:
         loss, ce, divergence = self.group.total(totals).tolist()
         return StepLog(
             self.step, self.spec.steps, loss, ce, divergence, norm, lr, windows_BT.numel(), self.elapsed_s,
-            peak_rss_bytes(),
+            peak_memory_bytes(self.device),
         )  # fmt: skip
 
     @property

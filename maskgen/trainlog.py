@@ -5,7 +5,7 @@
     {"kind": "eval", ...}       now and then: held-out loss with hard masks, and how the masks moved
     {"kind": "layers", ...}     at the end: every layer's masks
 
-`peak_rss_bytes` of a step is host memory of process 0, also where training is on a GPU.
+`peak_memory_bytes` of a step is process 0's: of its GPU, else of the host.
 
 Lines are appended and flushed to disk before each checkpoint. A run that goes on from a checkpoint cuts away the lines
 after its step and writes them again.

@@ -196,7 +196,7 @@ def _cost(directory: Path) -> dict[str, Any]:
     return {
         "tokens": sum(entry["tokens"] for entry in steps),
         "train_s": steps[-1]["elapsed_s"],
-        "peak_rss_bytes": max(entry["peak_rss_bytes"] for entry in steps),
+        "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in steps),
     }
 
 
@@ -212,7 +212,7 @@ def _maskgen(arguments: list[str]) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
-    return {"train_s": time.perf_counter() - started_s, "peak_rss_bytes": usage.ru_maxrss * 1024}
+    return {"train_s": time.perf_counter() - started_s, "peak_memory_bytes": usage.ru_maxrss * 1024}
 
 
 def _known(args: argparse.Namespace, key: str) -> bool:

@@ -60,7 +60,7 @@ def plot(results: Sequence[dict[str, Any]], order: Sequence[str], path: Path) ->
 def _cost(mine: Sequence[dict[str, Any]]) -> list[str]:
     tokens = [result["tokens"] / 1e6 for result in mine if "tokens" in result]
     minutes = [result["train_s"] / 60 for result in mine if "train_s" in result]
-    memory = [result["peak_rss_bytes"] / 1e9 for result in mine if "peak_rss_bytes" in result]
+    memory = [result["peak_memory_bytes"] / 1e9 for result in mine if "peak_memory_bytes" in result]
     return [f"{statistics.mean(values):.1f}" if values else "" for values in (tokens, minutes, memory)]
 
 

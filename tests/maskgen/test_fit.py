@@ -50,7 +50,7 @@ def run(
 def records(folder: Path) -> list[dict[str, Any]]:
     """The log without what depends on the machine."""
     return [
-        {key: value for key, value in record.items() if key not in ("elapsed_s", "peak_rss_bytes")}
+        {key: value for key, value in record.items() if key not in ("elapsed_s", "peak_memory_bytes")}
         for record in read(folder / "log.jsonl")
     ]
 

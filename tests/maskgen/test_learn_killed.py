@@ -72,7 +72,7 @@ FLAGS = ["--set", "calibration.samples=8", "--eval-every", "3", "--checkpoint-ev
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("elapsed_s", "peak_rss_bytes")}
+    return {key: value for key, value in record.items() if key not in ("elapsed_s", "peak_memory_bytes")}
 
 
 @pytest.mark.parametrize("kind", RECIPES)

@@ -74,7 +74,7 @@ def test_hostile_numbers_can_be_drawn(value: float, tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [logs.look(0, abs(value) or 1.0, 1e308)]
     records += [logs.step(n, **dict.fromkeys(fields, value * (n % 2))) for n in range(1, 4)]
     records[-1]["elapsed_s"] = records[-2]["elapsed_s"]
-    records.append(logs.step(2**53, tokens=2**53, elapsed_s=1e308, peak_rss_bytes=2**53))
+    records.append(logs.step(2**53, tokens=2**53, elapsed_s=1e308, peak_memory_bytes=2**53))
     assert len(curves([load(logs.write(tmp_path / "log", records))])) >= 7
 
 

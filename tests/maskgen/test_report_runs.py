@@ -15,7 +15,7 @@ from tests.maskgen import logs
 
 def test_a_finished_run(tmp_path: Path) -> None:
     run = load(logs.write(tmp_path / "log"))
-    assert (run.finished, run.steps_done, run.tokens, run.peak_rss_bytes) == (True, 4, 256, 12_000_000)
+    assert (run.finished, run.steps_done, run.tokens, run.peak_memory_bytes) == (True, 4, 256, 12_000_000)
     assert (run.dense_perplexity, [look.perplexity for look in run.evals]) == (50.0, [60.0, 58.0, 55.0])
     assert run.elapsed_s == 9.5, "the last evaluation counts"
     assert set(run.layers) == set(logs.LAYERS) and run.name == str(tmp_path / "log")

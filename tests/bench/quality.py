@@ -44,6 +44,7 @@ class Row:
 
 
 TUNED = ("method.lora_rank=8", "train.steps=300", "train.lr=1e-2", "train.distill_weight=0.9")
+SHORT, DOMAIN = ("train.steps=200", "train.lr=2e-3"), ("train.steps=100", "train.lr=2e-3")
 ROWS = (
     Row("magnitude", "magnitude"),
     Row("wanda", "wanda", seeds=2),
@@ -63,13 +64,14 @@ ROWS = (
     Row("structured magnitude", "structured_magnitude"),
     Row("structured taylor", "structured_taylor"),
     Row("structured taylor, same adapters and steps", "structured_taylor", TUNED),
-    Row("maskllm, no distillation", "maskllm", ("train.distill_weight=0.0",)),
-    Row("maskllm, no prior", "maskllm", ("method.prior_strength=0.0",)),
-    Row("maskllm, additive logits", "maskllm", ("method.logits=additive",)),
-    Row("maskllm, peps, from scratch", "maskllm", ("train.steps=100",), domain="peps.train"),
-    Row("maskllm, peps, transfer", "maskllm", ("train.steps=100",), domain="peps.train", prior="maskllm"),
-    Row("maskllm, reviews, from scratch", "maskllm", ("train.steps=100",), domain="reviews.train"),
-    Row("maskllm, reviews, transfer", "maskllm", ("train.steps=100",), domain="reviews.train", prior="maskllm"),
+    Row("maskllm, 200 steps", "maskllm", SHORT),
+    Row("maskllm, 200 steps, no distillation", "maskllm", (*SHORT, "train.distill_weight=0.0")),
+    Row("maskllm, 200 steps, no prior", "maskllm", (*SHORT, "method.prior_strength=0.0")),
+    Row("maskllm, 200 steps, additive logits", "maskllm", (*SHORT, "method.logits=additive")),
+    Row("maskllm, 100 steps, peps, from scratch", "maskllm", DOMAIN, domain="peps.train"),
+    Row("maskllm, 100 steps, peps, transfer", "maskllm", DOMAIN, domain="peps.train", prior="maskllm"),
+    Row("maskllm, 100 steps, reviews, from scratch", "maskllm", DOMAIN, domain="reviews.train"),
+    Row("maskllm, 100 steps, reviews, transfer", "maskllm", DOMAIN, domain="reviews.train", prior="maskllm"),
 )
 
 

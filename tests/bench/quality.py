@@ -44,7 +44,7 @@ class Row:
 
 
 TUNED = ("method.lora_rank=8", "train.steps=300", "train.lr=1e-2", "train.distill_weight=0.9")
-SHORT, DOMAIN = ("train.steps=200", "train.lr=2e-3"), ("train.steps=100", "train.lr=2e-3")
+SHORT = ("train.steps=100", "train.lr=2e-3")
 ROWS = (
     Row("magnitude", "magnitude"),
     Row("wanda", "wanda", seeds=2),
@@ -64,14 +64,14 @@ ROWS = (
     Row("structured magnitude", "structured_magnitude"),
     Row("structured taylor", "structured_taylor"),
     Row("structured taylor, same adapters and steps", "structured_taylor", TUNED),
-    Row("maskllm, 200 steps", "maskllm", SHORT),
-    Row("maskllm, 200 steps, no distillation", "maskllm", (*SHORT, "train.distill_weight=0.0")),
-    Row("maskllm, 200 steps, no prior", "maskllm", (*SHORT, "method.prior_strength=0.0")),
-    Row("maskllm, 200 steps, additive logits", "maskllm", (*SHORT, "method.logits=additive")),
-    Row("maskllm, 100 steps, peps, from scratch", "maskllm", DOMAIN, domain="peps.train"),
-    Row("maskllm, 100 steps, peps, transfer", "maskllm", DOMAIN, domain="peps.train", prior="maskllm"),
-    Row("maskllm, 100 steps, reviews, from scratch", "maskllm", DOMAIN, domain="reviews.train"),
-    Row("maskllm, 100 steps, reviews, transfer", "maskllm", DOMAIN, domain="reviews.train", prior="maskllm"),
+    Row("maskllm, 100 steps", "maskllm", SHORT),
+    Row("maskllm, 100 steps, no distillation", "maskllm", (*SHORT, "train.distill_weight=0.0")),
+    Row("maskllm, 100 steps, no prior", "maskllm", (*SHORT, "method.prior_strength=0.0")),
+    Row("maskllm, 100 steps, additive logits", "maskllm", (*SHORT, "method.logits=additive")),
+    Row("maskllm, 100 steps, peps, from scratch", "maskllm", SHORT, domain="peps.train"),
+    Row("maskllm, 100 steps, peps, transfer", "maskllm", SHORT, domain="peps.train", prior="maskllm"),
+    Row("maskllm, 100 steps, reviews, from scratch", "maskllm", SHORT, domain="reviews.train"),
+    Row("maskllm, 100 steps, reviews, transfer", "maskllm", SHORT, domain="reviews.train", prior="maskllm"),
 )
 
 

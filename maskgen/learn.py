@@ -62,10 +62,11 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
         args.micro_batch or 8, args.eval_every or 0, args.checkpoint_every or 0, args.keep_checkpoints or 2
     )
     given = _checked(args, wanted, method, model_dir)
-    origin = Origin(model_dir, label, digest_weights(model_dir), wanted.digest(), wanted.pattern)
     work = work_dir(args.out)
     with ExitStack() as held:
         with joined(device, args.shard) as group:
+            base_digest = group.told(lambda: digest_weights(model_dir))
+            origin = Origin(model_dir, label, base_digest, wanted.digest(), wanted.pattern)
             with group.first_leads():
                 corpus = read_corpus(wanted, args.data, model_dir, work / TOKENS_FOLDER)
                 digests = {

@@ -81,10 +81,12 @@ class Site:
 class LearnedLinear(nn.Module, ABC):
     """Takes the place of one `nn.Linear` while its sparsity is learned. Subclasses add what is learned.
 
-    `weight` `[O, I]` and `bias` `[O]` are the parameters of the layer replaced, under their old names.
+    `weight` `[O, I]` and `bias` `[O]` are the parameters of the layer replaced, under their old names. `mode` is what
+    `forward` computes.
     """
 
     moment: Moment
+    mode: Mode
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -92,17 +94,7 @@ class LearnedLinear(nn.Module, ABC):
         self.weight, self.bias = site.linear.weight, site.linear.bias
         self.in_features, self.out_features = site.linear.in_features, site.linear.out_features
         self.moment = Moment(0, 1)
-        self._mode = Mode.TRAIN
-        self._hard_OI: Tensor | None = None
-
-    @property
-    def mode(self) -> Mode:
-        """What `forward` computes; setting it drops what an earlier HARD pass had cached."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        self._mode, self._hard_OI = mode, None
+        self.mode = Mode.TRAIN
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I] -> [..., O]`, by `mode`."""
@@ -113,10 +105,8 @@ class LearnedLinear(nn.Module, ABC):
         return self.train_forward(x)
 
     def hard_forward(self, x: Tensor) -> Tensor:
-        """The layer as it would be exported now. The mask is computed once per stay in HARD mode."""
-        if self._hard_OI is None:
-            self._hard_OI = self.mask()
-        return dense_linear(x, self.weight * self._hard_OI, self.bias)
+        """The layer as it would be exported now. No mask is kept between passes: a byte per weight would add up."""
+        return dense_linear(x, self.weight * self.mask(), self.bias)
 
     @abstractmethod
     def train_forward(self, x: Tensor) -> Tensor:

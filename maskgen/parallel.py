@@ -16,7 +16,7 @@ Legend: B = batch, T = tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,7 +68,10 @@ class Group:
         return model
 
     def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager[None]:
-        """A backward pass after which, if `more` follow in this step, replicas need not exchange gradients yet."""
+        """A backward pass after which, if `more` follow in this step, replicas need not exchange gradients yet.
+
+        Shards always do: what FSDP2 would keep until the last one is whole gradients.
+        """
         if more and isinstance(model, DistributedDataParallel):
             return model.no_sync()
         return nullcontext()
@@ -109,6 +112,13 @@ class Group:
         """Return when every process has come here."""
         if self.world > 1:
             dist.barrier(self.waiting)
+
+    def told(self, find: Callable[[], str]) -> str:
+        """What process 0 finds, which may take it long; the others do not look."""
+        box = [find() if self.first else ""]
+        if self.world > 1:
+            dist.broadcast_object_list(box, group=self.waiting)
+        return box[0]
 
     @contextmanager
     def first_leads(self) -> Iterator[None]:

@@ -41,7 +41,6 @@ class UnitLinear(nn.Module):
     b_OR: nn.Parameter | None
     importance_U: Tensor
     keep: Tensor
-    _hard_OI: Tensor | None
 
     def add_units(self, units: int | None, rank: int, generator: torch.Generator) -> None:
         """Make the parameters, on the device of the weight."""
@@ -68,9 +67,7 @@ class UnitLinear(nn.Module):
 
     def hard_forward(self, x: Tensor) -> Tensor:
         """The layer with all but the `keep` largest masks at zero: what the sliced model computes."""
-        if self._hard_OI is None:
-            self._hard_OI = self.merged().to(self.weight.dtype)
-        return dense_linear(x, self._hard_OI, self.bias)
+        return dense_linear(x, self.merged().to(self.weight.dtype), self.bias)
 
     def mask(self) -> Tensor:
         """Bool `[O, I]`: False in the columns of units that go."""

@@ -85,6 +85,11 @@ def test_the_command_under_torchrun(shard: list[str], model_dir: ModelDir, text_
     assert sum(same) >= len(same) - 1
 
 
+def test_what_the_first_finds_is_told_to_all(two_processes: dict[str, Any]) -> None:
+    assert two_processes["told"] == "process 0" and two_processes["told to all"] == WORLD
+    assert Group().told(lambda: "found") == "found"
+
+
 def test_windows_are_divided_with_their_noise_samples() -> None:
     windows_BT = torch.arange(8).view(8, 1)
     for world, samples in ((1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (8, 8)):

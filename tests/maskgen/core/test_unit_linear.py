@@ -15,7 +15,6 @@ class Layer(UnitLinear):
         super().__init__()
         linear = nn.Linear(12, 5)
         self.weight, self.bias = nn.Parameter(linear.weight.to(dtype), requires_grad=False), linear.bias
-        self._hard_OI = None
         self.add_units(sites, rank, torch.Generator().manual_seed(0))
         if rank:
             nn.init.normal_(self.b_OR)  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ clean: ## remove caches and build leftovers; the environment and CACHE stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): $(LOCK) pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/csrc/*)
 	@for other in $(VENV)/.installed-*; do
 	  if [[ -e $$other && $$other != $@ ]]; then echo "making $(VENV) anew for EXTRA=$(EXTRA)"; rm -rf "$(VENV)"; fi
 	done

@@ -128,7 +128,7 @@ def test_serves_what_transformers_computes(kind: str, tmp_path: Path) -> None:
     assert stats["sparse_layers"] > 0
     weights = sum(checkpoint.packed(name).dense_nbytes(torch.float32) for name in checkpoint.config.targets)
     assert stats["dense_equivalent_bytes"] == weights
-    assert stats["sparse_weight_bytes"] == weights * (0.5 + 1 / 32)
+    assert weights * (0.5 + 1 / 32) <= stats["sparse_weight_bytes"] < weights * 0.57, "stored size, and padded ends"
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "4:8"])

@@ -52,7 +52,7 @@ def test_serves_what_transformers_computes(
     checkpoint = SparseCheckpoint.open(sparse)
     stored = sum(checkpoint.layer(name).nbytes for name in checkpoint.config.targets)
     held = sum(rank["sparse_weight_bytes"] for rank in stats)
-    assert held == stored if ranks == 1 else stored <= held < 1.3 * stored
+    assert stored <= held < (1.3 if ranks == 1 else 1.6) * stored, "a kernel pads the ends of what a rank holds"
 
 
 @pytest.fixture

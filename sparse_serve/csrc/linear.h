@@ -1,0 +1,270 @@
+// The loops of the 2:4 linear, written once for every instruction set `Isa`.
+//
+//     for each group of superblocks (what a thread owns), for each tile of tokens:
+//         for each 128 columns:
+//             tables of x                            once, for all rows of the group
+//             for each block of 16 rows:             accumulators of the tile in registers
+//                 for each group of 4 columns:       1 load of weights, and per token 1 or 2 selects and products
+//
+// The kept inputs of a group are found by table look-up, not by masks: a group of x has only 6 pairs, so the pairs are
+// laid out as a table and the weight's code is the index, for 16 rows with one permute. Three kinds of product:
+//
+//     Exact       table: 8 left and 8 right inputs in float32        acc += left * w_left; acc += right * w_right
+//     PairsBf16   table: 8 pairs of bfloat16                         acc = vdpbf16ps(acc, pair, w)
+//     PairsInt16  table: 8 pairs of int16, x scaled per 128 columns  acc += vpdpwssd(pair, w), int32 within a block
+//
+// The last is for int8 values and bfloat16 inputs. Rounding those to 16 bits under one scale per 128 costs at most 1.5e-5
+// of the largest, which is less than the 2e-3 of each that bfloat16 itself has cost. Float32 inputs are never rounded.
+// A result depends on its token and its row only, not on the other tokens of the batch nor on the number of threads.
+#pragma once
+#include "layout.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace sparse24 {
+namespace {  // every instruction set compiles a copy of its own
+
+constexpr int kTokens = 16, kOwned = 32;  // most tokens of a tile; most blocks of a group
+
+INLINE float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+}
+
+INLINE uint16_t to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// 128 inputs of one token as float32, zero beyond the last column.
+INLINE void read_inputs(const Linear& op, int64_t token, int64_t column, float* out) {
+  const int64_t left = op.columns - column, count = left < kColumns ? left : kColumns;
+  const int64_t start = token * op.columns + column;
+  if (op.bfloat16) {
+    const uint16_t* x = static_cast<const uint16_t*>(op.x) + start;
+    for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(x[i]);
+  } else {
+    __builtin_memcpy(out, static_cast<const float*>(op.x) + start, count * sizeof(float));
+  }
+  for (int64_t i = count; i < kColumns; ++i) out[i] = 0;
+}
+
+template <class Isa, Values kValues>
+struct Exact {
+  static constexpr int kTable = 64;  // bytes per token and group
+  using Lanes = typename Isa::Lanes;
+
+  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float*) {
+    alignas(64) float x[kColumns];
+    read_inputs(op, token, column, x);
+    for (int g = 0; g < kGroups; ++g) Isa::spread(x + 4 * g, out + g * stride);
+  }
+
+  template <int kCount>
+  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
+    Lanes left, right;
+    if constexpr (kValues == Values::kBFloat16) {
+      const Lanes both = Isa::load(values);
+      left = Isa::low_bf16(both), right = Isa::high_bf16(both);
+    } else if constexpr (kValues == Values::kFloat32) {
+      left = Isa::load(values), right = Isa::load(values + 64);
+    } else {
+      const Lanes both = Isa::widen(values);
+      left = Isa::low_int16(both), right = Isa::high_int16(both);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kCount; ++m) {
+      const auto entries = Isa::table(table + m * kTable);
+      acc[m] = Isa::multiply_add(Isa::template pick<0>(entries, codes), left, acc[m]);
+      acc[m] = Isa::multiply_add(Isa::template pick<1>(entries, codes), right, acc[m]);
+    }
+  }
+
+  static INLINE Lanes start(Lanes sum) { return sum; }
+  static INLINE Lanes finish(Lanes acc, Lanes, float) { return acc; }
+};
+
+template <class Isa>
+struct PairsBf16 {
+  static constexpr int kTable = 32;
+  using Lanes = typename Isa::Lanes;
+
+  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float*) {
+    const int64_t left = op.columns - column, count = left < kColumns ? left : kColumns;
+    const uint16_t* x = static_cast<const uint16_t*>(op.x) + token * op.columns + column;
+    alignas(64) uint16_t padded[kColumns];
+    if (count < kColumns) {
+      for (int i = 0; i < kColumns; ++i) padded[i] = i < count ? x[i] : 0;
+      x = padded;
+    }
+    for (int g = 0; g < kGroups; ++g) Isa::spread_pairs(x + 4 * g, out + g * stride);
+  }
+
+  template <int kCount>
+  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
+    const Lanes both = Isa::load(values);
+#pragma GCC unroll 16
+    for (int m = 0; m < kCount; m += 2) {
+      const auto entries = Isa::table(table + m * kTable);
+      acc[m] = Isa::dot_bf16(Isa::template pick<0>(entries, codes), both, acc[m]);
+      if (m + 1 < kCount) acc[m + 1] = Isa::dot_bf16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
+    }
+  }
+
+  static INLINE Lanes start(Lanes sum) { return sum; }
+  static INLINE Lanes finish(Lanes acc, Lanes, float) { return acc; }
+};
+
+template <class Isa>
+struct PairsInt16 {
+  static constexpr int kTable = 32;
+  using Lanes = typename Isa::Lanes;
+
+  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float* scale) {
+    alignas(64) float x[kColumns];
+    alignas(64) int16_t rounded[kColumns];
+    read_inputs(op, token, column, x);
+    float largest = 0;
+    bool finite = true;
+    for (int i = 0; i < kColumns; ++i) {
+      const float size = __builtin_fabsf(x[i]);
+      finite &= size <= 3.402823466e38f;
+      largest = size > largest ? size : largest;
+    }
+    *scale = finite ? largest / 32767 : __builtin_nanf("");
+    const float inverse = finite && largest > 0 ? 32767 / largest : 0;
+    for (int i = 0; i < kColumns; ++i) {
+      rounded[i] = finite ? static_cast<int16_t>(__builtin_rintf(x[i] * inverse)) : int16_t{0};
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      Isa::spread_pairs(reinterpret_cast<const uint16_t*>(rounded + 4 * g), out + g * stride);
+    }
+  }
+
+  template <int kCount>
+  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
+    const Lanes both = Isa::widen(values);
+#pragma GCC unroll 16
+    for (int m = 0; m < kCount; m += 2) {
+      const auto entries = Isa::table(table + m * kTable);
+      acc[m] = Isa::dot_int16(Isa::template pick<0>(entries, codes), both, acc[m]);
+      if (m + 1 < kCount) acc[m + 1] = Isa::dot_int16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
+    }
+  }
+
+  static INLINE Lanes start(Lanes) { return Isa::zero(); }
+  static INLINE Lanes finish(Lanes acc, Lanes sum, float scale) { return Isa::scale_add(acc, scale, sum); }
+};
+
+// 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token].
+template <class Isa, class Product, int kCount, Values kValues>
+void block(const uint8_t* data, const uint8_t* tables, const float* scales, float* sums) {
+  constexpr int kValueBytes = kLanes * 2 * value_bytes(kValues), kStride = kCount * Product::kTable;
+  typename Isa::Lanes acc[kCount];
+#pragma GCC unroll 16
+  for (int m = 0; m < kCount; ++m) acc[m] = Product::start(Isa::load(sums + m * kLanes));
+  const uint8_t* values = data + kCodeBytes;
+  for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
+    auto codes = Isa::codes(data + quarter * 64);
+#pragma GCC unroll 2
+    for (int g = 0; g < 8; ++g) {
+      Product::template step<kCount>(acc, values, codes, tables);
+      values += kValueBytes, tables += kStride;
+      Isa::next(codes);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kCount; ++m) {
+    float* sum = sums + m * kLanes;
+    Isa::store(sum, Product::finish(acc[m], Isa::load(sum), scales[m]));
+  }
+}
+
+// Sums of one block of rows, for `tokens` of the tile's tokens, into y.
+inline void write_outputs(const Linear& op, const float* sums, int64_t row, int64_t token, int tokens) {
+  const int64_t left = op.rows - row;
+  const int count = left < kLanes ? static_cast<int>(left) : kLanes;
+  for (int m = 0; m < tokens; ++m) {
+    const int64_t start = (token + m) * op.rows + row;
+    for (int i = 0; i < count; ++i) {
+      float value = sums[m * kLanes + i];
+      if (op.scale) value *= op.scale[row + i];
+      if (op.bfloat16) {
+        if (op.bias) value += from_bf16(static_cast<const uint16_t*>(op.bias)[row + i]);
+        static_cast<uint16_t*>(op.y)[start + i] = to_bf16(value);
+      } else {
+        if (op.bias) value += static_cast<const float*>(op.bias)[row + i];
+        static_cast<float*>(op.y)[start + i] = value;
+      }
+    }
+  }
+}
+
+// Superblocks [first, last) for the tokens [token, token + tokens), with room for kCount of them.
+template <class Isa, class Product, int kCount, Values kValues>
+void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int tokens) {
+  alignas(64) uint8_t tables[kGroups * kCount * Product::kTable + 64];  // a table of 64 bytes may be read at the end
+  alignas(64) float sums[kOwned * kCount * kLanes], scales[kCount];
+  constexpr int kStride = kCount * Product::kTable;
+  __builtin_memset(sums, 0, sizeof(sums));
+  __builtin_memset(tables, 0, sizeof(tables));
+  __builtin_memset(scales, 0, sizeof(scales));
+  const int64_t parts = column_blocks(op.columns);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int m = 0; m < tokens; ++m) {
+      Product::tables(op, token + m, part * kColumns, tables + m * Product::kTable, kStride, scales + m);
+    }
+    float* sum = sums;
+    for (int64_t super = first; super < last; ++super) {
+      const int count = blocks_of(op.rows, super);
+      const uint8_t* data = op.blocks + (super * kSuper * parts + part * count) * block_bytes(kValues);
+      for (int b = 0; b < count; ++b, data += block_bytes(kValues), sum += kCount * kLanes) {
+        block<Isa, Product, kCount, kValues>(data, tables, scales, sum);
+      }
+    }
+  }
+  const float* sum = sums;
+  for (int64_t row = first * kSuper * kLanes; row < op.rows && row < last * kSuper * kLanes; row += kLanes) {
+    write_outputs(op, sum, row, token, tokens);
+    sum += kCount * kLanes;
+  }
+}
+
+template <class Isa, class Product, Values kValues>
+void run_product(const Linear& op, int64_t first, int64_t last) {
+  constexpr int kMost = Isa::kTokens;
+  const int64_t tiles = ceil_div(op.tokens, kMost), even = ceil_div(op.tokens, tiles);
+  const int64_t owned = op.tokens == 1 ? 1 : kOwned / kSuper;
+  for (int64_t start = first; start < last; start += owned) {
+    const int64_t stop = start + owned < last ? start + owned : last;
+    for (int64_t token = 0; token < op.tokens; token += even) {
+      const int count = static_cast<int>(op.tokens - token < even ? op.tokens - token : even);
+#define TILE(n)                                                                            \
+  if (count <= n && n <= kMost) {                                                          \
+    tile<Isa, Product, n <= kMost ? n : 1, kValues>(op, start, stop, token, count);        \
+    continue;                                                                              \
+  }
+      TILE(1) TILE(2) TILE(4) TILE(6) TILE(8) TILE(12) TILE(16)
+#undef TILE
+    }
+  }
+}
+
+template <class Isa>
+void run_any(const Linear& op, int64_t first, int64_t last) {
+  constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32, kBFloat16 = Values::kBFloat16;
+  if (op.values == kInt8 && op.bfloat16) return run_product<Isa, PairsInt16<Isa>, kInt8>(op, first, last);
+  if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
+  if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
+  if constexpr (Isa::kDotBf16) {
+    if (op.bfloat16) return run_product<Isa, PairsBf16<Isa>, kBFloat16>(op, first, last);
+  }
+  run_product<Isa, Exact<Isa, kBFloat16>, kBFloat16>(op, first, last);
+}
+
+}  // namespace
+}  // namespace sparse24

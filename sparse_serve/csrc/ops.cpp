@@ -1,0 +1,126 @@
+// The torch operators of the CPU kernel, on torch's stable ABI (one build serves every torch from 2.11 on):
+//
+//     sparse_serve_cpu::pack(values, bitmask) -> uint8 [bytes]             the blocks of layout.h
+//     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
+//     sparse_serve_cpu::isa() -> int       what is best here: 0 portable, 1 AVX2, 2 AVX-512 with bfloat16 and VNNI
+//
+// `form` is an empty tensor [rows, 0] of the dtype of the values, as blocks alone tell neither.
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+#include "layout.h"
+
+namespace sparse24 {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kWorthAThread = 1 << 17;  // products below which a second thread costs more than it brings
+
+int64_t isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vnni");
+  return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+Run runner(int64_t wanted) {
+#if defined(__x86_64__)
+  if (wanted == 2) return avx512::run;
+  if (wanted == 1) return avx2::run;
+#endif
+  return portable::run;
+}
+
+Values values_of(ScalarType type) {
+  if (type == ScalarType::BFloat16) return Values::kBFloat16;
+  if (type == ScalarType::Float) return Values::kFloat32;
+  STD_TORCH_CHECK(type == ScalarType::Char, "values must be bfloat16, float32 or int8");
+  return Values::kInt8;
+}
+
+// 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine.
+void advise_huge_pages(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, from = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(start) + bytes) / page * page;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
+  const Values kind = values_of(values.scalar_type());
+  const int64_t rows = bitmask.size(0), columns = bitmask.size(1) * 8, parts = column_blocks(columns);
+  STD_TORCH_CHECK(values.size(0) == rows && values.size(1) * 2 == columns, "values and bitmask do not fit together");
+  STD_TORCH_CHECK(values.is_contiguous() && bitmask.is_contiguous(), "values and bitmask must be contiguous");
+  const int64_t bytes = row_blocks(rows) * parts * block_bytes(kind);
+  Tensor out = torch::stable::new_empty(bitmask, {bytes});
+  uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
+  advise_huge_pages(blocks, bytes);
+  const uint8_t* from = static_cast<const uint8_t*>(values.const_data_ptr());
+  const uint8_t* bits = static_cast<const uint8_t*>(bitmask.const_data_ptr());
+  torch::stable::parallel_for(0, superblocks(rows), 1, [&](int64_t first, int64_t last) {
+    pack(from, bits, kind, rows, columns, blocks, first, last);
+  });
+  return out;
+}
+
+Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
+              const std::optional<Tensor>& bias, int64_t wanted) {
+  const Tensor x = torch::stable::contiguous(input);
+  const int64_t rows = form.size(0), columns = x.size(x.dim() - 1);
+  const Values kind = values_of(form.scalar_type());
+  STD_TORCH_CHECK(row_blocks(rows) * column_blocks(columns) * block_bytes(kind) == blocks.numel(),
+                  "x and the packed weight do not fit together");
+  STD_TORCH_CHECK((!bias || (bias->numel() == rows && bias->is_contiguous())) &&
+                      (!scale || (scale->numel() == rows && scale->is_contiguous())) &&
+                      bool(scale) == (kind == Values::kInt8),
+                  "x, bias or scale is not as expected");
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "x must be bfloat16 or float32");
+  STD_TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  Tensor y = torch::stable::new_empty(x, shape);
+  const int64_t tokens = columns ? x.numel() / columns : 0;
+  if (tokens == 0 || rows == 0) return y;
+  const Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
+                  y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+                  bias ? bias->const_data_ptr() : nullptr, bfloat16};
+  const Run run = runner(wanted < 0 ? isa() : wanted);
+  const int64_t grain = ceil_div(kWorthAThread, tokens * columns * kLanes * kSuper);
+  torch::stable::parallel_for(0, superblocks(rows), grain, [&](int64_t first, int64_t last) { run(op, first, last); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
+  m.def("isa() -> int");
+  m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
+  m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack_weight));
+  m.impl("linear", TORCH_BOX(&linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+}  // namespace sparse24

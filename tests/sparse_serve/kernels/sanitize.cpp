@@ -1,0 +1,123 @@
+// Every instruction set of the CPU kernel on every kind of value, at the ends of rows, columns and batches, against a
+// naive product, in buffers that end where the tensors end. Built with -fsanitize=address,undefined by test_cpu.py.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "layout.h"
+
+using namespace sparse24;
+
+namespace {
+
+std::mt19937 random_bits(0);
+float number() { return std::uniform_real_distribution<float>(-1, 1)(random_bits); }
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Buffer {  // of floats, read as what they are rounded to
+  bool half;
+  std::vector<float> exact;
+  std::vector<uint16_t> halves;
+  Buffer(size_t count, bool half) : half(half) {
+    for (size_t i = 0; i < count; ++i) {
+      float value = number();
+      if (half) halves.push_back(to_bf16(value)), value = from_bf16(halves.back());
+      exact.push_back(value);
+    }
+  }
+  void* data() { return half ? static_cast<void*>(halves.data()) : exact.data(); }
+  float at(size_t i) const { return half ? from_bf16(halves[i]) : exact[i]; }
+};
+
+int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int64_t rows, int64_t columns) {
+  static const int kPairs[6] = {3, 5, 9, 6, 10, 12};
+  std::vector<uint8_t> bitmask(rows * columns / 8), values;
+  std::vector<float> dense(rows * columns), scale(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    scale[row] = std::fabs(number()) + 0.1f;
+    for (int64_t group = 0; group < columns / 4; ++group) {
+      const int mask = kPairs[random_bits() % 6];
+      bitmask[row * (columns / 8) + group / 2] |= static_cast<uint8_t>(mask << (4 * (group % 2)));
+      for (int column = 0; column < 4; ++column) {
+        if (!(mask >> column & 1)) continue;
+        float value = number();
+        uint8_t bytes[4];
+        if (kind == Values::kBFloat16) {
+          const uint16_t stored = to_bf16(value);
+          __builtin_memcpy(bytes, &stored, 2), value = from_bf16(stored);
+        } else if (kind == Values::kFloat32) {
+          __builtin_memcpy(bytes, &value, 4);
+        } else {
+          const int8_t code = static_cast<int8_t>(std::lrint(value * 127));
+          __builtin_memcpy(bytes, &code, 1), value = static_cast<float>(code) * scale[row];
+        }
+        values.insert(values.end(), bytes, bytes + value_bytes(kind));
+        dense[row * columns + group * 4 + column] = value;
+      }
+    }
+  }
+  std::vector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
+  pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows));
+  Buffer x(tokens * columns, half), y(tokens * rows, half), bias(rows, half);
+  const Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
+                  kind == Values::kInt8 ? scale.data() : nullptr, bias.data(), half};
+  run(op, 0, superblocks(rows));
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t row = 0; row < rows; ++row) {
+      double expected = bias.at(row), size = 1;
+      for (int64_t column = 0; column < columns; ++column) {
+        const double product = double(x.at(token * columns + column)) * dense[row * columns + column];
+        expected += product;
+        size += std::fabs(product);
+      }
+      const double tolerance = half ? 1e-2 : 1e-5;
+      const float found = y.at(token * rows + row);
+      if (!(std::fabs(found - expected) <= tolerance * size)) {
+        std::printf("%s values %d half %d [%ld, %ld] token %ld row %ld: %g, expected %g\n", name, int(kind), half, long(rows),
+                    long(columns), long(token), long(row), found, expected);
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  struct { const char* name; Run run; bool here; } isas[] = {
+      {"portable", portable::run, true},
+#if defined(__x86_64__)
+      {"avx2", avx2::run, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx512", avx512::run, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
+#endif
+  };
+  int wrong = 0, checked = 0;
+  for (const auto& isa : isas) {
+    if (!isa.here) continue;
+    for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kInt8}) {
+      for (bool half : {false, true}) {
+        for (int64_t tokens : {1, 2, 3, 5, 16, 17}) {
+          for (int64_t rows : {1, 16, 37, 300}) {
+            for (int64_t columns : {8, 128, 136}) {
+              wrong += check(isa.run, isa.name, kind, half, tokens, rows, columns), ++checked;
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d of %d wrong\n", wrong, checked);
+  return wrong != 0;
+}

@@ -1,0 +1,161 @@
+"""The native CPU kernel beyond the contract: every instruction set, every tail, and no byte read that is not there.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from sparse_serve.kernels import LinearSpec, choose, cpu, kernel_name
+
+PATTERN = NMPattern(2, 4)
+SOURCES = Path(__file__).parents[3] / "sparse_serve/csrc"
+
+if reason := cpu.refuse(LinearSpec(1, 8, PATTERN, torch.float32, "cpu")):
+    pytest.skip(reason, allow_module_level=True)
+
+HERE = range(torch.ops.sparse_serve_cpu.isa() + 1)
+"""Numbers of the instruction sets that run on this processor."""
+
+
+def packed_weight(rows: int, columns: int, dtype: torch.dtype, values: str) -> PackedTensor:
+    mask_OI = PATTERN.mask_from_scores(torch.rand(rows, columns))
+    return PackedTensor.pack(torch.randn(rows, columns, dtype=dtype), mask_OI, PATTERN).quantised(values)
+
+
+def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, isa: int) -> Tensor:
+    scale = tensors.get("scale")
+    y_TO: Tensor = torch.ops.sparse_serve_cpu.linear(x_TI, tensors["blocks"], tensors["form"], scale, bias_O, isa)
+    return y_TO
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 290),
+    columns=st.integers(1, 70).map(lambda groups: 8 * groups),
+    tokens=st.integers(0, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    values=st.sampled_from(["float", "int8"]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_instruction_set_is_right_at_every_end(
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, values: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    packed = packed_weight(rows, columns, dtype, values)
+    tensors, bias_O = cpu.prepare(packed), torch.randn(rows, dtype=dtype)
+    x_TI = torch.randn(tokens, columns, dtype=dtype)
+    weight_OI = packed.unpack().double()
+    expected_TO = x_TI.double() @ weight_OI.T + bias_O.double()
+    sizes_TI = x_TI.double().abs()
+    if dtype is torch.bfloat16 and tokens:  # with int8 values, the rounding of a token's inputs goes by the largest
+        sizes_TI = sizes_TI.amax(1, keepdim=True).expand_as(sizes_TI)
+    size_TO = sizes_TI @ weight_OI.abs().T + 1
+    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    for isa in HERE:
+        y_TO = product(x_TI, tensors, bias_O, isa)
+        assert y_TO.dtype == dtype and ((y_TO.double() - expected_TO).abs() <= tolerance * size_TO).all()
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", HERE)
+def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
+    dtype: torch.dtype, values: str, isa: int
+) -> None:
+    torch.manual_seed(0)
+    tensors, x_TI = cpu.prepare(packed_weight(700, 264, dtype, values)), torch.randn(37, 264, dtype=dtype)
+    whole_TO, threads = product(x_TI, tensors, None, isa), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for start, stop in ((0, 1), (3, 4), (5, 9), (20, 37), (0, 37)):
+                assert torch.equal(product(x_TI[start:stop], tensors, None, isa), whole_TO[start:stop])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_threads_at_once_agree() -> None:
+    torch.manual_seed(1)
+    tensors, x_TI = cpu.prepare(packed_weight(512, 512, torch.bfloat16, "float")), torch.randn(20, 512).bfloat16()
+    expected_TO, differing = cpu.linear(x_TI, tensors, None), []
+
+    def call() -> None:
+        differing.extend(not torch.equal(cpu.linear(x_TI, tensors, None), expected_TO) for _ in range(30))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differing) == 60 and not any(differing)
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_an_input_that_is_not_finite_shows(values: str, bad: float) -> None:
+    """It must not turn into a plausible number, and must not touch other tokens."""
+    torch.manual_seed(2)
+    packed, x_TI = packed_weight(32, 256, torch.float32, values), torch.randn(3, 256)
+    weight_OI, tensors = packed.unpack(), cpu.prepare(packed)
+    x_TI[1, 5] = bad
+    y_TO = cpu.linear(x_TI, tensors, None)
+    assert torch.isfinite(y_TO[[0, 2]]).all()
+    assert not torch.isfinite(y_TO[1, weight_OI[:, 5] != 0]).any()
+
+
+def test_bfloat16_values_served_in_float32_stay_two_bytes() -> None:
+    packed = packed_weight(64, 128, torch.bfloat16, "float")
+    widened = PackedTensor(packed.values.float(), packed.bitmask, PATTERN)
+    assert torch.equal(cpu.prepare(widened)["blocks"], cpu.prepare(packed)["blocks"])
+    assert cpu.prepare(widened)["form"].dtype is torch.bfloat16
+    exact = packed_weight(64, 128, torch.float32, "float")
+    assert cpu.prepare(exact)["form"].dtype is torch.float32
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    tensors, x_TI = cpu.prepare(packed_weight(32, 256, torch.float32, "float")), torch.randn(3, 256)
+    for wrong in (torch.randn(3, 512), torch.randn(3, 256).half(), torch.randn(3, 256).double()):
+        with pytest.raises(RuntimeError):
+            cpu.linear(wrong, tensors, None)
+    for bias_O in (torch.randn(31), torch.randn(32).bfloat16()):
+        with pytest.raises(RuntimeError):
+            cpu.linear(x_TI, tensors, bias_O)
+    with pytest.raises(RuntimeError):
+        cpu.linear(x_TI, {**tensors, "blocks": tensors["blocks"][:-1].clone()}, None)
+    with pytest.raises(RuntimeError):
+        cpu.linear(x_TI, {**tensors, "scale": torch.ones(32)}, None)
+
+
+def test_torch_accepts_the_operator() -> None:
+    tensors, x_TI = cpu.prepare(packed_weight(32, 64, torch.float32, "float")), torch.randn(3, 64)
+    arguments = (x_TI, tensors["blocks"], tensors["form"], None, torch.randn(32))
+    torch.library.opcheck(torch.ops.sparse_serve_cpu.linear.default, arguments)
+
+
+def test_it_is_what_a_cpu_gets() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert kernel_name(choose(LinearSpec(4096, 4096, PATTERN, dtype, "cpu"))) == "cpu"
+    assert cpu.isa() in cpu.ISAS
+
+
+def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
+    """The same sources under the sanitizers, in a program whose buffers end where tensors would."""
+    program = tmp_path / "sanitize"
+    sources = [Path(__file__).parent / "sanitize.cpp", *(SOURCES / f"{name}.cpp" for name in ("pack", *cpu.ISAS))]
+    flags = ["-O1", "-std=c++20", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
+    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
+    ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.startswith("0 of ")

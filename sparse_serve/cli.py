@@ -1,4 +1,4 @@
-"""The command line: `sparse-serve serve | generate | gate`.
+"""The command line: `sparse-serve serve | generate | bench | gate`.
 
 A verb's module is imported when the verb is used, so that `--help` answers in a fraction of a second.
 """
@@ -21,6 +21,7 @@ processes.follow()  # vLLM's spawned processes import this module before anythin
 _VERBS = {
     "serve": ("sparse_serve.cli", "serve a checkpoint over HTTP (OpenAI API) and gRPC"),
     "generate": ("sparse_serve.client", "send one prompt to a running server over gRPC"),
+    "bench": ("sparse_serve.bench", "time sparse linear layers against dense ones on this machine"),
     "gate": ("sparse_serve.gate.run", "prove that a sparse checkpoint is good enough to replace its dense base"),
 }
 _SERVE_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:

@@ -27,8 +27,9 @@ struct Avx2 {
     _mm256_storeu_si256(static_cast<__m256i*>(to) + 1, lanes.b);
   }
   static INLINE Codes codes(const uint8_t* from) { return load(from); }
-  static INLINE void next(Codes& codes) { codes = {_mm256_srli_epi32(codes.a, 4), _mm256_srli_epi32(codes.b, 4)}; }
+  static INLINE Codes next(Codes codes) { return {_mm256_srli_epi32(codes.a, 4), _mm256_srli_epi32(codes.b, 4)}; }
   static INLINE Table table(const uint8_t* from) { return {{load8(from), load8(from + 32)}}; }
+  static INLINE Table half_table(const uint8_t* from) { return {{load8(from), load8(from)}}; }
   template <int kHalf>
   static INLINE Lanes pick(const Table& table, Codes codes) {
     return {_mm256_permutevar8x32_epi32(table.half[kHalf], codes.a),

@@ -1,10 +1,10 @@
-// AVX-512 (F, BW, VL, BF16, VNNI): one 512-bit register holds the 16 lanes, and a permute indexes 16 table entries.
+// AVX-512 (F, DQ, BW, VL, BF16, VNNI): one 512-bit register holds the 16 lanes, and a permute indexes 16 table entries.
 // The second half of a table, another token's or the right inputs, is reached by codes + 8.
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")
 #endif
 #include <immintrin.h>
 
@@ -16,24 +16,22 @@ namespace {
 struct Avx512 {
   using Lanes = __m512i;
   using Table = __m512i;
-  struct Codes { __m512i low, high; };
+  using Codes = __m512i;
   static constexpr int kTokens = 16;
   static constexpr bool kDotBf16 = true;
 
   static INLINE Lanes zero() { return _mm512_setzero_si512(); }
   static INLINE Lanes load(const void* from) { return _mm512_loadu_si512(from); }
   static INLINE void store(void* to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
-  static INLINE Codes codes(const uint8_t* from) {
-    const __m512i low = load(from);
-    return {low, _mm512_or_si512(low, _mm512_set1_epi32(static_cast<int>(0x88888888)))};
-  }
-  static INLINE void next(Codes& codes) {
-    codes.low = _mm512_srli_epi32(codes.low, 4), codes.high = _mm512_srli_epi32(codes.high, 4);
-  }
+  static INLINE Codes codes(const uint8_t* from) { return load(from); }
+  static INLINE Codes next(Codes codes) { return _mm512_srli_epi32(codes, 4); }
   static INLINE Table table(const uint8_t* from) { return load(from); }
+  static INLINE Table half_table(const uint8_t* from) {
+    return _mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   template <int kHalf>
-  static INLINE Lanes pick(Table table, const Codes& codes) {
-    return _mm512_permutexvar_epi32(kHalf ? codes.high : codes.low, table);
+  static INLINE Lanes pick(Table table, Codes codes) {
+    return _mm512_permutexvar_epi32(kHalf ? _mm512_or_si512(codes, _mm512_set1_epi32(8)) : codes, table);
   }
   static INLINE Lanes low_bf16(Lanes both) { return _mm512_slli_epi32(both, 16); }
   static INLINE Lanes high_bf16(Lanes both) { return _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))); }

@@ -109,7 +109,7 @@ struct PairsBf16 {
     const Lanes both = Isa::load(values);
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; m += 2) {
-      const auto entries = Isa::table(table + m * kTable);
+      const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
       acc[m] = Isa::dot_bf16(Isa::template pick<0>(entries, codes), both, acc[m]);
       if (m + 1 < kCount) acc[m + 1] = Isa::dot_bf16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
     }
@@ -150,7 +150,7 @@ struct PairsInt16 {
     const Lanes both = Isa::widen(values);
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; m += 2) {
-      const auto entries = Isa::table(table + m * kTable);
+      const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
       acc[m] = Isa::dot_int16(Isa::template pick<0>(entries, codes), both, acc[m]);
       if (m + 1 < kCount) acc[m + 1] = Isa::dot_int16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
     }
@@ -160,9 +160,10 @@ struct PairsInt16 {
   static INLINE Lanes finish(Lanes acc, Lanes sum, float scale) { return Isa::scale_add(acc, scale, sum); }
 };
 
-// 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token].
+// 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token]. Inlined, it would share the
+// registers with its callers' constants and spill accumulators.
 template <class Isa, class Product, int kCount, Values kValues>
-void block(const uint8_t* data, const uint8_t* tables, const float* scales, float* sums) {
+__attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, const float* scales, float* sums) {
   constexpr int kValueBytes = kLanes * 2 * value_bytes(kValues), kStride = kCount * Product::kTable;
   typename Isa::Lanes acc[kCount];
 #pragma GCC unroll 16
@@ -172,9 +173,12 @@ void block(const uint8_t* data, const uint8_t* tables, const float* scales, floa
     auto codes = Isa::codes(data + quarter * 64);
 #pragma GCC unroll 2
     for (int g = 0; g < 8; ++g) {
+      if constexpr (kCount > 4) {  // with few tokens the processor's own prefetching keeps up, and is better alone
+        for (int line = 0; line < kValueBytes; line += 64) __builtin_prefetch(values + block_bytes(kValues) + line);
+      }
       Product::template step<kCount>(acc, values, codes, tables);
       values += kValueBytes, tables += kStride;
-      Isa::next(codes);
+      codes = Isa::next(codes);
     }
   }
 #pragma GCC unroll 16
@@ -207,7 +211,7 @@ inline void write_outputs(const Linear& op, const float* sums, int64_t row, int6
 // Superblocks [first, last) for the tokens [token, token + tokens), with room for kCount of them.
 template <class Isa, class Product, int kCount, Values kValues>
 void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int tokens) {
-  alignas(64) uint8_t tables[kGroups * kCount * Product::kTable + 64];  // a table of 64 bytes may be read at the end
+  alignas(64) uint8_t tables[kGroups * kCount * Product::kTable];
   alignas(64) float sums[kOwned * kCount * kLanes], scales[kCount];
   constexpr int kStride = kCount * Product::kTable;
   __builtin_memset(sums, 0, sizeof(sums));

@@ -2,6 +2,7 @@
 //
 //     sparse_serve_cpu::pack(values, bitmask) -> uint8 [bytes]             the blocks of layout.h
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
+//     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       what is best here: 0 portable, 1 AVX2, 2 AVX-512 with bfloat16 and VNNI
 //
 // `form` is an empty tensor [rows, 0] of the dtype of the values, as blocks alone tell neither.
@@ -12,7 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -30,8 +31,8 @@ int64_t isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vnni");
   return avx512 ? 2 : avx2 ? 1 : 0;
 #else
@@ -108,15 +109,31 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   return y;
 }
 
+// Every byte once, in order, by all threads: what a weight costs to read and nothing else.
+int64_t read(const Tensor& bytes) {
+  const uint64_t* words = static_cast<const uint64_t*>(bytes.const_data_ptr());
+  std::atomic<uint64_t> all{0};
+  torch::stable::parallel_for(0, bytes.numel() / 64, 1 << 12, [&](int64_t first, int64_t last) {
+    uint64_t sum[8] = {};
+    for (int64_t line = first; line < last; ++line) {
+      for (int i = 0; i < 8; ++i) sum[i] ^= words[8 * line + i];
+    }
+    for (uint64_t part : sum) all ^= part;
+  });
+  return static_cast<int64_t>(all.load());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
+  m.def("read(Tensor bytes) -> int");
   m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
+  m.impl("read", TORCH_BOX(&read));
   m.impl("pack", TORCH_BOX(&pack_weight));
   m.impl("linear", TORCH_BOX(&linear));
 }

@@ -37,10 +37,15 @@ struct Portable {
   }
   static INLINE void store(void* to, const Lanes& lanes) { __builtin_memcpy(to, &lanes, sizeof(lanes)); }
   static INLINE Codes codes(const uint8_t* from) { return load(from); }
-  static INLINE void next(Codes& codes) { codes = each([&](int i) { return codes.at[i] >> 4; }); }
+  static INLINE Codes next(const Codes& codes) { return each([&](int i) { return codes.at[i] >> 4; }); }
   static INLINE Table table(const uint8_t* from) {
     Table out;
     __builtin_memcpy(&out, from, sizeof(out));
+    return out;
+  }
+  static INLINE Table half_table(const uint8_t* from) {
+    Table out = {};
+    __builtin_memcpy(&out, from, sizeof(out) / 2);
     return out;
   }
   template <int kHalf>

@@ -88,6 +88,9 @@ LEVELS = {
     "sparse_serve.plugin": 21,
     "sparse_serve.worker": 21,
     "sparse_serve.api.*": 22,
+    "sparse_serve.timing": 10,
+    "sparse_serve.vllm_dense": 20,
+    "sparse_serve.bench": 30,
     "sparse_serve.gate.run": 30,
     "sparse_serve.server": 30,
     "sparse_serve.cli": 40,
@@ -99,6 +102,7 @@ FENCED = {
     "vllm": {
         "sparse_serve.plugin",
         "sparse_serve.vllm_correction",
+        "sparse_serve.vllm_dense",
         "sparse_serve.vllm_linear",
         "sparse_serve.engine.vllm_engine",
         "sparse_serve.api.http_openai",

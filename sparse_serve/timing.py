@@ -1,0 +1,49 @@
+"""Timing that compares fairly on a machine that is not quiet.
+
+Contenders take turns, so that a slow moment hits all of them, and what is compared is the ratio within a round. Every
+contender has several copies of its weights and uses them in turn, so that none finds its weights in a cache because it
+was just there: together they are larger than the caches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round, by contender; equally many for each."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def median_s(self, name: str) -> float:
+        """Its typical time."""
+        return statistics.median(self.seconds[name])
+
+    def speedup(self, name: str, peers: Sequence[str]) -> float:
+        """Median over rounds of the time of the fastest of `peers` by the time of `name`."""
+        rounds = zip(*(self.seconds[peer] for peer in peers), strict=True)
+        return statistics.median(min(peer) / mine for peer, mine in zip(rounds, self.seconds[name], strict=True))
+
+
+def interleaved(contenders: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200) -> Times:
+    """Run the copies of every contender in turn until `budget_s` is spent, but at least `least` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for copies in contenders.values():
+        for call in copies:
+            call()
+    started_s, names = time.perf_counter(), list(contenders)
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - started_s > budget_s:
+            break
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            call = contenders[name][turn % len(contenders[name])]
+            begun_s = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begun_s)
+    return Times(seconds)

@@ -1,0 +1,33 @@
+"""The dense linear layer that stock vLLM would run in a sparse one's place: what a kernel has to beat.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+DenseLinear = Callable[[Tensor], Tensor]
+
+
+def stock_linear(weight_OI: Tensor) -> DenseLinear:
+    """x `[T, I]` -> y `[T, O]` as vLLM's unquantized layers compute it on a CPU, weights prepacked if it does that."""
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+    def run(x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = layer.cpu_linear(x_TI, layer.weight, None)
+        return y_TO
+
+    return run
+
+
+def torch_linear(weight_OI: Tensor) -> DenseLinear:
+    """The same by `torch.nn.functional.linear`."""
+    return lambda x_TI: torch.nn.functional.linear(x_TI, weight_OI)

@@ -32,7 +32,8 @@ WHAT = "quality"
 class Row:
     """One line: a recipe with overrides. `seeds` many runs; `prior` names the row whose masks it starts from.
 
-    `domain` trains on that one of the training texts instead of on all of them.
+    `domain` trains on that one of the training texts instead of on all of them. `weights` "stay" as they were, or
+    "change".
     """
 
     name: str
@@ -41,8 +42,10 @@ class Row:
     seeds: int = 1
     prior: str | None = None
     domain: str | None = None
+    weights: str = "stay"
 
 
+CHANGE = "change"
 TUNED = ("method.lora_rank=8", "train.steps=300", "train.lr=1e-2", "train.distill_weight=0.9")
 SHORT = ("train.steps=100", "train.lr=2e-3")
 ROWS = (
@@ -50,20 +53,20 @@ ROWS = (
     Row("wanda", "wanda", seeds=2),
     Row("ria", "ria", seeds=2),
     Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=2),
-    Row("sparsegpt", "sparsegpt", seeds=2),
-    Row("admm", "admm", seeds=2),
+    Row("sparsegpt", "sparsegpt", seeds=2, weights=CHANGE),
+    Row("admm", "admm", seeds=2, weights=CHANGE),
     Row("maskllm", "maskllm", seeds=2),
     Row("proxsparse", "proxsparse", seeds=2),
-    Row("adaptive_sparse", "adaptive_sparse", seeds=2),
-    Row("adaptive_sparse + slorb", "adaptive_sparse_slorb", seeds=2),
-    Row("dense, same extra steps", "dense_control", seeds=2),
-    Row("dense, same extra steps, no distillation", "dense_control", ("train.distill_weight=0.0",)),
-    Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm"),
-    Row("maskllm, then adaptive_sparse", "adaptive_sparse", ("method.mask=prior",), prior="maskllm"),
-    Row("maskprune", "maskprune", seeds=2),
-    Row("structured magnitude", "structured_magnitude"),
-    Row("structured taylor", "structured_taylor"),
-    Row("structured taylor, same adapters and steps", "structured_taylor", TUNED),
+    Row("adaptive_sparse", "adaptive_sparse", seeds=2, weights=CHANGE),
+    Row("adaptive_sparse + slorb", "adaptive_sparse_slorb", seeds=2, weights=CHANGE),
+    Row("dense, same extra steps", "dense_control", seeds=2, weights=CHANGE),
+    Row("dense, same extra steps, no distillation", "dense_control", ("train.distill_weight=0.0",), weights=CHANGE),
+    Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm", weights=CHANGE),
+    Row("maskllm, then adaptive_sparse", "adaptive_sparse", ("method.mask=prior",), prior="maskllm", weights=CHANGE),
+    Row("maskprune", "maskprune", seeds=2, weights=CHANGE),
+    Row("structured magnitude", "structured_magnitude", weights=CHANGE),
+    Row("structured taylor", "structured_taylor", weights=CHANGE),
+    Row("structured taylor, same adapters and steps", "structured_taylor", TUNED, weights=CHANGE),
     Row("maskllm, 100 steps", "maskllm", SHORT),
     Row("maskllm, 100 steps, no distillation", "maskllm", (*SHORT, "train.distill_weight=0.0")),
     Row("maskllm, 100 steps, no prior", "maskllm", (*SHORT, "method.prior_strength=0.0")),
@@ -91,16 +94,21 @@ def main() -> None:
             for seed in range(row.seeds):
                 if (not args.rows or row.name in args.rows) and seed in args.seeds:
                     _measure(args, row, seed, facts)
-    results = [result for result in record.load(WHAT, args.label) if facts.items() <= result.items()]
-    print(quality_table.markdown(results, [row.name for row in ROWS]))  # noqa: T201
+    keys = {_key(args, row, seed, facts) for row in ROWS for seed in range(row.seeds)} | {_dense_key(facts)}
+    results = [result for result in record.load(WHAT, args.label) if result["key"] in keys]  # not of earlier recipes
+    print(quality_table.markdown(results, {row.name: row.weights for row in ROWS}))  # noqa: T201
     if args.plot:
         quality_table.plot(results, [row.name for row in ROWS], args.plot)
 
 
 def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    key = digest_json({"row": "dense", **facts})
+    key = _dense_key(facts)
     if not _known(args, key):
         record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **_score(args, args.model)})
+
+
+def _dense_key(facts: dict[str, Any]) -> str:
+    return digest_json({"row": "dense", **facts})
 
 
 def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> None:

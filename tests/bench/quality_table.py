@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ DENSE, REFERENCE = "dense", "sparsegpt"
 """The rows that `gap` is 0 and 1 for."""
 
 
-def markdown(results: Sequence[dict[str, Any]], order: Sequence[str]) -> str:
-    """One line a row: mean ± standard deviation over seeds of each text's perplexity, gap on the first text, cost."""
+def markdown(results: Sequence[dict[str, Any]], rows: Mapping[str, str]) -> str:
+    """One line a row: mean ± standard deviation over seeds of each text's perplexity, mean gap on each text, cost.
+
+    `rows` says of every row, in order, what happens to the weights.
+    """
     texts = list(results[0]["perplexity"]) if results else []
     lines = [
-        f"| row | seeds | {' | '.join(texts)} | gap ({texts[0] if texts else ''}) | M tokens | minutes | peak GB |",
-        "|---" + "|---:" * (len(texts) + 5) + "|",
+        f"| row | weights | seeds | {' | '.join(texts)} | gap on each | M tokens | minutes | peak GB |",
+        "|---|---|---:" + "|---:" * len(texts) + "|---|---:|---:|---:|",
     ]
-    for name in [DENSE, *order]:
+    for name, weights in {DENSE: "", **rows}.items():
         mine = [result for result in results if result["row"] == name]
         if mine:
             cells = [_spread([result["perplexity"][text] for result in mine]) for text in texts]
-            cells += [_spread(gaps(results, name, texts[0])), *_cost(mine)]
-            lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
+            means = [statistics.mean(found) for text in texts if (found := gaps(results, name, text))]
+            cells += [", ".join(f"{mean:.2f}" for mean in means), *_cost(mine)]
+            lines.append(f"| {name} | {weights} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

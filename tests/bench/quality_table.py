@@ -57,7 +57,7 @@ def plot(results: Sequence[dict[str, Any]], order: Sequence[str], path: Path) ->
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
-    axes.set_xlabel("gap to dense in perplexity (0 = dense, 1 = SparseGPT); bar: mean of texts, dots: texts and seeds")
+    axes.set_xlabel("gap in perplexity: 0 is dense, 1 is SparseGPT\nbar: mean of texts; dots: every text and seed")
     figure.savefig(path)
 
 

@@ -74,7 +74,7 @@ demo: install ## train the demo model (once, about three minutes)
 install: $(STAMP) ## create the environment (the other verbs do this when it is needed)
 
 clean: ## remove caches and build leftovers; the environment and CACHE stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info sparse_serve/_cpu_kernel*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/csrc/*)
@@ -103,6 +103,6 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/csrc/*)
 	    exit 1
 	  }
 	  pip install --quiet --no-deps -r $(LOCK)
-	  pip install --quiet --no-deps --no-build-isolation --no-index -e .
+	  SPARSE_SERVE_NATIVE=required pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	fi
 	touch $@

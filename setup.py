@@ -1,26 +1,27 @@
 """Builds the native CPU kernel beside the Python sources; everything else is in pyproject.toml.
 
-It needs a C++ compiler and the torch it will run with (`pip install --no-build-isolation`): the headers, nothing is
-downloaded or linked for one version. Where either is missing the package installs without it, and says so when a model
-is served.
+It needs a C++ compiler and torch's headers (`pip install --no-build-isolation`); nothing is downloaded, and the result
+is not tied to one version of torch. Where either is missing the package installs without the kernel, unless
+SPARSE_SERVE_NATIVE=required is set. `sparse-serve bench` says what is missing.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+REQUIRED = os.environ.get("SPARSE_SERVE_NATIVE") == "required"
+
 
 class BuildNative(build_ext):
     """The extension with torch's include and library folders."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile. Without any compiler setuptools leaves an `optional` extension out, with a warning."""
+        """Compile. What fails for an `optional` extension is a warning of setuptools."""
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -36,22 +37,32 @@ class BuildNative(build_ext):
 
 def native() -> list[Extension]:
     """The CPU kernel, where torch is at hand to build against."""
+    sources = sorted(Path("sparse_serve/csrc").glob("*.cpp"))
+    if not sources:
+        raise SystemExit("sparse_serve/csrc is missing: these are not the whole sources")
     try:
         import torch  # noqa: F401
     except ImportError:
+        if REQUIRED:
+            raise
         print("sparse-serve: no torch to build against, so without the native CPU kernel", file=sys.stderr)  # noqa: T201
         return []
-    sources = sorted(Path("sparse_serve/csrc").glob("*.cpp"))
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Werror=return-type",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+    ]
     return [
         Extension(
             "sparse_serve._cpu_kernel",
             [str(path) for path in sources],
-            depends=[str(path) for path in Path("sparse_serve/csrc").glob("*.h")],
+            depends=["setup.py", *(str(path) for path in Path("sparse_serve/csrc").glob("*.h"))],
             libraries=["torch_cpu", "c10"],
             extra_compile_args=flags,
             language="c++",
-            optional=shutil.which(os.environ.get("CXX", "c++")) is None,
+            optional=not REQUIRED,
         )
     ]
 

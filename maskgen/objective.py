@@ -126,7 +126,7 @@ def slice_losses(
     """
     counts_N1, target_N1 = (target_N != NO_TARGET)[:, None], target_N.clamp_min(0)[:, None]
     log_p_NV = log_softmax(student_NV.float(), -1)
-    ce = -(log_p_NV.gather(1, target_N1) * counts_N1).sum()
+    ce = -log_p_NV.gather(1, target_N1).where(counts_N1, 0).sum()
     p_NV = log_p_NV.exp()
     if teacher_NV is None:
         divergence, gradient_NV = torch.zeros_like(ce), p_NV.mul_(1 - weight)
@@ -135,10 +135,11 @@ def slice_losses(
         log_q_NV = log_softmax(teacher_NV.float() / temperature, -1)
         q_NV = log_q_NV.exp()
         gap_NV = (p_NV if temperature == 1 else log_found_NV.exp()) - q_NV
-        divergence = (q_NV.mul_(log_q_NV.sub_(log_found_NV)).sum(-1, keepdim=True) * counts_N1).sum() * temperature**2
+        divergence_N1 = q_NV.mul_(log_q_NV.sub_(log_found_NV)).sum(-1, keepdim=True)
+        divergence = divergence_N1.where(counts_N1, 0).sum() * temperature**2
         gradient_NV = gap_NV.mul_(weight * temperature).add_(p_NV, alpha=1 - weight)
     gradient_NV.scatter_add_(1, target_N1, torch.full_like(gradient_NV[:, :1], weight - 1))
-    return ce, divergence, gradient_NV.mul_(counts_N1)
+    return ce, divergence, gradient_NV.masked_fill_(~counts_N1, 0)
 
 
 @contextmanager

@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print the table as it grows, write JSON. Returns 0."""
+    if args.threads < 1:
+        raise SettingsError(f"--threads {args.threads}: expected 1 or more")
     torch.set_num_threads(args.threads)
     shapes = [_numbers(shape, "x", "--shapes", 2) for shape in args.shapes.split(",")]
     tokens = _numbers(args.tokens, ",", "--tokens")
@@ -106,7 +108,8 @@ def _contenders(out_features: int, in_features: int, dtype: torch.dtype, with_re
             spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values)
             try:
                 kernel = choose(spec, name)
-            except KernelError:
+            except KernelError as error:
+                Console(stderr=True).print(f"not measured: {error}", markup=False)
                 continue
             if name == "reference" and not with_reference:
                 continue
@@ -181,7 +184,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": args.threads,
-        "isa": cpu.isa(),
+        "isa": cpu.isa() if hasattr(torch.ops.sparse_serve_cpu, "isa") else None,
         "dtype": args.dtype,
         "torch": str(torch.__version__),
     }

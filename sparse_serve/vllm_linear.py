@@ -194,7 +194,7 @@ class SparseNMLinear(LinearMethodBase):
                 name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
             )
         if self.config.values != FLOAT:
-            scale = torch.zeros(out_features)
+            scale = torch.zeros(out_features, dtype=torch.float32)  # whatever the model's dtype is
             layer.register_parameter(
                 "scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
             )

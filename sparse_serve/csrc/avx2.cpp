@@ -1,12 +1,14 @@
 // AVX2 and FMA: the 16 lanes are two registers of 8 rows, and a permute indexes 8 table entries.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "layout.h"  // before the pragma: what it declares is for every processor
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
 #endif
-#include <immintrin.h>
-
 #include "linear.h"
 
 namespace sparse24 {
@@ -20,7 +22,6 @@ struct Avx2 {
   static constexpr bool kDotBf16 = false;
 
   static INLINE __m256i load8(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-  static INLINE Lanes zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static INLINE Lanes load(const void* from) { return {load8(from), load8(static_cast<const uint8_t*>(from) + 32)}; }
   static INLINE void store(void* to, Lanes lanes) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), lanes.a);
@@ -29,7 +30,6 @@ struct Avx2 {
   static INLINE Codes codes(const uint8_t* from) { return load(from); }
   static INLINE Codes next(Codes codes) { return {_mm256_srli_epi32(codes.a, 4), _mm256_srli_epi32(codes.b, 4)}; }
   static INLINE Table table(const uint8_t* from) { return {{load8(from), load8(from + 32)}}; }
-  static INLINE Table half_table(const uint8_t* from) { return {{load8(from), load8(from)}}; }
   template <int kHalf>
   static INLINE Lanes pick(const Table& table, Codes codes) {
     return {_mm256_permutevar8x32_epi32(table.half[kHalf], codes.a),
@@ -54,29 +54,15 @@ struct Avx2 {
   static INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
     return {multiply_add8(a.a, b.a, sum.a), multiply_add8(a.b, b.b, sum.b)};
   }
-  static INLINE Lanes dot_int16(Lanes a, Lanes b, Lanes sum) {
-    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(a.b, b.b))};
-  }
   static INLINE Lanes widen(const uint8_t* from) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
             _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)))};
-  }
-  static INLINE Lanes scale_add(Lanes ints, float scale, Lanes sum) {
-    const __m256i wide = _mm256_castps_si256(_mm256_set1_ps(scale));
-    return {multiply_add8(to_float(ints.a), wide, sum.a), multiply_add8(to_float(ints.b), wide, sum.b)};
   }
   static INLINE void spread(const float* x, uint8_t* to) {
     const __m256 group = _mm256_castps128_ps256(_mm_loadu_ps(x));
     float* out = reinterpret_cast<float*>(to);
     _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(group, _mm256_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0)));
     _mm256_storeu_ps(out + 8, _mm256_permutevar8x32_ps(group, _mm256_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0)));
-  }
-  static INLINE void spread_pairs(const uint16_t* x, uint8_t* to) {
-    const __m256i pairs = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 6, 7, 2, 3, 4, 5,  //
-                                           2, 3, 6, 7, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
-    long long group;
-    __builtin_memcpy(&group, x, 8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shuffle_epi8(_mm256_set1_epi64x(group), pairs));
   }
 };
 

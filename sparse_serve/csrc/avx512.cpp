@@ -1,13 +1,15 @@
-// AVX-512 (F, DQ, BW, VL, BF16, VNNI): one 512-bit register holds the 16 lanes, and a permute indexes 16 table entries.
+// AVX-512 (F, DQ, BW, VL, BF16): one 512-bit register holds the 16 lanes, and a permute indexes 16 table entries.
 // The second half of a table, another token's or the right inputs, is reached by codes + 8.
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")
-#endif
 #include <immintrin.h>
 
+#include "layout.h"  // before the pragma: what it declares is for every processor
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma")
+#endif
 #include "linear.h"
 
 namespace sparse24 {
@@ -20,7 +22,6 @@ struct Avx512 {
   static constexpr int kTokens = 16;
   static constexpr bool kDotBf16 = true;
 
-  static INLINE Lanes zero() { return _mm512_setzero_si512(); }
   static INLINE Lanes load(const void* from) { return _mm512_loadu_si512(from); }
   static INLINE void store(void* to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
   static INLINE Codes codes(const uint8_t* from) { return load(from); }
@@ -44,12 +45,12 @@ struct Avx512 {
   static INLINE Lanes dot_bf16(Lanes a, Lanes b, Lanes sum) {
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
   }
-  static INLINE Lanes dot_int16(Lanes a, Lanes b, Lanes sum) { return _mm512_dpwssd_epi32(sum, a, b); }
   static INLINE Lanes widen(const uint8_t* from) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
-  static INLINE Lanes scale_add(Lanes ints, float scale, Lanes sum) {
-    return multiply_add(to_float(ints), _mm512_castps_si512(_mm512_set1_ps(scale)), sum);
+  static INLINE Lanes widen_to_bf16(const uint8_t* from) {  // 7 bits and a sign: the low half of the float32 is zero
+    const Lanes both = widen(from);
+    return _mm512_or_si512(_mm512_srli_epi32(low_int16(both), 16), high_int16(both));
   }
   static INLINE void spread(const float* x, uint8_t* to) {
     const __m512i pairs = _mm512_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0, 1, 2, 3, 2, 3, 3, 0, 0);

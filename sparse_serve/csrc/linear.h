@@ -7,15 +7,14 @@
 //                 for each group of 4 columns:       1 load of weights, and per token 1 or 2 selects and products
 //
 // The kept inputs of a group are found by table look-up, not by masks: a group of x has only 6 pairs, so the pairs are
-// laid out as a table and the weight's code is the index, for 16 rows with one permute. Three kinds of product:
+// laid out as a table and the weight's code is the index, for 16 rows with one permute. Two kinds of product, both exact
+// in what they multiply and summed in float32:
 //
-//     Exact       table: 8 left and 8 right inputs in float32        acc += left * w_left; acc += right * w_right
-//     PairsBf16   table: 8 pairs of bfloat16                         acc = vdpbf16ps(acc, pair, w)
-//     PairsInt16  table: 8 pairs of int16, x scaled per 128 columns  acc += vpdpwssd(pair, w), int32 within a block
+//     Exact    table: 8 left and 8 right inputs in float32     acc += left * w_left; acc += right * w_right
+//     Pairs    table: 8 pairs of bfloat16                      acc = vdpbf16ps(acc, pair, w)
 //
-// The last is for int8 values and bfloat16 inputs. Rounding those to 16 bits under one scale per 128 costs at most 1.5e-5
-// of the largest, which is less than the 2e-3 of each that bfloat16 itself has cost. Float32 inputs are never rounded.
-// A result depends on its token and its row only, not on the other tokens of the batch nor on the number of threads.
+// Pairs is for bfloat16 inputs where the processor has the instruction; int8 values are bfloat16 numbers too. A result
+// depends on its token and its row only, not on the other tokens of the batch nor on the number of threads.
 #pragma once
 #include "layout.h"
 
@@ -58,7 +57,7 @@ struct Exact {
   static constexpr int kTable = 64;  // bytes per token and group
   using Lanes = typename Isa::Lanes;
 
-  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float*) {
+  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride) {
     alignas(64) float x[kColumns];
     read_inputs(op, token, column, x);
     for (int g = 0; g < kGroups; ++g) Isa::spread(x + 4 * g, out + g * stride);
@@ -83,17 +82,14 @@ struct Exact {
       acc[m] = Isa::multiply_add(Isa::template pick<1>(entries, codes), right, acc[m]);
     }
   }
-
-  static INLINE Lanes start(Lanes sum) { return sum; }
-  static INLINE Lanes finish(Lanes acc, Lanes, float) { return acc; }
 };
 
-template <class Isa>
-struct PairsBf16 {
+template <class Isa, Values kValues>
+struct Pairs {
   static constexpr int kTable = 32;
   using Lanes = typename Isa::Lanes;
 
-  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float*) {
+  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride) {
     const int64_t left = op.columns - column, count = left < kColumns ? left : kColumns;
     const uint16_t* x = static_cast<const uint16_t*>(op.x) + token * op.columns + column;
     alignas(64) uint16_t padded[kColumns];
@@ -106,7 +102,7 @@ struct PairsBf16 {
 
   template <int kCount>
   static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
-    const Lanes both = Isa::load(values);
+    const Lanes both = kValues == Values::kBFloat16 ? Isa::load(values) : Isa::widen_to_bf16(values);
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; m += 2) {
       const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
@@ -114,60 +110,16 @@ struct PairsBf16 {
       if (m + 1 < kCount) acc[m + 1] = Isa::dot_bf16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
     }
   }
-
-  static INLINE Lanes start(Lanes sum) { return sum; }
-  static INLINE Lanes finish(Lanes acc, Lanes, float) { return acc; }
-};
-
-template <class Isa>
-struct PairsInt16 {
-  static constexpr int kTable = 32;
-  using Lanes = typename Isa::Lanes;
-
-  static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride, float* scale) {
-    alignas(64) float x[kColumns];
-    alignas(64) int16_t rounded[kColumns];
-    read_inputs(op, token, column, x);
-    float largest = 0;
-    bool finite = true;
-    for (int i = 0; i < kColumns; ++i) {
-      const float size = __builtin_fabsf(x[i]);
-      finite &= size <= 3.402823466e38f;
-      largest = size > largest ? size : largest;
-    }
-    *scale = finite ? largest / 32767 : __builtin_nanf("");
-    const float inverse = finite && largest > 0 ? 32767 / largest : 0;
-    for (int i = 0; i < kColumns; ++i) {
-      rounded[i] = finite ? static_cast<int16_t>(__builtin_rintf(x[i] * inverse)) : int16_t{0};
-    }
-    for (int g = 0; g < kGroups; ++g) {
-      Isa::spread_pairs(reinterpret_cast<const uint16_t*>(rounded + 4 * g), out + g * stride);
-    }
-  }
-
-  template <int kCount>
-  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
-    const Lanes both = Isa::widen(values);
-#pragma GCC unroll 16
-    for (int m = 0; m < kCount; m += 2) {
-      const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
-      acc[m] = Isa::dot_int16(Isa::template pick<0>(entries, codes), both, acc[m]);
-      if (m + 1 < kCount) acc[m + 1] = Isa::dot_int16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
-    }
-  }
-
-  static INLINE Lanes start(Lanes) { return Isa::zero(); }
-  static INLINE Lanes finish(Lanes acc, Lanes sum, float scale) { return Isa::scale_add(acc, scale, sum); }
 };
 
 // 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token]. Inlined, it would share the
 // registers with its callers' constants and spill accumulators.
 template <class Isa, class Product, int kCount, Values kValues>
-__attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, const float* scales, float* sums) {
+__attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
   constexpr int kValueBytes = kLanes * 2 * value_bytes(kValues), kStride = kCount * Product::kTable;
   typename Isa::Lanes acc[kCount];
 #pragma GCC unroll 16
-  for (int m = 0; m < kCount; ++m) acc[m] = Product::start(Isa::load(sums + m * kLanes));
+  for (int m = 0; m < kCount; ++m) acc[m] = Isa::load(sums + m * kLanes);
   const uint8_t* values = data + kCodeBytes;
   for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
     auto codes = Isa::codes(data + quarter * 64);
@@ -182,10 +134,7 @@ __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables,
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kCount; ++m) {
-    float* sum = sums + m * kLanes;
-    Isa::store(sum, Product::finish(acc[m], Isa::load(sum), scales[m]));
-  }
+  for (int m = 0; m < kCount; ++m) Isa::store(sums + m * kLanes, acc[m]);
 }
 
 // Sums of one block of rows, for `tokens` of the tile's tokens, into y.
@@ -212,22 +161,21 @@ inline void write_outputs(const Linear& op, const float* sums, int64_t row, int6
 template <class Isa, class Product, int kCount, Values kValues>
 void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int tokens) {
   alignas(64) uint8_t tables[kGroups * kCount * Product::kTable];
-  alignas(64) float sums[kOwned * kCount * kLanes], scales[kCount];
+  alignas(64) float sums[kOwned * kCount * kLanes];
   constexpr int kStride = kCount * Product::kTable;
   __builtin_memset(sums, 0, sizeof(sums));
   __builtin_memset(tables, 0, sizeof(tables));
-  __builtin_memset(scales, 0, sizeof(scales));
   const int64_t parts = column_blocks(op.columns);
   for (int64_t part = 0; part < parts; ++part) {
     for (int m = 0; m < tokens; ++m) {
-      Product::tables(op, token + m, part * kColumns, tables + m * Product::kTable, kStride, scales + m);
+      Product::tables(op, token + m, part * kColumns, tables + m * Product::kTable, kStride);
     }
     float* sum = sums;
     for (int64_t super = first; super < last; ++super) {
       const int count = blocks_of(op.rows, super);
       const uint8_t* data = op.blocks + (super * kSuper * parts + part * count) * block_bytes(kValues);
       for (int b = 0; b < count; ++b, data += block_bytes(kValues), sum += kCount * kLanes) {
-        block<Isa, Product, kCount, kValues>(data, tables, scales, sum);
+        block<Isa, Product, kCount, kValues>(data, tables, sum);
       }
     }
   }
@@ -261,12 +209,12 @@ void run_product(const Linear& op, int64_t first, int64_t last) {
 template <class Isa>
 void run_any(const Linear& op, int64_t first, int64_t last) {
   constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32, kBFloat16 = Values::kBFloat16;
-  if (op.values == kInt8 && op.bfloat16) return run_product<Isa, PairsInt16<Isa>, kInt8>(op, first, last);
-  if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
   if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
   if constexpr (Isa::kDotBf16) {
-    if (op.bfloat16) return run_product<Isa, PairsBf16<Isa>, kBFloat16>(op, first, last);
+    if (op.bfloat16 && op.values == kInt8) return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last);
+    if (op.bfloat16) return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last);
   }
+  if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
   run_product<Isa, Exact<Isa, kBFloat16>, kBFloat16>(op, first, last);
 }
 

@@ -3,9 +3,9 @@
 //     sparse_serve_cpu::pack(values, bitmask) -> uint8 [bytes]             the blocks of layout.h
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
-//     sparse_serve_cpu::isa() -> int       what is best here: 0 portable, 1 AVX2, 2 AVX-512 with bfloat16 and VNNI
+//     sparse_serve_cpu::isa() -> int       what is best here: 0 portable, 1 AVX2, 2 AVX-512 with bfloat16
 //
-// `form` is an empty tensor [rows, 0] of the dtype of the values, as blocks alone tell neither.
+// `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,8 +32,8 @@ int64_t isa() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
-                      __builtin_cpu_supports("avx512vnni");
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bf16");
   return avx512 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
@@ -66,6 +66,8 @@ void advise_huge_pages(void* start, int64_t bytes) {
 
 Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
   const Values kind = values_of(values.scalar_type());
+  STD_TORCH_CHECK(values.dim() == 2 && bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte,
+                  "values must be [rows, columns / 2], bitmask uint8 [rows, columns / 8]");
   const int64_t rows = bitmask.size(0), columns = bitmask.size(1) * 8, parts = column_blocks(columns);
   STD_TORCH_CHECK(values.size(0) == rows && values.size(1) * 2 == columns, "values and bitmask do not fit together");
   STD_TORCH_CHECK(values.is_contiguous() && bitmask.is_contiguous(), "values and bitmask must be contiguous");
@@ -84,12 +86,16 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
 Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& bias, int64_t wanted) {
   const Tensor x = torch::stable::contiguous(input);
-  const int64_t rows = form.size(0), columns = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(form.dim() == 3 && x.dim() > 0 && x.size(x.dim() - 1) == form.size(2),
+                  "the last dimension of x must be the weight's columns");
+  const int64_t rows = form.size(0), columns = form.size(2);
   const Values kind = values_of(form.scalar_type());
-  STD_TORCH_CHECK(row_blocks(rows) * column_blocks(columns) * block_bytes(kind) == blocks.numel(),
-                  "x and the packed weight do not fit together");
+  STD_TORCH_CHECK(row_blocks(rows) * column_blocks(columns) * block_bytes(kind) == blocks.numel() &&
+                      blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
+                  "blocks are not of the form given");
   STD_TORCH_CHECK((!bias || (bias->numel() == rows && bias->is_contiguous())) &&
-                      (!scale || (scale->numel() == rows && scale->is_contiguous())) &&
+                      (!scale || (scale->numel() == rows && scale->is_contiguous() &&
+                                   scale->scalar_type() == ScalarType::Float)) &&
                       bool(scale) == (kind == Values::kInt8),
                   "x, bias or scale is not as expected");
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;

@@ -29,7 +29,6 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) out.at[i] = make(i);
     return out;
   }
-  static INLINE Lanes zero() { return {}; }
   static INLINE Lanes load(const void* from) {
     Lanes out;
     __builtin_memcpy(&out, from, sizeof(out));
@@ -41,11 +40,6 @@ struct Portable {
   static INLINE Table table(const uint8_t* from) {
     Table out;
     __builtin_memcpy(&out, from, sizeof(out));
-    return out;
-  }
-  static INLINE Table half_table(const uint8_t* from) {
-    Table out = {};
-    __builtin_memcpy(&out, from, sizeof(out) / 2);
     return out;
   }
   template <int kHalf>
@@ -65,13 +59,6 @@ struct Portable {
       return bits<uint32_t>(bits<float>(a.at[i]) * bits<float>(b.at[i]) + bits<float>(sum.at[i]));
     });
   }
-  static INLINE Lanes dot_int16(const Lanes& a, const Lanes& b, const Lanes& sum) {
-    return each([&](int i) {
-      const int32_t left = static_cast<int16_t>(a.at[i]) * static_cast<int16_t>(b.at[i]);
-      const int32_t right = static_cast<int16_t>(a.at[i] >> 16) * static_cast<int16_t>(b.at[i] >> 16);
-      return sum.at[i] + static_cast<uint32_t>(left) + static_cast<uint32_t>(right);
-    });
-  }
   static INLINE Lanes widen(const uint8_t* from) {
     return each([&](int i) {
       const uint32_t left = static_cast<uint16_t>(static_cast<int8_t>(from[2 * i]));
@@ -79,19 +66,9 @@ struct Portable {
       return left | right << 16;
     });
   }
-  static INLINE Lanes scale_add(const Lanes& ints, float scale, const Lanes& sum) {
-    return each([&](int i) {
-      return bits<uint32_t>(static_cast<float>(static_cast<int32_t>(ints.at[i])) * scale + bits<float>(sum.at[i]));
-    });
-  }
   static INLINE void spread(const float* x, uint8_t* to) {
     float out[16];
     for (int p = 0; p < 8; ++p) out[p] = x[kLeft[p]], out[8 + p] = x[kRight[p]];
-    __builtin_memcpy(to, out, sizeof(out));
-  }
-  static INLINE void spread_pairs(const uint16_t* x, uint8_t* to) {
-    uint16_t out[16];
-    for (int p = 0; p < 8; ++p) out[2 * p] = x[kLeft[p]], out[2 * p + 1] = x[kRight[p]];
     __builtin_memcpy(to, out, sizeof(out));
   }
 };

@@ -4,8 +4,8 @@
 any other processor. One layout serves every number of tokens: decoding is one sequential read of 0.5625 of the bytes of
 a dense bfloat16 weight (0.3125 with int8 values), and with more tokens half of the products of a dense linear remain.
 
-Values in bfloat16 meet bfloat16 activations in bfloat16 products with float32 sums, as a dense bfloat16 linear does;
-float32 activations stay float32. Int8 values meet bfloat16 activations in int16 products with exact sums. A
+Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16 numbers
+too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear, and float32 activations stay float32. A
 token's result does not depend on the other tokens of its batch, nor on the number of threads.
 
 Legend: T = tokens, O = out features, I = in features.
@@ -44,14 +44,10 @@ def refuse(spec: LinearSpec) -> str | None:
         return f"dtype {spec.dtype} is not one of {list(_DTYPES)}"
     if spec.values not in _VALUES:
         return f"values {spec.values} are not one of {list(_VALUES)}"
-    return (
-        None
-        if _loaded()
-        else (
-            "the native library is not built; install with a C++ compiler and torch present: "
-            "pip install --no-build-isolation sparse-serve"
-        )
-    )
+    problem = _problem()
+    if problem is None and isa() == ISAS[0]:
+        return "this processor has neither AVX2 nor AVX-512, and without them large batches are slow"
+    return problem
 
 
 def isa() -> str:
@@ -60,12 +56,12 @@ def isa() -> str:
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
-    """The weight in blocks of 16 rows by 128 columns; and `form` `[O, 0]`, which carries O and the values' dtype."""
+    """The weight in blocks of 16 rows by 128 columns; and `form` `[O, 0, I]`, which carries O, I and a dtype."""
     values = packed.values
     if values.dtype is torch.float32 and torch.equal(values.bfloat16().float(), values):
         values = values.bfloat16()  # a bfloat16 checkpoint served in float32: half the bytes, the same numbers
     blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous())
-    tensors = {"blocks": blocks, "form": values.new_empty((values.shape[0], 0))}
+    tensors = {"blocks": blocks, "form": values.new_empty((packed.shape[0], 0, packed.shape[1]))}
     return tensors if packed.scale is None else {**tensors, "scale": packed.scale.contiguous()}
 
 
@@ -78,13 +74,20 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 
 
 @cache
-def _loaded() -> bool:
+def _problem() -> str | None:
+    """Load the library, once; or why that cannot be done."""
     spec = find_spec(LIBRARY)
     if spec is None or spec.origin is None:
-        return False
-    torch.ops.load_library(spec.origin)
-    torch.library.register_fake("sparse_serve_cpu::linear", _fake)
-    return True
+        return (
+            "the native library is not built; it needs a C++ compiler and torch present: "
+            "pip install --no-build-isolation --no-deps --force-reinstall sparse-serve"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+        torch.library.register_fake("sparse_serve_cpu::linear", _fake)
+    except (OSError, RuntimeError) as error:
+        return f"the native library {spec.origin} cannot be used here: {error}"
+    return None
 
 
 def _fake(

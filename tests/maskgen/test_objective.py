@@ -73,6 +73,14 @@ def test_tokens_without_a_target_do_not_count() -> None:
     assert gradient_NV.abs().sum(1).bool().tolist() == [False, True, True, False, True, True, False]
 
 
+def test_what_does_not_count_may_be_anything() -> None:
+    student_NV, teacher_NV, target_N = logits(4)
+    target_N[2] = NO_TARGET
+    expected = slice_losses(student_NV, teacher_NV, target_N, 0.5, 2.0)
+    student_NV[2, 0], teacher_NV[2, 1] = -torch.inf, torch.nan
+    torch.testing.assert_close(slice_losses(student_NV, teacher_NV, target_N, 0.5, 2.0), expected)
+
+
 def test_the_gradient_lies_in_the_teacher_s_logits_and_serves_once() -> None:
     student_NV, teacher_NV, target_N = logits(3)
     student_BTV, teacher_BTV = student_NV[None].requires_grad_(), teacher_NV[None]

@@ -58,10 +58,7 @@ def test_every_instruction_set_is_right_at_every_end(
     x_TI = torch.randn(tokens, columns, dtype=dtype)
     weight_OI = packed.unpack().double()
     expected_TO = x_TI.double() @ weight_OI.T + bias_O.double()
-    sizes_TI = x_TI.double().abs()
-    if dtype is torch.bfloat16 and tokens:  # with int8 values, the rounding of a token's inputs goes by the largest
-        sizes_TI = sizes_TI.amax(1, keepdim=True).expand_as(sizes_TI)
-    size_TO = sizes_TI @ weight_OI.abs().T + 1
+    size_TO = x_TI.double().abs() @ weight_OI.abs().T + 1e-3
     tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
     for isa in HERE:
         y_TO = product(x_TI, tensors, bias_O, isa)
@@ -115,6 +112,27 @@ def test_an_input_that_is_not_finite_shows(values: str, bad: float) -> None:
     assert not torch.isfinite(y_TO[1, weight_OI[:, 5] != 0]).any()
 
 
+@pytest.mark.parametrize("isa", HERE)
+def test_int8_values_do_not_lose_small_inputs_beside_a_large_one(isa: int) -> None:
+    """The large input is pruned; what is left must be as exact as without it."""
+    kept_OI = torch.tensor([0, 0, 1, 1]).bool().repeat(16, 32)
+    packed = PackedTensor.pack(torch.ones(16, 128), kept_OI, PATTERN).quantised("int8")
+    x_TI = torch.full((1, 128), 0.1).bfloat16()
+    x_TI[0, 0] = 10_000
+    y_TO = product(x_TI, cpu.prepare(packed), None, isa)
+    torch.testing.assert_close(y_TO.float(), torch.full((1, 16), 6.406), rtol=4e-3, atol=0)
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason_not_a_crash(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.so"
+    bad.write_bytes(b"not a library")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "find_spec", lambda name: type("Spec", (), {"origin": str(bad)}))
+        assert "cannot be used here" in (cpu._problem.__wrapped__() or "")
+        patch.setattr(cpu, "find_spec", lambda name: None)
+        assert "--no-build-isolation" in (cpu._problem.__wrapped__() or "")
+
+
 def test_bfloat16_values_served_in_float32_stay_two_bytes() -> None:
     packed = packed_weight(64, 128, torch.bfloat16, "float")
     widened = PackedTensor(packed.values.float(), packed.bitmask, PATTERN)
@@ -126,7 +144,7 @@ def test_bfloat16_values_served_in_float32_stay_two_bytes() -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     tensors, x_TI = cpu.prepare(packed_weight(32, 256, torch.float32, "float")), torch.randn(3, 256)
-    for wrong in (torch.randn(3, 512), torch.randn(3, 256).half(), torch.randn(3, 256).double()):
+    for wrong in (torch.randn(3, 512), torch.randn(3, 255), torch.randn(3, 256).half(), torch.randn(3, 256).double()):
         with pytest.raises(RuntimeError):
             cpu.linear(wrong, tensors, None)
     for bias_O in (torch.randn(31), torch.randn(32).bfloat16()):
@@ -136,6 +154,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         cpu.linear(x_TI, {**tensors, "blocks": tensors["blocks"][:-1].clone()}, None)
     with pytest.raises(RuntimeError):
         cpu.linear(x_TI, {**tensors, "scale": torch.ones(32)}, None)
+    codes = cpu.prepare(packed_weight(32, 256, torch.float32, "int8"))
+    with pytest.raises(RuntimeError):
+        cpu.linear(x_TI, {**codes, "scale": torch.ones(32).bfloat16()}, None)
 
 
 def test_torch_accepts_the_operator() -> None:

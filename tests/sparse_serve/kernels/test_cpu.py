@@ -58,7 +58,7 @@ def test_every_instruction_set_is_right_at_every_end(
     x_TI = torch.randn(tokens, columns, dtype=dtype)
     weight_OI = packed.unpack().double()
     expected_TO = x_TI.double() @ weight_OI.T + bias_O.double()
-    size_TO = x_TI.double().abs() @ weight_OI.abs().T + 1e-3
+    size_TO = x_TI.double().abs() @ weight_OI.abs().T + bias_O.double().abs() + 1e-3
     tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
     for isa in HERE:
         y_TO = product(x_TI, tensors, bias_O, isa)

@@ -46,6 +46,9 @@ class HalfGroup(Group):
     def wait(self) -> None:
         pass
 
+    def told(self, find: Callable[[], str]) -> str:
+        return find()
+
     def total(self, values: Tensor) -> Tensor:
         return values
 

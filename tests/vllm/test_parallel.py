@@ -12,6 +12,8 @@ from sparse_serve.engine.vllm_engine import VllmEngine
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS
 
+# On each of two ranks still whole blocks of a kernel's layout, so that the ranks hold together what one holds alone.
+WHOLE_BLOCKS = SHAPE | {"hidden_size": 256, "intermediate_size": 256}
 PROMPTS = [(5, 9, 17, 33, 65, 129, 7, 70), (200, 100, 50, 25), (300, 3, 30)]
 
 
@@ -31,7 +33,7 @@ async def greedy(model: Path, ranks: int) -> tuple[EngineInfo, list[tuple[int, .
 async def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2: biases on query, key and value are split over the ranks together with the packed outputs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    models.save("qwen2", tmp_path / "dense", **SHAPE)
+    models.save("qwen2", tmp_path / "dense", **WHOLE_BLOCKS)
     models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
     one, expected = await greedy(tmp_path / "sparse", 1)
     two, tokens = await greedy(tmp_path / "sparse", 2)

@@ -42,6 +42,12 @@ class Metrics:
         self.sparse_layers = Gauge(
             "sparse_serve_sparse_layers", "Linear layers served sparse", ["kernel"], registry=registry
         )
+        self.kernel_speedup = Gauge(
+            "sparse_serve_kernel_speedup",
+            "Time of a dense layer by time of the kernel chosen, as measured, for up to so many tokens",
+            ["out_features", "in_features", "values", "tokens", "kernel"],
+            registry=registry,
+        )
         self.dense_layers = Gauge("sparse_serve_dense_layers", "Linear layers served dense", registry=registry)
         self.weight_bytes = Gauge(
             "sparse_serve_weight_bytes",
@@ -54,6 +60,9 @@ class Metrics:
         """Export what a started engine serves."""
         for kernel, layers in info.kernels.items():
             self.sparse_layers.labels(kernel).set(layers)
+        for choice in info.choices:
+            labels = (choice.out_features, choice.in_features, choice.values, choice.tokens, choice.kernel)
+            self.kernel_speedup.labels(*labels).set(choice.speedup)
         self.dense_layers.set(info.dense_layers)
         self.weight_bytes.labels("resident").set(info.sparse_weight_bytes)
         self.weight_bytes.labels("dense_equivalent").set(info.dense_equivalent_bytes)

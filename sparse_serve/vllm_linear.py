@@ -46,7 +46,8 @@ from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import CODE_DTYPES, FLOAT
-from sparse_serve.kernels import AUTO, Kernel, LinearSpec, choose, kernel_name
+from sparse_serve.choice import AUTO, Choice, choice_for
+from sparse_serve.kernels import LinearSpec
 from sparse_serve.vllm_correction import LayerCorrection
 
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
@@ -155,7 +156,7 @@ class SparseNMLinear(LinearMethodBase):
         self.config = config
         self.prefix = prefix
         self.wanted = _kernel_option(get_current_vllm_config().additional_config)
-        self.kernel: Kernel | None = None
+        self.choice: Choice | None = None
         self.kernel_names: tuple[str, ...] = ()
         self.correction = None if config.correction is None else LayerCorrection(config.correction, prefix, parts)
         self.dtype = torch.float32
@@ -163,7 +164,7 @@ class SparseNMLinear(LinearMethodBase):
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Parameters of the layer that stand for its weight: the kernel's, and the correction's."""
+        """Parameters of the layer that stand for its weight: the kernels', and the correction's."""
         return self.kernel_names + (() if self.correction is None else self.correction.tensor_names)
 
     def create_weights(
@@ -204,7 +205,7 @@ class SparseNMLinear(LinearMethodBase):
             )
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Verify what was loaded, choose a kernel, and replace the stored form by the kernel's layout."""
+        """Verify what was loaded, choose kernels, and replace the stored form by their layouts."""
         self.config.check_all_attached()
         stored = {
             name: layer.get_parameter(name).data for name in ("values", "bitmask", "scale") if hasattr(layer, name)
@@ -212,21 +213,24 @@ class SparseNMLinear(LinearMethodBase):
         packed = PackedTensor(stored["values"], stored["bitmask"], self.config.pattern, stored.get("scale"))
         packed.verify(self.prefix)
         spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
-        kernel = choose(spec, self.wanted)
-        tensors = kernel.prepare(packed)
+        choice = choice_for(spec, self.wanted)
+        tensors = choice.plan.prepare(packed)
         for name in stored:
             delattr(layer, name)
         for name, tensor in tensors.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         if self.correction is not None:
             self.correction.finish_loading(layer)
-        self.kernel, self.kernel_names, self.dense_bytes = kernel, tuple(tensors), packed.dense_nbytes(self.dtype)
-        logger.info_once("sparse_nm: first layer %s served %s by %s", self.prefix, spec, kernel_name(kernel))
+        self.choice, self.kernel_names, self.dense_bytes = choice, tuple(tensors), packed.dense_nbytes(self.dtype)
+        logger.info_once("sparse_nm: %s", str(choice))
+        if choice.slower:
+            logger.warning_once("sparse_nm: slower than dense with %s tokens: %s", str(choice.slower), str(choice))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[T, I] -> [T, O]`."""
-        assert self.kernel is not None
-        y = self.kernel.linear(x, {name: getattr(layer, name) for name in self.kernel_names}, bias)
+        assert self.choice is not None
+        tensors = {name: getattr(layer, name) for name in self.kernel_names}
+        y = self.choice.plan.linear(x, tensors, bias, self.choice.spec.out_features)
         return y if self.correction is None else y + self.correction.apply(layer, x)
 
 

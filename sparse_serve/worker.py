@@ -11,11 +11,16 @@ from typing import Any, TypedDict
 
 
 class SparseStats(TypedDict):
-    """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype."""
+    """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype.
+
+    `kernels` counts layers; two kernels that share a layer are joined by `+`. `choices` are the fields of
+    `sparse_serve.engine.KernelChoice`, for each kind of layer and bucket of tokens that was measured.
+    """
 
     sparse_layers: int
     dense_layers: int
     kernels: dict[str, int]
+    choices: list[dict[str, Any]]
     sparse_names: list[str]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
@@ -28,7 +33,8 @@ class WorkerExtension:
 
     def sparse_stats(self) -> SparseStats:
         """Count layers and bytes of this rank's model."""
-        from sparse_serve.kernels import kernel_name
+        from sparse_serve.choice import Choice
+        from sparse_serve.kernels import LinearSpec
         from sparse_serve.vllm_linear import SparseNMLinear
 
         model = self.model_runner.model
@@ -36,16 +42,19 @@ class WorkerExtension:
             sparse_layers=0,
             dense_layers=0,
             kernels={},
+            choices=[],
             sparse_names=[],
             sparse_weight_bytes=0,
             dense_equivalent_bytes=0,
         )
         kernels: Counter[str] = Counter()
+        choices: dict[LinearSpec, Choice] = {}
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, SparseNMLinear):
-                assert method.kernel is not None
-                kernels[kernel_name(method.kernel)] += 1
+                assert method.choice is not None
+                kernels["+".join(method.choice.plan.kernels)] += 1
+                choices[method.choice.spec] = method.choice
                 stats["sparse_names"].append(method.prefix)
                 stats["sparse_weight_bytes"] += sum(getattr(module, name).nbytes for name in method.tensor_names)
                 stats["dense_equivalent_bytes"] += method.dense_bytes
@@ -53,4 +62,10 @@ class WorkerExtension:
                 stats["dense_layers"] += 1
         stats["sparse_layers"] = sum(kernels.values())
         stats["kernels"] = dict(kernels)
+        for spec, choice in choices.items():
+            kind = {"out_features": spec.out_features, "in_features": spec.in_features, "values": spec.values}
+            stats["choices"] += [
+                kind | {"tokens": bucket.tokens, "kernel": bucket.kernel, "speedup": bucket.speedup}
+                for bucket in choice.buckets
+            ]
         return stats

@@ -12,10 +12,23 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
+class KernelChoice:
+    """What serves a kind of layer (of one rank) with up to `tokens` tokens, and how much faster than dense it was."""
+
+    out_features: int
+    in_features: int
+    values: str
+    tokens: int
+    kernel: str
+    speedup: float
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What a started engine serves. Set once, by `Engine.start`.
 
-    `kernels` counts sparse layers per kernel. Layers the engine fuses (query, key and value) count once.
+    `kernels` counts sparse layers per kernel. Layers the engine fuses (query, key and value) count once. `choices` are
+    those that were measured; none if kernels were asked for by name, or none had a competitor.
     `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they would take
     dense; both are 0 for a dense model.
     """
@@ -27,6 +40,7 @@ class EngineInfo:
     sparse_layers: int = 0
     dense_layers: int = 0
     kernels: Mapping[str, int] = field(default_factory=dict)
+    choices: tuple[KernelChoice, ...] = ()
     sparse_weight_bytes: int = 0
     dense_equivalent_bytes: int = 0
 

@@ -15,6 +15,7 @@ from sparse_serve.engine import (
     EngineInfo,
     FinishReason,
     GenerateRequest,
+    KernelChoice,
     PositionLogprobs,
     TokenLogprob,
 )
@@ -28,6 +29,7 @@ INFO = EngineInfo(
     sparse_layers=3,
     dense_layers=1,
     kernels={"reference": 2, "cpu": 1},
+    choices=(KernelChoice(64, 32, "float", 4, "cpu", 1.5),),
     sparse_weight_bytes=900,
     dense_equivalent_bytes=1600,
 )

@@ -33,7 +33,7 @@ from maskgen.core.errors import SparseError
 from sparse_serve import processes
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
 from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
-from sparse_serve.engine.vllm_values import chunk, missing_targets, sampling_arguments
+from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
 from sparse_serve.errors import (
     EngineDiedError,
     EngineStartError,
@@ -129,24 +129,9 @@ class VllmEngine:
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
             _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served, model)
-        # tensor-parallel ranks hold parts of the same layers, pipeline-parallel ranks hold different ones
-        stages = ranks[:: self.client.vllm_config.parallel_config.tensor_parallel_size]
-        kernels: dict[str, int] = {}
-        for stage in stages:
-            for kernel, layers in stage["kernels"].items():
-                kernels[kernel] = kernels.get(kernel, 0) + layers
-        info = EngineInfo(
-            model=(self.args.served_model_name or [self.args.model])[0],
-            max_model_len=model.max_model_len,
-            vocab_size=model.get_vocab_size(),
-            dtype=str(model.dtype).removeprefix("torch."),
-            sparse_layers=sum(stage["sparse_layers"] for stage in stages),
-            dense_layers=sum(stage["dense_layers"] for stage in stages),
-            kernels=kernels,
-            sparse_weight_bytes=sum(rank["sparse_weight_bytes"] for rank in ranks),
-            dense_equivalent_bytes=sum(rank["dense_equivalent_bytes"] for rank in ranks),
-        )
-        for kernel, layers in sorted(kernels.items()):
+        name = (self.args.served_model_name or [self.args.model])[0]
+        info = engine_info(name, model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
+        for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         return info
 

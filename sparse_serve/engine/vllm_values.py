@@ -1,12 +1,15 @@
 """Between our values and vLLM's: sampling parameters one way, outputs the other. Duck-typed, without importing vLLM."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
+    EngineInfo,
     FinishReason,
+    KernelChoice,
     PositionLogprobs,
     Sampling,
     TokenLogprob,
@@ -66,6 +69,29 @@ def chunk(output: Any, completion_tokens: int, sampling: Sampling) -> Chunk:
         finish_reason=None if completion.finish_reason is None else _REASONS[completion.finish_reason],
         logprobs=_positions(token_ids, completion.logprobs, sampling.logprobs),
         prompt_logprobs=_positions(prompt_ids[1:], (output.prompt_logprobs or ())[1:], sampling.prompt_logprobs),
+    )
+
+
+def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tensor_parallel: int) -> EngineInfo:
+    """From vLLM's model config and the `sparse_stats` of all workers.
+
+    Tensor-parallel ranks hold parts of the same layers, pipeline-parallel ranks hold different ones.
+    """
+    stages = ranks[::tensor_parallel]
+    kernels: Counter[str] = Counter()
+    for stage in stages:
+        kernels.update(stage["kernels"])
+    return EngineInfo(
+        model=name,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        sparse_layers=sum(stage["sparse_layers"] for stage in stages),
+        dense_layers=sum(stage["dense_layers"] for stage in stages),
+        kernels=dict(kernels),
+        choices=tuple(dict.fromkeys(KernelChoice(**choice) for stage in stages for choice in stage["choices"])),
+        sparse_weight_bytes=sum(rank["sparse_weight_bytes"] for rank in ranks),
+        dense_equivalent_bytes=sum(rank["dense_equivalent_bytes"] for rank in ranks),
     )
 
 

@@ -1,22 +1,23 @@
-"""The contract of a sparse linear kernel, and the choice of one for a layer.
+"""The contract of a sparse linear kernel.
 
-A kernel is one file of this folder; its name is the file's name. It offers four things:
+A kernel is one file of this folder; its name is the file's name. It offers three things:
 
-    PRIORITY: int                                   higher is tried first
     refuse(spec) -> str | None                      why it cannot serve this layer here, or None if it can
     prepare(packed) -> dict[str, Tensor]            its private layout, built once at load; never stored on disk
     linear(x_TI, tensors, bias_O) -> y_TO           y = x W^T + b, as a torch custom op with a fake implementation
 
 The layout a kernel wants (index nibbles, swizzles, a vendor's blob) is its own matter; what it receives is always the
 stored form: values and bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row.
-`choose` tries kernels in order of priority and keeps every reason given. A kernel asked
-for by name that refuses is an error with its reason: there is no silent fallback, so nobody benchmarks the wrong thing.
+A willing kernel takes any number of tokens; which one is fast at which number is measured (`sparse_serve.choice`), so a
+kernel never says how good it is. One asked for by name that refuses is an error with its reason: there is no silent
+fallback, so nobody benchmarks the wrong thing.
 
 Legend: T = tokens, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -29,8 +30,6 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
 from sparse_serve.errors import KernelError
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,9 @@ class LinearSpec:
 
 
 class Kernel(Protocol):
-    """The four members of a kernel file; see the module docstring."""
+    """The three members of a kernel file; see the module docstring."""
 
     __name__: str
-    PRIORITY: int
 
     def refuse(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot serve `spec` on this machine, or None."""
@@ -64,26 +62,31 @@ class Kernel(Protocol):
         """`[..., I] -> [..., O]` in x's dtype."""
 
 
-def kernel_name(kernel: Kernel) -> str:
-    """The name a user gives to force it: its file name."""
-    return kernel.__name__.rpartition(".")[2]
-
-
-def choose(spec: LinearSpec, wanted: str = AUTO) -> Kernel:
-    """The kernel for a layer: the one asked for, or the first by priority that does not refuse.
-
-    Raises `KernelError` listing every reason when none is left, or when the one asked for refuses or does not exist.
-    """
-    candidates = names(_folder) if wanted == AUTO else [wanted]
-    kernels = [cast(Kernel, load(_folder, name, KernelError)) for name in candidates]
-    kernels.sort(key=lambda kernel: -kernel.PRIORITY)
-    reasons = []
-    for kernel in kernels:
+def willing(spec: LinearSpec) -> tuple[dict[str, Kernel], dict[str, str]]:
+    """The kernels that can serve a layer, and of every other one the reason why it cannot; both by name."""
+    kernels, reasons = {}, {}
+    for name in names(_folder):
+        kernel = cast(Kernel, load(_folder, name, KernelError))
         reason = kernel.refuse(spec)
         if reason is None:
-            return kernel
-        reasons.append(f"{kernel_name(kernel)}: {reason}")
-    raise KernelError(
-        f"no kernel for a {spec.pattern} weight [{spec.out_features}, {spec.in_features}], {spec.dtype}, "
-        f"{spec.values} values, on {spec.device_type}: {'; '.join(reasons)}"
+            kernels[name] = kernel
+        else:
+            reasons[name] = reason
+    return kernels, reasons
+
+
+def choose(spec: LinearSpec, name: str) -> Kernel:
+    """The kernel called `name`. Raises `KernelError` with its reason if it refuses, or if there is none."""
+    kernel = cast(Kernel, load(_folder, name, KernelError))
+    reason = kernel.refuse(spec)
+    if reason is not None:
+        raise no_kernel(spec, {name: reason})
+    return kernel
+
+
+def no_kernel(spec: LinearSpec, reasons: Mapping[str, str]) -> KernelError:
+    """The error that says why nothing can serve a layer."""
+    return KernelError(
+        f"no kernel for a {spec.pattern} weight [{spec.out_features}, {spec.in_features}], {spec.dtype}, {spec.values} "
+        f"values, on {spec.device_type}: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}"
     )

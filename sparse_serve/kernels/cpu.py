@@ -24,7 +24,6 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
 from sparse_serve.kernels import LinearSpec
 
-PRIORITY = 10
 LIBRARY = "sparse_serve._cpu_kernel"
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets in the library, by their number there."""

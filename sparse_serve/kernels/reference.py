@@ -17,7 +17,6 @@ from torch.nn.functional import linear as dense_linear
 from maskgen.core.packed import PackedTensor, unpack
 from sparse_serve.kernels import LinearSpec
 
-PRIORITY = 0
 TILE_BYTES = 8 << 20
 """Dense bytes unpacked at a time: about a last-level cache, so that the tile is multiplied while it is still near."""
 

@@ -15,7 +15,7 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, KINDS
 from sparse_serve.errors import KernelError
-from sparse_serve.kernels import Kernel, LinearSpec, choose, kernel_name
+from sparse_serve.kernels import Kernel, LinearSpec, choose, willing
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -109,18 +109,10 @@ def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
         choose(spec, "fastest")
 
 
-def test_auto_takes_the_highest_priority_that_does_not_refuse() -> None:
-    spec = LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu")
-    willing = [kernel for name in names(folder) if (kernel := _try(spec, name)) is not None]
-    assert max(kernel.PRIORITY for kernel in willing) == choose(spec).PRIORITY
-    assert kernel_name(choose(spec)) in names(folder)
-
-
-def _try(spec: LinearSpec, name: str) -> Kernel | None:
-    try:
-        return choose(spec, name)
-    except KernelError:
-        return None
+def test_every_kernel_is_willing_or_says_why() -> None:
+    kernels, reasons = willing(LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu"))
+    assert sorted([*kernels, *reasons]) == names(folder)
+    assert "reference" in kernels and all(reasons.values())
 
 
 class _Wrap(torch.nn.Module):

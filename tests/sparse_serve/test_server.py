@@ -57,6 +57,8 @@ async def test_the_engine_is_described_by_metrics() -> None:
     async with running() as server:
         assert server.metric("sparse_serve_sparse_layers", kernel="reference") == 2
         assert server.metric("sparse_serve_sparse_layers", kernel="cpu") == 1
+        labels = {"out_features": "64", "in_features": "32", "values": "float", "tokens": "4", "kernel": "cpu"}
+        assert server.metric("sparse_serve_kernel_speedup", **labels) == 1.5
         assert server.metric("sparse_serve_dense_layers") == 1
         assert server.metric("sparse_serve_weight_bytes", kind="resident") == 900
         assert server.metric("sparse_serve_weight_bytes", kind="dense_equivalent") == 1600

@@ -1,0 +1,139 @@
+"""Which kernels are chosen from what was measured, and that it is measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskgen.core.pattern import NMPattern
+from sparse_serve import choice
+from sparse_serve.choice import BUCKETS, SLACK, Bucket, choice_for, decide, plan_of
+from sparse_serve.errors import KernelError
+from sparse_serve.kernels import LinearSpec, willing
+from sparse_serve.plan import Plan
+from sparse_serve.race import DENSE
+
+SPEC = LinearSpec(64, 32, NMPattern(2, 4), torch.float32, "cpu")
+
+
+def seconds(**times: list[float]) -> dict[int, dict[str, float]]:
+    return {tokens: {name: each[at] for name, each in times.items()} for at, tokens in enumerate((1, 16, 256))}
+
+
+def test_a_kernel_that_keeps_up_everywhere_beats_a_faster_one_that_does_not() -> None:
+    buckets = decide(seconds(dense=[1, 1, 1], steady=[0.9, 0.9, 0.99], wild=[0.1, 0.1, 1.2]))
+    assert buckets == (
+        Bucket(1, "steady", 0.9, 1 / 0.9),
+        Bucket(16, "steady", 0.9, 1 / 0.9),
+        Bucket(256, "steady", 0.99, 1 / 0.99),
+    )
+
+
+def test_of_those_that_keep_up_the_fastest_on_the_whole_is_taken_alone() -> None:
+    found = decide(seconds(dense=[1, 1, 1], few=[0.5, 0.5, 1.04], many=[0.9, 0.9, 0.8]))
+    assert {bucket.kernel for bucket in found} == {"few"}, "a second layout would cost memory, and nothing needs it"
+
+
+def test_two_kernels_where_no_one_keeps_up() -> None:
+    found = decide(seconds(dense=[1, 1, 1], few=[0.5, 0.6, 3], many=[2, 0.9, 0.7], none=[9, 9, 9]))
+    assert [bucket.kernel for bucket in found] == ["few", "few", "many"]
+    assert str(plan_of(found)) == "16=few,*=many"
+
+
+def test_the_least_bad_where_all_are_slower() -> None:
+    found = decide(seconds(dense=[1, 1, 1], slow=[2, 2, 2], slower=[3, 3, 1.99]))
+    assert {bucket.kernel for bucket in found} == {"slow"}, "a hundredth is no reason for a second layout"
+    assert choice.Choice(SPEC, plan_of(found), found).slower == [1, 16, 256]
+
+
+times = st.floats(1e-6, 1.0)
+
+
+@given(st.lists(st.tuples(times, times, times, times), min_size=len(BUCKETS), max_size=len(BUCKETS)))
+def test_never_behind_a_single_kernel_where_it_matters(rows: list[tuple[float, float, float, float]]) -> None:
+    measured = {
+        tokens: dict(zip((DENSE, "a", "b", "c"), row, strict=True)) for tokens, row in zip(BUCKETS, rows, strict=True)
+    }
+    worst = max(1 / bucket.speedup for bucket in decide(measured))
+    for name in "abc":
+        alone = max(row[name] / row[DENSE] for row in measured.values())
+        assert worst <= max(SLACK, alone) * (1 + 1e-9)
+
+
+@pytest.fixture
+def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[LinearSpec]]:
+    """Every race that is run, each with an invented outcome; the cache is empty at first."""
+    if "cpu" not in willing(SPEC)[0]:
+        pytest.skip(willing(SPEC)[1]["cpu"])
+    run: list[LinearSpec] = []
+
+    def race(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...]) -> dict[int, dict[str, float]]:
+        run.append(spec)
+        return {count: {DENSE: 2.0, "cpu": 1.0, "reference": 4.0} for count in tokens}
+
+    monkeypatch.setattr(choice, "race", race)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_it_is_measured_once(races: list[LinearSpec], tmp_path: Path) -> None:
+    first, second = choice_for(SPEC), choice_for(SPEC)
+    assert len(races) == 1
+    assert first == second
+    assert first.plan == Plan.of("cpu")
+    assert {bucket.speedup for bucket in first.buckets} == {2.0}
+    choice_for(SPEC, measure_again=True)
+    choice_for(LinearSpec(64, 32, NMPattern(2, 4), torch.bfloat16, "cpu"))
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    choice_for(SPEC)
+    assert len(races) == 4
+    assert len(list((tmp_path / "cache" / "sparse-serve").rglob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"seconds": 3}', "missing", "negative", "stranger"])
+def test_a_cache_that_says_nothing_sensible_is_written_again(
+    races: list[LinearSpec], tmp_path: Path, damage: str
+) -> None:
+    whole = choice_for(SPEC)
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    stored = json.loads(file.read_text())
+    if damage == "missing":
+        del stored["seconds"]["16"]
+    elif damage == "negative":
+        stored["seconds"]["16"]["cpu"] = -1.0
+    elif damage == "stranger":
+        stored["seconds"]["16"]["gone"] = 1.0
+    file.write_text(json.dumps(stored) if damage.isalpha() else damage)
+    assert choice_for(SPEC) == whole == choice_for(SPEC)
+    assert len(races) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
+    races: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert choice_for(SPEC).plan == Plan.of("cpu")
+
+
+def test_a_kernel_asked_for_is_not_measured(races: list[LinearSpec]) -> None:
+    assert choice_for(SPEC, "reference").plan == Plan.of("reference")
+    with pytest.raises(KernelError, match="cpu: pattern 1:4 is not 2:4"):
+        choice_for(LinearSpec(64, 32, NMPattern(1, 4), torch.float32, "cpu"), "cpu")
+    assert not races
+
+
+def test_what_is_told_about_a_choice(races: list[LinearSpec]) -> None:
+    text = str(choice_for(SPEC))
+    assert text.startswith("64x32 2:4 float32 is served by cpu (tokens: kernel, speed against dense: 1: cpu 2.00x, 4:")
+    lone = str(choice_for(LinearSpec(64, 32, NMPattern(2, 4), torch.float16, "cpu")))
+    assert lone.startswith("64x32 2:4 float16 is served by reference (not measured")
+    assert "refused: cpu: dtype torch.float16 is not one of" in lone

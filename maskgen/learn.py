@@ -61,11 +61,12 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
     cadence = Cadence(
         args.micro_batch or 8, args.eval_every or 0, args.checkpoint_every or 0, args.keep_checkpoints or 2
     )
-    given = _checked(args, wanted, method, model_dir)
+    given = _checked(args, wanted, method)
     work = work_dir(args.out)
     with ExitStack() as held:
         with joined(device, args.shard) as group:
             base_digest = group.told(lambda: digest_weights(model_dir))
+            check_prior(given, args.prior, model_dir, base_digest)
             origin = Origin(model_dir, label, base_digest, wanted.digest(), wanted.pattern)
             with group.first_leads():
                 corpus = read_corpus(wanted, args.data, model_dir, work / TOKENS_FOLDER)
@@ -108,19 +109,19 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
     return True
 
 
-def _checked(args: argparse.Namespace, wanted: Recipe, method: LearnedMethod, model_dir: Path) -> MaskSet | None:
+def _checked(args: argparse.Namespace, wanted: Recipe, method: LearnedMethod) -> MaskSet | None:
     """`given_prior`, and that what is given and wanted goes with the method."""
     name = wanted.method.name
     if args.masks_out is not None and method.result is not Result.SPARSE:
         raise RecipeError(f"--masks-out {args.masks_out}: {name} writes a dense model, without masks; leave it out")
-    given = given_prior(args.prior, method.uses_prior, wanted, model_dir)
+    given = given_prior(args.prior, method.uses_prior, wanted)
     if method.uses_prior and given is None and wanted.prior is None:
         raise RecipeError(f"{name} starts from a mask: give --prior FILE, or a [prior] section in the recipe")
     return given
 
 
-def given_prior(path: Path | None, used: bool, wanted: Recipe, model_dir: Path) -> MaskSet | None:
-    """The masks of `--prior`, checked against the recipe and the model they are to be used with."""
+def given_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
+    """The masks of `--prior`, checked against the recipe; `check_prior` compares them with the model."""
     if path is None:
         return None
     if not used:
@@ -128,13 +129,16 @@ def given_prior(path: Path | None, used: bool, wanted: Recipe, model_dir: Path) 
     masks = compressor.load_masks(path)
     if masks.pattern != wanted.pattern:
         raise RecipeError(f"--prior {path}: its pattern is {masks.pattern}, the recipe's is {wanted.pattern}")
-    base_digest = digest_weights(model_dir)
-    if masks.base_digest != base_digest:
+    return masks
+
+
+def check_prior(masks: MaskSet | None, path: Path, model_dir: Path, base_digest: str) -> None:
+    """Raise `FormatError` if `--prior` was made for other weights than the model's."""
+    if masks is not None and masks.base_digest != base_digest:
         raise FormatError(
             f"--prior {path}: made for the weights {masks.base_digest}, but {model_dir} has {base_digest}; a mask is "
             "only valid for the weights it was chosen for"
         )
-    return masks
 
 
 def read_corpus(wanted: Recipe, files: list[Path], model_dir: Path, cache_dir: Path) -> Corpus:

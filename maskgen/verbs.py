@@ -26,7 +26,7 @@ from maskgen.core.packed import StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Protocol
 from maskgen.inspect import inspect
-from maskgen.learn import given_prior, learn
+from maskgen.learn import check_prior, given_prior, learn
 from maskgen.memory import peak_rss_bytes
 from maskgen.method import LocalMethod
 from maskgen.recipe import RECIPE_FILE, Recipe
@@ -68,9 +68,10 @@ def _prune(args: argparse.Namespace, wanted: Recipe, model_dir: Path, device: st
         if getattr(args, flag):
             name = "--" + flag.replace("_", "-")
             raise RecipeError(f"{name}: {wanted.method.name} is a one-shot method and does not train; leave it out")
-    prior = given_prior(args.prior, wanted.local_method().uses_prior, wanted, model_dir)
-    windows = _calibration(wanted, args.data, model_dir)
+    prior = given_prior(args.prior, wanted.local_method().uses_prior, wanted)
     base_digest = digest_weights(model_dir)
+    check_prior(prior, args.prior, model_dir, base_digest)
+    windows = _calibration(wanted, args.data, model_dir)
     report, work = _sweep(model_dir, wanted, windows, args.out, base_digest, device, prior)
     gc.collect()
     masks = work.mask_set(base_digest, wanted.digest())

@@ -1,0 +1,66 @@
+"""What README says of quality is what the result files say. A new result that says something else fails here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.architecture.source import ROOT
+from tests.bench import record
+from tests.bench.quality import ROWS, WHAT
+from tests.bench.quality_table import markdown
+
+LABEL = "reference-7m"
+BLOCK = re.compile(r"<!-- quality: .*? -->\n(.*?)\n<!-- /quality -->", re.DOTALL)
+ONE_SHOT = ["magnitude", "wanda", "ria", "sparsegpt, mask only"]
+
+
+def newest() -> list[dict[str, Any]]:
+    """The last result of every row and seed."""
+    return list({(result["row"], result["seed"]): result for result in record.load(WHAT, LABEL)}.values())
+
+
+def perplexities(row: str) -> Iterator[dict[str, float]]:
+    found = [result["perplexity"] for result in newest() if result["row"] == row]
+    assert found, f"no result of {row}"
+    yield from found
+
+
+def test_the_table_in_the_readme_is_the_results() -> None:
+    (table,) = BLOCK.findall((ROOT / "README.md").read_text("utf-8"))
+    assert table == markdown(newest(), {row.name: row.weights for row in ROWS})
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ("maskllm", ["sparsegpt", *ONE_SHOT, "proxsparse"]),
+        ("proxsparse", ONE_SHOT),
+        ("admm", ["sparsegpt"]),
+        ("adaptive_sparse", ["maskllm", "proxsparse", "admm", *ONE_SHOT]),
+        ("maskprune", ["structured magnitude", "structured taylor"]),
+    ],
+)
+def test_the_order_holds_on_every_text_and_seed(better: str, worse: list[str]) -> None:
+    for mine in perplexities(better):
+        for name in worse:
+            for other in perplexities(name):
+                behind = {text: (mine[text], other[text]) for text in mine if mine[text] >= other[text]}
+                assert not behind, f"{better} against {name}: {behind}"
+
+
+@pytest.mark.parametrize("domain", ["peps", "reviews"])
+def test_a_domains_mask_is_best_at_home_and_transfer_beats_from_scratch(domain: str) -> None:
+    text = f"{domain}.valid"
+    (general, *_), (scratch,), (transfer,) = (
+        [found[text] for found in perplexities(row)]
+        for row in (
+            "maskllm",
+            f"maskllm, 100 steps, {domain}, from scratch",
+            f"maskllm, 100 steps, {domain}, transfer",
+        )
+    )
+    assert transfer < scratch < general

@@ -25,9 +25,11 @@ LOCK := deploy/locks/cpu.txt
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO := $(CACHE)/demo-v1
 BIN := $(abspath $(VENV))/bin
+# A GPU machine may have a Python with torch, and nothing that would have to be installed.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
 
-.PHONY: help serve test check quality proto demo install clean
+.PHONY: help serve test check gpu quality proto demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -58,6 +60,13 @@ check: install ## lint, formatting, types
 	@"$$BIN/ruff" check .
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
+
+gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON=python3] [ARGS="--out dir"]
+	@nvidia-smi -L
+	status=0
+	"$(GPU_PYTHON)" -m pytest tests/gpu -q -rfE -p no:cacheprovider || status=$$?
+	"$(GPU_PYTHON)" -m tests.bench.gpu_kernels $(ARGS) || status=$$?
+	exit $$status
 
 quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
 	@if [[ -z $$MODEL ]]; then "$$BIN/maskgen" demo --out "$$DEMO"; fi

@@ -2,7 +2,7 @@
 
 It needs a C++ compiler and torch's headers (`pip install --no-build-isolation`); nothing is downloaded, and the result
 is not tied to one version of torch. Where either is missing the package installs without the kernel, unless
-SPARSE_SERVE_NATIVE=required is set. `sparse-serve bench` says what is missing.
+SPARSE_SERVE_NATIVE=required is set. `sparse-serve bench kernels` says what is missing.
 """
 
 from __future__ import annotations

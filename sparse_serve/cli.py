@@ -1,4 +1,4 @@
-"""The command line: `sparse-serve serve | generate | bench | gate`.
+"""The command line: `sparse-serve serve | generate | bench | tune | doctor | gate`.
 
 A verb's module is imported when the verb is used, so that `--help` answers in a fraction of a second.
 """
@@ -21,9 +21,12 @@ processes.follow()  # vLLM's spawned processes import this module before anythin
 _VERBS = {
     "serve": ("sparse_serve.cli", "serve a checkpoint over HTTP (OpenAI API) and gRPC"),
     "generate": ("sparse_serve.client", "send one prompt to a running server over gRPC"),
-    "bench": ("sparse_serve.bench", "time sparse linear layers against dense ones on this machine"),
+    "bench": ("sparse_serve.bench", "time sparse layers and models against dense ones on this machine"),
+    "tune": ("sparse_serve.tune", "measure which kernel is best for each layer, and remember it for the server"),
+    "doctor": ("sparse_serve.doctor", "is a checkpoint sound, which kernels serve it, is it faster and smaller here?"),
     "gate": ("sparse_serve.gate.run", "prove that a sparse checkpoint is good enough to replace its dense base"),
 }
+_TOOLS = ("bench", "tune", "doctor")
 _SERVE_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:
 --max-model-len 4096, --tensor-parallel-size 2, --dtype float32, ...
 `python -m sparse_serve.vllm_cli serve --help=all` lists them."""
@@ -47,6 +50,8 @@ def _run(arguments: list[str]) -> int:
     if verb not in _VERBS:
         _top_parser().parse_args(arguments or ["--help"])
         return 0
+    if verb in _TOOLS:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # they borrow a layer of vLLM's, and print tables
     module = importlib.import_module(_VERBS[verb][0])
     if verb == "serve":
         return _serve(arguments[1:])

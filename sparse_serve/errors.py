@@ -7,6 +7,7 @@
           +-- EngineStartError  (RuntimeError)     the engine did not come up, or not with what the checkpoint promises
           +-- KernelError       (RuntimeError)     no kernel can serve a layer, or the one asked for cannot
           +-- GateError         (RuntimeError)     the gate could not measure
+          +-- BenchError        (RuntimeError)     a benchmark could not measure; the message has the end of a log
           +-- RequestError      (ValueError)       a request is wrong; the message names the field
           +-- UnknownModelError (LookupError)      a request asks for a model that is not the served one
           +-- OverloadedError   (RuntimeError)     the queue is full
@@ -50,6 +51,10 @@ class KernelError(ServeError, RuntimeError):
 
 class GateError(ServeError, RuntimeError):
     """The gate could not measure."""
+
+
+class BenchError(ServeError, RuntimeError):
+    """A benchmark could not measure; the message has the end of the log that says why."""
 
 
 class RequestError(ServeError, ValueError):

@@ -107,11 +107,15 @@ def _graph(copies: list[Call]) -> Call:
 
 def device_name(device_type: str) -> str:
     """What a figure measured here is true for."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if device_type == "cuda" else processor()
+
+
+def processor() -> str:
+    """The processor's name as the operating system has it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def random_weight(spec: LinearSpec) -> PackedTensor:

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 DenseLinear = Callable[[Tensor], Tensor]
 
 
 def stock_linear(weight_OI: Tensor) -> DenseLinear:
     """x `[T, I]` -> y `[T, O]` as vLLM's unquantized layers compute it on a CPU, weights prepacked if it does that."""
+    # importing vLLM takes seconds and changes the environment: on use
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
     layer: Any = nn.Module()
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

@@ -52,6 +52,58 @@ struct Avx512 {
     const Lanes both = widen(from);
     return _mm512_or_si512(_mm512_srli_epi32(low_int16(both), 16), high_int16(both));
   }
+  static INLINE Lanes broadcast(const uint8_t* from) {
+    int both;
+    __builtin_memcpy(&both, from, 4);
+    return _mm512_set1_epi32(both);
+  }
+  // x: 16 tokens of 32 columns. Of each 4 columns the pairs 01 02 03 12 13 23, each of 16 tokens.
+  static INLINE void spread_tokens(const uint16_t* x, int64_t stride, uint8_t* to, int group, int pair) {
+    __m512i low[8], high[8];  // in the end, [group]: 4 columns of tokens 0 to 7, and of 8 to 15
+#pragma GCC unroll 8
+    for (int m = 0; m < 8; ++m) low[m] = load(x + m * stride), high[m] = load(x + (8 + m) * stride);
+    transpose(low), transpose(high);
+    const __m512i words = _mm512_set_epi32(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i both = _mm512_or_si512(words, _mm512_slli_epi32(words, 16));
+    const int columns[] = {1 << 16, 2 << 16, 3 << 16, 1 | 2 << 16, 1 | 3 << 16, 2 | 3 << 16};
+#pragma GCC unroll 6
+    for (int p = 0; p < 6; ++p) {
+      const __m512i index = _mm512_add_epi32(both, _mm512_set1_epi32(columns[p]));
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) store(to + g * group + p * pair, _mm512_permutex2var_epi16(low[g], index, high[g]));
+    }
+  }
+  // sums: 16 rows of `stride` tokens. The first 16 tokens' rows.
+  static INLINE void by_token(const float* sums, int stride, float* to) {
+    __m512i near[8], far[8];  // in the end, [token]: tokens 0 1 4 5 8 9 12 13, and 2 3 6 7 10 11 14 15
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i even = load(sums + 2 * i * stride), odd = load(sums + (2 * i + 1) * stride);
+      near[i] = _mm512_unpacklo_epi32(even, odd), far[i] = _mm512_unpackhi_epi32(even, odd);
+    }
+    transpose(near), transpose(far);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const int token = i / 2 * 4 + i % 2;
+      store(to + token * kLanes, near[i]), store(to + (token + 2) * kLanes, far[i]);
+    }
+  }
+  // 8 by 8 quadwords, the other way round.
+  static INLINE void transpose(__m512i* rows) {
+    __m512i pairs[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]), pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i *p = pairs + odd;
+      const __m512i a = _mm512_shuffle_i64x2(p[0], p[2], 0x88), b = _mm512_shuffle_i64x2(p[4], p[6], 0x88);
+      const __m512i c = _mm512_shuffle_i64x2(p[0], p[2], 0xdd), d = _mm512_shuffle_i64x2(p[4], p[6], 0xdd);
+      rows[odd] = _mm512_shuffle_i64x2(a, b, 0x88), rows[odd + 4] = _mm512_shuffle_i64x2(a, b, 0xdd);
+      rows[odd + 2] = _mm512_shuffle_i64x2(c, d, 0x88), rows[odd + 6] = _mm512_shuffle_i64x2(c, d, 0xdd);
+    }
+  }
   static INLINE void spread(const float* x, uint8_t* to) {
     const __m512i pairs = _mm512_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0, 1, 2, 3, 2, 3, 3, 0, 0);
     const __m512 group = _mm512_broadcast_f32x4(_mm_loadu_ps(x));

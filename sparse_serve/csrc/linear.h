@@ -14,43 +14,16 @@
 //     Pairs    table: 8 pairs of bfloat16                      acc = vdpbf16ps(acc, pair, w)
 //
 // Pairs is for bfloat16 inputs where the processor has the instruction; int8 values are bfloat16 numbers too. A result
-// depends on its token and its row only, not on the other tokens of the batch nor on the number of threads.
+// depends on its token and its row only, not on the other tokens of the batch nor on the number of threads: with many
+// tokens, Pairs goes another way (many.h) to the same sums in the same order.
 #pragma once
-#include "layout.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "activations.h"
+#include "many.h"
 
 namespace sparse24 {
-namespace {  // every instruction set compiles a copy of its own
+namespace {
 
 constexpr int kTokens = 16, kOwned = 32;  // most tokens of a tile; most blocks of a group
-
-INLINE float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, 4);
-  return value;
-}
-
-INLINE uint16_t to_bf16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-// 128 inputs of one token as float32, zero beyond the last column.
-INLINE void read_inputs(const Linear& op, int64_t token, int64_t column, float* out) {
-  const int64_t left = op.columns - column, count = left < kColumns ? left : kColumns;
-  const int64_t start = token * op.columns + column;
-  if (op.bfloat16) {
-    const uint16_t* x = static_cast<const uint16_t*>(op.x) + start;
-    for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(x[i]);
-  } else {
-    __builtin_memcpy(out, static_cast<const float*>(op.x) + start, count * sizeof(float));
-  }
-  for (int64_t i = count; i < kColumns; ++i) out[i] = 0;
-}
 
 template <class Isa, Values kValues>
 struct Exact {
@@ -137,26 +110,6 @@ __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables,
   for (int m = 0; m < kCount; ++m) Isa::store(sums + m * kLanes, acc[m]);
 }
 
-// Sums of one block of rows, for `tokens` of the tile's tokens, into y.
-inline void write_outputs(const Linear& op, const float* sums, int64_t row, int64_t token, int tokens) {
-  const int64_t left = op.rows - row;
-  const int count = left < kLanes ? static_cast<int>(left) : kLanes;
-  for (int m = 0; m < tokens; ++m) {
-    const int64_t start = (token + m) * op.rows + row;
-    for (int i = 0; i < count; ++i) {
-      float value = sums[m * kLanes + i];
-      if (op.scale) value *= op.scale[row + i];
-      if (op.bfloat16) {
-        if (op.bias) value += from_bf16(static_cast<const uint16_t*>(op.bias)[row + i]);
-        static_cast<uint16_t*>(op.y)[start + i] = to_bf16(value);
-      } else {
-        if (op.bias) value += static_cast<const float*>(op.bias)[row + i];
-        static_cast<float*>(op.y)[start + i] = value;
-      }
-    }
-  }
-}
-
 // Superblocks [first, last) for the tokens [token, token + tokens), with room for kCount of them.
 template <class Isa, class Product, int kCount, Values kValues>
 void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int tokens) {
@@ -187,13 +140,15 @@ void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int toke
 }
 
 template <class Isa, class Product, Values kValues>
-void run_product(const Linear& op, int64_t first, int64_t last) {
+void run_product(const Linear& op, int64_t first, int64_t last, int64_t begin = 0) {
   constexpr int kMost = Isa::kTokens;
-  const int64_t tiles = ceil_div(op.tokens, kMost), even = ceil_div(op.tokens, tiles);
+  const int64_t left = op.tokens - begin;
+  if (left == 0) return;
+  const int64_t tiles = ceil_div(left, kMost), even = ceil_div(left, tiles);
   const int64_t owned = op.tokens == 1 ? 1 : kOwned / kSuper;
   for (int64_t start = first; start < last; start += owned) {
     const int64_t stop = start + owned < last ? start + owned : last;
-    for (int64_t token = 0; token < op.tokens; token += even) {
+    for (int64_t token = begin; token < op.tokens; token += even) {
       const int count = static_cast<int>(op.tokens - token < even ? op.tokens - token : even);
 #define TILE(n)                                                                            \
   if (count <= n && n <= kMost) {                                                          \
@@ -211,8 +166,14 @@ void run_any(const Linear& op, int64_t first, int64_t last) {
   constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32, kBFloat16 = Values::kBFloat16;
   if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
   if constexpr (Isa::kDotBf16) {
-    if (op.bfloat16 && op.values == kInt8) return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last);
-    if (op.bfloat16) return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last);
+    if (op.bfloat16 && op.values == kInt8) {
+      const int64_t done = run_many<Isa, kInt8>(op, first, last);
+      return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last, done);
+    }
+    if (op.bfloat16) {
+      const int64_t done = run_many<Isa, kBFloat16>(op, first, last);
+      return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last, done);
+    }
   }
   if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
   run_product<Isa, Exact<Isa, kBFloat16>, kBFloat16>(op, first, last);

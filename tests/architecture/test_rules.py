@@ -12,107 +12,9 @@ from pathlib import PurePosixPath
 
 import pytest
 
+from tests.architecture.layers import FENCED, LEVELS
 from tests.architecture.source import GENERATED, PACKAGES, ROOT, files, imports, module_name, python_files, tree
 
-# Module -> level; the tens are the architecture's layers, the units order the few that build on one another. A module
-# imports lower levels only, so modules of one level (the files of an extension folder) know nothing of each other.
-LEVELS = {
-    "maskgen": 0,
-    "maskgen.core": 0,
-    "maskgen.core.*": 1,
-    "maskgen.methods": 10,
-    "maskgen.method": 11,
-    "maskgen.methods.*": 20,
-    "maskgen.learned": 12,
-    "maskgen.memory": 10,
-    "maskgen.training": 12,
-    "maskgen.recipe": 13,
-    "maskgen.blocks": 20,
-    "maskgen.corpus": 21,
-    "maskgen.data": 20,
-    "maskgen.objective": 20,
-    "maskgen.parallel": 20,
-    "maskgen.sources": 19,
-    "maskgen.demo_text": 20,
-    "maskgen.hf_loader": 20,
-    "maskgen.hf_new": 20,
-    "maskgen.trainlog": 20,
-    "maskgen.report_runs": 22,
-    "maskgen.report_plots": 23,
-    "maskgen.report_tables": 23,
-    "maskgen.report": 24,
-    "maskgen.workdir": 20,
-    "maskgen.model": 21,
-    "maskgen.compress": 30,
-    "maskgen.evaluate": 30,
-    "maskgen.sweep": 30,
-    "maskgen.train": 31,
-    "maskgen.demo": 31,
-    "maskgen.inspect": 31,
-    "maskgen.quantise": 31,
-    "maskgen.shrink": 31,
-    "maskgen.training_state": 32,
-    "maskgen.export": 33,
-    "maskgen.fit": 33,
-    "maskgen.display": 34,
-    "maskgen.learn": 35,
-    "maskgen.verbs": 40,
-    "maskgen.cli": 41,
-    "maskgen.__main__": 42,
-    "sparse_serve": 0,
-    "sparse_serve.pb": 10,
-    "sparse_serve.pb.*": 10,
-    "sparse_serve.errors": 10,
-    "sparse_serve.processes": 10,
-    "sparse_serve.engine": 11,
-    "sparse_serve.kernels": 11,
-    "sparse_serve.settings": 11,
-    "sparse_serve.kernels.*": 12,
-    "sparse_serve.metrics": 12,
-    "sparse_serve.traffic": 13,
-    "sparse_serve.gate": 10,
-    "sparse_serve.gate.checks": 10,
-    "sparse_serve.gate.report": 12,
-    "sparse_serve.client": 20,
-    "sparse_serve.engine.fake": 20,
-    "sparse_serve.engine.vllm_defaults": 20,
-    "sparse_serve.engine.vllm_values": 20,
-    "sparse_serve.front": 20,
-    "sparse_serve.gate.checks.*": 20,
-    "sparse_serve.gate.measure": 20,
-    "sparse_serve.messages": 20,
-    "sparse_serve.vllm_correction": 19,
-    "sparse_serve.vllm_linear": 20,
-    "sparse_serve.api": 21,
-    "sparse_serve.engine.vllm_engine": 21,
-    "sparse_serve.plugin": 21,
-    "sparse_serve.worker": 21,
-    "sparse_serve.api.*": 22,
-    "sparse_serve.timing": 10,
-    "sparse_serve.vllm_dense": 20,
-    "sparse_serve.bench": 30,
-    "sparse_serve.gate.run": 30,
-    "sparse_serve.server": 30,
-    "sparse_serve.cli": 40,
-    "sparse_serve.vllm_cli": 40,
-}
-
-# Outside package -> the only modules that may import it.
-FENCED = {
-    "vllm": {
-        "sparse_serve.plugin",
-        "sparse_serve.vllm_correction",
-        "sparse_serve.vllm_dense",
-        "sparse_serve.vllm_linear",
-        "sparse_serve.engine.vllm_engine",
-        "sparse_serve.api.http_openai",
-        "sparse_serve.vllm_cli",
-    },
-    "grpc": {"sparse_serve.api.grpc_v1", "sparse_serve.client"},
-    "datasets": {"maskgen.sources"},
-    "pyarrow": {"maskgen.sources"},
-    "transformers": {"maskgen.model", "maskgen.hf_loader", "maskgen.hf_new"},
-}
 CORE_MAY_IMPORT = {"torch", "safetensors", "numpy"}
 RUNS_CODE_FROM_DATA = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
@@ -125,7 +27,7 @@ def level(module: str) -> int:
     if module in LEVELS:
         return LEVELS[module]
     found = [LEVELS[pattern] for pattern in LEVELS if fnmatchcase(module, pattern)]
-    assert found, f"{module} has no level; give it one in LEVELS of {PurePosixPath(__file__).name}"
+    assert found, f"{module} has no level; give it one in LEVELS of layers.py"
     return found[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,18 @@ from typing import Any
 import torch
 import transformers
 
+from sparse_serve.bench_record import commit
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def save(what: str, model: str, result: dict[str, Any]) -> Path:
     """Write `result` with commit, versions and hardware; returns the file."""
     created = datetime.now(UTC)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     hardware = f"{platform.machine()}-{os.cpu_count()}core"
     value = {
         "created": created.isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
         **result,

@@ -108,7 +108,7 @@ int main() {
     if (!isa.here) continue;
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kInt8}) {
       for (bool half : {false, true}) {
-        for (int64_t tokens : {1, 2, 3, 5, 16, 17}) {
+        for (int64_t tokens : {1, 2, 3, 5, 16, 17, 64, 81}) {
           for (int64_t rows : {1, 16, 37, 300}) {
             for (int64_t columns : {8, 128, 136}) {
               wrong += check(isa.run, isa.name, kind, half, tokens, rows, columns), ++checked;

@@ -1,0 +1,146 @@
+"""NVIDIA's cuSPARSELt through torch: the kernel for many tokens, where the sparse tensor core's products are the gain.
+
+Layout. `torch._cslt_compress` turns a dense weight into one opaque blob (0.5625 of the dense bytes) whose inside may
+change with every version of the library, so it is made at load and never stored. Compressing needs the dense weight
+for a moment: one layer at a time, the peak is the compressed model plus one dense layer.
+
+Product. The library computes weight times columns. The activations enter as a transposed view, which it reads in place,
+and it writes the result transposed back, so nothing is copied, except that it wants a multiple of 8 tokens: others are
+padded with zeros, and the answer is then the head of a longer one. No scale is passed: one on the GPU would stop the
+host at every call. The bias is added inside, one number per out feature.
+
+Algorithms. For each shape the library has dozens, and the first is often far from the best. `prepare` searches once for
+every shape, at several numbers of tokens, by running them; `linear` takes the one of the bucket its tokens fall in, and
+the library's first where nothing was searched. Nothing is ever measured in `linear`, which therefore never stops the
+host and can be captured in a CUDA graph.
+
+Cost. torch builds the library's plan anew in every call, 50 to 200 microseconds of the host's time, which a CUDA graph
+hides; calls made one by one are slower than the GPU below some hundreds of tokens. Plans kept across calls would need
+the library without torch, which should be measured first.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT
+from sparse_serve.kernels import LinearSpec
+
+MULTIPLE, TOKENS_MULTIPLE = 16, 8
+"""What the library wants both sides of a 16-bit weight, and the number of tokens, to be multiples of."""
+BUCKETS = (16, 64, 256, 1024, 4096)
+"""Numbers of tokens at which algorithms are searched; each serves up to its number, the last beyond it too."""
+CAPABILITY = (8, 0)
+"""The first GPUs with sparse tensor cores."""
+
+_PATTERN = NMPattern(2, 4)
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What an algorithm is chosen for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    out_features: int
+    in_features: int
+    bucket: int
+
+
+class Algorithm(NamedTuple):
+    """The library's number for it, and into how many parts, and how, it cuts the inner dimension."""
+
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+_found: dict[Problem, Algorithm] = {}
+"""Every search of this process. The numbers mean nothing to another GPU or another version of the library."""
+
+
+def refuse(spec: LinearSpec) -> str | None:
+    """Only 2:4 in bfloat16 or float16, of a shape the library takes, on an NVIDIA GPU that has sparse tensor cores."""
+    if spec.device_type != "cuda" or torch.version.hip is not None:
+        return f"device {spec.device_type} is not an NVIDIA GPU"
+    if spec.pattern != _PATTERN:
+        return f"pattern {spec.pattern} is not 2:4"
+    if spec.dtype not in _DTYPES:
+        return f"dtype {spec.dtype} is not one of {list(_DTYPES)}"
+    if spec.values != FLOAT:
+        return f"values {spec.values} are not {FLOAT}: activations would have to be rounded to 8 bits"
+    if spec.out_features % MULTIPLE or spec.in_features % MULTIPLE:
+        return f"a weight [{spec.out_features}, {spec.in_features}] is not of multiples of {MULTIPLE}"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch was built without cuSPARSELt"
+    capability = torch.cuda.get_device_capability()
+    if capability < CAPABILITY:
+        return f"compute capability {capability} is below {CAPABILITY}: no sparse tensor cores"
+    return None
+
+
+def prepare(packed: PackedTensor) -> dict[str, Tensor]:
+    """The library's `blob`; and `form` `[O, 0, I]`, which carries O and I. Searches algorithms for a new shape."""
+    weight_OI = packed.unpack()
+    blob = torch._cslt_compress(weight_OI)
+    for bucket in BUCKETS:
+        problem = Problem(blob.device, blob.dtype, *packed.shape, bucket)
+        if problem not in _found:
+            _found[problem] = _search(blob, problem)
+    return {"blob": blob, "form": blob.new_empty((packed.shape[0], 0, packed.shape[1]))}
+
+
+def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
+    """`[..., I] -> [..., O]`."""
+    y_TO: Tensor = cusparselt_linear(x_TI, tensors["blob"], tensors["form"], bias_O)
+    return y_TO
+
+
+def algorithm(blob: Tensor, form: Tensor, tokens: int) -> Algorithm:
+    """The one found for the first bucket that holds `tokens`."""
+    bucket = next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
+    problem = Problem(blob.device, blob.dtype, form.shape[0], form.shape[2], bucket)
+    return _found.get(problem, Algorithm())
+
+
+@torch.library.custom_op("sparse_serve::cusparselt_linear", mutates_args=())
+def cusparselt_linear(x_TI: Tensor, blob: Tensor, form: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The custom op behind `linear`: padding and the choice of an algorithm are its own matter."""
+    y_shape = (*x_TI.shape[:-1], form.shape[0])
+    if x_TI.numel() == 0:
+        return x_TI.new_empty(y_shape)
+    return product(x_TI.reshape(-1, form.shape[2]), blob, form, bias_O).view(y_shape)
+
+
+@cusparselt_linear.register_fake
+def _fake(x_TI: Tensor, blob: Tensor, form: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x_TI.new_empty((*x_TI.shape[:-1], form.shape[0]))
+
+
+def product(x_TI: Tensor, blob: Tensor, form: Tensor, bias_O: Tensor | None) -> Tensor:
+    """One call of the library: contiguous `[T, O]`, T at least 1."""
+    tokens = x_TI.shape[0]
+    missing = -tokens % TOKENS_MULTIPLE
+    x_TI = pad(x_TI, (0, 0, 0, missing)) if missing else x_TI.contiguous()
+    if x_TI.data_ptr() % 16:
+        x_TI = x_TI.clone()  # a slice; the library was told that every matrix starts at a multiple of 16 bytes
+    chosen = algorithm(blob, form, tokens)
+    y_TO: Tensor = torch._cslt_sparse_mm(blob, x_TI.t(), bias=bias_O, transpose_result=True, **chosen._asdict())
+    return y_TO[:tokens]
+
+
+def _search(blob: Tensor, problem: Problem) -> Algorithm:
+    """Run every algorithm at the bucket's number of tokens, on random numbers; milliseconds to half a second."""
+    random = torch.Generator(problem.device).manual_seed(0)
+    shape = (problem.bucket, problem.in_features)
+    x_TI = torch.randn(shape, generator=random, dtype=problem.dtype, device=problem.device)
+    *found, _ = torch._C._cusparselt.mm_search(blob, x_TI.t(), None, None, None, True)  # type: ignore[attr-defined]
+    return Algorithm(*found)

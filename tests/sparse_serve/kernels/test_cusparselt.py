@@ -1,0 +1,162 @@
+"""cuSPARSELt's kernel without a GPU: what it asks of the library, against a library that checks and multiplies densely.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from sparse_serve.kernels import LinearSpec, cusparselt
+from sparse_serve.kernels.cusparselt import BUCKETS, Algorithm
+
+PATTERN = NMPattern(2, 4)
+SPEC = LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda")
+
+
+def packed_weight(rows: int, columns: int) -> PackedTensor:
+    mask_OI = PATTERN.mask_from_scores(torch.rand(rows, columns))
+    return PackedTensor.pack(torch.randn(rows, columns).bfloat16(), mask_OI, PATTERN)
+
+
+class Library:
+    """Stands in for cuSPARSELt: a blob is the dense weight, and only what the real one takes is taken."""
+
+    def __init__(self) -> None:
+        self.searched: list[int] = []
+        self.used: list[Algorithm] = []
+
+    def compress(self, weight_OI: Tensor) -> Tensor:
+        assert weight_OI.is_contiguous() and weight_OI.shape[0] % 16 == 0 == weight_OI.shape[1] % 16
+        groups = weight_OI.view(-1, 4)
+        assert ((groups != 0).sum(1) <= 2).all()
+        assert not torch.signbit(weight_OI[weight_OI == 0]).any(), "the library takes -0 for a value"
+        return weight_OI.clone()
+
+    def mm_search(
+        self, blob: Tensor, x_IT: Tensor, bias: None, alpha: None, out_dtype: None, transpose: bool
+    ) -> tuple[int, int, int, int]:
+        self.check(x_IT)
+        assert transpose
+        self.searched.append(x_IT.shape[1])
+        return 100 + x_IT.shape[1], 2, 3, 999
+
+    def multiply(
+        self, blob: Tensor, x_IT: Tensor, *, bias: Tensor | None, transpose_result: bool, **algorithm: int
+    ) -> Tensor:
+        self.check(x_IT)
+        assert transpose_result
+        self.used.append(Algorithm(**algorithm))
+        y_TO = x_IT.t().float() @ blob.float().t()
+        return (y_TO if bias is None else y_TO + bias.float()).to(x_IT.dtype)
+
+    def check(self, x_IT: Tensor) -> None:
+        assert x_IT.shape[1] % 8 == 0 and x_IT.t().is_contiguous() and x_IT.data_ptr() % 16 == 0
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    fake = Library()
+    monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.multiply)
+    monkeypatch.setattr(torch._C, "_cusparselt", fake, raising=False)
+    monkeypatch.setattr(cusparselt, "_found", {})
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"device_type": "cpu"}, "device cpu is not an NVIDIA GPU"),
+        ({"pattern": NMPattern(1, 4)}, "pattern 1:4 is not 2:4"),
+        ({"dtype": torch.float32}, "dtype torch.float32 is not one of"),
+        ({"values": "fp8_e4m3"}, "values fp8_e4m3 are not float"),
+        ({"out_features": 24}, r"a weight [24, 64] is not of multiples of 16"),
+        ({"in_features": 72}, r"a weight [64, 72] is not of multiples of 16"),
+    ],
+)
+def test_it_says_why_it_refuses(changed: dict[str, Any], reason: str) -> None:
+    assert reason in (cusparselt.refuse(LinearSpec(**{**SPEC.__dict__, **changed})) or "")
+
+
+def test_it_refuses_a_torch_or_a_gpu_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert cusparselt.refuse(SPEC) == "this torch was built without cuSPARSELt"
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "(7, 5) is below (8, 0)" in (cusparselt.refuse(SPEC) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert cusparselt.refuse(SPEC) is None
+
+
+def test_prepare_compresses_the_weight_itself(library: Library) -> None:
+    packed = packed_weight(32, 64)
+    packed.values[:] = torch.where(torch.rand(packed.values.shape) < 0.1, torch.tensor(0.0), packed.values)
+    tensors = cusparselt.prepare(packed)
+    assert torch.equal(tensors["blob"], packed.unpack())
+    assert tensors["form"].shape == (32, 0, 64) and tensors["form"].nbytes == 0
+
+
+def test_a_shape_is_searched_once_for_each_bucket(library: Library) -> None:
+    for rows in (32, 32, 48):
+        cusparselt.prepare(packed_weight(rows, 64))
+    assert library.searched == [*BUCKETS, *BUCKETS]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (64, 64), (65, 256), (1024, 1024), (1025, 4096), (5000, 4096)]
+)
+def test_tokens_use_what_was_found_for_their_bucket(library: Library, tokens: int, bucket: int) -> None:
+    tensors = cusparselt.prepare(packed_weight(16, 16))
+    cusparselt.linear(torch.randn(tokens, 16).bfloat16(), tensors, None)
+    assert library.used == [Algorithm(100 + bucket, 2, 3)]
+
+
+def test_a_blob_nobody_searched_for_uses_the_first_algorithm(library: Library) -> None:
+    tensors = cusparselt.prepare(packed_weight(16, 16))
+    cusparselt._found.clear()
+    cusparselt.linear(torch.randn(1, 16).bfloat16(), tensors, None)
+    assert library.used == [Algorithm(0, 1, -1)]
+
+
+@pytest.mark.parametrize("leading", [(0,), (1,), (7,), (8,), (9,), (2, 3), ()])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_any_number_of_tokens_is_padded_and_cut(library: Library, leading: tuple[int, ...], with_bias: bool) -> None:
+    torch.manual_seed(0)
+    packed, bias_O = packed_weight(32, 64), torch.randn(32).bfloat16() if with_bias else None
+    x_TI = torch.randn(*leading, 64).bfloat16()
+    y_TO = cusparselt.linear(x_TI, cusparselt.prepare(packed), bias_O)
+    bias = torch.zeros(32) if bias_O is None else bias_O.float()
+    expected_TO = x_TI.float() @ packed.unpack().float().T + bias
+    assert y_TO.shape == (*leading, 32) and y_TO.is_contiguous()
+    torch.testing.assert_close(y_TO.float(), expected_TO, rtol=1e-2, atol=1e-2)
+
+
+def test_inputs_that_are_not_contiguous(library: Library) -> None:
+    packed, x_IT = packed_weight(32, 64), torch.randn(64, 8).bfloat16()
+    tensors = cusparselt.prepare(packed)
+    assert torch.equal(cusparselt.linear(x_IT.T, tensors, None), cusparselt.linear(x_IT.T.contiguous(), tensors, None))
+    inside_a_word = torch.randn(8 * 64 + 1).bfloat16()[1:].view(8, 64)
+    expected_TO = cusparselt.linear(inside_a_word.clone(), tensors, None)
+    assert torch.equal(cusparselt.linear(inside_a_word, tensors, None), expected_TO)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 13])
+def test_torch_s_own_shape_rules_agree(tokens: int) -> None:
+    """The library's operator on the meta device, which has no numbers but all the shapes."""
+    blob, form = torch.empty(32, 36, dtype=torch.bfloat16, device="meta"), torch.empty(32, 0, 64, device="meta")
+    x_TI, bias_O = torch.empty(tokens, 64, dtype=torch.bfloat16, device="meta"), torch.empty(32, device="meta")
+    y_TO = cusparselt.product(x_TI, blob, form, bias_O)
+    assert y_TO.shape == (tokens, 32) and y_TO.dtype == torch.bfloat16 and y_TO.is_contiguous()
+
+
+def test_torch_accepts_the_operator(library: Library) -> None:
+    tensors = cusparselt.prepare(packed_weight(32, 64))
+    arguments = (torch.randn(3, 64).bfloat16(), tensors["blob"], tensors["form"], torch.randn(32).bfloat16())
+    torch.library.opcheck(cusparselt.cusparselt_linear, arguments, test_utils=("test_schema", "test_faketensor"))

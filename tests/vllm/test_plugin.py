@@ -54,14 +54,14 @@ def make_sparse(kind: str, root: Path, pattern: str = "2:4", dense_layer: str | 
 
 
 @contextmanager
-def serve(path: Path, **options: Any) -> Iterator[Any]:
+def serve(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
     """A vLLM engine that is really gone afterwards."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm = LLM(
         str(path),
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=64,
         worker_extension_cls="sparse_serve.worker.WorkerExtension",

@@ -93,12 +93,14 @@ int64_t run_many(const Linear& op, int64_t first, int64_t last) {
           }
         }
       }
-      const float* sum = sums;
-      for (int64_t row = start * kSuper * kLanes; row < op.rows && row < stop * kSuper * kLanes; row += kLanes) {
-        alignas(64) float by_token[kMany * kLanes];
-        for (int v = 0; v < kVectors; ++v) Isa::by_token(sum + v * kLanes, kMany, by_token + v * kLanes * kLanes);
-        write_outputs(op, by_token, row, token, kMany);
-        sum += kLanes * kMany;
+      for (int v = 0; v < kVectors; ++v) {  // row after row of 16 tokens: few places are written at a time
+        const float* sum = sums + v * kLanes;
+        for (int64_t row = start * kSuper * kLanes; row < op.rows && row < stop * kSuper * kLanes; row += kLanes) {
+          alignas(64) float by_token[kLanes * kLanes];
+          Isa::by_token(sum, kMany, by_token);
+          write_outputs(op, by_token, row, token + v * kLanes, kLanes);
+          sum += kLanes * kMany;
+        }
       }
     }
   }

@@ -1,4 +1,5 @@
-# One environment (.venv) and a few verbs; `make` lists them. Writes to this folder and to $(CACHE), nowhere else.
+# One environment (.venv) and a few verbs; `make` lists them. Writes to this folder and to $(CACHE); what it runs has
+# caches of its own under XDG_CACHE_HOME, as vLLM and sparse-serve do.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

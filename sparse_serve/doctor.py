@@ -1,30 +1,33 @@
 """`sparse-serve doctor DIR`: will this checkpoint be served sparse, by what, and is it worth it on this machine?
 
 Every bit of the masks is read and counted, as a server does at its start. Then, for each kind of layer: which kernel
-serves it at which number of tokens, and why others cannot; the memory that takes; and the time of all sparse layers of
-a step against the same layers dense. Times are measured here, now or before (`choice`), of each layer alone: the rest
-of a step (attention, embedding, head, sampling) comes on top and is the same for both.
+serves it at which number of tokens, and why others cannot; the memory that takes, corrections included; and the time of
+all sparse layers of a step against the same layers dense. Times are measured here, now or before (`choice`), of each
+layer alone: the rest of a step (attention, embedding, head, sampling) comes on top and is the same for both.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
+from itertools import chain
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.values import FLOAT
 from sparse_serve.choice import BUCKETS, Choice
-from sparse_serve.race import device_name, random_weight
+from sparse_serve.race import device_name
 from sparse_serve.tune import Kinds, add_arguments, choices, kinds_of, show
 
 __all__ = ["add_arguments", "main"]
 
 
 def main(args: argparse.Namespace) -> int:
-    """Verify, measure what is not known, report. Returns 0; 1 if dense would be faster anywhere."""
+    """Verify, measure what is not known, report. Returns 0; 1 if dense is faster anywhere, or figures are missing."""
     console = Console(highlight=False)
     checkpoint = SparseCheckpoint.open(args.checkpoint)
     config = checkpoint.config
@@ -38,27 +41,36 @@ def main(args: argparse.Namespace) -> int:
     device = next(iter(kinds)).device_type
     console.print(f"  on {device_name(device)} ({device}), as {str(next(iter(kinds)).dtype).removeprefix('torch.')}\n")
     show(found, kinds)
-    _memory(console, found, kinds)
-    if not all(choice.buckets for choice in found):
-        return 0
-    _time(console, found, kinds)
-    behind = [choice for choice in found if choice.slower]
+    _memory(console, checkpoint, found, kinds)
+    measured = [choice for choice in found if choice.buckets]
+    if measured:
+        _time(console, measured, kinds)
+    if config.correction is not None:
+        console.print("times are without the corrections' two small products")
+    behind = [choice for choice in measured if choice.slower]
     for choice in behind:
         spec = choice.spec
         console.print(
             f"[red]{spec.out_features}x{spec.in_features}: slower than dense with {choice.slower} tokens[/red]; "
             "if that is most of your traffic, serve the dense model"
         )
-    return 1 if behind else 0
+    return 1 if behind or len(measured) < len(found) else 0
 
 
-def _memory(console: Console, found: list[Choice], kinds: Kinds) -> None:
+def _memory(console: Console, checkpoint: SparseCheckpoint, found: list[Choice], kinds: Kinds) -> None:
+    """What the kernels make of the weights themselves, layer after layer."""
     resident = dense = 0
     for choice in found:
-        spec, layers = choice.spec, len(kinds[choice.spec])
-        tensors = choice.plan.prepare(random_weight(spec))
-        resident += layers * sum(tensor.nbytes for tensor in tensors.values())
-        dense += layers * spec.out_features * spec.in_features * spec.dtype.itemsize
+        dtype = choice.spec.dtype
+        for name in chain.from_iterable(kinds[choice.spec].values()):
+            layer = checkpoint.layer(name)
+            packed = layer.packed
+            if packed.kind == FLOAT:
+                packed = replace(packed, values=packed.values.to(dtype))
+            resident += sum(tensor.nbytes for tensor in choice.plan.prepare(packed).values())
+            if layer.correction is not None:
+                resident += layer.correction.nbytes * dtype.itemsize // layer.correction.out.element_size()
+            dense += packed.dense_nbytes(dtype)
     console.print(
         f"\nmemory of these layers: {resident / 1e6:,.1f} MB instead of {dense / 1e6:,.1f} MB dense "
         f"({resident / dense:.4f} of it)"

@@ -83,12 +83,23 @@ class Plan:
             for key, tensor in _kernel(name).prepare(packed).items()
         }
 
+    def bind(self) -> Bound:
+        """The plan with its kernels looked up, which torch.compile could not do."""
+        return Bound(str(self), _kernel(self.kernels[0]) if len(self.kernels) == 1 else None)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a layer calls: its only kernel, or the op that picks one."""
+
+    text: str
+    kernel: Kernel | None
+
     def linear(self, x_TI: Tensor, tensors: Mapping[str, Tensor], bias_O: Tensor | None, out_features: int) -> Tensor:
-        """`[..., I] -> [..., O]` in x's dtype."""
-        if len(self.kernels) == 1:
-            name = self.kernels[0]
-            return _kernel(name).linear(x_TI, _of(name, tensors), bias_O)
-        y_TO: Tensor = by_tokens(x_TI, list(tensors.values()), ",".join(tensors), bias_O, str(self), out_features)
+        """`[..., I] -> [..., O]` in x's dtype; `tensors` as `Plan.prepare` names them."""
+        if self.kernel is not None:
+            return self.kernel.linear(x_TI, {key.partition(_JOIN)[2]: each for key, each in tensors.items()}, bias_O)
+        y_TO: Tensor = by_tokens(x_TI, list(tensors.values()), ",".join(tensors), bias_O, self.text, out_features)
         return y_TO
 
 

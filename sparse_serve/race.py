@@ -1,95 +1,139 @@
-"""A race: the willing kernels and torch's dense linear on one shape, at several numbers of tokens.
+"""A race: kernels and dense linear layers on one shape, at several numbers of tokens.
 
-Weights are random and every contender has several copies of them, more together than a last-level cache holds. A
-contender that needs several times as long as the fastest is out after a few calls: it has lost, and how clearly nobody
-asks. On a GPU the calls of all copies are captured in one CUDA graph, as vLLM runs them: launching costs nothing.
-
-What counts is the best time of several rounds: other work on the machine can only add to it, and a choice that is kept
-must not depend on the moment it was made in.
+Weights are random and every contender has several copies of them, more together than a last-level cache holds. They
+take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
+choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, up to
+`GRAPH_TOKENS` tokens within one CUDA graph, as vLLM runs so few by default; launching costs nothing there, and beyond
+it costs what it costs. A contender that fails is out, with its reason; it does not stop a server from starting.
 
 Legend: T = tokens, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
-import math
 import platform
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskgen.core.errors import clip
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import FLOAT
 from sparse_serve.kernels import Kernel, LinearSpec
 from sparse_serve.timing import Call, interleaved
 
 DENSE = "dense"
+GRAPH_TOKENS = 512
 POOL_BYTES = 128 << 20
-HOPELESS = 4.0
-BUDGET_S = 0.5
+BUDGET_S = 0.15
 
 _TILE_ROWS = 64
 _MOST_COPIES = 16
-_CHANCES = 2
 
-Linear = Any
+Linear = Callable[[Tensor], Tensor]
 """x `[T, I]` -> y `[T, O]`, with one copy of the weights."""
 
+MakeDense = Callable[[Tensor], Linear]
+"""From a dense weight `[O, I]`."""
 
-def race(spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int]) -> dict[int, dict[str, float]]:
-    """Seconds of one call, by number of tokens and contender: `kernels` and `dense`."""
+
+def torch_dense(weight_OI: Tensor) -> Linear:
+    """What torch does."""
+    return partial(torch.nn.functional.linear, weight=weight_OI)
+
+
+@dataclass
+class Race:
+    """Seconds of one call, by number of tokens and contender (`dense`: the fastest dense layer); who failed and why."""
+
+    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def race(
+    spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int], dense: Mapping[str, MakeDense]
+) -> Race:
+    """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else."""
+    result = Race()
     with torch.inference_mode():
-        contenders = _contenders(spec, kernels)
-        return {count: _heat(spec, contenders, count) for count in tokens}
+        contenders = _contenders(spec, kernels, dense, result.failed)
+        for count in tokens:
+            times = _heat(spec, contenders, count, result.failed)
+            fastest = min(times.pop(name) for name in _labels(dense))
+            result.seconds[count] = {DENSE: fastest, **times}
+    if spec.device_type == "cuda":
+        torch.cuda.empty_cache()
+    for times in result.seconds.values():
+        for name in result.failed:
+            times.pop(name, None)
+    return result
 
 
-def _heat(spec: LinearSpec, contenders: Mapping[str, list[Linear]], tokens: int) -> dict[str, float]:
+def _labels(dense: Mapping[str, MakeDense]) -> list[str]:
+    return [f"{DENSE} {name}" for name in dense]
+
+
+def _heat(
+    spec: LinearSpec, contenders: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
+) -> dict[str, float]:
     x_TI = _random(spec, tokens, spec.in_features).to(spec.dtype)
-    calls: dict[str, list[Call]] = {
-        name: [lambda run=run: run(x_TI) for run in copies]  # type: ignore[misc]
-        for name, copies in contenders.items()
-    }
-    first = {name: _best_s(spec, copies) for name, copies in calls.items()}
-    for name in calls:
-        for _ in range(_CHANCES):
-            if first[name] > HOPELESS * min(first.values()):
-                first[name] = min(first[name], _best_s(spec, calls[name]))
-    racing = [name for name in calls if first[name] <= HOPELESS * min(first.values())]
-    if spec.device_type != "cuda":
-        times = interleaved({name: calls[name] for name in racing}, BUDGET_S, least=3, most=60)
-        return first | {name: min(times.seconds[name]) for name in racing}
-    times = interleaved({name: [_graph(calls[name])] for name in racing}, BUDGET_S, least=9, most=60)
-    return first | {name: min(times.seconds[name]) / len(calls[name]) for name in racing}
+    calls: dict[str, list[Call]] = {}
+    for name, copies in contenders.items():
+        if name not in failed:
+            each = [partial(run, x_TI) for run in copies]
+            _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
+    times = interleaved(calls, BUDGET_S, least=5, most=300)
+    together = {name: len(contenders[name]) // len(copies) for name, copies in calls.items()}
+    return {name: min(times.seconds[name]) / together[name] for name in calls}
 
 
-def _contenders(spec: LinearSpec, kernels: Mapping[str, Kernel]) -> dict[str, list[Linear]]:
+def _contenders(
+    spec: LinearSpec, kernels: Mapping[str, Kernel], dense: Mapping[str, MakeDense], failed: dict[str, str]
+) -> dict[str, list[Linear]]:
     packed = random_weight(spec)
-    dense_OI = packed.unpack().to(spec.dtype)
-    count = min(_MOST_COPIES, max(2, -(-POOL_BYTES // packed.nbytes)))
-    contenders: dict[str, list[Linear]] = {
-        DENSE: [partial(torch.nn.functional.linear, weight=dense_OI.clone()) for _ in range(count)]
+    dense_OI = _repeated(_random(spec, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec)
+    count = _copies(spec, packed, len(kernels) + len(dense))
+    made = {
+        label: [make(dense_OI.clone()) for _ in range(count)]
+        for label, make in zip(_labels(dense), dense.values(), strict=True)
     }
     for name, kernel in kernels.items():
-        prepared = [kernel.prepare(packed) for _ in range(count)]
-        contenders[name] = [lambda x_TI, run=kernel.linear, at=tensors: run(x_TI, at, None) for tensors in prepared]
-    return contenders
+
+        def prepare(name: str = name, kernel: Kernel = kernel) -> None:
+            prepared = [kernel.prepare(packed) for _ in range(count)]
+            made[name] = [lambda x_TI, at=tensors: kernel.linear(x_TI, at, None) for tensors in prepared]  # type: ignore[misc]
+
+        _trying(name, failed, prepare)
+    return made
 
 
-def _best_s(spec: LinearSpec, copies: list[Call]) -> float:
-    """Of two calls: the first of all may compile."""
-    best_s = math.inf
-    for call in (copies[0], copies[-1]):
-        begun_s = time.perf_counter()
+def _copies(spec: LinearSpec, packed: PackedTensor, contenders: int) -> int:
+    """As many as fill the pool; on a GPU that is full of weights already, what half of the rest has room for."""
+    wanted = min(_MOST_COPIES, max(2, -(-POOL_BYTES // packed.nbytes)))
+    if spec.device_type != "cuda":
+        return wanted
+    room = torch.cuda.mem_get_info()[0] // 2 // (contenders * packed.dense_nbytes(spec.dtype))
+    return max(1, min(wanted, room))
+
+
+def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
+    """Calls that can be timed: one for each copy, or on a GPU one for all of them."""
+    for call in copies:
+        call()  # may compile, and choose an algorithm
+    if spec.device_type != "cuda":
+        return copies
+    torch.cuda.synchronize()
+    return [_graph(copies) if tokens <= GRAPH_TOKENS else partial(_in_a_row, copies)]
+
+
+def _in_a_row(copies: list[Call]) -> None:
+    for call in copies:
         call()
-        if spec.device_type == "cuda":
-            torch.cuda.synchronize()
-        best_s = min(best_s, time.perf_counter() - begun_s)
-    return best_s
+    torch.cuda.synchronize()
 
 
 def _graph(copies: list[Call]) -> Call:
@@ -97,12 +141,17 @@ def _graph(copies: list[Call]) -> Call:
     with torch.cuda.graph(graph):
         for call in copies:
             call()
+    return partial(_in_a_row, [graph.replay])
 
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
 
-    return replay
+def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:
+    """A dense layer that fails is nobody's competitor to lose against: that is raised."""
+    try:
+        step()
+    except Exception as error:
+        if name.startswith(DENSE):
+            raise
+        failed[name] = f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"
 
 
 def device_name(device_type: str) -> str:
@@ -119,19 +168,23 @@ def processor() -> str:
 
 
 def random_weight(spec: LinearSpec) -> PackedTensor:
-    """A sparse weight of `spec`'s shape. A few random rows again and again: no kernel's time depends on values."""
+    """A sparse weight of `spec`'s shape: a few random rows again and again.
+
+    Its values are bfloat16 numbers also where the layer is served in float32, as those of most checkpoints are, and a
+    kernel may make use of that.
+    """
     rows = min(spec.out_features, _TILE_ROWS)
-    weight = _random(spec, rows, spec.in_features).mul_(spec.in_features**-0.5)
+    weight = _random(spec, rows, spec.in_features).mul_(spec.in_features**-0.5).bfloat16()
     kept = spec.pattern.mask_from_scores(_random(spec, rows, spec.in_features))
     dtype = spec.dtype if spec.values == FLOAT else torch.float32
     tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)
-    times = -(-spec.out_features // rows)
+    scale = None if tile.scale is None else _repeated(tile.scale, spec)
+    return PackedTensor(_repeated(tile.values, spec), _repeated(tile.bitmask, spec), spec.pattern, scale)
 
-    def repeated(tensor: Tensor) -> Tensor:
-        return tensor.repeat(times, *(1 for _ in tensor.shape[1:]))[: spec.out_features]
 
-    scale = None if tile.scale is None else repeated(tile.scale)
-    return PackedTensor(repeated(tile.values), repeated(tile.bitmask), spec.pattern, scale)
+def _repeated(rows: Tensor, spec: LinearSpec) -> Tensor:
+    times = -(-spec.out_features // len(rows))
+    return rows.repeat(times, *(1 for _ in rows.shape[1:]))[: spec.out_features]
 
 
 def _random(spec: LinearSpec, *shape: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A server measures what it does not find in the cache (`choice`); this fills the cache, for one rank, as the model's
 layers are in vLLM (query, key and value are one layer there), and shows what was found. Measure on a machine that does
-nothing else, with as many threads as the server will have.
+nothing else, and with as many threads as the server will have: figures of other numbers of threads are others.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from rich.progress import track
 from rich.table import Table
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from sparse_serve.choice import BUCKETS, Bucket, Choice, choice_for
+from maskgen.core.errors import FormatError
+from sparse_serve.choice import AUTO, BUCKETS, Ask, Bucket, Choice, choice_for
 from sparse_serve.errors import SettingsError
 from sparse_serve.kernels import LinearSpec
-from sparse_serve.vllm_layers import fused_layers
+from sparse_serve.vllm_dense import dense_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-Kinds = dict[LinearSpec, list[str]]
-"""Layers as vLLM has them, named as there, by what a kernel sees of them."""
+Kinds = dict[LinearSpec, dict[str, list[str]]]
+"""By what a kernel sees of them: layers as vLLM has and names them, and the checkpoint's layers each consists of."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sparse-serve tune`, and of `sparse-serve doctor`."""
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="a sparse checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help="as it will be served (default: the checkpoint's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the server (default: all cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="as many as the server has (default: all cores)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, keep, show. Returns 0."""
     checkpoint = SparseCheckpoint.open(args.checkpoint, verify_bits=False)
     kinds = kinds_of(checkpoint, args.dtype)
-    show(choices(kinds, args, measure_again=True), kinds)
+    show(choices(kinds, args, Ask.AGAIN), kinds)
     return 0
 
 
@@ -54,18 +55,18 @@ def kinds_of(checkpoint: SparseCheckpoint, dtype: str | None) -> Kinds:
         spec = LinearSpec(
             sum(rows for rows, _ in shapes), shapes[0][1] * 8, config.pattern, served, device, config.values
         )
-        kinds.setdefault(spec, []).append(name)
+        kinds.setdefault(spec, {})[name] = parts
     return kinds
 
 
-def choices(kinds: Iterable[LinearSpec], args: argparse.Namespace, measure_again: bool = False) -> list[Choice]:
+def choices(kinds: Iterable[LinearSpec], args: argparse.Namespace, ask: Ask = Ask.ALWAYS) -> list[Choice]:
     """One for each kind, measured where the cache does not know; a bar shows how far it is."""
     if args.threads is not None:
         if args.threads < 1:
             raise SettingsError(f"--threads {args.threads}: expected 1 or more")
         torch.set_num_threads(args.threads)
     bar = track(list(kinds), "measuring kernels", console=Console(stderr=True), transient=True)
-    return [choice_for(spec, measure_again=measure_again) for spec in bar]
+    return [choice_for(spec, AUTO, dense_layers(spec.device_type), ask) for spec in bar]
 
 
 def show(found: Sequence[Choice], kinds: Kinds) -> None:
@@ -85,7 +86,7 @@ def show(found: Sequence[Choice], kinds: Kinds) -> None:
     console = Console(highlight=False)
     console.print(table)
     if not all(choice.buckets for choice in found):
-        console.print("  -: not measured, as there is no other kernel")
+        console.print("  -: could not be measured")
     for name, reason in reasons.items():
         console.print(f"  {name} was not considered: {reason}", markup=False)
 
@@ -96,6 +97,9 @@ def _cell(bucket: Bucket, named: bool) -> str:
 
 
 def _served(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, list[str]]]:
+    """Name in vLLM, and the checkpoint's layers that are in it; `FormatError` where vLLM would refuse too."""
+    from sparse_serve.vllm_layers import fused_layers  # seconds, which --help does not have
+
     targets = set(checkpoint.config.targets)
     fused = fused_layers(checkpoint.hf_config.get("architectures") or [])
     whole = {part: (name, parts) for name, parts in fused.items() for part in parts}
@@ -105,7 +109,10 @@ def _served(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, list[str]]]:
         name, leaves = whole.get(leaf, (leaf, [leaf]))
         parts = [f"{parent}.{part}" for part in leaves]
         if not set(parts) <= targets:
-            name, parts = leaf, [target]
+            raise FormatError(
+                f"{parent}.{name} is one layer in vLLM, but of {parts} only {sorted(targets & set(parts))} are sparse; "
+                "make all of them sparse or none"
+            )
         if parts[0] not in done:
             done.update(parts)
             yield f"{parent}.{name}", parts

@@ -33,3 +33,8 @@ def stock_linear(weight_OI: Tensor) -> DenseLinear:
 def torch_linear(weight_OI: Tensor) -> DenseLinear:
     """The same by `torch.nn.functional.linear`."""
     return lambda x_TI: torch.nn.functional.linear(x_TI, weight_OI)
+
+
+def dense_layers(device_type: str) -> dict[str, Callable[[Tensor], DenseLinear]]:
+    """What makes the dense layers that a sparse one is compared with, by name."""
+    return {"torch": torch_linear, "vllm": stock_linear} if device_type == "cpu" else {"torch": torch_linear}

@@ -48,13 +48,16 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from sparse_serve.choice import AUTO, Choice, choice_for
 from sparse_serve.kernels import LinearSpec
+from sparse_serve.plan import Bound
 from sparse_serve.vllm_correction import LayerCorrection
+from sparse_serve.vllm_dense import dense_layers
 
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
 
 OPTIONS_KEY = "sparse_nm"
 """Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`."""
 
+_PLANS_KEY = "sparse_nm_plans"
 _VERIFIED = "_SPARSE_SERVE_VERIFIED"
 _BLOCK_INDEX = re.compile(r"\.(\d+)\.")
 
@@ -155,8 +158,10 @@ class SparseNMLinear(LinearMethodBase):
     def __init__(self, config: SparseNMConfig, prefix: str, parts: int = 1) -> None:
         self.config = config
         self.prefix = prefix
-        self.wanted = _kernel_option(get_current_vllm_config().additional_config)
+        self.vllm_config = get_current_vllm_config()
+        self.wanted = _kernel_option(self.vllm_config.additional_config)
         self.choice: Choice | None = None
+        self.bound: Bound | None = None
         self.kernel_names: tuple[str, ...] = ()
         self.correction = None if config.correction is None else LayerCorrection(config.correction, prefix, parts)
         self.dtype = torch.float32
@@ -213,8 +218,9 @@ class SparseNMLinear(LinearMethodBase):
         packed = PackedTensor(stored["values"], stored["bitmask"], self.config.pattern, stored.get("scale"))
         packed.verify(self.prefix)
         spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
-        choice = choice_for(spec, self.wanted)
-        tensors = choice.plan.prepare(packed)
+        choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
+        tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
+        _tell_compiler(self.vllm_config, self.prefix, choice)
         for name in stored:
             delattr(layer, name)
         for name, tensor in tensors.items():
@@ -228,9 +234,9 @@ class SparseNMLinear(LinearMethodBase):
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[T, I] -> [T, O]`."""
-        assert self.choice is not None
+        assert self.choice is not None and self.bound is not None
         tensors = {name: getattr(layer, name) for name in self.kernel_names}
-        y = self.choice.plan.linear(x, tensors, bias, self.choice.spec.out_features)
+        y = self.bound.linear(x, tensors, bias, self.choice.spec.out_features)
         return y if self.correction is None else y + self.correction.apply(layer, x)
 
 
@@ -265,6 +271,13 @@ def _on_this_rank(module: str) -> bool:
     layers = get_current_vllm_config().model_config.hf_text_config.num_hidden_layers
     start, stop = get_pp_indices(layers, group.rank_in_group, group.world_size)
     return start <= int(match[1]) < stop
+
+
+def _tell_compiler(vllm_config: Any, prefix: str, choice: Choice) -> None:
+    """Make the plan part of the key of vLLM's compiled code, which holds the plan as a constant and outlives it."""
+    if isinstance(vllm_config.additional_config, dict):
+        before = vllm_config.additional_config.get(_PLANS_KEY)
+        vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, str(choice.plan)])
 
 
 def _kernel_option(additional_config: Any) -> str:

@@ -10,6 +10,8 @@
 // Here the load that fetches the operand does the selecting. Tables are built once for all rows of a group of superblocks
 // (48 KiB; the sums are 512 KiB), which pays from 64 tokens on.
 #pragma once
+#include <memory>
+
 #include "activations.h"
 
 namespace sparse24 {
@@ -75,13 +77,20 @@ __attribute__((noinline)) void many_block(const uint8_t* data, const uint8_t* ta
 // Superblocks [first, last) for as many tokens as fill whole tiles; returns how many.
 template <class Isa, Values kValues>
 int64_t run_many(const Linear& op, int64_t first, int64_t last) {
-  alignas(64) uint8_t tables[kManyTables];
-  alignas(64) float sums[kManySupers * kSuper * kLanes * kMany];
+  struct Scratch {
+    alignas(64) float sums[kManySupers * kSuper * kLanes * kMany];
+    alignas(64) uint8_t tables[kManyTables];
+  };
+  static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
+  if (op.tokens < kMany) return 0;
+  if (!own) own = std::make_unique<Scratch>();
+  float* sums = own->sums;
+  uint8_t* tables = own->tables;
   const int64_t parts = column_blocks(op.columns), whole = op.tokens / kMany * kMany;
   for (int64_t start = first; start < last && whole; start += kManySupers) {
     const int64_t stop = start + kManySupers < last ? start + kManySupers : last;
     for (int64_t token = 0; token < whole; token += kMany) {
-      __builtin_memset(sums, 0, sizeof(sums));
+      __builtin_memset(sums, 0, sizeof(own->sums));
       for (int64_t part = 0; part < parts; ++part) {
         many_tables<Isa>(op, token, part * kColumns, tables);
         float* sum = sums;

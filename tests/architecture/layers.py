@@ -81,7 +81,7 @@ LEVELS = {
     "sparse_serve.api.*": 22,
     "sparse_serve.timing": 10,
     "sparse_serve.bench_*": 20,
-    "sparse_serve.vllm_dense": 20,
+    "sparse_serve.vllm_dense": 19,
     "sparse_serve.bench_kernels": 30,
     "sparse_serve.bench_serve": 30,
     "sparse_serve.bench": 31,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,11 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
 @pytest.fixture
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def method_of(name: str) -> LearnedMethod:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from maskgen.core.pattern import NMPattern
 from sparse_serve import choice
-from sparse_serve.choice import BUCKETS, SLACK, Bucket, choice_for, decide, plan_of
+from sparse_serve.choice import BUCKETS, SLACK, Ask, Bucket, choice_for, decide, plan_of
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import LinearSpec, willing
 from sparse_serve.plan import Plan
-from sparse_serve.race import DENSE
+from sparse_serve.race import DENSE, Race
 
 SPEC = LinearSpec(64, 32, NMPattern(2, 4), torch.float32, "cpu")
 
@@ -68,29 +68,37 @@ def test_never_behind_a_single_kernel_where_it_matters(rows: list[tuple[float, f
 
 @pytest.fixture
 def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[LinearSpec]]:
-    """Every race that is run, each with an invented outcome; the cache is empty at first."""
+    """Every race that is run, each with an invented outcome; nothing is known at first."""
     if "cpu" not in willing(SPEC)[0]:
         pytest.skip(willing(SPEC)[1]["cpu"])
     run: list[LinearSpec] = []
 
-    def race(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...]) -> dict[int, dict[str, float]]:
+    def race(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Race:
         run.append(spec)
-        return {count: {DENSE: 2.0, "cpu": 1.0, "reference": 4.0} for count in tokens}
+        return Race({count: {DENSE: 2.0, **dict.fromkeys(kernels, 1.0)} for count in tokens})
 
     monkeypatch.setattr(choice, "race", race)
+    monkeypatch.setattr(choice, "_measured", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     yield run
     torch.set_num_threads(threads)
 
 
+def forget() -> None:
+    """What the process knows, as if it were another one."""
+    choice._measured.clear()
+
+
 def test_it_is_measured_once(races: list[LinearSpec], tmp_path: Path) -> None:
     first, second = choice_for(SPEC), choice_for(SPEC)
+    forget()
     assert len(races) == 1
-    assert first == second
+    assert first == second == choice_for(SPEC)
+    assert len(races) == 1
     assert first.plan == Plan.of("cpu")
     assert {bucket.speedup for bucket in first.buckets} == {2.0}
-    choice_for(SPEC, measure_again=True)
+    choice_for(SPEC, ask=Ask.AGAIN)
     choice_for(LinearSpec(64, 32, NMPattern(2, 4), torch.bfloat16, "cpu"))
     torch.set_num_threads(torch.get_num_threads() + 1)
     choice_for(SPEC)
@@ -98,7 +106,7 @@ def test_it_is_measured_once(races: list[LinearSpec], tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "sparse-serve").rglob("*.json"))) == 3
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"seconds": 3}', "missing", "negative", "stranger"])
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"seconds": 3}', "missing", "negative", "endless", "stranger"])
 def test_a_cache_that_says_nothing_sensible_is_written_again(
     races: list[LinearSpec], tmp_path: Path, damage: str
 ) -> None:
@@ -109,9 +117,12 @@ def test_a_cache_that_says_nothing_sensible_is_written_again(
         del stored["seconds"]["16"]
     elif damage == "negative":
         stored["seconds"]["16"]["cpu"] = -1.0
+    elif damage == "endless":
+        stored["seconds"]["16"]["cpu"] = "inf"
     elif damage == "stranger":
         stored["seconds"]["16"]["gone"] = 1.0
     file.write_text(json.dumps(stored) if damage.isalpha() else damage)
+    forget()
     assert choice_for(SPEC) == whole == choice_for(SPEC)
     assert len(races) == 2
 
@@ -121,7 +132,36 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert choice_for(SPEC).plan == choice_for(SPEC).plan == Plan.of("cpu")
+    assert len(races) == 1, "a model has many layers of a kind"
+
+
+def test_a_person_without_a_home_is_served_too(races: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(choice.Path, "home", nowhere)
     assert choice_for(SPEC).plan == Plan.of("cpu")
+
+
+def test_a_kernel_that_fails_when_measured_is_refused(races: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Race:
+        return Race({count: {DENSE: 1.0} for count in tokens}, dict.fromkeys(kernels, "failed: out of luck"))
+
+    monkeypatch.setattr(choice, "race", failing)
+    found = choice_for(SPEC)
+    forget()
+    assert found.plan == Plan.of("reference")
+    assert found.refused["cpu"] == "failed: out of luck"
+    assert choice_for(SPEC) == found, "also from the file"
+
+
+def test_who_asks_gets_figures_of_a_lone_kernel_too(races: list[LinearSpec]) -> None:
+    lone = LinearSpec(64, 32, NMPattern(2, 4), torch.float16, "cpu")
+    assert not choice_for(lone).buckets and not races
+    assert {bucket.kernel for bucket in choice_for(lone, ask=Ask.ALWAYS).buckets} == {"reference"}
+    assert races == [lone]
 
 
 def test_a_kernel_asked_for_is_not_measured(races: list[LinearSpec]) -> None:

@@ -42,10 +42,10 @@ def test_other_texts_are_refused(text: str) -> None:
 class Layer(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan, self.tensors = plan, plan.prepare(random_weight(SPEC))
+        self.bound, self.tensors = plan.bind(), plan.prepare(random_weight(SPEC))
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return self.plan.linear(x_TI, self.tensors, None, SPEC.out_features)
+        return self.bound.linear(x_TI, self.tensors, None, SPEC.out_features)
 
 
 def need_cpu_kernel() -> None:
@@ -65,12 +65,18 @@ def test_each_number_of_tokens_goes_to_its_kernel() -> None:
     torch.testing.assert_close(both(x_TI[:4]), -alone(x_TI[:4]))
 
 
-def test_one_compiled_graph_serves_both_steps() -> None:
+@pytest.mark.parametrize("plan", [BOTH, Plan.of("cpu"), Plan.of("reference")])
+def test_one_compiled_graph_serves_every_number_of_tokens(plan: Plan) -> None:
+    """`fullgraph`, as vLLM compiles; for the number of tokens it is compiled with and for others."""
     need_cpu_kernel()
-    layer = Layer(BOTH)
-    layer.tensors["reference__values"].neg_()
-    tokens = torch.export.Dim("tokens", min=2, max=64)
-    program = torch.export.export(layer, (torch.randn(8, 64),), dynamic_shapes=({0: tokens},)).module()
-    for count in (3, 9):
+    layer, compiled_for = Layer(plan), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled_for.append(inputs)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for count in (11, 3, 9):  # the first must equal no other size, or torch takes them for the same
         x_TI = torch.randn(count, 64)
-        assert torch.equal(program(x_TI), layer(x_TI))
+        assert torch.equal(compiled(x_TI), layer(x_TI))
+    assert len(compiled_for) == 1

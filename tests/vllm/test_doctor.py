@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from sparse_serve.choice import BUCKETS
 from tests import models
 from tests.vllm.serving import SHAPE, damage_digest
 from tests.vllm.test_plugin import serve
@@ -47,9 +48,8 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     with serve(sparse) as llm:
         stats = llm.collective_rpc("sparse_stats")[0]
     assert figures(cache) == known, "nothing was left to measure"
-    if len(stats["kernels"]) > 1 or "reference" not in stats["kernels"]:
-        assert len(stats["choices"]) == 4 * 7
-        assert {choice["kernel"] for choice in stats["choices"]} == set(stats["kernels"])
+    if set(stats["kernels"]) != {"reference"}:  # where the native kernel cannot be used
+        assert len(stats["choices"]) == 4 * len(BUCKETS)
 
 
 def test_what_a_doctor_does_not_examine(tmp_path: Path) -> None:

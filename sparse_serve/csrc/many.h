@@ -8,7 +8,7 @@
 //
 // With rows in the lanes (linear.h) every product costs a permute too, and both compete for the same execution ports.
 // Here the load that fetches the operand does the selecting. Tables are built once for all rows of a group of superblocks
-// (48 KiB; the sums are 512 KiB), which pays from 64 tokens on.
+// (48 KiB; the sums are 256 KiB), which pays from 64 tokens on.
 #pragma once
 #include <memory>
 
@@ -17,7 +17,7 @@
 namespace sparse24 {
 namespace {
 
-constexpr int kMany = 64, kManySupers = 16;     // tokens of a tile; superblocks of a group
+constexpr int kMany = 64, kManySupers = 8;     // tokens of a tile; superblocks of a group
 constexpr int kVectors = kMany / kLanes, kPairs = 6;
 constexpr int kEntry = kMany * 4;               // bytes of one pair of columns, for all tokens
 constexpr int kManyTables = (kGroups * kPairs + 2) * kEntry;  // a code may say 7, were memory damaged

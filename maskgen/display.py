@@ -160,6 +160,11 @@ def print_dense(out: Path, total_bytes: int) -> None:
     say(f"next: maskgen eval {out} --data FILE")
 
 
+def print_finished(out: Path) -> None:
+    """Of a run that had been finished before, but for its work directory."""
+    say(f"{out} is finished; what an earlier process had left of its work directory is removed")
+
+
 def print_shrunk(out: Path, written: ShrinkReport) -> None:
     """What was written, when whole heads and neurons were removed."""
     kept = ", ".join(f"{count} {kind}" for kind, count in written.keep.items())

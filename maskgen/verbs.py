@@ -20,7 +20,7 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, SparseError
-from maskgen.core.files import write_json
+from maskgen.core.files import read_json, write_json
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import StoredLayer
 from maskgen.core.pattern import NMPattern
@@ -47,19 +47,34 @@ def run(args: argparse.Namespace) -> None:
     """Recipe + dense model + text -> checkpoint."""
     model.quiet()
     wanted = recipe.load(args.recipe, args.overrides)
+    is_cleaning_up = args.out.exists() and work_dir(args.out).exists() and not args.keep_work
     for path in (args.out, args.masks_out):
-        if path is not None and path.exists():
+        if path is not None and path.exists() and not is_cleaning_up:
             raise OutputExistsError(f"{path} exists; remove it or choose another output")
     device, model_dir = _device(args.device), model.resolve(args.model)
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{args.model}: already sparse; start from the dense model")
     wanted = wanted.for_context(model.stored_max_tokens(model_dir))
+    if is_cleaning_up:
+        _clean_up(args, wanted)
+        return
     if isinstance(wanted.build_method(), LocalMethod):
         _prune(args, wanted, model_dir, device)
     elif not learn(args, wanted, model_dir, _label(args.model, model_dir), device):
         return
     if not args.keep_work:
         shutil.rmtree(work_dir(args.out))
+
+
+def _clean_up(args: argparse.Namespace, wanted: Recipe) -> None:
+    """A run was killed when its result was there, whole, and its work directory was not gone yet: do what was left."""
+    made_with = args.out / RECIPE_FILE
+    if not made_with.is_file() or read_json(made_with) != wanted.resolved():
+        raise OutputExistsError(f"{args.out} exists, of another recipe; remove it or choose another output")
+    if args.masks_out is not None and not args.masks_out.exists():
+        SparseCheckpoint.open(args.out).mask_set().save(args.masks_out)
+    shutil.rmtree(work_dir(args.out), ignore_errors=True)
+    display.print_finished(args.out)
 
 
 def _prune(args: argparse.Namespace, wanted: Recipe, model_dir: Path, device: str) -> None:

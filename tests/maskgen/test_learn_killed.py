@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from maskgen.core.mask import MaskSet
 from maskgen.trainlog import LOG_FILE, read
+from tests.maskgen.test_cli import run
 
 SEED = 1
 ModelDir = Callable[..., Path]
@@ -28,8 +30,11 @@ from maskgen import cli, verbs, learn
 def attempt(argv, kill_after_s):
     child = os.fork()
     if child == 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        os._exit(cli.main(argv))
+        log = open(argv[-1] + ".log", "w")
+        sys.stdout = sys.stderr = log
+        code = cli.main(argv)
+        log.flush()
+        os._exit(code)
     began_s = time.monotonic()
     while kill_after_s is None or time.monotonic() - began_s < kill_after_s:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -46,7 +51,7 @@ assert status == 0, status
 rng, killed = random.Random(seed), 0
 while killed < 4:
     status, _ = attempt([*argv, "--out", outs[1]], rng.uniform(0, 0.7 * whole_s))
-    assert status in (0, signal.SIGKILL), status
+    assert status in (0, signal.SIGKILL), open(outs[1] + ".log").read()
     if status == 0:
         break
     killed += 1
@@ -97,4 +102,37 @@ def test_killed_at_random_and_started_again(kind: str, model_dir: ModelDir, text
     assert logs[0] == logs[1]
     assert [record["step"] for record in logs[0] if record["kind"] == "step"] == list(range(1, 9))
     assert [record["step"] for record in logs[0] if record["kind"] == "eval"] == [0, 3, 6, 8]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "recipe.toml", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed",
+        "killed.log",
+        "recipe.toml",
+        "whole",
+        "whole.log",
+    ]
+
+
+def test_killed_while_it_cleans_up(
+    model_dir: ModelDir,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The result is there and whole; the same command says so, and does what was left."""
+    recipe, out, masks = tmp_path / "recipe.toml", tmp_path / "out", tmp_path / "masks.safetensors"
+    recipe.write_text(RECIPES["frozen weights"])
+    argv = ["run", recipe, "--model", model_dir(), "--data", text_file, *FLAGS, "--out", out, "--masks-out", masks]
+    assert run(capsys, *argv, "--keep-work")[0] == 0
+    expected = MaskSet.load(masks)
+    masks.unlink()
+    (tmp_path / "out.work" / "run.json").unlink()
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, said, _ = run(capsys, *argv)
+    assert code == 0 and "is finished" in said
+    assert not (tmp_path / "out.work").exists()
+    found = MaskSet.load(masks)
+    assert (found.digest(), found.base_digest) == (expected.digest(), expected.base_digest)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+    assert run(capsys, *argv)[0] == 2, "it exists, and nothing is left to do"
+    (tmp_path / "out.work").mkdir()
+    other = [*argv, "--set", "train.lr=1e-9"]
+    assert "of another recipe" in run(capsys, *other)[2]

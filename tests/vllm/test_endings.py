@@ -67,10 +67,10 @@ def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_pat
         servers.append(launch(checkpoint, tmp_path / name))
     interrupted, killed = servers
     try:
-        interrupted.engine_pid()
-        interrupted.process.send_signal(signal.SIGINT)
         until(lambda: any(map(is_importing_torch, descendants(killed.process.pid))), START_S)
         killed.process.send_signal(signal.SIGSTOP)
+        interrupted.engine_pid()
+        interrupted.process.send_signal(signal.SIGINT)
         killed.engine_pid()
         killed.process.kill()
         assert interrupted.process.wait(60) == 0

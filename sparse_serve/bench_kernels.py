@@ -32,9 +32,9 @@ from sparse_serve.bench_plot import Panel, Point, Roof
 from sparse_serve.bench_record import facts
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import LinearSpec, choose, cpu
-from sparse_serve.race import processor
+from sparse_serve.race import processor, torch_dense
 from sparse_serve.timing import Call, Times, interleaved
-from sparse_serve.vllm_dense import stock_linear, torch_linear
+from sparse_serve.vllm_dense import stock_linear
 
 PATTERN = NMPattern(2, 4)
 DENSE = ("dense torch", "dense vllm")
@@ -106,7 +106,7 @@ def _contenders(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool
     weight_OI = torch.randn(out_features, in_features).mul_(in_features**-0.5).to(dtype)
     packed = PackedTensor.pack(weight_OI, PATTERN.mask_from_scores(weight_OI.float().abs()), PATTERN)
     contenders = {}
-    for name, linear in zip(DENSE, (torch_linear, stock_linear), strict=True):
+    for name, linear in zip(DENSE, (torch_dense, stock_linear), strict=True):
         copies = range(_copies(weight_OI.nbytes))
         contenders[name] = Contender([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
     for name in names(folder):

@@ -163,7 +163,7 @@ def choice_for(
         if FALLBACK not in kernels or FALLBACK in measured.failed:
             raise no_kernel(spec, refused)
         return Choice(spec, Plan.of(FALLBACK), refused=refused)
-    buckets = decide(measured.seconds, LAYOUTS[spec.device_type])
+    buckets = decide(measured.seconds, LAYOUTS.get(spec.device_type, 1))
     return Choice(spec, plan_of(buckets), buckets, refused)
 
 

@@ -5,16 +5,14 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-DenseLinear = Callable[[Tensor], Tensor]
+from sparse_serve.race import Linear, MakeDense, torch_dense
 
 
-def stock_linear(weight_OI: Tensor) -> DenseLinear:
+def stock_linear(weight_OI: Tensor) -> Linear:
     """x `[T, I]` -> y `[T, O]` as vLLM's unquantized layers compute it on a CPU, weights prepacked if it does that."""
     # importing vLLM takes seconds and changes the environment: on use
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -30,11 +28,6 @@ def stock_linear(weight_OI: Tensor) -> DenseLinear:
     return run
 
 
-def torch_linear(weight_OI: Tensor) -> DenseLinear:
-    """The same by `torch.nn.functional.linear`."""
-    return lambda x_TI: torch.nn.functional.linear(x_TI, weight_OI)
-
-
-def dense_layers(device_type: str) -> dict[str, Callable[[Tensor], DenseLinear]]:
+def dense_layers(device_type: str) -> dict[str, MakeDense]:
     """What makes the dense layers that a sparse one is compared with, by name."""
-    return {"torch": torch_linear, "vllm": stock_linear} if device_type == "cpu" else {"torch": torch_linear}
+    return {"torch": torch_dense, "vllm": stock_linear} if device_type == "cpu" else {"torch": torch_dense}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from maskgen.memory import peak_rss_bytes
 from maskgen.method import LocalMethod
 from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import SweepReport, sweep
-from maskgen.workdir import WorkDir, work_dir
+from maskgen.workdir import WorkDir, finish, is_left_over, reopen, work_dir
 
 _TRAINING_FLAGS = (
     "micro_batch",
@@ -47,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     """Recipe + dense model + text -> checkpoint."""
     model.quiet()
     wanted = recipe.load(args.recipe, args.overrides)
-    is_cleaning_up = args.out.exists() and work_dir(args.out).exists() and not args.keep_work
+    work = work_dir(args.out)
+    is_cleaning_up = args.out.exists() and is_left_over(work) and not args.keep_work
     for path in (args.out, args.masks_out):
         if path is not None and path.exists() and not is_cleaning_up:
             raise OutputExistsError(f"{path} exists; remove it or choose another output")
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     if is_cleaning_up:
         _clean_up(args, wanted)
         return
+    reopen(work)
     if isinstance(wanted.build_method(), LocalMethod):
         _prune(args, wanted, model_dir, device)
     elif not learn(args, wanted, model_dir, _label(args.model, model_dir), device):
         return
-    if not args.keep_work:
-        shutil.rmtree(work_dir(args.out))
+    finish(work, args.keep_work)
 
 
 def _clean_up(args: argparse.Namespace, wanted: Recipe) -> None:
@@ -73,7 +73,7 @@ def _clean_up(args: argparse.Namespace, wanted: Recipe) -> None:
         raise OutputExistsError(f"{args.out} exists, of another recipe; remove it or choose another output")
     if args.masks_out is not None and not args.masks_out.exists():
         SparseCheckpoint.open(args.out).mask_set().save(args.masks_out)
-    shutil.rmtree(work_dir(args.out), ignore_errors=True)
+    finish(work_dir(args.out), keep=False)
     display.print_finished(args.out)
 
 

@@ -31,6 +31,8 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 
 _RUN_FILE = "run.json"
+_KEPT_FILE = "kept"
+"""There when the run is finished and its caller asked for the directory: no leftover of a clean-up cut short."""
 TOKENS_FOLDER = "tokens"
 """Where in it the token cache of `maskgen.corpus` is: named by content, so it may be there before the run is known."""
 
@@ -38,6 +40,24 @@ TOKENS_FOLDER = "tokens"
 def work_dir(out_dir: Path) -> Path:
     """Where a run that writes `out_dir` keeps what it has done so far."""
     return out_dir.with_name(out_dir.name + ".work")
+
+
+def finish(path: Path, keep: bool) -> None:
+    """The run of this directory has its result: delete the directory, or mark it as wanted."""
+    if keep:
+        write_json(path / _KEPT_FILE, {})
+    else:
+        shutil.rmtree(path)
+
+
+def reopen(path: Path) -> None:
+    """Its run goes on, or starts again: what an earlier one said of keeping the directory no longer holds."""
+    (path / _KEPT_FILE).unlink(missing_ok=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether `path`, of a run with a result, was about to be deleted when its process was killed."""
+    return path.is_dir() and not (path / _KEPT_FILE).exists()
 
 
 class WorkDir:
@@ -96,10 +116,6 @@ class WorkDir:
             with open_tensors(path) as file:
                 bitmasks[name] = file.get_tensor(name + BITMASK_SUFFIX)
         return MaskSet(self.pattern, bitmasks, base_digest, recipe_digest)
-
-    def remove(self) -> None:
-        """Delete the directory."""
-        shutil.rmtree(self.path)
 
     def _path(self, block: int) -> Path:
         return self.path / f"block-{block:05d}.safetensors"

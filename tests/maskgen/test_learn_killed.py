@@ -124,7 +124,11 @@ def test_killed_while_it_cleans_up(
     assert run(capsys, *argv, "--keep-work")[0] == 0
     expected = MaskSet.load(masks)
     masks.unlink()
-    (tmp_path / "out.work" / "run.json").unlink()
+    code, _, errors = run(capsys, *argv)
+    assert code == 2 and "out exists; remove it" in errors, "its work directory was asked for: it is no leftover"
+    assert (tmp_path / "out.work" / "run.json").is_file()
+    for name in ("run.json", "kept"):
+        (tmp_path / "out.work" / name).unlink()
     made = {path.name: path.read_bytes() for path in out.iterdir()}
     code, said, _ = run(capsys, *argv)
     assert code == 0 and "is finished" in said

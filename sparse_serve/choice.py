@@ -42,7 +42,7 @@ from maskgen.core.files import read_json, write_json
 from maskgen.core.folder import names
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, willing
 from sparse_serve.plan import Plan, Step
-from sparse_serve.race import DENSE, MakeDense, Race, device_name, race, torch_dense
+from sparse_serve.race import DENSE, MakeDense, Race, device_name, labels, race, torch_dense
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,14 @@ def choice_for(
     if not fast and ask is Ask.IF_UNKNOWN:
         return Choice(spec, Plan.of(FALLBACK), refused=refused)
     contenders = fast or kernels
-    facts = _facts(spec, [*contenders, *dense])
+    facts = _facts(spec, [*contenders, *labels(dense)])
     measured = None if ask is Ask.AGAIN else _recall(facts)
     if measured is None:
         logger.info("measuring %s for %sx%s", ", ".join(contenders), spec.out_features, spec.in_features)
         measured = race(spec, contenders, BUCKETS, dense)
         _keep(facts, measured)
     refused = {**refused, **measured.failed}
-    if set(measured.failed) == set(contenders):
+    if set(measured.failed) >= set(contenders):
         if FALLBACK not in kernels or FALLBACK in measured.failed:
             raise no_kernel(spec, refused)
         return Choice(spec, Plan.of(FALLBACK), refused=refused)

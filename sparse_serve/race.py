@@ -23,6 +23,7 @@ from torch import Tensor
 from maskgen.core.errors import clip
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import FLOAT
+from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec
 from sparse_serve.timing import Call, interleaved
 
@@ -57,14 +58,19 @@ class Race:
 def race(
     spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int], dense: Mapping[str, MakeDense]
 ) -> Race:
-    """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else."""
+    """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else.
+
+    Of dense layers one is enough; `KernelError` if none can be run.
+    """
     result = Race()
     with torch.inference_mode():
         contenders = _contenders(spec, kernels, dense, result.failed)
         for count in tokens:
             times = _heat(spec, contenders, count, result.failed)
-            fastest = min(times.pop(name) for name in _labels(dense))
-            result.seconds[count] = {DENSE: fastest, **times}
+            peers = [times.pop(name) for name in labels(dense) if name in times]
+            if not peers:
+                raise _no_dense(spec, count, result.failed)
+            result.seconds[count] = {DENSE: min(peers), **times}
     if spec.device_type == "cuda":
         torch.cuda.empty_cache()
     for times in result.seconds.values():
@@ -73,8 +79,18 @@ def race(
     return result
 
 
-def _labels(dense: Mapping[str, MakeDense]) -> list[str]:
+def labels(dense: Iterable[str]) -> list[str]:
+    """What dense layers are called where kernels have names too."""
     return [f"{DENSE} {name}" for name in dense]
+
+
+def _no_dense(spec: LinearSpec, tokens: int, failed: Mapping[str, str]) -> KernelError:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    return KernelError(
+        f"no dense layer [{spec.out_features}, {spec.in_features}] can be run here with {tokens} tokens to compare "
+        f"kernels with ({reasons}); free memory, or name a kernel: --additional-config "
+        """'{"sparse_nm": {"kernel": "NAME"}}' measures nothing"""
+    )
 
 
 def _heat(
@@ -86,6 +102,8 @@ def _heat(
         if name not in failed:
             each = [partial(run, x_TI) for run in copies]
             _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
+    if not calls:
+        return {}
     times = interleaved(calls, BUDGET_S, least=5, most=300)
     together = {name: len(contenders[name]) // len(copies) for name, copies in calls.items()}
     return {name: min(times.seconds[name]) / together[name] for name in calls}
@@ -97,10 +115,13 @@ def _contenders(
     packed = random_weight(spec)
     dense_OI = _repeated(_random(spec, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec)
     count = _copies(spec, packed, len(kernels) + len(dense))
-    made = {
-        label: [make(dense_OI.clone()) for _ in range(count)]
-        for label, make in zip(_labels(dense), dense.values(), strict=True)
-    }
+    made: dict[str, list[Linear]] = {}
+    for name, make in zip(labels(dense), dense.values(), strict=True):
+
+        def copy(name: str = name, make: MakeDense = make) -> None:
+            made[name] = [make(dense_OI.clone()) for _ in range(count)]
+
+        _trying(name, failed, copy)
     for name, kernel in kernels.items():
 
         def prepare(name: str = name, kernel: Kernel = kernel) -> None:
@@ -145,12 +166,9 @@ def _graph(copies: list[Call]) -> Call:
 
 
 def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:
-    """A dense layer that fails is nobody's competitor to lose against: that is raised."""
     try:
         step()
     except Exception as error:
-        if name.startswith(DENSE):
-            raise
         failed[name] = f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"
 
 

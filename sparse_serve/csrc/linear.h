@@ -79,9 +79,14 @@ struct Pairs {
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; m += 2) {
       const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
-      acc[m] = Isa::dot_bf16(Isa::template pick<0>(entries, codes), both, acc[m]);
-      if (m + 1 < kCount) acc[m + 1] = Isa::dot_bf16(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
+      acc[m] = dot<kCount>(Isa::template pick<0>(entries, codes), both, acc[m]);
+      if (m + 1 < kCount) acc[m + 1] = dot<kCount>(Isa::template pick<1>(entries, codes), both, acc[m + 1]);
     }
+  }
+
+  template <int kCount>
+  static INLINE Lanes dot(Lanes a, Lanes b, Lanes sum) {
+    return kCount > 8 ? Isa::dot_bf16_in_place(a, b, sum) : Isa::dot_bf16(a, b, sum);
   }
 };
 

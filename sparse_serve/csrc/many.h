@@ -8,7 +8,8 @@
 //
 // With rows in the lanes (linear.h) every product costs a permute too, and both compete for the same execution ports.
 // Here the load that fetches the operand does the selecting. Tables are built once for all rows of a group of superblocks
-// (48 KiB; the sums are 256 KiB), which pays from 64 tokens on.
+// (48 KiB; the sums are 256 KiB), which pays from 64 tokens on; and the sums come out with rows and tokens changed round,
+// which bfloat16 values have to make up for over many columns, while int8 values are widened for 64 tokens at once.
 #pragma once
 #include <memory>
 
@@ -18,6 +19,7 @@ namespace sparse24 {
 namespace {
 
 constexpr int kMany = 64, kManySupers = 8;     // tokens of a tile; superblocks of a group
+constexpr int kLong = 1024;                    // columns
 constexpr int kVectors = kMany / kLanes, kPairs = 6;
 constexpr int kEntry = kMany * 4;               // bytes of one pair of columns, for all tokens
 constexpr int kManyTables = (kGroups * kPairs + 2) * kEntry;  // a code may say 7, were memory damaged
@@ -82,7 +84,7 @@ int64_t run_many(const Linear& op, int64_t first, int64_t last) {
     alignas(64) uint8_t tables[kManyTables];
   };
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
-  if (op.tokens < kMany) return 0;
+  if (op.tokens < kMany || (kValues == Values::kBFloat16 && op.columns < kLong)) return 0;
   if (!own) own = std::make_unique<Scratch>();
   float* sums = own->sums;
   uint8_t* tables = own->tables;

@@ -104,7 +104,7 @@ def main() -> None:
 def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     key = _dense_key(facts)
     if not _known(args, key):
-        record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **_score(args, args.model)})
+        record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **score(args, args.model)})
 
 
 def _dense_key(facts: dict[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         command += ["--prior", str(_directory(args, _row(row.prior), seed, facts))]
     if wanted.train is not None:
         command += ["--micro-batch", str(args.micro_batch)]
-    cost = {} if out.exists() else _maskgen(command)
+    cost = {} if out.exists() else maskgen(command)
     result = {
         "key": key,
         "row": row.name,
@@ -134,7 +134,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
         **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
-        **_score(args, out),
+        **score(args, out),
     }
     record.save(WHAT, args.label, result)
 
@@ -170,12 +170,12 @@ def _row(name: str) -> Row:
     return row
 
 
-def _score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Perplexity of a directory on every evaluation text."""
+def score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Perplexity of a directory on every text of `args.eval`."""
     perplexity = {}
     for text in args.eval:
         report = args.work / f"{directory.name}.eval.json"
-        _maskgen(
+        maskgen(
             [
                 "eval",
                 str(directory),
@@ -214,7 +214,7 @@ def _calibration_tokens(wanted: recipe.Recipe) -> int:
     return wanted.calibration.samples * wanted.calibration.window_tokens
 
 
-def _maskgen(arguments: list[str]) -> dict[str, float]:
+def maskgen(arguments: list[str]) -> dict[str, float]:
     """Run it to its end; how long it took, imports included, and its peak memory."""
     started_s = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "maskgen", *arguments])

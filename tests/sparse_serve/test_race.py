@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
 from sparse_serve.choice import TORCH
+from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec, willing
 from sparse_serve.race import DENSE, race, random_weight
 
@@ -49,6 +50,21 @@ def test_a_contender_that_fails_is_out_with_its_reason() -> None:
     assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
     assert found.failed["late"] == "failed when it was measured: ValueError: 'too many'"
     assert "AttributeError" in found.failed["soon"]
+
+
+def test_a_dense_layer_that_fails_leaves_the_others() -> None:
+    def broken(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
+        raise RuntimeError("no primitive")
+
+    def short(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x_TI: x_TI[:2].add_(0) @ weight_OI.T if len(x_TI) < 3 else broken(weight_OI)(x_TI)
+
+    spec = LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu")
+    found = race(spec, {}, (1, 3), {"broken": broken, "short": short, **TORCH})
+    assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
+    assert set(found.failed) == {"dense broken", "dense short"}
+    with pytest.raises(KernelError, match=r"no dense layer \[8, 64\] .* with 3 tokens .*no primitive.* name a kernel"):
+        race(spec, {}, (1, 3), {"short": short})
 
 
 def test_the_fastest_dense_layer_counts() -> None:

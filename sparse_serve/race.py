@@ -4,7 +4,8 @@ Weights are random and every contender has several copies of them, more together
 take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
 choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, up to
 `GRAPH_TOKENS` tokens within one CUDA graph, as vLLM runs so few by default; launching costs nothing there, and beyond
-it costs what it costs. A contender that fails is out, with its reason; it does not stop a server from starting.
+it costs what it costs. A contender that fails is out, with its reason; it does not stop a server from starting. A
+kernel that answers wrongly fails, too: speed of nonsense is no speed.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -31,6 +32,9 @@ DENSE = "dense"
 GRAPH_TOKENS = 512
 POOL_BYTES = 128 << 20
 BUDGET_S = 0.15
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""By how much of the largest output a kernel's answer may differ from the exact one: several of its roundings."""
 
 _TILE_ROWS = 64
 _MOST_COPIES = 16
@@ -64,8 +68,12 @@ def race(
     """
     result = Race()
     with torch.inference_mode():
-        contenders = _contenders(spec, kernels, dense, result.failed)
+        packed = random_weight(spec)
+        contenders = _contenders(spec, packed, kernels, dense, result.failed)
         for count in tokens:
+            _exclude_wrong(
+                spec, packed, {name: contenders[name] for name in kernels if name in contenders}, count, result.failed
+            )
             times = _heat(spec, contenders, count, result.failed)
             peers = [times.pop(name) for name in labels(dense) if name in times]
             if not peers:
@@ -109,10 +117,36 @@ def _heat(
     return {name: min(times.seconds[name]) / together[name] for name in calls}
 
 
+def _exclude_wrong(
+    spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
+) -> None:
+    """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
+    x_TI, rows = _random(spec, tokens, spec.in_features).to(spec.dtype), min(spec.out_features, _TILE_ROWS)
+    scale = None if packed.scale is None else packed.scale[:rows]
+    tile_OI = PackedTensor(packed.values[:rows], packed.bitmask[:rows], packed.pattern, scale).unpack().float()
+    tile_TO = x_TI.float() @ tile_OI.T
+    expected_TO = tile_TO.repeat(1, -(-spec.out_features // rows))[:, : spec.out_features]
+
+    def check(linear: Linear) -> None:
+        y_TO = linear(x_TI)
+        if y_TO.shape != expected_TO.shape:
+            raise ValueError(f"its answer is {list(y_TO.shape)}, expected {list(expected_TO.shape)}")
+        worst = ((y_TO.float() - expected_TO).abs().max() / tile_TO.abs().max()).item()
+        if not worst <= TOLERANCE[spec.dtype]:  # NaN is above it
+            raise ValueError(f"its answer differs by {worst:.2g} of the largest output, with {tokens} tokens")
+
+    for name, copies in kernels.items():
+        if name not in failed:
+            _trying(name, failed, partial(check, copies[0]))
+
+
 def _contenders(
-    spec: LinearSpec, kernels: Mapping[str, Kernel], dense: Mapping[str, MakeDense], failed: dict[str, str]
+    spec: LinearSpec,
+    packed: PackedTensor,
+    kernels: Mapping[str, Kernel],
+    dense: Mapping[str, MakeDense],
+    failed: dict[str, str],
 ) -> dict[str, list[Linear]]:
-    packed = random_weight(spec)
     dense_OI = _repeated(_random(spec, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec)
     count = _copies(spec, packed, len(kernels) + len(dense))
     made: dict[str, list[Linear]] = {}

@@ -121,9 +121,10 @@ void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int toke
   alignas(64) uint8_t tables[kGroups * kCount * Product::kTable];
   alignas(64) float sums[kOwned * kCount * kLanes];
   constexpr int kStride = kCount * Product::kTable;
-  __builtin_memset(sums, 0, sizeof(sums));
-  __builtin_memset(tables, 0, sizeof(tables));
-  const int64_t parts = column_blocks(op.columns);
+  const int64_t parts = column_blocks(op.columns), blocks = row_blocks(op.rows) - first * kSuper;
+  const int64_t owned = (last - first) * kSuper;
+  __builtin_memset(sums, 0, (blocks < owned ? blocks : owned) * kCount * kLanes * sizeof(float));
+  if (tokens < kCount) __builtin_memset(tables, 0, sizeof(tables));
   for (int64_t part = 0; part < parts; ++part) {
     for (int m = 0; m < tokens; ++m) {
       Product::tables(op, token + m, part * kColumns, tables + m * Product::kTable, kStride);

@@ -92,7 +92,7 @@ int64_t run_many(const Linear& op, int64_t first, int64_t last) {
   for (int64_t start = first; start < last && whole; start += kManySupers) {
     const int64_t stop = start + kManySupers < last ? start + kManySupers : last;
     for (int64_t token = 0; token < whole; token += kMany) {
-      __builtin_memset(sums, 0, sizeof(own->sums));
+      __builtin_memset(sums, 0, (stop - start) * kSuper * kLanes * kMany * sizeof(float));
       for (int64_t part = 0; part < parts; ++part) {
         many_tables<Isa>(op, token, part * kColumns, tables);
         float* sum = sums;

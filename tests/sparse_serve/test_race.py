@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from maskgen.core.pattern import NMPattern
 from sparse_serve.choice import TORCH
 from sparse_serve.errors import KernelError
-from sparse_serve.kernels import Kernel, LinearSpec, willing
+from sparse_serve.kernels import Kernel, LinearSpec, reference, willing
 from sparse_serve.race import DENSE, race, random_weight
 
 
@@ -41,15 +42,41 @@ def test_a_contender_that_fails_is_out_with_its_reason() -> None:
     def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
         if len(x_TI) > 2:
             raise ValueError("too many")
-        return x_TI
+        return reference.linear(x_TI, tensors, bias_O)
 
-    late: Any = SimpleNamespace(prepare=lambda packed: {}, linear=linear)
+    late: Any = SimpleNamespace(prepare=reference.prepare, linear=linear)
     soon: Any = SimpleNamespace(prepare=lambda packed: packed.nothing, linear=linear)
     spec = LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu")
     found = race(spec, {"late": cast(Kernel, late), "soon": cast(Kernel, soon)}, (1, 3), TORCH)
     assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
     assert found.failed["late"] == "failed when it was measured: ValueError: 'too many'"
     assert "AttributeError" in found.failed["soon"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"), [(torch.float32, "float"), (torch.float16, "int8"), (torch.bfloat16, "fp8_e4m3")]
+)
+def test_a_kernel_that_answers_wrongly_is_out(dtype: torch.dtype, values: str) -> None:
+    """One output of 1,280 is off by a tenth, or is no number; or all are rows of the wrong weight."""
+
+    def off(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, by: float = 0.1) -> Tensor:
+        y_TO = reference.linear(x_TI, tensors, bias_O)
+        y_TO[-1, -1] += by * y_TO.abs().max()
+        return y_TO
+
+    linears = {
+        "right": reference.linear,
+        "off": off,
+        "nan": partial(off, by=float("nan")),
+        "turned": lambda x_TI, tensors, bias_O: reference.linear(x_TI, tensors, bias_O).flip(1),
+        "short": lambda x_TI, tensors, bias_O: reference.linear(x_TI, tensors, bias_O)[:, :-1],
+    }
+    kernels: Any = {name: SimpleNamespace(prepare=reference.prepare, linear=linear) for name, linear in linears.items()}
+    found = race(LinearSpec(80, 64, NMPattern(2, 4), dtype, "cpu", values), kernels, (1, 16), TORCH)
+    assert [set(times) for times in found.seconds.values()] == [{DENSE, "right"}] * 2
+    assert set(found.failed) == {"off", "nan", "turned", "short"}
+    assert "differs by 0.1 of the largest output, with 1 tokens" in found.failed["off"]
+    assert "[1, 79], expected [1, 80]" in found.failed["short"]
 
 
 def test_a_dense_layer_that_fails_leaves_the_others() -> None:

@@ -53,9 +53,11 @@ struct Avx512 {
   static INLINE Lanes widen(const uint8_t* from) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
-  static INLINE Lanes widen_to_bf16(const uint8_t* from) {  // 7 bits and a sign: the low half of the float32 is zero
-    const Lanes both = widen(from);
-    return _mm512_or_si512(_mm512_srli_epi32(low_int16(both), 16), high_int16(both));
+  static INLINE Lanes widen_to_bf16(const uint8_t* from) {
+    const __m128i* halves = reinterpret_cast<const __m128i*>(from);
+    const __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128(halves));
+    const __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
   }
   static INLINE Lanes broadcast(const uint8_t* from) {
     int both;

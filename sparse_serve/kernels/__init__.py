@@ -17,7 +17,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -30,6 +30,9 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
 from sparse_serve.errors import KernelError
+
+CAPABILITY = (8, 0)
+"""The first NVIDIA GPUs with sparse tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,22 @@ def choose(spec: LinearSpec, name: str) -> Kernel:
     if reason is not None:
         raise no_kernel(spec, {name: reason})
     return kernel
+
+
+def sparse_core_refusal(spec: LinearSpec, dtypes: Collection[torch.dtype]) -> str | None:
+    """What a kernel for NVIDIA's sparse tensor cores asks first: their maker, 2:4, and activations of `dtypes`."""
+    if spec.device_type != "cuda" or torch.version.hip is not None:
+        return f"device {spec.device_type} is not an NVIDIA GPU"
+    if spec.pattern != NMPattern(2, 4):
+        return f"pattern {spec.pattern} is not 2:4"
+    return None if spec.dtype in dtypes else f"dtype {spec.dtype} is not one of {list(dtypes)}"
+
+
+def capability_refusal() -> str | None:
+    """What it asks last, because the answer comes from the GPU: is it too old for them?"""
+    capability = torch.cuda.get_device_capability()
+    too_old = f"compute capability {capability} is below {CAPABILITY}: no sparse tensor cores"
+    return too_old if capability < CAPABILITY else None
 
 
 def no_kernel(spec: LinearSpec, reasons: Mapping[str, str]) -> KernelError:

@@ -4,10 +4,18 @@ Layout. `torch._cslt_compress` turns a dense weight into one opaque blob (0.5625
 change with every version of the library, so it is made at load and never stored. Compressing needs the dense weight
 for a moment: one layer at a time, the peak is the compressed model plus one dense layer.
 
+Values stored in 8 bits become bfloat16 numbers when the weight is prepared: code times scale, rounded, the weight that
+`reference` multiplies by too. In memory they are then 0.5625 of the dense bytes and not 0.3125: they cost what bfloat16
+values cost. The library's own 8-bit products would round activations to 8 bits as well. The codes themselves, exact in
+bfloat16, and their scales as a vector alpha would round nothing, but torch skips its own test of that with 16-bit
+weights ("cuSPARSELt v0.6.x does not support bfloat/float16 alpha scaling", test/test_sparse_semi_structured.py);
+scaling the result afterwards is one more pass over it, one more rounding, and the bias on top. `prepare` is not told
+the dtype of the activations, so with float16 ones 8-bit values are refused.
+
 Product. The library computes weight times columns. The activations enter as a transposed view, which it reads in place,
 and it writes the result transposed back, so nothing is copied, except that it wants a multiple of 8 tokens: others are
-padded with zeros, and the answer is then the head of a longer one. No scale is passed: one on the GPU would stop the
-host at every call. The bias is added inside, one number per out feature.
+padded with zeros, and the answer is then the head of a longer one. The bias is added inside, one number per out
+feature.
 
 Algorithms. For each shape the library has dozens, and the first is often far from the best. `prepare` searches once for
 every shape, at several numbers of tokens, by running them; `linear` takes the one of the bucket its tokens fall in, and
@@ -15,8 +23,8 @@ the library's first where nothing was searched. Nothing is ever measured in `lin
 host and can be captured in a CUDA graph.
 
 Cost. torch builds the library's plan anew in every call, 50 to 200 microseconds of the host's time, which a CUDA graph
-hides; calls made one by one are slower than the GPU below some hundreds of tokens. Plans kept across calls would need
-the library without torch, which should be measured first.
+hides; calls made one by one are slower than the GPU below some hundreds of tokens. `make gpu` measures what that costs
+on a machine; plans kept across calls would need the library without torch.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -29,19 +37,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskgen.core.packed import PackedTensor
-from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT
-from sparse_serve.kernels import LinearSpec
+from maskgen.core.packed import PackedTensor, unpack
+from maskgen.core.values import FLOAT, from_codes
+from sparse_serve.kernels import LinearSpec, capability_refusal, sparse_core_refusal
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
 """What the library wants both sides of a 16-bit weight, and the number of tokens, to be multiples of."""
 BUCKETS = (16, 64, 256, 1024, 4096)
 """Numbers of tokens at which algorithms are searched; each serves up to its number, the last beyond it too."""
-CAPABILITY = (8, 0)
-"""The first GPUs with sparse tensor cores."""
+EXPANDED = torch.bfloat16
+"""What 8-bit values become."""
 
-_PATTERN = NMPattern(2, 4)
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -69,28 +75,22 @@ _found: dict[Problem, Algorithm] = {}
 
 def refuse(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16, of a shape the library takes, on an NVIDIA GPU that has sparse tensor cores."""
-    if spec.device_type != "cuda" or torch.version.hip is not None:
-        return f"device {spec.device_type} is not an NVIDIA GPU"
-    if spec.pattern != _PATTERN:
-        return f"pattern {spec.pattern} is not 2:4"
-    if spec.dtype not in _DTYPES:
-        return f"dtype {spec.dtype} is not one of {list(_DTYPES)}"
-    if spec.values != FLOAT:
-        return f"values {spec.values} are not {FLOAT}: activations would have to be rounded to 8 bits"
+    reason = sparse_core_refusal(spec, _DTYPES)
+    if reason is not None:
+        return reason
+    if spec.values != FLOAT and spec.dtype != EXPANDED:
+        return f"values {spec.values} are served with {EXPANDED} activations only, not with {spec.dtype}"
     if spec.out_features % MULTIPLE or spec.in_features % MULTIPLE:
         return f"a weight [{spec.out_features}, {spec.in_features}] is not of multiples of {MULTIPLE}"
     if not torch.backends.cusparselt.is_available():
         return "this torch was built without cuSPARSELt"
-    capability = torch.cuda.get_device_capability()
-    if capability < CAPABILITY:
-        return f"compute capability {capability} is below {CAPABILITY}: no sparse tensor cores"
-    return None
+    return capability_refusal()
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
     """The library's `blob`; and `form` `[O, 0, I]`, which carries O and I. Searches algorithms for a new shape."""
-    weight_OI = packed.unpack()
-    blob = torch._cslt_compress(weight_OI)
+    values = packed.values if packed.scale is None else from_codes(packed.values, packed.scale).to(EXPANDED)
+    blob = torch._cslt_compress(unpack(values, packed.bitmask))
     for bucket in BUCKETS:
         problem = Problem(blob.device, blob.dtype, *packed.shape, bucket)
         if problem not in _found:

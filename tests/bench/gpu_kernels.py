@@ -2,13 +2,18 @@
 
     python -m tests.bench.gpu_kernels [--out DIR] [--tokens 1,16,...] [--shapes qkv=6144x4096,...]
 
-For each shape and number of tokens the contenders (torch's dense linear, and the GPU kernels that do not refuse) are
-captured in CUDA graphs, as a server runs them, and the graphs are replayed in turn; a time is the median replay over
-its calls. A contender has several copies of its weight and a graph goes through all of them, so that no call finds its
-weight in the L2 cache: together they are more than three times as large. A contender that cannot be captured or is
-wrong is reported with its error, never left out silently.
+For each shape and number of tokens the contenders (torch's dense linear in bfloat16, and the GPU kernels that do not
+refuse, `skinny` with 8-bit values too) are captured in CUDA graphs, as a server runs them, and the graphs are replayed
+in turn; a time is the median replay over its calls. A contender has several copies of its weight and a graph goes
+through all of them, so that no call finds its weight in the L2 cache: together they are more than three times as large.
+A contender that cannot be captured or is wrong is reported with its error, never left out silently. `cusparselt` makes
+8-bit values bfloat16 ones and has no row for them: the work is the same.
 
-Standard output is short and ends with the table; the JSON file has every time. The floor of a decode step is the bytes
+At a few numbers of tokens the clock on the wall times the same calls made one by one by the host, and in a replayed
+graph. What the first takes longer is the host's work; for `cusparselt` that is mostly the library's plan, which torch
+makes anew in every call, and dense and `skinny` show what it takes without one.
+
+Standard output is short and ends with the tables; the JSON file has every time. The floor of a decode step is the bytes
 of the weight over the bandwidth of the memory, which a large copy measures first.
 
 Legend: T = tokens, O = out features, I = in features.
@@ -22,7 +27,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,21 +42,41 @@ from torch.nn.functional import linear as dense_linear
 
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT, FP8, INT8
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import LinearSpec, choose, skinny
+from tests.bench.gpu_kernels_table import DENSE, lines
 
 PATTERN = NMPattern(2, 4)
 GPU = "cuda"
 SHAPES = "qkv=6144x4096,o=4096x4096,gate_up=28672x4096,down=4096x14336"
 TOKENS = "1,4,8,16,32,64,128,512,2048,8192"
-DENSE, KERNELS = "dense", ("skinny", "cusparselt")
+KERNELS = {
+    "skinny": ("skinny", FLOAT),
+    "skinny int8": ("skinny", INT8),
+    "skinny fp8": ("skinny", FP8),
+    "cusparselt": ("cusparselt", FLOAT),
+}
+"""Contenders of the dense layer: the kernel, and how its values are stored."""
 MOST_TOKENS = {"skinny": 512}
-"""Beyond this a contender is only slow."""
+"""Beyond this a kernel is only slow."""
 SPLIT_TOKENS, SPLITS = (1, 8, 16, 32), [(wide, warps) for wide in (1, 2) for warps in (4, 8, 16)]
-EAGER_TOKENS = 16
+SPLIT_CONTENDERS = ("skinny", "skinny int8")
+WALL_TOKENS, WALL_ROUNDS, WALL_REPEATS = (1, 64, 512), 9, 8
 REPLAYS, L2_TIMES = 25, 3.2
 
 Call = Callable[[Tensor], Tensor]
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One contender: a call and, for a kernel, its tensors for each copy of the weight; the weight it stands for."""
+
+    calls: list[Call]
+    exact_OI: Tensor
+    nbytes: int
+    tensors: list[dict[str, Tensor]]
 
 
 def main() -> int:
@@ -74,7 +101,8 @@ def main() -> int:
     stamp, gpu = f"{datetime.now(UTC):%Y%m%d-%H%M%S}", torch.cuda.get_device_name().replace(" ", "-").lower()
     path = args.out / f"gpu-kernels--block-bfloat16--{gpu}--{stamp}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    report(results, tokens, path)
+    for line in (str(path), *lines(results)):
+        say(line)
     return 1 if any(shape["failed"] for shape in results["shapes"].values()) else 0
 
 
@@ -100,7 +128,18 @@ def machine() -> dict[str, Any]:
             "triton": version("triton") if find_spec("triton") else None,
             "cusparselt": torch.backends.cusparselt.version(),
         },
+        "cusparselt_alpha_per_row": alpha_per_row(),
     }
+
+
+def alpha_per_row() -> str:
+    """Whether cuSPARSELt takes one alpha for each row of a bfloat16 weight, which 8-bit values could make use of."""
+    eye, alpha = torch.eye(64, device=GPU).bfloat16(), torch.arange(1.0, 65.0, device=GPU)
+    try:
+        y_TO = torch._cslt_sparse_mm(torch._cslt_compress(eye), eye.t(), alpha=alpha, transpose_result=True)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "right" if torch.equal(y_TO.float(), alpha.diag()) else "wrong"
 
 
 def copy_bandwidth() -> float:
@@ -112,30 +151,43 @@ def copy_bandwidth() -> float:
 
 
 def measure_shape(rows: int, columns: int, tokens: list[int]) -> dict[str, Any]:
-    """Median seconds per call of every contender at every number of tokens, eager calls, and skinny's splits."""
+    """Median seconds per call of every contender at every number of tokens, by the wall too, and of skinny's splits."""
     weight_OI = torch.randn(rows, columns, device=GPU).mul_(columns**-0.5).bfloat16()
     packed = PackedTensor.pack(weight_OI, PATTERN.mask_from_scores(weight_OI.float().abs()), PATTERN)
-    result: dict[str, Any] = {"out_features": rows, "in_features": columns, "failed": {}, "bytes": {}}
-    layers: dict[str, list[Call]] = {DENSE: dense_copies(packed.unpack())}
-    result["bytes"][DENSE] = weight_OI.nbytes
-    prepared: dict[str, list[dict[str, Tensor]]] = {}
-    for name in KERNELS:
+    failed: dict[str, str] = {}
+    layers = {DENSE: dense_layer(packed.unpack())}
+    for name, (kernel, values) in KERNELS.items():
         try:
-            kernel = choose(LinearSpec(rows, columns, PATTERN, torch.bfloat16, GPU), name)
-            prepared[name] = tensor_copies(kernel.prepare(packed))
+            layers[name] = sparse_layer(kernel, packed.quantised(values))
         except (KernelError, RuntimeError) as error:
-            result["failed"][name] = str(error)
-            continue
-        layers[name] = [lambda x, run=kernel.linear, at=at: run(x, at, None) for at in prepared[name]]
-        result["bytes"][name] = sum(tensor.nbytes for tensor in prepared[name][0].values())
-    exact = packed.unpack()
-    result["graph_s"] = {
-        count: interleaved(layers, count, columns, exact, result["failed"], graph=True) for count in tokens
+            failed[name] = str(error)
+    graph_s: dict[int, dict[str, float]] = {}
+    wall_s: dict[int, dict[str, tuple[float, float]]] = {}
+    for count in sorted({*tokens, *WALL_TOKENS}):
+        runs = ready(layers, count, columns, failed)
+        if count in tokens:
+            times = replay([graph for _, graph in runs.values()], REPLAYS)
+            graph_s[count] = {
+                name: statistics.median(t) / len(layers[name].calls) for name, t in zip(runs, times, strict=True)
+            }
+        if count in WALL_TOKENS:
+            wall_s[count] = {
+                name: (wall(eager) / len(layers[name].calls), wall(graph) / len(layers[name].calls))
+                for name, (eager, graph) in runs.items()
+            }
+    return {
+        "out_features": rows,
+        "in_features": columns,
+        "failed": failed,
+        "bytes": {name: layer.nbytes for name, layer in layers.items()},
+        "graph_s": graph_s,
+        "wall_s": wall_s,
+        "splits_s": {
+            name: {count: splits(layers[name].tensors, count, columns) for count in SPLIT_TOKENS}
+            for name in SPLIT_CONTENDERS
+            if name in layers
+        },
     }
-    result["eager_s"] = interleaved(layers, EAGER_TOKENS, columns, exact, result["failed"], graph=False)
-    if "skinny" in prepared:
-        result["splits_s"] = {count: splits(prepared["skinny"], count, columns) for count in SPLIT_TOKENS}
-    return result
 
 
 def copies(nbytes: int) -> int:
@@ -143,42 +195,42 @@ def copies(nbytes: int) -> int:
     return max(2, -(-int(L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size) // nbytes))
 
 
-def dense_copies(weight_OI: Tensor) -> list[Call]:
+def dense_layer(weight_OI: Tensor) -> Layer:
     """torch's dense linear, once for each copy of the weight."""
     weights = [weight_OI.clone() for _ in range(copies(weight_OI.nbytes))]
-    return [lambda x, at=weight: dense_linear(x, at) for weight in weights]
+    return Layer([lambda x, at=weight: dense_linear(x, at) for weight in weights], weight_OI, weight_OI.nbytes, [])
 
 
-def tensor_copies(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors of a kernel, in as many copies."""
-    count = copies(sum(tensor.nbytes for tensor in tensors.values()))
-    return [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count)]
+def sparse_layer(name: str, packed: PackedTensor) -> Layer:
+    """A kernel, in as many copies as its tensors need."""
+    kernel = choose(LinearSpec(*packed.shape, PATTERN, torch.bfloat16, GPU, packed.kind), name)
+    prepared = kernel.prepare(packed)
+    nbytes = sum(tensor.nbytes for tensor in prepared.values())
+    tensors = [{key: tensor.clone() for key, tensor in prepared.items()} for _ in range(copies(nbytes))]
+    return Layer([lambda x, at=at: kernel.linear(x, at, None) for at in tensors], packed.unpack(), nbytes, tensors)
 
 
-def interleaved(
-    layers: dict[str, list[Call]], count: int, columns: int, exact_OI: Tensor, failed: dict[str, str], graph: bool
-) -> dict[str, float]:
-    """Median seconds of one call by contender; what raises or is wrong goes to `failed` instead."""
+def ready(layers: dict[str, Layer], count: int, columns: int, failed: dict[str, str]) -> dict[str, tuple[Run, Run]]:
+    """Calls with all copies, by the host and as a graph, by contender; what raises or is wrong goes to `failed`."""
     x_TI = torch.randn(count, columns, device=GPU).bfloat16()
-    expected_TO = x_TI.float() @ exact_OI.float().T
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, calls in layers.items():
-        if count > MOST_TOKENS.get(name, count):
+    runs: dict[str, tuple[Run, Run]] = {}
+    for name, layer in layers.items():
+        if count > MOST_TOKENS.get(name.split()[0], count):
             continue
 
-        def everything(calls: list[Call] = calls) -> None:
+        def everything(calls: list[Call] = layer.calls) -> None:
             for call in calls:
                 call(x_TI)
 
         try:
-            off = ((calls[-1](x_TI).float() - expected_TO).norm() / expected_TO.norm()).item()
+            expected_TO = x_TI.float() @ layer.exact_OI.float().T
+            off = ((layer.calls[-1](x_TI).float() - expected_TO).norm() / expected_TO.norm()).item()
             if not off < 1e-2:
                 raise ValueError(f"off by {off:.1e}")
-            runs[name] = capture(everything) if graph else everything
+            runs[name] = everything, capture(everything)
         except Exception as error:  # whatever a compiler, a driver or a library may raise
             failed[f"{name}, {count} tokens"] = str(error)
-    times = replay(list(runs.values()), REPLAYS)
-    return {name: statistics.median(t) / len(layers[name]) for name, t in zip(runs, times, strict=True)}
+    return runs
 
 
 def splits(prepared: list[dict[str, Tensor]], count: int, columns: int) -> dict[str, float]:
@@ -189,14 +241,14 @@ def splits(prepared: list[dict[str, Tensor]], count: int, columns: int) -> dict[
 
         def everything(wide: int = wide, warps: int = warps) -> None:
             for at in prepared:
-                skinny.skinny_linear(x_TI, at["blocks"], at["form"], None, wide, warps)
+                skinny.skinny_linear(x_TI, at["blocks"], at["form"], at.get("scale"), None, wide, warps)
 
         runs.append(capture(everything))
     times = [statistics.median(seconds) / len(prepared) for seconds in replay(runs, REPLAYS)]
     return {f"{wide}x{warps}": seconds for (wide, warps), seconds in zip(SPLITS, times, strict=True)}
 
 
-def capture(run: Callable[[], Any]) -> Callable[[], None]:
+def capture(run: Run) -> Run:
     """`run` as a CUDA graph. It runs twice before, for what happens on a first call only."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -210,7 +262,20 @@ def capture(run: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay  # type: ignore[no-any-return]
 
 
-def replay(runs: list[Callable[[], Any]], times: int) -> list[list[float]]:
+def wall(run: Run) -> float:
+    """Median seconds of `run` by the clock on the wall, the GPU's end included, `WALL_REPEATS` in a row at a time."""
+    seconds = []
+    for _ in range(WALL_ROUNDS + 1):
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        for _ in range(WALL_REPEATS):
+            run()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began_s) / WALL_REPEATS)
+    return statistics.median(seconds[1:])
+
+
+def replay(runs: list[Run], times: int) -> list[list[float]]:
     """Seconds of each of `runs`, in turn, `times` times over, after three that do not count."""
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
     for _ in range(times + 3):
@@ -222,38 +287,6 @@ def replay(runs: list[Callable[[], Any]], times: int) -> list[list[float]]:
             mine.append((began, ended))
         torch.cuda.synchronize()
     return [[began.elapsed_time(ended) / 1e3 for began, ended in mine[3:]] for mine in events]
-
-
-def report(results: dict[str, Any], tokens: list[int], path: Path) -> None:
-    """Failures, then one table: time over dense time by shape and for their sum, and what decoding reads per second."""
-    shapes, copied = results["shapes"], results["copy_bytes_per_s"]
-    say(f"{results['machine']['gpu']}, {results['machine']['versions']}, copy {copied / 1e12:.2f} TB/s; {path}")
-    for name, shape in shapes.items():
-        for what, error in shape["failed"].items():
-            say(f"FAILED {name}: {what}: {error}")
-        eager = ", ".join(f"{who} {seconds * 1e6:.0f}" for who, seconds in shape["eager_s"].items())
-        say(f"{name}: eager calls at {EAGER_TOKENS} tokens, us: {eager}")
-        for count, times in shape.get("splits_s", {}).items():
-            best = min(times, key=times.__getitem__)
-            strips, chunks = -(-shape["out_features"] // 16), -(-shape["in_features"] // 256)
-            chosen = "{}x{}".format(*skinny.split(count, strips, chunks))
-            say(
-                f"  split at {count}: best {best} {times[best] * 1e6:.1f} us, chosen {chosen} {times[chosen] * 1e6:.1f}"
-            )
-    say("\nspeedup over dense (above 1 is faster); TB/s: bytes of the weights over time; us: the block's four linears")
-    say("tokens  kernel      " + "".join(f"{name:>9}" for name in shapes) + "    block  TB/s       us  dense us")
-    for count in tokens:
-        for who in KERNELS:
-            times = [
-                (shape["graph_s"][count].get(DENSE), shape["graph_s"][count].get(who)) for shape in shapes.values()
-            ]
-            if any(None in pair for pair in times):
-                continue
-            ratios = "".join(f"{dense / mine:9.2f}" for dense, mine in times)
-            dense_s, mine_s = (sum(column) for column in zip(*times, strict=True))
-            speed = sum(shape["bytes"][who] for shape in shapes.values()) / mine_s / 1e12
-            row = f"{dense_s / mine_s:9.2f} {speed:5.2f} {mine_s * 1e6:8.1f}  {dense_s * 1e6:8.1f}"
-            say(f"{count:6}  {who:<12}{ratios}{row}")
 
 
 if __name__ == "__main__":

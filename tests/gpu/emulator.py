@@ -38,7 +38,7 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "shl": np.left_shift, "shr": np.right_shift, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
-    "mad": lambda a, b, c: a * b + c,
+    "mad": lambda a, b, c: a * b + c, "fma": lambda a, b, c: a * b + c,
 }  # fmt: skip
 
 
@@ -56,6 +56,18 @@ def from_float(numbers: Words, kind: str) -> Words:
         return numbers.astype(np.float16).view(np.uint16)
     bits = numbers.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def fma_pairs(a: Words, b: Words, c: Words, kind: str) -> Words:
+    """`a * b + c` on both halves of words; only for results that the 16-bit type holds exactly."""
+    results = []
+    for shift in (0, 16):
+        x, y, z = (to_float(word >> np.uint32(shift), kind).astype(np.float64) for word in (a, b, c))
+        exact = x * y + z
+        half = from_float(exact.astype(np.float32), kind)
+        assert (to_float(half, kind) == exact).all(), "rounded: the kernel's comments say it never is"
+        results.append(half.astype(np.uint32) << np.uint32(shift))
+    return results[0] | results[1]
 
 
 def multiply_sparse(a: Words, b: Words, codes: Words, sums: Words, half: int, kind: str) -> Words:
@@ -166,6 +178,11 @@ class _Block:
             case "bfe":
                 word, start, length = self.read(operands[1], bits), int(operands[2]), int(operands[3])
                 result = word >> np.uint32(start) & np.uint32((1 << length) - 1)
+            case "prmt":
+                octets = np.stack([self.read(operand, 32) for operand in operands[1:3]], -1).view(np.uint8)
+                picked = [int(operands[3], 0) >> 4 * place & 15 for place in range(4)]
+                assert max(picked) < 8, "that would copy a sign"
+                result = octets.take(picked, axis=1).view(np.uint32)[:, 0]
             case "cvt":
                 result = self.convert(name[-2], kind, operands[1])
             case _:
@@ -174,12 +191,16 @@ class _Block:
             self.write(operands[0], result, active)
 
     def compute(self, name: list[str], kind: str, bits: int, operands: list[str]) -> Words:
-        """Integer, predicate and float32 arithmetic."""
+        """Integer, predicate and float32 arithmetic, and `fma` on pairs of 16-bit floats."""
         function = ARITHMETIC[name[0]]
+        if kind.endswith("x2"):
+            assert name[:-1] == ["fma", "rn"], name
+            return fma_pairs(*(self.read(operand, 32) for operand in operands), kind.removesuffix("x2"))
         if kind == "pred":
             return function(*(self.predicate(operand) for operand in operands))  # type: ignore[no-any-return]
         if kind == "f32":
-            return function(*(self.read(operand, 32).view(np.float32) for operand in operands)).view(np.uint32)  # type: ignore[no-any-return]
+            numbers = (self.read(operand, 32).view(np.float32).astype(np.float64) for operand in operands)
+            return function(*numbers).astype(np.float32).view(np.uint32)  # type: ignore[no-any-return]
         wide = "wide" in name
         kinds = SIGNED if kind[0] == "s" else UNSIGNED
         values = [self.read(operand, bits).view(kinds[bits]) for operand in operands[: 2 if wide else 3]]

@@ -11,18 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import CODE_DTYPES
 from sparse_serve.kernels import LinearSpec, cusparselt
 from sparse_serve.kernels.cusparselt import BUCKETS, Algorithm
+from tests.gpu.oracle import PATTERN, assert_is_product, packed_weight
 
-PATTERN = NMPattern(2, 4)
 SPEC = LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda")
-
-
-def packed_weight(rows: int, columns: int) -> PackedTensor:
-    mask_OI = PATTERN.mask_from_scores(torch.rand(rows, columns))
-    return PackedTensor.pack(torch.randn(rows, columns).bfloat16(), mask_OI, PATTERN)
 
 
 class Library:
@@ -34,9 +29,8 @@ class Library:
 
     def compress(self, weight_OI: Tensor) -> Tensor:
         assert weight_OI.is_contiguous() and weight_OI.shape[0] % 16 == 0 == weight_OI.shape[1] % 16
-        groups = weight_OI.view(-1, 4)
-        assert ((groups != 0).sum(1) <= 2).all()
-        assert not torch.signbit(weight_OI[weight_OI == 0]).any(), "the library takes -0 for a value"
+        bits = weight_OI.view(torch.int16).view(-1, 4)
+        assert ((bits != 0).sum(1) <= 2).all(), "more than two values in a group; the library takes -0 for a value"
         return weight_OI.clone()
 
     def mm_search(
@@ -76,7 +70,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         ({"device_type": "cpu"}, "device cpu is not an NVIDIA GPU"),
         ({"pattern": NMPattern(1, 4)}, "pattern 1:4 is not 2:4"),
         ({"dtype": torch.float32}, "dtype torch.float32 is not one of"),
-        ({"values": "fp8_e4m3"}, "values fp8_e4m3 are not float"),
+        (
+            {"values": "fp8_e4m3", "dtype": torch.float16},
+            "values fp8_e4m3 are served with torch.bfloat16 activations only, not with torch.float16",
+        ),
         ({"out_features": 24}, r"a weight [24, 64] is not of multiples of 16"),
         ({"in_features": 72}, r"a weight [64, 72] is not of multiples of 16"),
     ],
@@ -92,7 +89,8 @@ def test_it_refuses_a_torch_or_a_gpu_that_cannot(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "(7, 5) is below (8, 0)" in (cusparselt.refuse(SPEC) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert cusparselt.refuse(SPEC) is None
+    for values in ("float", *CODE_DTYPES):
+        assert cusparselt.refuse(LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda", values)) is None
 
 
 def test_prepare_compresses_the_weight_itself(library: Library) -> None:
@@ -101,6 +99,19 @@ def test_prepare_compresses_the_weight_itself(library: Library) -> None:
     tensors = cusparselt.prepare(packed)
     assert torch.equal(tensors["blob"], packed.unpack())
     assert tensors["form"].shape == (32, 0, 64) and tensors["form"].nbytes == 0
+
+
+@pytest.mark.parametrize("values", list(CODE_DTYPES))
+def test_8_bit_values_become_bfloat16_once(library: Library, values: str) -> None:
+    torch.manual_seed(0)
+    packed, bias_O = packed_weight(32, 64, values=values), torch.randn(32).bfloat16()
+    packed.values.view(torch.int8)[:, ::5] = -128 if values == "fp8_e4m3" else 0  # -0, which a code may be
+    tensors, x_TI = cusparselt.prepare(packed), torch.randn(9, 64).bfloat16()
+    assert set(tensors) == {"blob", "form"} and torch.equal(tensors["blob"], packed.unpack().bfloat16())
+    # Twice the tolerance, because the weight is rounded too.
+    assert_is_product(cusparselt.linear(x_TI, tensors, bias_O), x_TI, packed, bias_O, slack=2)
+    cusparselt.prepare(packed_weight(32, 64))
+    assert library.searched == [*BUCKETS], "float values of the same shape are the same problem"
 
 
 def test_a_shape_is_searched_once_for_each_bucket(library: Library) -> None:
@@ -132,10 +143,8 @@ def test_any_number_of_tokens_is_padded_and_cut(library: Library, leading: tuple
     packed, bias_O = packed_weight(32, 64), torch.randn(32).bfloat16() if with_bias else None
     x_TI = torch.randn(*leading, 64).bfloat16()
     y_TO = cusparselt.linear(x_TI, cusparselt.prepare(packed), bias_O)
-    bias = torch.zeros(32) if bias_O is None else bias_O.float()
-    expected_TO = x_TI.float() @ packed.unpack().float().T + bias
     assert y_TO.shape == (*leading, 32) and y_TO.is_contiguous()
-    torch.testing.assert_close(y_TO.float(), expected_TO, rtol=1e-2, atol=1e-2)
+    assert_is_product(y_TO, x_TI, packed, bias_O)
 
 
 def test_inputs_that_are_not_contiguous(library: Library) -> None:

@@ -28,9 +28,9 @@ class EngineInfo:
     """What a started engine serves. Set once, by `Engine.start`.
 
     `kernels` counts sparse layers per kernel. Layers the engine fuses (query, key and value) count once. `choices` are
-    those that were measured; none if kernels were asked for by name, or none had a competitor.
-    `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they would take
-    dense; both are 0 for a dense model.
+    those that were measured, of several ranks the slowest; none if kernels were asked for by name, or none had a
+    competitor. `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they
+    would take dense; both are 0 for a dense model.
     """
 
     model: str

@@ -1,7 +1,8 @@
 """Between our values and vLLM's: sampling parameters one way, outputs the other. Duck-typed, without importing vLLM."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparse_serve.engine import (
@@ -89,10 +90,19 @@ def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tenso
         sparse_layers=sum(stage["sparse_layers"] for stage in stages),
         dense_layers=sum(stage["dense_layers"] for stage in stages),
         kernels=dict(kernels),
-        choices=tuple(dict.fromkeys(KernelChoice(**choice) for stage in stages for choice in stage["choices"])),
+        choices=_slowest(KernelChoice(**choice) for rank in ranks for choice in rank["choices"]),
         sparse_weight_bytes=sum(rank["sparse_weight_bytes"] for rank in ranks),
         dense_equivalent_bytes=sum(rank["dense_equivalent_bytes"] for rank in ranks),
     )
+
+
+def _slowest(choices: Iterable[KernelChoice]) -> tuple[KernelChoice, ...]:
+    """Every rank measures for itself, and a step waits for the last one: of equal choices the least speedup."""
+    kinds: dict[KernelChoice, KernelChoice] = {}
+    for choice in choices:
+        kind = replace(choice, speedup=0.0)
+        kinds[kind] = min(choice, kinds.get(kind, choice), key=lambda one: one.speedup)
+    return tuple(kinds.values())
 
 
 def missing_targets(targets: Sequence[str], served: Sequence[str], fused: Mapping[str, Sequence[str]]) -> list[str]:

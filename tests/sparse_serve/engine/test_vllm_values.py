@@ -1,11 +1,13 @@
 """Values to and from vLLM, on stand-ins with the attributes vLLM's have."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, Sampling
-from sparse_serve.engine.vllm_values import chunk, missing_targets, sampling_arguments
+from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
+from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -69,3 +71,24 @@ FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 )
 def test_targets_without_a_served_layer_are_named(targets: list[str], served: list[str], missing: list[str]) -> None:
     assert missing_targets(targets, served, FUSED) == missing
+
+
+def test_ranks_share_layers_and_stages_do_not() -> None:
+    """Two stages of two tensor-parallel ranks. What a rank measured counts as far as the slowest of them."""
+
+    def rank(layers: int, *choices: tuple[str, float]) -> dict[str, Any]:
+        return {
+            "sparse_layers": layers,
+            "dense_layers": 1,
+            "kernels": {"cpu": layers},
+            "choices": [asdict(KernelChoice(64, 32, "float", 4, *choice)) for choice in choices],
+            "sparse_weight_bytes": 9 * layers,
+            "dense_equivalent_bytes": 16 * layers,
+        }
+
+    model = SimpleNamespace(max_model_len=128, dtype="torch.bfloat16", get_vocab_size=lambda: 256)
+    ranks = [rank(3, ("cpu", 1.5)), rank(3, ("cpu", 1.2)), rank(2, ("cpu", 1.6)), rank(2, ("reference", 0.5))]
+    info = engine_info("name", model, ranks, tensor_parallel=2)
+    assert (info.sparse_layers, info.dense_layers, info.kernels) == (5, 2, {"cpu": 5})
+    assert (info.sparse_weight_bytes, info.dense_equivalent_bytes) == (90, 160)
+    assert {(choice.kernel, choice.speedup) for choice in info.choices} == {("cpu", 1.2), ("reference", 0.5)}

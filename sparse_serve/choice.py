@@ -20,11 +20,8 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,9 +34,8 @@ import torch
 
 import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
-from maskgen.core.errors import SparseError
-from maskgen.core.files import read_json, write_json
 from maskgen.core.folder import names
+from sparse_serve import machine_cache
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, willing
 from sparse_serve.plan import Plan, Step
 from sparse_serve.race import DENSE, MakeDense, Race, device_name, labels, race, torch_dense
@@ -54,7 +50,8 @@ LAYOUTS = {"cuda": 2, "cpu": 1}
 """Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
 
 SLACK = 1.05
-FORMAT = 2
+KIND = "kernels-2"
+"""Of files in the cache; the number is that of their form."""
 FALLBACK = "reference"
 TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
 
@@ -183,7 +180,7 @@ def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
         "device": device_name(spec.device_type),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": str(torch.__version__), **{name: _version(name) for name in _VERSIONS_OF}},
+        "versions": {"torch": str(torch.__version__), **{name: machine_cache.version(name) for name in _VERSIONS_OF}},
     }
 
 
@@ -193,27 +190,15 @@ def _code_digest() -> str:
     return digest_files([*here.glob("*.so"), *(here / "kernels").glob("*.py"), here / "race.py", here / "timing.py"])
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _path(facts: Mapping[str, Any]) -> Path:
-    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache_dir / "sparse-serve" / f"kernels-{FORMAT}" / f"{digest_json(facts).removeprefix('sha256:')[:32]}.json"
-
-
 def _recall(facts: Mapping[str, Any]) -> Race | None:
     """What was measured before; None if nothing was, or if the file is not what `_keep` writes."""
     digest = digest_json(facts)
     if digest not in _measured:
+        stored = machine_cache.recall(KIND, facts)
         try:
-            stored = read_json(_path(facts))
             failed = {name: str(stored["failed"][name]) for name in stored["failed"] if name in facts["contenders"]}
             seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in BUCKETS}
-        except (SparseError, OSError, RuntimeError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return None
         names = {DENSE, *_timed_names(facts, failed)}
         if not all(set(times) == names and all(map(_is_time, times.values())) for times in seconds.values()):
@@ -232,8 +217,6 @@ def _is_time(value: Any) -> bool:
 
 
 def _keep(facts: Mapping[str, Any], measured: Race) -> None:
-    """Several ranks may write the same file: each writes it whole. A cache that cannot be written is no error."""
     _measured[digest_json(facts)] = measured
     seconds = {str(tokens): times for tokens, times in measured.seconds.items()}
-    with contextlib.suppress(OSError, RuntimeError):
-        write_json(_path(facts), {**facts, "seconds": seconds, "failed": measured.failed})
+    machine_cache.keep(KIND, facts, {"seconds": seconds, "failed": measured.failed})

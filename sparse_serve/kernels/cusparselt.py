@@ -18,7 +18,8 @@ padded with zeros, and the answer is then the head of a longer one. The bias is 
 feature.
 
 Algorithms. For each shape the library has dozens, and the first is often far from the best. `prepare` searches once for
-every shape, at several numbers of tokens, by running them; `linear` takes the one of the bucket its tokens fall in, and
+every shape, at several numbers of tokens, by running them, and keeps what it found in the user's cache, for this GPU
+and this version of the library; `linear` takes the one of the bucket its tokens fall in, and
 the library's first where nothing was searched. Nothing is ever measured in `linear`, which therefore never stops the
 host and can be captured in a CUDA graph.
 
@@ -31,7 +32,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from torch.nn.functional import pad
 
 from maskgen.core.packed import PackedTensor, unpack
 from maskgen.core.values import FLOAT, from_codes
+from sparse_serve import machine_cache
 from sparse_serve.kernels import LinearSpec, capability_refusal, sparse_core_refusal
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
@@ -69,8 +71,9 @@ class Algorithm(NamedTuple):
     split_k_mode: int = -1
 
 
+_KIND = "cusparselt-1"
 _found: dict[Problem, Algorithm] = {}
-"""Every search of this process. The numbers mean nothing to another GPU or another version of the library."""
+"""Of this process. The numbers mean nothing to another GPU or another version of the library."""
 
 
 def refuse(spec: LinearSpec) -> str | None:
@@ -94,7 +97,7 @@ def prepare(packed: PackedTensor) -> dict[str, Tensor]:
     for bucket in BUCKETS:
         problem = Problem(blob.device, blob.dtype, *packed.shape, bucket)
         if problem not in _found:
-            _found[problem] = _search(blob, problem)
+            _found[problem] = _recall(problem) or _search(blob, problem)
     return {"blob": blob, "form": blob.new_empty((packed.shape[0], 0, packed.shape[1]))}
 
 
@@ -137,10 +140,29 @@ def product(x_TI: Tensor, blob: Tensor, form: Tensor, bias_O: Tensor | None) -> 
     return y_TO[:tokens]
 
 
+def _facts(problem: Problem) -> dict[str, Any]:
+    """All that an algorithm's number depends on."""
+    return {
+        "device": torch.cuda.get_device_name(problem.device),
+        "dtype": str(problem.dtype),
+        "shape": [problem.out_features, problem.in_features, problem.bucket],
+        "library": torch.backends.cusparselt.version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _recall(problem: Problem) -> Algorithm | None:
+    """What an earlier process found; None if nothing, or if the file holds anything but three numbers."""
+    stored = machine_cache.recall(_KIND, _facts(problem))
+    numbers = [stored[name] for name in Algorithm._fields if type(stored.get(name)) is int]
+    return Algorithm(*numbers) if len(numbers) == len(Algorithm._fields) else None
+
+
 def _search(blob: Tensor, problem: Problem) -> Algorithm:
     """Run every algorithm at the bucket's number of tokens, on random numbers; milliseconds to half a second."""
     random = torch.Generator(problem.device).manual_seed(0)
     shape = (problem.bucket, problem.in_features)
     x_TI = torch.randn(shape, generator=random, dtype=problem.dtype, device=problem.device)
     *found, _ = torch._C._cusparselt.mm_search(blob, x_TI.t(), None, None, None, True)  # type: ignore[attr-defined]
+    machine_cache.keep(_KIND, _facts(problem), Algorithm(*found)._asdict())
     return Algorithm(*found)

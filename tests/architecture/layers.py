@@ -53,6 +53,7 @@ LEVELS = {
     "sparse_serve.processes": 10,
     "sparse_serve.engine": 11,
     "sparse_serve.kernels": 11,
+    "sparse_serve.machine_cache": 11,
     "sparse_serve.kernels._ptx": 11,
     "sparse_serve.settings": 11,
     "sparse_serve.kernels.*": 12,

@@ -5,6 +5,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,8 +56,10 @@ class Library:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     fake = Library()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.multiply)
     monkeypatch.setattr(torch._C, "_cusparselt", fake, raising=False)
@@ -117,6 +120,32 @@ def test_8_bit_values_become_bfloat16_once(library: Library, values: str) -> Non
 def test_a_shape_is_searched_once_for_each_bucket(library: Library) -> None:
     for rows in (32, 32, 48):
         cusparselt.prepare(packed_weight(rows, 64))
+    assert library.searched == [*BUCKETS, *BUCKETS]
+
+
+def test_another_process_does_not_search_again(
+    library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tensors, x_TI = cusparselt.prepare(packed_weight(16, 16)), torch.randn(64, 16).bfloat16()
+    cusparselt._found.clear()
+    cusparselt.prepare(packed_weight(16, 16))
+    cusparselt.linear(x_TI, tensors, None)
+    assert library.searched == [*BUCKETS] and library.used == [Algorithm(164, 2, 3)]
+    cusparselt._found.clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    cusparselt.prepare(packed_weight(16, 16))
+    assert library.searched == [*BUCKETS, *BUCKETS]
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"alg_id": "7", "split_k": 1, "split_k_mode": 1}', '{"alg_id": true}'])
+def test_what_is_no_algorithm_is_searched_again(library: Library, tmp_path: Path, damage: str) -> None:
+    cusparselt.prepare(packed_weight(16, 16))
+    files = list((tmp_path / "cache").rglob("*.json"))
+    assert len(files) == len(BUCKETS)
+    for file in files:
+        file.write_text(damage)
+    cusparselt._found.clear()
+    cusparselt.prepare(packed_weight(16, 16))
     assert library.searched == [*BUCKETS, *BUCKETS]
 
 

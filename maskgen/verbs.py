@@ -30,7 +30,7 @@ from maskgen.memory import peak_rss_bytes
 from maskgen.method import LocalMethod
 from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import SweepReport, sweep
-from maskgen.workdir import WorkDir, finish, is_left_over, reopen, work_dir
+from maskgen.workdir import WorkDir, finish, is_left_over, work_dir
 
 _TRAINING_FLAGS = (
     "micro_batch",
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
     if is_cleaning_up:
         _clean_up(args, wanted)
         return
-    reopen(work)
     if isinstance(wanted.build_method(), LocalMethod):
         _prune(args, wanted, model_dir, device)
     elif not learn(args, wanted, model_dir, _label(args.model, model_dir), device):

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -43,21 +43,27 @@ def work_dir(out_dir: Path) -> Path:
 
 
 def finish(path: Path, keep: bool) -> None:
-    """The run of this directory has its result: delete the directory, or mark it as wanted."""
+    """The run of this directory has its result: delete the directory, or mark it as wanted.
+
+    What is being deleted has another name, so that what is left of it, should the process be killed, is nobody else's.
+    """
     if keep:
         write_json(path / _KEPT_FILE, {})
-    else:
-        shutil.rmtree(path)
-
-
-def reopen(path: Path) -> None:
-    """Its run goes on, or starts again: what an earlier one said of keeping the directory no longer holds."""
-    (path / _KEPT_FILE).unlink(missing_ok=True)
+        return
+    doomed = _doomed(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):  # the result is there; the same command does what was left
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def is_left_over(path: Path) -> bool:
     """Whether `path`, of a run with a result, was about to be deleted when its process was killed."""
-    return path.is_dir() and not (path / _KEPT_FILE).exists()
+    return _doomed(path).exists() or ((path / _RUN_FILE).is_file() and not (path / _KEPT_FILE).exists())
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(path.name + ".removing")
 
 
 class WorkDir:

@@ -10,13 +10,26 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json, write_json
+
+_anew = ContextVar("_anew", default=False)
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Inside, nothing is recalled: everything is measured again, and kept in place of what was there."""
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 def path(kind: str, facts: Mapping[str, Any]) -> Path:
@@ -26,7 +39,9 @@ def path(kind: str, facts: Mapping[str, Any]) -> Path:
 
 
 def recall(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `keep` wrote, unchecked; empty if nothing can be read."""
+    """What `keep` wrote, unchecked; empty if nothing can be read, or all is to be measured `anew`."""
+    if _anew.get():
+        return {}
     try:
         return read_json(path(kind, facts))
     except (SparseError, OSError, RuntimeError):  # RuntimeError: there is no home

@@ -33,8 +33,11 @@ GRAPH_TOKENS = 512
 POOL_BYTES = 128 << 20
 BUDGET_S = 0.15
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""By how much of the largest output a kernel's answer may differ from the exact one: several of its roundings."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+"""By how much of the largest output an answer may differ from the exact one: roundings to 16 bits, or to TF32."""
+
+_X, _WEIGHT, _MASK = range(3)
+"""Seeds: equal ones would make outputs that are nothing like a layer's."""
 
 _TILE_ROWS = 64
 _MOST_COPIES = 16
@@ -104,7 +107,7 @@ def _no_dense(spec: LinearSpec, tokens: int, failed: Mapping[str, str]) -> Kerne
 def _heat(
     spec: LinearSpec, contenders: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> dict[str, float]:
-    x_TI = _random(spec, tokens, spec.in_features).to(spec.dtype)
+    x_TI = _random(spec, _X, tokens, spec.in_features).to(spec.dtype)
     calls: dict[str, list[Call]] = {}
     for name, copies in contenders.items():
         if name not in failed:
@@ -121,17 +124,17 @@ def _exclude_wrong(
     spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> None:
     """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
-    x_TI, rows = _random(spec, tokens, spec.in_features).to(spec.dtype), min(spec.out_features, _TILE_ROWS)
+    x_TI, rows = _random(spec, _X, tokens, spec.in_features).to(spec.dtype), min(spec.out_features, _TILE_ROWS)
     scale = None if packed.scale is None else packed.scale[:rows]
     tile_OI = PackedTensor(packed.values[:rows], packed.bitmask[:rows], packed.pattern, scale).unpack().float()
     tile_TO = x_TI.float() @ tile_OI.T
-    expected_TO = tile_TO.repeat(1, -(-spec.out_features // rows))[:, : spec.out_features]
 
     def check(linear: Linear) -> None:
         y_TO = linear(x_TI)
-        if y_TO.shape != expected_TO.shape:
-            raise ValueError(f"its answer is {list(y_TO.shape)}, expected {list(expected_TO.shape)}")
-        worst = ((y_TO.float() - expected_TO).abs().max() / tile_TO.abs().max()).item()
+        if y_TO.shape != (tokens, spec.out_features):
+            raise ValueError(f"its answer is {list(y_TO.shape)}, expected {[tokens, spec.out_features]}")
+        wrong = [(part.float() - tile_TO[:, : part.shape[1]]).abs().max() for part in y_TO.split(rows, dim=1)]
+        worst = (torch.stack(wrong).max() / tile_TO.abs().max()).item()
         if not worst <= TOLERANCE[spec.dtype]:  # NaN is above it
             raise ValueError(f"its answer differs by {worst:.2g} of the largest output, with {tokens} tokens")
 
@@ -147,7 +150,9 @@ def _contenders(
     dense: Mapping[str, MakeDense],
     failed: dict[str, str],
 ) -> dict[str, list[Linear]]:
-    dense_OI = _repeated(_random(spec, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec)
+    dense_OI = _repeated(
+        _random(spec, _WEIGHT, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec
+    )
     count = _copies(spec, packed, len(kernels) + len(dense))
     made: dict[str, list[Linear]] = {}
     for name, make in zip(labels(dense), dense.values(), strict=True):
@@ -226,8 +231,8 @@ def random_weight(spec: LinearSpec) -> PackedTensor:
     kernel may make use of that.
     """
     rows = min(spec.out_features, _TILE_ROWS)
-    weight = _random(spec, rows, spec.in_features).mul_(spec.in_features**-0.5).bfloat16()
-    kept = spec.pattern.mask_from_scores(_random(spec, rows, spec.in_features))
+    weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5).bfloat16()
+    kept = spec.pattern.mask_from_scores(_random(spec, _MASK, rows, spec.in_features))
     dtype = spec.dtype if spec.values == FLOAT else torch.float32
     tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)
     scale = None if tile.scale is None else _repeated(tile.scale, spec)
@@ -239,7 +244,7 @@ def _repeated(rows: Tensor, spec: LinearSpec) -> Tensor:
     return rows.repeat(times, *(1 for _ in rows.shape[1:]))[: spec.out_features]
 
 
-def _random(spec: LinearSpec, *shape: int) -> Tensor:
+def _random(spec: LinearSpec, seed: int, *shape: int) -> Tensor:
     """From a generator of its own: measuring must not move the seed of what is served."""
-    generator = torch.Generator(spec.device_type).manual_seed(0)
+    generator = torch.Generator(spec.device_type).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=spec.device_type, dtype=torch.float32)

@@ -88,7 +88,7 @@ def show(found: Sequence[Choice], kinds: Kinds) -> None:
     if not all(choice.buckets for choice in found):
         console.print("  -: could not be measured")
     for name, reason in reasons.items():
-        console.print(f"  {name} was not considered: {reason}", markup=False)
+        console.print(f"  {name} was left out: {reason}", markup=False)
 
 
 def _cell(bucket: Bucket, named: bool) -> str:

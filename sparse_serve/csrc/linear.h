@@ -15,7 +15,7 @@
 //
 // Pairs is for bfloat16 inputs where the processor has the instruction; int8 values are bfloat16 numbers too. A result
 // depends on its token and its row only, not on the other tokens of the batch nor on the number of threads: with many
-// tokens, Pairs goes another way (many.h) to the same sums in the same order.
+// tokens, Pairs may go another way (many.h) to the same sums in the same order.
 #pragma once
 #include "activations.h"
 #include "many.h"

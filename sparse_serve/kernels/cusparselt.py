@@ -152,10 +152,12 @@ def _facts(problem: Problem) -> dict[str, Any]:
 
 
 def _recall(problem: Problem) -> Algorithm | None:
-    """What an earlier process found; None if nothing, or if the file holds anything but three numbers."""
+    """What an earlier process found; None if nothing, or if the file holds no algorithm."""
     stored = machine_cache.recall(_KIND, _facts(problem))
     numbers = [stored[name] for name in Algorithm._fields if type(stored.get(name)) is int]
-    return Algorithm(*numbers) if len(numbers) == len(Algorithm._fields) else None
+    if len(numbers) < len(Algorithm._fields) or numbers[0] < 0 or numbers[1] < 1:
+        return None
+    return Algorithm(*numbers)
 
 
 def _search(blob: Tensor, problem: Problem) -> Algorithm:

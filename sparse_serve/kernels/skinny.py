@@ -126,12 +126,19 @@ def skinny_linear(
     The first call with a new dtype, pass size or split compiles (seconds); make it before capturing a CUDA graph.
     """
     rows, columns = form.shape[0], form.shape[2]
-    dtypes = list(_DTYPES) if form.dtype in CODE_DTYPES.values() else [form.dtype]
+    has_codes = form.dtype in CODE_DTYPES.values()
+    dtypes = list(_DTYPES) if has_codes else [form.dtype]
     if x_TI.dtype not in dtypes or x_TI.shape[-1] != columns:
         expected = " or ".join(map(str, dtypes))
         raise ValueError(f"x is {x_TI.dtype} {list(x_TI.shape)}, expected {expected} [..., {columns}]")
     if bias_O is not None and (bias_O.dtype != x_TI.dtype or bias_O.shape != (rows,) or not bias_O.is_contiguous()):
         raise ValueError(f"bias is {bias_O.dtype} {list(bias_O.shape)}, expected contiguous {x_TI.dtype} [{rows}]")
+    if (scale_O is not None) != has_codes:
+        raise ValueError(f"a scale belongs to 8-bit values and to no others, and values are {form.dtype}")
+    if scale_O is not None and (
+        scale_O.dtype != torch.float32 or scale_O.shape != (rows,) or not scale_O.is_contiguous()
+    ):
+        raise ValueError(f"scale is {scale_O.dtype} {list(scale_O.shape)}, expected contiguous float32 [{rows}]")
     y_TO = x_TI.new_empty((*x_TI.shape[:-1], rows))
     tokens = y_TO.numel() // rows
     if tokens == 0:

@@ -111,7 +111,9 @@ def test_killed_at_random_and_started_again(kind: str, model_dir: ModelDir, text
     ]
 
 
+@pytest.mark.parametrize("moment", ["before", "while"])
 def test_killed_while_it_cleans_up(
+    moment: str,
     model_dir: ModelDir,
     text_file: Path,
     tmp_path: Path,
@@ -127,16 +129,21 @@ def test_killed_while_it_cleans_up(
     code, _, errors = run(capsys, *argv)
     assert code == 2 and "out exists; remove it" in errors, "its work directory was asked for: it is no leftover"
     assert (tmp_path / "out.work" / "run.json").is_file()
-    for name in ("run.json", "kept"):
-        (tmp_path / "out.work" / name).unlink()
+    if moment == "before":
+        (tmp_path / "out.work" / "kept").unlink()
+    else:
+        (tmp_path / "out.work" / "run.json").unlink()
+        (tmp_path / "out.work").rename(tmp_path / "out.work.removing")
     made = {path.name: path.read_bytes() for path in out.iterdir()}
     code, said, _ = run(capsys, *argv)
     assert code == 0 and "is finished" in said
-    assert not (tmp_path / "out.work").exists()
+    assert not (tmp_path / "out.work").exists() and not (tmp_path / "out.work.removing").exists()
     found = MaskSet.load(masks)
     assert (found.digest(), found.base_digest) == (expected.digest(), expected.base_digest)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == made
     assert run(capsys, *argv)[0] == 2, "it exists, and nothing is left to do"
     (tmp_path / "out.work").mkdir()
+    assert run(capsys, *argv)[0] == 2 and (tmp_path / "out.work").is_dir(), "no run's directory is somebody's own"
+    (tmp_path / "out.work" / "run.json").write_text("{}")
     other = [*argv, "--set", "train.lr=1e-9"]
     assert "of another recipe" in run(capsys, *other)[2]

@@ -79,6 +79,17 @@ def test_a_kernel_that_answers_wrongly_is_out(dtype: torch.dtype, values: str) -
     assert "[1, 79], expected [1, 80]" in found.failed["short"]
 
 
+def test_a_kernel_that_forgets_a_few_columns_is_out() -> None:
+    """8 of 4,096 inputs change an output by little: what is compared must be like a layer's outputs."""
+
+    def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
+        return reference.linear(torch.cat([x_TI[:, :-8], torch.zeros_like(x_TI[:, -8:])], 1), tensors, bias_O)
+
+    kernels: Any = {"short": SimpleNamespace(prepare=reference.prepare, linear=linear), "reference": reference}
+    found = race(LinearSpec(128, 4096, NMPattern(2, 4), torch.bfloat16, "cpu"), kernels, (16,), TORCH)
+    assert set(found.failed) == {"short"}
+
+
 def test_a_dense_layer_that_fails_leaves_the_others() -> None:
     def broken(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
         raise RuntimeError("no primitive")

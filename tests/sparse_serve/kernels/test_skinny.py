@@ -168,3 +168,10 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         ValueError, match=r"x is torch.float32 .*, expected torch.bfloat16 or torch.float16 \[..., 64\]"
     ):
         skinny.linear(torch.randn(3, 64), skinny.prepare(packed_weight(24, 64, values=INT8)), None)
+    codes = skinny.prepare(packed_weight(24, 64, values=INT8))
+    for scale_O in (torch.ones(23), torch.ones(24).half(), torch.ones(48)[::2]):
+        with pytest.raises(ValueError, match=r"scale is .*, expected contiguous float32 \[24\]"):
+            skinny.linear(torch.randn(3, 64).bfloat16(), {**codes, "scale": scale_O}, None)
+    for wrong in ({**tensors, "scale": torch.ones(24)}, {name: codes[name] for name in ("blocks", "form")}):
+        with pytest.raises(ValueError, match="a scale belongs to 8-bit values and to no others"):
+            skinny.linear(torch.randn(3, 64).bfloat16(), wrong, None)

@@ -55,12 +55,13 @@ Values values_of(ScalarType type) {
   return Values::kInt8;
 }
 
-// 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine.
+// 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine. Not for less than
+// such a page: every range with advice of its own counts against the 65,530 that a process may have.
 void advise_huge_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t page = 4096, from = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
   const uintptr_t to = (reinterpret_cast<uintptr_t>(start) + bytes) / page * page;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  if (bytes >= 2 << 20) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
 }
 

@@ -182,3 +182,13 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.startswith("0 of ")
+
+
+def test_small_weights_do_not_use_up_the_process_s_memory_ranges() -> None:
+    """Linux allows 65,530; one or two for each of a thousand weights of 16 KiB would be felt."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps here")
+    packed, before = packed_weight(128, 128, torch.bfloat16, "float"), len(maps.read_text().splitlines())
+    kept = [cpu.prepare(packed) for _ in range(1000)]
+    assert len(maps.read_text().splitlines()) < before + 100 and len(kept) == 1000

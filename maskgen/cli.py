@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run(verbs)
+    _add_permute(verbs)
     _add_compress(verbs)
     _add_quantise(verbs)
     _add_decompress(verbs)
@@ -80,14 +81,18 @@ def _add_run(verbs: _Verbs) -> None:
         "The result is a complete Hugging Face directory. A run that is stopped continues when started again with the "
         "same arguments: what is done is kept in OUT.work until the result is written.",
     )
+    _add_inputs(parser, "a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all)")
+    _add_training(parser)
     parser.add_argument(
-        "recipe",
-        help="a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all) or the path "
-        "of a .toml file",
+        "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
     )
-    parser.add_argument(
-        "--model", required=True, help="dense model: a Hugging Face directory or a hub id like org/name"
-    )
+    parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
+
+
+def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
+    """What `run` and `permute` start from, and where they write."""
+    parser.add_argument("recipe", help=f"{recipes}, or the path of a .toml file")
+    parser.add_argument("--model", required=True, help="dense model: a Hugging Face directory, or a hub id (org/name)")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -108,11 +113,6 @@ def _add_run(verbs: _Verbs) -> None:
         help="change one recipe value, such as method.damp=0.05 or calibration.samples=64; repeatable (default: none)",
     )
     _add_device(parser)
-    _add_training(parser)
-    parser.add_argument(
-        "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
-    )
-    parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +158,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _add_permute(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "permute",
+        "reorder a dense model's hidden neurons so that masks keep more of the weights that matter",
+        "The result is a dense model that computes the same function; prune it with any recipe.",
+    )
+    _add_inputs(parser, "whose scores: ria, wanda, magnitude")
 
 
 def _add_compress(verbs: _Verbs) -> None:

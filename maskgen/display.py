@@ -18,6 +18,8 @@ from maskgen.compress import CompressReport
 from maskgen.fit import EvalLog
 from maskgen.inspect import InspectReport
 from maskgen.model import OUTSIDE
+from maskgen.permute import PermuteReport
+from maskgen.recipe import Recipe
 from maskgen.shrink import ShrinkReport
 from maskgen.sweep import Progress, SweepReport
 from maskgen.train import StepLog
@@ -173,6 +175,17 @@ def print_shrunk(out: Path, written: ShrinkReport) -> None:
         f"{megabytes(written.total_bytes)}"
     )
     say(f"next: maskgen eval {out} --data FILE    or    maskgen run sparsegpt --model {out} --data FILE --out DIR")
+
+
+def print_permuted(out: Path, report: PermuteReport, recipe: Recipe) -> None:
+    """What was written, when neurons changed places."""
+    before, after = report.kept
+    say(
+        f"wrote {out}: the same function, neurons of {len(report.arrangements)} layers reordered, directory "
+        f"{megabytes(report.total_bytes)}"
+    )
+    say(f"  of the {recipe.method.name} scores there {recipe.pattern} keeps {before:.2%} -> {after:.2%}")
+    say(f"next: maskgen run {recipe.method.name} --model {out} --data FILE --out DIR, or any other recipe")
 
 
 def print_inspect(report: InspectReport) -> None:

@@ -68,6 +68,21 @@ class LocalMethod(Method, ABC):
         """
 
 
+class ScoreMethod(LocalMethod):
+    """A method that gives every entry a score of its own and keeps the largest of each group.
+
+    Since a score does not depend on the groups, `maskgen.permute` can use it to choose what stands in them.
+    """
+
+    @abstractmethod
+    def score(self, weight_OI: Tensor, stats: Any) -> Tensor:
+        """What each entry of a float32 weight is worth, `[O, I]`, from 0 on. Nothing may be changed."""
+
+    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
+        """Mask by score; no weight is changed."""
+        return Solution(pattern.mask_from_scores(self.score(weight_OI, stats)))
+
+
 def create(name: str, options: Mapping[str, Any]) -> Method:
     """Build the method `name` from recipe options; `RecipeError` lists what is known.
 

@@ -14,6 +14,7 @@ import torch
 from maskgen import compress as compressor
 from maskgen import data, display, evaluate, model, recipe
 from maskgen import demo as demos
+from maskgen import permute as permuter
 from maskgen import quantise as quantiser
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
@@ -51,9 +52,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, args.masks_out):
         if path is not None and path.exists() and not is_cleaning_up:
             raise OutputExistsError(f"{path} exists; remove it or choose another output")
-    device, model_dir = _device(args.device), model.resolve(args.model)
-    if is_sparse_checkpoint(model_dir):
-        raise ModelError(f"{args.model}: already sparse; start from the dense model")
+    device, model_dir = _device(args.device), _dense(args.model)
     wanted = wanted.for_context(model.stored_max_tokens(model_dir))
     if is_cleaning_up:
         _clean_up(args, wanted)
@@ -105,6 +104,28 @@ def _prune(args: argparse.Namespace, wanted: Recipe, model_dir: Path, device: st
     if args.masks_out is not None:
         masks.save(args.masks_out)
     display.print_run(args.out, report, written, peak_rss_bytes())
+
+
+def permute(args: argparse.Namespace) -> None:
+    """Dense model + text -> the same function with its neurons in another order."""
+    model.quiet()
+    wanted = recipe.load(args.recipe, args.overrides)
+    permuter.score_method(wanted)
+    if args.out.exists():
+        raise OutputExistsError(f"{args.out} exists; remove it or choose another output")
+    device, model_dir = _device(args.device), _dense(args.model)
+    wanted = wanted.for_context(model.stored_max_tokens(model_dir))
+    windows = _calibration(wanted, args.data, model_dir)
+    provenance = {
+        "base_model": _label(args.model, model_dir),
+        "base_digest": digest_weights(model_dir),
+        "data_digest": None if windows is None else data.digest_tokens(windows),
+    }
+    with display.bar() as bar:
+        task = bar.add_task("loading", total=None, note="")
+        loaded, show = model.load(model_dir), display.sweep_progress(bar, task)
+        report = permuter.permute(model_dir, loaded, wanted, windows, args.out, provenance, device, show)
+    display.print_permuted(args.out, report, wanted)
 
 
 def compress(args: argparse.Namespace) -> None:
@@ -199,6 +220,7 @@ def report(args: argparse.Namespace) -> None:
 
 VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
+    "permute": permute,
     "compress": compress,
     "quantise": quantise,
     "decompress": decompress,
@@ -207,6 +229,13 @@ VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo,
     "report": report,
 }
+
+
+def _dense(source: str) -> Path:
+    model_dir = model.resolve(source)
+    if is_sparse_checkpoint(model_dir):
+        raise ModelError(f"{source}: already sparse; start from the dense model")
+    return model_dir
 
 
 def _device(name: str | None) -> str:

@@ -12,19 +12,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from maskgen.core.pattern import NMPattern
-from maskgen.method import LocalMethod, Solution
+from maskgen.method import ScoreMethod
 
 
 @dataclass(frozen=True)
-class Magnitude(LocalMethod):
+class Magnitude(ScoreMethod):
     """score = |W_ij|."""
 
     needs_data: ClassVar[bool] = False
 
-    def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Mask by absolute value; `stats` is ignored."""
-        return Solution(pattern.mask_from_scores(weight_OI.abs()))
+    def score(self, weight_OI: Tensor, stats: Any) -> Tensor:
+        """Absolute values; `stats` is ignored."""
+        return weight_OI.abs()
 
 
 METHOD = Magnitude

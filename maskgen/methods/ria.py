@@ -9,9 +9,8 @@ otherwise decide every group:
 Sums run over the whole row (j) and the whole column (i), so rows are not independent: scaling one row changes every
 column's sum. A row or column of zeros has no say (its term is 0).
 
-The paper goes on to permute input channels, so that no group holds four strong ones. That is left out: W[:, perm] is
-2:4, but W in the order it is stored in is not, so every layer would need a gather in front of it, or the permutation
-folded into its neighbours.
+The paper goes on to permute input channels, so that no group holds four strong ones: `maskgen permute` does that before
+this method, or any other, runs.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
 
@@ -26,13 +25,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from maskgen.core.errors import RecipeError
-from maskgen.core.pattern import NMPattern
 from maskgen.core.statistics import add_squares
-from maskgen.method import LocalMethod, Solution
+from maskgen.method import ScoreMethod
 
 
 @dataclass(frozen=True)
-class RIA(LocalMethod):
+class RIA(ScoreMethod):
     """`exponent`: the power a of the feature norms; 0 looks at weights only, 1 is Wanda's."""
 
     exponent: float = 0.5
@@ -45,11 +43,11 @@ class RIA(LocalMethod):
         """`stats` is the float32 sum of squares per input feature `[I]`."""
         return add_squares(stats, x_TI)
 
-    def solve(self, weight_OI: Tensor, stats: Tensor, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Mask by relative importance times a power of the feature norms."""
+    def score(self, weight_OI: Tensor, stats: Tensor) -> Tensor:
+        """Relative importance times a power of the feature norms."""
         size_OI = weight_OI.abs()
         relative_OI = _share(size_OI, dim=1) + _share(size_OI, dim=0)
-        return Solution(pattern.mask_from_scores(relative_OI * stats.pow(self.exponent / 2)))
+        return relative_OI * stats.pow(self.exponent / 2)
 
 
 def _share(size_OI: Tensor, dim: int) -> Tensor:

@@ -15,22 +15,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from maskgen.core.pattern import NMPattern
 from maskgen.core.statistics import add_squares
-from maskgen.method import LocalMethod, Solution
+from maskgen.method import ScoreMethod
 
 
 @dataclass(frozen=True)
-class Wanda(LocalMethod):
+class Wanda(ScoreMethod):
     """score = |W_ij| * ||X_j||_2."""
 
     def observe(self, stats: Tensor | None, x_TI: Tensor) -> Tensor:
         """`stats` is the float32 sum of squares per input feature `[I]`."""
         return add_squares(stats, x_TI)
 
-    def solve(self, weight_OI: Tensor, stats: Tensor, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Mask by |W| times the feature norms."""
-        return Solution(pattern.mask_from_scores(weight_OI.abs() * stats.sqrt()))
+    def score(self, weight_OI: Tensor, stats: Tensor) -> Tensor:
+        """|W| times the feature norms."""
+        return weight_OI.abs() * stats.sqrt()
 
 
 METHOD = Wanda

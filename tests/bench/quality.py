@@ -33,7 +33,7 @@ class Row:
     """One line: a recipe with overrides. `seeds` many runs; `prior` names the row whose masks it starts from.
 
     `domain` trains on that one of the training texts instead of on all of them. `weights` "stay" as they were, or
-    "change".
+    "change". `reorder` names the recipe by whose scores `maskgen permute` orders the neurons first.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Row:
     prior: str | None = None
     domain: str | None = None
     weights: str = "stay"
+    reorder: str | None = None
 
 
 CHANGE = "change"
@@ -63,6 +64,12 @@ ROWS = (
     Row("dense, same extra steps, no distillation", "dense_control", ("train.distill_weight=0.0",), weights=CHANGE),
     Row("maskllm, then admm repair", "admm", ("method.mask=prior",), prior="maskllm", weights=CHANGE),
     Row("maskllm, then adaptive_sparse", "adaptive_sparse", ("method.mask=prior",), prior="maskllm", weights=CHANGE),
+    Row("magnitude, reordered", "magnitude", reorder="ria"),
+    Row("wanda, reordered", "wanda", reorder="ria"),
+    Row("ria, reordered", "ria", reorder="ria"),
+    Row("sparsegpt, mask only, reordered", "sparsegpt-mask-only", reorder="ria"),
+    Row("sparsegpt, reordered", "sparsegpt", weights=CHANGE, reorder="ria"),
+    Row("maskllm, reordered", "maskllm", reorder="ria"),
     Row("maskprune", "maskprune", seeds=2, weights=CHANGE),
     Row("structured magnitude", "structured_magnitude", weights=CHANGE),
     Row("structured taylor", "structured_taylor", weights=CHANGE),
@@ -118,7 +125,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         return
     out = _directory(args, row, seed, facts)
     train = [text for text in args.train if row.domain in (None, text.stem)]
-    command = ["run", row.recipe, "--model", str(args.model), "--data", *map(str, train), "--out", str(out)]
+    command = ["run", row.recipe, "--model", str(_base(args, row, seed)), "--data", *map(str, train), "--out", str(out)]
     for override in _overrides(args, row, seed):
         command += ["--set", override]
     if row.prior is not None:
@@ -139,6 +146,21 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
     record.save(WHAT, args.label, result)
 
 
+def _base(args: argparse.Namespace, row: Row, seed: int) -> Path:
+    """The dense model a row starts from, with its neurons reordered if it says so."""
+    model: Path = args.model
+    if row.reorder is None:
+        return model
+    settings = [f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
+    wanted = recipe.load(row.reorder, settings)
+    key = digest_json([wanted.digest(), digest_weights(model), digest_files(args.train)])
+    reordered: Path = args.work / f"reordered-{row.reorder}-seed{seed}-{key[7:15]}"
+    if not reordered.exists():
+        command = ["permute", row.reorder, "--model", str(model), "--data", *map(str, args.train)]
+        maskgen([*command, *(word for setting in settings for word in ("--set", setting)), "--out", str(reordered)])
+    return reordered
+
+
 def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
     overrides = [*row.overrides, f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
     if recipe.load(row.recipe).train is not None:
@@ -154,6 +176,9 @@ def _key(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -
             "prior": None if row.prior is None else _key(args, _row(row.prior), seed, facts),
             "domain": row.domain,
             **facts,
+            **(
+                {"reorder": row.reorder} if row.reorder is not None else {}
+            ),  # results from before it existed keep theirs
         }
     )
 

@@ -7,7 +7,7 @@ Two stages, both of the RIA paper:
     deal      columns by falling total score, to the M positions of the groups, every other position in reverse, so that
               the strongest of one position meets the weakest of the next
     refine    position by position, its G columns are assigned to the G groups anew while the other positions stay: a
-              linear assignment problem, solved exactly
+              linear assignment problem, solved exactly (among every `CHUNK` groups, since it takes G^3 operations)
 
 What column c is worth in group g needs only the N-th best of the other columns there, t: of the two the group keeps the
 larger, so over the rows o of the scores the gain is sum_o max(t_og, s_oc), and since max(a, b) = (a + b + |a - b|) / 2,
@@ -32,8 +32,14 @@ from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
 
-PASSES, ENOUGH = 4, 1e-4
-"""Most passes over the positions, and the relative gain at which another one is not worth its time."""
+PASSES = 4
+"""Most passes over the positions."""
+
+ENOUGH = 1e-4
+"""Relative gain of a pass at which another one is not worth its time."""
+
+CHUNK = 256
+"""Groups that exchange columns with one another."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def arrange(score_OI: Tensor, pattern: NMPattern) -> Arrangement:
     Raises `PatternError` for a number of columns that the pattern does not go with.
     """
     pattern.check_columns(score_OI.shape[1])
+    score_OI = _of_order_one(score_OI)
     order_I = torch.arange(score_OI.shape[1], device=score_OI.device)
     before = best = _kept(score_OI, order_I, pattern)
     dealt_I = _deal(score_OI, pattern.m)
@@ -68,13 +75,18 @@ def arrange(score_OI: Tensor, pattern: NMPattern) -> Arrangement:
         order_I, best = refined_I, best + gain
         if gain < ENOUGH * best:
             break
-    whole = float(score_OI.double().sum()) or 1.0
+    whole = float(score_OI.sum(dtype=torch.float64)) or 1.0
     return Arrangement(order_I.cpu(), before / whole, best / whole)
+
+
+def _of_order_one(score_OI: Tensor) -> Tensor:
+    """Scores by a power of two, which rounds nothing, so that no sum of them overflows."""
+    return torch.ldexp(score_OI, -torch.frexp(score_OI.amax()).exponent)
 
 
 def _deal(score_OI: Tensor, m: int) -> Tensor:
     """Columns by falling total, dealt in a snake to the positions of the groups."""
-    ranked_MG = score_OI.double().sum(0).argsort(descending=True, stable=True).view(m, -1).clone()
+    ranked_MG = score_OI.sum(0, dtype=torch.float64).argsort(descending=True, stable=True).view(m, -1).clone()
     ranked_MG[1::2] = ranked_MG[1::2].flip(1)
     return ranked_MG.T.reshape(-1)
 
@@ -82,18 +94,25 @@ def _deal(score_OI: Tensor, m: int) -> Tensor:
 def _kept(score_OI: Tensor, order_I: Tensor, pattern: NMPattern) -> float:
     """The sum of all scores that `pattern` keeps in this order."""
     score_OGM = score_OI[:, order_I].unflatten(1, (-1, pattern.m))
-    return float(score_OGM.topk(pattern.n, dim=2).values.double().sum())
+    return float(score_OGM.topk(pattern.n, dim=2).values.sum(dtype=torch.float64))
 
 
 def _assign(score_OI: Tensor, order_I: Tensor, position: int, pattern: NMPattern) -> Tensor:
     """The best exchange of the columns of one position among the groups."""
     order_GM = order_I.view(-1, pattern.m)
     others_I = order_GM[:, [place for place in range(pattern.m) if place != position]].reshape(-1)
-    others_OGM = score_OI[:, others_I].unflatten(1, (-1, pattern.m - 1))
-    rival_GO = others_OGM.topk(pattern.n, dim=2).values[..., -1].T.contiguous()
-    own_GO = score_OI[:, order_GM[:, position]].T.contiguous()
-    gain_GG = (rival_GO.sum(1)[:, None] + own_GO.sum(1) + torch.cdist(rival_GO, own_GO, p=1)) / 2
-    chosen_G = torch.from_numpy(linear_sum_assignment(gain_GG.cpu().numpy(), maximize=True)[1]).to(order_I.device)
+    rival_GO = score_OI[:, others_I].unflatten(1, (-1, pattern.m - 1)).topk(pattern.n, dim=2).values[..., -1].T
+    own_GO = score_OI[:, order_GM[:, position]].T
     result_GM = order_GM.clone()
-    result_GM[:, position] = order_GM[chosen_G, position]
+    chunks = -(-len(order_GM) // CHUNK)
+    for start in range(chunks):
+        mine = slice(start, None, chunks)  # every so many, because neighbours are alike once they are dealt
+        gain_GG = _gain(rival_GO[mine].contiguous(), own_GO[mine].contiguous())
+        chosen_G = torch.from_numpy(linear_sum_assignment(gain_GG.cpu().numpy(), maximize=True)[1])
+        result_GM[mine, position] = order_GM[mine, position][chosen_G.to(order_I.device)]
     return result_GM.reshape(-1)
+
+
+def _gain(rival_GO: Tensor, own_GO: Tensor) -> Tensor:
+    """What the column of group c (second) would be worth in group g (first): sum_o max(t_og, s_oc)."""
+    return (rival_GO.sum(1)[:, None] + own_GO.sum(1) + torch.cdist(rival_GO, own_GO, p=1)) / 2

@@ -165,7 +165,7 @@ def _add_permute(verbs: _Verbs) -> None:
         verbs,
         "permute",
         "reorder a dense model's hidden neurons so that masks keep more of the weights that matter",
-        "The result is a dense model that computes the same function; prune it with any recipe.",
+        "The result is a dense model that computes the same function; prune it with any recipe of the same pattern.",
     )
     _add_inputs(parser, "whose scores: ria, wanda, magnitude")
 

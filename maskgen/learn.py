@@ -51,6 +51,16 @@ PRIOR_FILE = "prior.safetensors"
 """In OUT.work: the masks that the recipe's [prior] made."""
 
 
+_TRAINING_FLAGS = (
+    "micro_batch",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "checkpoint_activations",
+    "shard",
+)
+
+
 def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str, device: str) -> bool:
     """Run a recipe of a learned method; `wanted` is settled for the model. Raises every `SparseError` and `OSError`.
 
@@ -118,6 +128,14 @@ def _checked(args: argparse.Namespace, wanted: Recipe, method: LearnedMethod) ->
     if method.uses_prior and given is None and wanted.prior is None:
         raise RecipeError(f"{name} starts from a mask: give --prior FILE, or a [prior] section in the recipe")
     return given
+
+
+def refuse_training_flags(args: argparse.Namespace, wanted: Recipe) -> None:
+    """`RecipeError` for a flag that a one-shot method has no use for."""
+    for flag in _TRAINING_FLAGS:
+        if getattr(args, flag):
+            name = "--" + flag.replace("_", "-")
+            raise RecipeError(f"{name}: {wanted.method.name} is a one-shot method and does not train; leave it out")
 
 
 def given_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:

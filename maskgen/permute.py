@@ -1,16 +1,14 @@
 """Reorder hidden neurons so that an N:M pattern keeps more of them; the model computes what it did before.
 
-    down_proj(act(gate_proj(x)) * up_proj(x)):    columns of down_proj, rows of gate_proj and up_proj, biases with rows
+    down_proj(act(gate_proj(x)) * up_proj(x)):   columns of down_proj, rows (and biases) of gate_proj and up_proj
 
 What comes out is a stock dense directory: any recipe prunes it, learned ones too, any engine serves it, and nothing is
 gathered at run time. Scores are a one-shot method's (`ScoreMethod`), the order is `maskgen.arrange`'s; blocks are run
-one by one, dense, as in a sweep.
+one by one, dense, as in a sweep. Neurons are the only inputs of a pruned layer whose order concerns nobody outside of
+their block and is free inside of it; those of other layers stay where they are.
 
-Other inputs could be reordered for free as well: those of o_proj within a head, and the residual stream in one order
-for the whole model. Both were tried on the reference model, and both kept more of the scores without lowering
-perplexity, so only neurons are moved.
-
-Before anything is written each block is run in its new order, in float32, and has to give what it gave.
+Each block is run again in its new order, in float32, and what it adds to every token has to be what it was; else
+nothing is written.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
 
@@ -31,8 +29,10 @@ from torch import Tensor, nn
 
 from maskgen import blocks
 from maskgen.arrange import Arrangement, arrange
-from maskgen.compress import check_source, companion_files, iterate_tensors
-from maskgen.core.errors import ModelError, NumericalError, RecipeError
+from maskgen.compress import companion_files, iterate_tensors
+from maskgen.core.checkpoint import read_headers
+from maskgen.core.errors import DataError, ModelError, NumericalError, RecipeError
+from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
 from maskgen.core.units import FEEDS, NEURONS, kind_of
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
@@ -43,9 +43,14 @@ from maskgen.model import decoder_blocks, max_tokens, plan
 from maskgen.recipe import Recipe
 from maskgen.sweep import Progress
 
-PROVENANCE_FILE = "permutation.json"
-PROBE_TOKENS, TOLERANCE = 16, 1e-3
-"""What blocks are checked with where a method needs no data; relative difference of a block's outputs (L2)."""
+PERMUTATION_FILE = "permutation.json"
+"""Where a reordered model says what was moved, and why: recipe, base, data, and each order."""
+
+PROBE_TOKENS = 16
+"""With how many tokens blocks are checked where a method needs no data."""
+
+TOLERANCE, ROUNDING = 1e-3, 1e-5
+"""How much may change of what a block adds to a token, and of the token, for float32's rounding; both by L2 norm."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +78,6 @@ def score_method(recipe: Recipe) -> ScoreMethod:
     return method
 
 
-def permute(
-    model_dir: Path,
-    model: nn.Module,
-    recipe: Recipe,
-    windows_ST: Tensor | None,
-    out_dir: Path,
-    provenance: Mapping[str, Any],
-    device: str = "cpu",
-    progress: Callable[[Progress], None] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> PermuteReport:
-    """Write the model of `model_dir`, loaded as `model` (changed in place), with its neurons in a better order.
-
-    `windows_ST` are calibration tokens, or None for a method that needs none; `provenance` is written beside the
-    weights. Raises `RecipeError`, `DataError`, `ModelError` (no such FFN, or not the same function afterwards),
-    `OutputExistsError`; then nothing is left behind.
-    """
-    arrangements = find(model, recipe, windows_ST, device, progress)
-    todo = plan(model, recipe.pattern, recipe.ignore)
-    targets = [name for block in todo.targets for name in block]
-    hf_config, headers = check_source(model_dir, recipe.pattern, targets, todo.ignored)
-    orders = {name: found.order for name, found in arrangements.items()}
-    kept = {name: {"before": found.before, "after": found.after} for name, found in arrangements.items()}
-    extra = {PROVENANCE_FILE: {"recipe": recipe.resolved(), **provenance, "kept": kept}}
-    with CheckpointWriter(out_dir, hf_config, companion_files(model_dir), extra, shard_bytes) as writer:
-        for name, tensor in iterate_tensors(headers):
-            writer.add(name, moved(name, tensor, orders))
-    return PermuteReport(arrangements, writer.total_bytes)
-
-
 @torch.no_grad()
 def find(
     model: nn.Module,
@@ -111,18 +86,20 @@ def find(
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Arrangement]:
-    """An order for the neurons of every FFN that `recipe` prunes, by name of its `down_proj`; applied to `model`."""
+    """An order for the neurons of every FFN that `recipe` prunes, by name of its `down_proj`; applied to `model`.
+
+    `windows_ST` are calibration tokens, or None for a method that needs none. Raises `RecipeError`, `DataError`,
+    `NumericalError`, and `ModelError`: no such FFN, or not the same function afterwards.
+    """
     method, todo, started_s = score_method(recipe), plan(model, recipe.pattern, recipe.ignore), time.perf_counter()
     prefix, _ = decoder_blocks(model)
     sites = [{name: linear for name, linear in block.items() if kind_of(name) == NEURONS} for block in todo.targets]
     if not any(sites):
         raise ModelError(
-            f"{type(model).__name__}: no block has a {NEURONS} to prune, fed by {' and '.join(FEEDS[NEURONS])}; "
-            "neurons of other FFNs cannot be reordered"
+            f"{type(model).__name__}: no block has a {NEURONS} that this recipe prunes; only neurons between "
+            f"{' or '.join(FEEDS[NEURONS])} and {NEURONS} can be reordered"
         )
-    if windows_ST is None:
-        windows_ST = torch.arange(PROBE_TOKENS)[None]
-    check_window_tokens(windows_ST.shape[1], max_tokens(model))
+    windows_ST = _windows(model, recipe, method, windows_ST)
     recording = blocks.record(model, todo.blocks, windows_ST.split(recipe.calibration.batch))
     run = _Run(method, recipe.pattern, recording, torch.device(device))
     arrangements: dict[str, Arrangement] = {}
@@ -135,6 +112,29 @@ def find(
     return arrangements
 
 
+def write(
+    model_dir: Path,
+    arrangements: Mapping[str, Arrangement],
+    out_dir: Path,
+    provenance: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> PermuteReport:
+    """Write the model of `model_dir` with its neurons in the order of `arrangements`, one tensor at a time.
+
+    `provenance` is written beside the weights. Raises `OutputExistsError`; then nothing is left behind.
+    """
+    orders = {name: found.order for name, found in arrangements.items()}
+    layers = {
+        name: {"before": found.before, "after": found.after, "order": found.order.tolist()}
+        for name, found in arrangements.items()
+    }
+    config, extra = read_json(model_dir / "config.json"), {PERMUTATION_FILE: {**provenance, "layers": layers}}
+    with CheckpointWriter(out_dir, config, companion_files(model_dir), extra, shard_bytes) as writer:
+        for name, tensor in iterate_tensors(read_headers(model_dir)):
+            writer.add(name, moved(name, tensor, orders))
+    return PermuteReport(arrangements, writer.total_bytes)
+
+
 def moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
     """A tensor of the model, by its full name, with neurons in the order of `orders` (`[I]` by `down_proj`)."""
     module, _, parameter = name.rpartition(".")
@@ -142,9 +142,21 @@ def moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
     if module in orders and parameter == "weight":
         return tensor[:, orders[module]]
     site = f"{parent}.{NEURONS}"
-    if leaf in FEEDS[NEURONS] and site in orders:
+    if leaf in FEEDS[NEURONS] and site in orders and parameter in ("weight", "bias"):
         return tensor[orders[site]]
     return tensor
+
+
+def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: Tensor | None) -> Tensor:
+    """The tokens that blocks are run on, `[S, T]`: those given, or a few, to check blocks with."""
+    limit = max_tokens(model)
+    if method.needs_data:
+        if windows_ST is None:
+            raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
+        check_window_tokens(windows_ST.shape[1], limit)
+        return windows_ST
+    config: Any = model.config
+    return torch.arange(min(PROBE_TOKENS, limit or PROBE_TOKENS, config.get_text_config(decoder=True).vocab_size))[None]
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,8 @@ class _Run:
         orders = {name: one.order.to(self.device) for name, one in found.items()}
         for name, parameter in block.named_parameters():
             parameter.data = moved(f"{block_name}.{name}", parameter.data, orders)
-        _check_same(self.recording.hidden[0], blocks.run(block, first_BTD, call, self.device), block_name)
+        again_BTD = blocks.run(block, first_BTD, call, self.device)
+        _check_same(first_BTD, self.recording.hidden[0], again_BTD, block_name)
         return found
 
     def _advance(self, index: int, block: nn.Module, sites: Mapping[str, nn.Linear]) -> dict[str, Any]:
@@ -197,10 +210,13 @@ class _Run:
         return stats
 
 
-def _check_same(expected_BTD: Tensor, found_BTD: Tensor, what: str) -> None:
-    difference = float((expected_BTD - found_BTD).norm() / expected_BTD.norm().clamp_min(1e-30))
-    if not difference <= TOLERANCE:
+def _check_same(before_BTD: Tensor, expected_BTD: Tensor, found_BTD: Tensor, what: str) -> None:
+    """Token by token, by what the block adds to it: a few huge tokens, or a huge residual stream, hide nothing."""
+    difference_BT = (expected_BTD - found_BTD).norm(dim=-1)
+    added_BT = (expected_BTD - before_BTD).norm(dim=-1)
+    if not bool((difference_BT <= TOLERANCE * added_BT + ROUNDING * expected_BTD.norm(dim=-1)).all()):
+        worst = float((difference_BT / added_BT.clamp_min(1e-30)).max())
         raise ModelError(
-            f"{what}: with its neurons in another order its outputs differ by {difference:.2g} of their size; this FFN "
-            f"is not {NEURONS}(f({FEEDS[NEURONS][0]}) * {FEEDS[NEURONS][1]}), and is left as it is"
+            f"{what}: with its neurons in another order, what it adds to a token differs by up to {worst:.2g} of its "
+            f"size, so the way to {NEURONS} is not one neuron at a time; keep these layers out with ignore"
         )

@@ -16,31 +16,23 @@ from maskgen import data, display, evaluate, model, recipe
 from maskgen import demo as demos
 from maskgen import permute as permuter
 from maskgen import quantise as quantiser
+from maskgen.arrange import Arrangement
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_weights
-from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, SparseError
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, SparseError
 from maskgen.core.files import read_json, write_json
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Protocol
 from maskgen.inspect import inspect
-from maskgen.learn import check_prior, given_prior, learn
+from maskgen.learn import check_prior, given_prior, learn, refuse_training_flags
 from maskgen.memory import peak_rss_bytes
 from maskgen.method import LocalMethod
 from maskgen.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import SweepReport, sweep
 from maskgen.workdir import WorkDir, finish, is_left_over, work_dir
-
-_TRAINING_FLAGS = (
-    "micro_batch",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "checkpoint_activations",
-    "shard",
-)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,10 +69,7 @@ def _clean_up(args: argparse.Namespace, wanted: Recipe) -> None:
 
 def _prune(args: argparse.Namespace, wanted: Recipe, model_dir: Path, device: str) -> None:
     """The one-shot branch of `run`."""
-    for flag in _TRAINING_FLAGS:
-        if getattr(args, flag):
-            name = "--" + flag.replace("_", "-")
-            raise RecipeError(f"{name}: {wanted.method.name} is a one-shot method and does not train; leave it out")
+    refuse_training_flags(args, wanted)
     prior = given_prior(args.prior, wanted.local_method().uses_prior, wanted)
     base_digest = digest_weights(model_dir)
     check_prior(prior, args.prior, model_dir, base_digest)
@@ -117,14 +106,14 @@ def permute(args: argparse.Namespace) -> None:
     wanted = wanted.for_context(model.stored_max_tokens(model_dir))
     windows = _calibration(wanted, args.data, model_dir)
     provenance = {
+        "recipe": wanted.resolved(),
         "base_model": _label(args.model, model_dir),
         "base_digest": digest_weights(model_dir),
         "data_digest": None if windows is None else data.digest_tokens(windows),
     }
-    with display.bar() as bar:
-        task = bar.add_task("loading", total=None, note="")
-        loaded, show = model.load(model_dir), display.sweep_progress(bar, task)
-        report = permuter.permute(model_dir, loaded, wanted, windows, args.out, provenance, device, show)
+    arrangements = _arrange(model_dir, wanted, windows, device)
+    gc.collect()
+    report = permuter.write(model_dir, arrangements, args.out, provenance)
     display.print_permuted(args.out, report, wanted)
 
 
@@ -277,12 +266,26 @@ def _sweep(
     masks, digest = (None, None) if prior is None else (prior.mask, prior.digest())
     with display.bar() as bar:
         task = bar.add_task("loading", total=None, note="")
-        loaded = model.load(model_dir)
-        plan = model.plan(loaded, wanted.pattern, wanted.ignore)
-        targets = [name for block in plan.targets for name in block]
-        compressor.check_source(model_dir, wanted.pattern, targets, plan.ignored)
+        loaded = _load_checked(model_dir, wanted)
         show = display.sweep_progress(bar, task)
         return sweep(loaded, wanted, windows, work_dir(out), base_digest, device, show, masks, digest)
+
+
+def _arrange(model_dir: Path, wanted: Recipe, windows: torch.Tensor | None, device: str) -> Mapping[str, Arrangement]:
+    """Load and order. The dense model lives in here only, as in `_sweep`."""
+    with display.bar() as bar:
+        task = bar.add_task("loading", total=None, note="")
+        loaded = _load_checked(model_dir, wanted)
+        return permuter.find(loaded, wanted, windows, device, display.sweep_progress(bar, task))
+
+
+def _load_checked(model_dir: Path, wanted: Recipe) -> torch.nn.Module:
+    """The dense model, when nothing about its directory will be refused in the end."""
+    loaded = model.load(model_dir)
+    plan = model.plan(loaded, wanted.pattern, wanted.ignore)
+    targets = [name for block in plan.targets for name in block]
+    compressor.check_source(model_dir, wanted.pattern, targets, plan.ignored)
+    return loaded
 
 
 def _label(source: str, model_dir: Path) -> str:

@@ -138,6 +138,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "row": row.name,
         "seed": seed,
         "recipe": wanted.resolved(),
+        "reorder": row.reorder,
         "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
         **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
@@ -170,17 +171,15 @@ def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
 
 def _key(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> str:
     """What decides the numbers of a run: its recipe, model and texts, and the run whose masks it starts from."""
-    return digest_json(
-        {
-            "recipe": recipe.load(row.recipe, _overrides(args, row, seed)).digest(),
-            "prior": None if row.prior is None else _key(args, _row(row.prior), seed, facts),
-            "domain": row.domain,
-            **facts,
-            **(
-                {"reorder": row.reorder} if row.reorder is not None else {}
-            ),  # results from before it existed keep theirs
-        }
-    )
+    decides = {
+        "recipe": recipe.load(row.recipe, _overrides(args, row, seed)).digest(),
+        "prior": None if row.prior is None else _key(args, _row(row.prior), seed, facts),
+        "domain": row.domain,
+        **facts,
+    }
+    if row.reorder is not None:  # absent otherwise, so that results from before there was such a thing keep their keys
+        decides["reorder"] = row.reorder
+    return digest_json(decides)
 
 
 def _directory(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> Path:

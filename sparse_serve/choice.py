@@ -13,7 +13,8 @@ kernels and dense linear layers race on random weights of the layer's shape (`ra
 `reference`, which can serve anything and wins nothing, takes part only if nobody else is willing, and where a person
 asks for figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for
 each kind of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and
-versions: a new kernel never meets an old figure.
+versions: a new kernel never meets an old figure. A race in which anybody failed is good for the
+process and not kept: memory that was short at one start is no reason for a slow kernel at all others.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -39,7 +40,7 @@ from maskgen.core.folder import names
 from sparse_serve import machine_cache
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, willing
 from sparse_serve.plan import Plan, Step
-from sparse_serve.race import DENSE, MakeDense, Race, device_name, labels, race, torch_dense
+from sparse_serve.race import DENSE, MakeDense, Race, device_name, instructions, labels, race, torch_dense
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ LAYOUTS = {"cuda": 2, "cpu": 1}
 """Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
 
 SLACK = 1.05
-KIND = "kernels-2"
+KIND = "kernels-3"
 """Of files in the cache; the number is that of their form."""
 FALLBACK = "reference"
 TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
@@ -91,6 +92,11 @@ class Choice:
     plan: Plan
     buckets: tuple[Bucket, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether nothing faster than `FALLBACK` is willing; that is slower than dense, and was not even measured."""
+        return bool(self.refused) and self.plan.kernels == (FALLBACK,)
 
     @property
     def slower(self) -> list[int]:
@@ -153,7 +159,13 @@ def choice_for(
     facts = _facts(spec, [*contenders, *labels(dense)])
     measured = None if ask is Ask.AGAIN else _recall(facts)
     if measured is None:
-        logger.info("measuring %s for %sx%s", ", ".join(contenders), spec.out_features, spec.in_features)
+        logger.info(
+            "measuring %s against dense layers for %sx%s at %d numbers of tokens; takes seconds, and is kept",
+            ", ".join(contenders),
+            spec.out_features,
+            spec.in_features,
+            len(BUCKETS),
+        )
         with machine_cache.anew() if ask is Ask.AGAIN else contextlib.nullcontext():
             measured = race(spec, contenders, BUCKETS, dense)
         _keep(facts, measured)
@@ -180,8 +192,7 @@ def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
         "tokens": list(BUCKETS),
         "code": _code_digest(),
         "device": device_name(spec.device_type),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "host": [*instructions(), torch.get_num_threads()] if spec.device_type == "cpu" else None,
         "versions": {"torch": str(torch.__version__), **{name: machine_cache.version(name) for name in _VERSIONS_OF}},
     }
 
@@ -189,7 +200,8 @@ def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
 @cache
 def _code_digest() -> str:
     here = Path(__file__).parent
-    return digest_files([*here.glob("*.so"), *(here / "kernels").glob("*.py"), here / "race.py", here / "timing.py"])
+    measuring = [here / name for name in ("race.py", "timing.py", "vllm_dense.py")]
+    return digest_files([*here.glob("*.so"), *(here / "kernels").glob("*.py"), *measuring])
 
 
 def _recall(facts: Mapping[str, Any]) -> Race | None:
@@ -198,20 +210,14 @@ def _recall(facts: Mapping[str, Any]) -> Race | None:
     if digest not in _measured:
         stored = machine_cache.recall(KIND, facts)
         try:
-            failed = {name: str(stored["failed"][name]) for name in stored["failed"] if name in facts["contenders"]}
             seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in BUCKETS}
         except (KeyError, TypeError, ValueError):
             return None
-        names = {DENSE, *_timed_names(facts, failed)}
-        if not all(set(times) == names and all(map(_is_time, times.values())) for times in seconds.values()):
+        timed = {DENSE, *(name for name in facts["contenders"] if name in names(_kernels))}
+        if not all(set(times) == timed and all(map(_is_time, times.values())) for times in seconds.values()):
             return None
-        _measured[digest] = Race(seconds, failed)
+        _measured[digest] = Race(seconds)
     return _measured[digest]
-
-
-def _timed_names(facts: Mapping[str, Any], failed: Mapping[str, str]) -> set[str]:
-    """Kernels of which there must be figures."""
-    return {name for name in facts["contenders"] if name in names(_kernels) and name not in failed}
 
 
 def _is_time(value: Any) -> bool:
@@ -219,9 +225,7 @@ def _is_time(value: Any) -> bool:
 
 
 def _keep(facts: Mapping[str, Any], measured: Race) -> None:
-    """A race without a dense layer that should have been there is good for this process, and not for ever."""
     _measured[digest_json(facts)] = measured
-    if any(name.startswith(DENSE) for name in measured.failed):
-        return
-    seconds = {str(tokens): times for tokens, times in measured.seconds.items()}
-    machine_cache.keep(KIND, facts, {"seconds": seconds, "failed": measured.failed})
+    if not measured.failed:
+        seconds = {str(tokens): times for tokens, times in measured.seconds.items()}
+        machine_cache.keep(KIND, facts, {"seconds": seconds})

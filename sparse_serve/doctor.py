@@ -64,7 +64,7 @@ def _memory(console: Console, checkpoint: SparseCheckpoint, found: list[Choice],
         dtype = choice.spec.dtype
         for name in chain.from_iterable(kinds[choice.spec].values()):
             layer = checkpoint.layer(name)
-            packed = layer.packed
+            packed = layer.packed.to(choice.spec.device_type)
             if packed.kind == FLOAT:
                 packed = replace(packed, values=packed.values.to(dtype))
             resident += sum(tensor.nbytes for tensor in choice.plan.prepare(packed).values())

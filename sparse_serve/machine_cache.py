@@ -50,7 +50,7 @@ def recall(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def keep(kind: str, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
     """Write `figures`, and the facts beside them."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # ValueError: text that is no UTF-8
         write_json(path(kind, facts), {**facts, **figures})
 
 

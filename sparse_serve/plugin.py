@@ -9,10 +9,14 @@ vLLM only logs a plugin that fails to load; the run then dies with "Unknown quan
 An engine process that `sparse-serve serve` started also learns here to end when that server is killed.
 """
 
+import logging
+
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
     from sparse_serve import processes, vllm_linear
 
+    if not logging.getLogger().handlers:  # a process of vLLM's, which prints only what is logged below its own name
+        logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
     processes.follow()
     vllm_linear.register()

@@ -71,23 +71,32 @@ def race(
     """
     result = Race()
     with torch.inference_mode():
-        packed = random_weight(spec)
-        contenders = _contenders(spec, packed, kernels, dense, result.failed)
-        for count in tokens:
-            _exclude_wrong(
-                spec, packed, {name: contenders[name] for name in kernels if name in contenders}, count, result.failed
-            )
-            times = _heat(spec, contenders, count, result.failed)
-            peers = [times.pop(name) for name in labels(dense) if name in times]
-            if not peers:
-                raise _no_dense(spec, count, result.failed)
-            result.seconds[count] = {DENSE: min(peers), **times}
+        _run(spec, kernels, tokens, dense, result)
     if spec.device_type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # of what `_run` held until it returned
     for times in result.seconds.values():
         for name in result.failed:
             times.pop(name, None)
     return result
+
+
+def _run(
+    spec: LinearSpec,
+    kernels: Mapping[str, Kernel],
+    tokens: Iterable[int],
+    dense: Mapping[str, MakeDense],
+    result: Race,
+) -> None:
+    packed = random_weight(spec)
+    contenders = _contenders(spec, packed, kernels, dense, result.failed)
+    sparse = {name: contenders[name] for name in kernels if name in contenders}
+    for count in tokens:
+        _exclude_wrong(spec, packed, sparse, count, result.failed)
+        times = _heat(spec, contenders, count, result.failed)
+        peers = [times.pop(name) for name in labels(dense) if name in times]
+        if not peers:
+            raise _no_dense(spec, count, result.failed)
+        result.seconds[count] = {DENSE: min(peers), **times}
 
 
 def labels(dense: Iterable[str]) -> list[str]:
@@ -113,11 +122,17 @@ def _heat(
         if name not in failed:
             each = [partial(run, x_TI) for run in copies]
             _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
-    if not calls:
-        return {}
-    times = interleaved(calls, BUDGET_S, least=5, most=300)
-    together = {name: len(contenders[name]) // len(copies) for name, copies in calls.items()}
-    return {name: min(times.seconds[name]) / together[name] for name in calls}
+    while calls:
+        named = {name: [partial(_blaming, name, call) for call in copies] for name, copies in calls.items()}
+        try:
+            times = interleaved(named, BUDGET_S, least=5, most=300)
+        except _Failed as late:
+            failed[late.name] = late.reason
+            del calls[late.name]
+            continue
+        together = {name: len(contenders[name]) // len(copies) for name, copies in calls.items()}
+        return {name: min(times.seconds[name]) / together[name] for name in calls}
+    return {}
 
 
 def _exclude_wrong(
@@ -172,12 +187,17 @@ def _contenders(
 
 
 def _copies(spec: LinearSpec, packed: PackedTensor, contenders: int) -> int:
-    """As many as fill the pool; on a GPU that is full of weights already, what half of the rest has room for."""
+    """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
     wanted = min(_MOST_COPIES, max(2, -(-POOL_BYTES // packed.nbytes)))
-    if spec.device_type != "cuda":
-        return wanted
-    room = torch.cuda.mem_get_info()[0] // 2 // (contenders * packed.dense_nbytes(spec.dtype))
-    return max(1, min(wanted, room))
+    free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else _host_bytes()
+    return max(1, min(wanted, free_bytes // 2 // (contenders * packed.dense_nbytes(spec.dtype))))
+
+
+def _host_bytes() -> int:
+    """Memory that the host can still give, where Linux says so."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
 
 
 def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
@@ -206,9 +226,23 @@ def _graph(copies: list[Call]) -> Call:
 
 def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:
     try:
+        _blaming(name, step)
+    except _Failed as error:
+        failed[name] = error.reason
+
+
+class _Failed(Exception):
+    """A contender's own exception, with its name."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name, self.reason = name, f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"
+
+
+def _blaming(name: str, step: Callable[[], object]) -> None:
+    try:
         step()
     except Exception as error:
-        failed[name] = f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"
+        raise _Failed(name, error) from error
 
 
 def device_name(device_type: str) -> str:
@@ -218,20 +252,28 @@ def device_name(device_type: str) -> str:
 
 def processor() -> str:
     """The processor's name as the operating system has it, else its architecture."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def instructions() -> list[str]:
+    """The processor's vector and matrix instruction sets, where Linux tells: a name may stand for several."""
+    return sorted(flag for flag in _cpuinfo("flags").split() if flag.startswith(("avx", "amx", "fma", "f16c")))
+
+
+def _cpuinfo(key: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
 def random_weight(spec: LinearSpec) -> PackedTensor:
     """A sparse weight of `spec`'s shape: a few random rows again and again.
 
-    Its values are bfloat16 numbers also where the layer is served in float32, as those of most checkpoints are, and a
-    kernel may make use of that.
+    In float32 its values are no bfloat16 numbers. Those of a bfloat16 checkpoint are, which a kernel may make use of;
+    it will then be faster than measured, and never slower.
     """
     rows = min(spec.out_features, _TILE_ROWS)
-    weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5).bfloat16()
+    weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5)
     kept = spec.pattern.mask_from_scores(_random(spec, _MASK, rows, spec.in_features))
     dtype = spec.dtype if spec.values == FLOAT else torch.float32
     tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)

@@ -229,6 +229,12 @@ class SparseNMLinear(LinearMethodBase):
             self.correction.finish_loading(layer)
         self.choice, self.kernel_names, self.dense_bytes = choice, tuple(tensors), packed.dense_nbytes(self.dtype)
         logger.info_once("sparse_nm: %s", str(choice))
+        if choice.is_last_resort:
+            logger.warning_once(
+                "sparse_nm: only the reference kernel serves this here, slower than dense; on a CPU the fast one takes "
+                "2:4 in bfloat16 or float32 (--dtype): %s",
+                str(choice),
+            )
         if choice.slower:
             logger.warning_once("sparse_nm: slower than dense with %s tokens: %s", str(choice.slower), str(choice))
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,7 +133,7 @@ def fsync_path(path: Path) -> None:
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")  # hosts may share a folder
     try:
         yield temporary
         temporary.replace(path)

@@ -12,7 +12,7 @@ Legend: O = out features, I = in features, K = columns of a correction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,11 @@ class PackedTensor:
     def unpack(self) -> Tensor:
         """The dense weight `[O, I]`, +0 where pruned; in float32 if the values are quantised."""
         return unpack(self.values, self.bitmask, self.scale)
+
+    def to(self, device: str) -> PackedTensor:
+        """The same weight on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, values=self.values.to(device), bitmask=self.bitmask.to(device), scale=scale)
 
     def quantised(self, kind: str) -> PackedTensor:
         """The same weight with values of `kind`: itself if they are that already; `FormatError` from another code."""

@@ -87,13 +87,19 @@ def choose(spec: LinearSpec, name: str) -> Kernel:
     return kernel
 
 
+def every_reason(*cases: tuple[bool, str]) -> str | None:
+    """All reasons that hold, so that a person who mends one does not meet the next; None if none does."""
+    return ", ".join(reason for holds, reason in cases if holds) or None
+
+
 def sparse_core_refusal(spec: LinearSpec, dtypes: Collection[torch.dtype]) -> str | None:
     """What a kernel for NVIDIA's sparse tensor cores asks first: their maker, 2:4, and activations of `dtypes`."""
-    if spec.device_type != "cuda" or torch.version.hip is not None:
-        return f"device {spec.device_type} is not an NVIDIA GPU"
-    if spec.pattern != NMPattern(2, 4):
-        return f"pattern {spec.pattern} is not 2:4"
-    return None if spec.dtype in dtypes else f"dtype {spec.dtype} is not one of {list(dtypes)}"
+    is_nvidia = spec.device_type == "cuda" and torch.version.hip is None
+    return every_reason(
+        (not is_nvidia, f"device {spec.device_type} is not an NVIDIA GPU"),
+        (spec.pattern != NMPattern(2, 4), f"pattern {spec.pattern} is not 2:4"),
+        (spec.dtype not in dtypes, f"dtype {spec.dtype} is not one of {list(dtypes)}"),
+    )
 
 
 def capability_refusal() -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
-from sparse_serve.kernels import LinearSpec
+from sparse_serve.kernels import LinearSpec, every_reason
 
 LIBRARY = "sparse_serve._cpu_kernel"
 ISAS = ("portable", "avx2", "avx512")
@@ -35,18 +35,17 @@ _PATTERN = NMPattern(2, 4)
 
 def refuse(spec: LinearSpec) -> str | None:
     """Only 2:4 on a CPU, in bfloat16 or float32, and where the native library was built."""
-    if spec.device_type != "cpu":
-        return f"device {spec.device_type} is not cpu"
-    if spec.pattern != _PATTERN:
-        return f"pattern {spec.pattern} is not 2:4"
-    if spec.dtype not in _DTYPES:
-        return f"dtype {spec.dtype} is not one of {list(_DTYPES)}"
-    if spec.values not in _VALUES:
-        return f"values {spec.values} are not one of {list(_VALUES)}"
-    problem = _problem()
-    if problem is None and isa() == ISAS[0]:
-        return "this processor has neither AVX2 nor AVX-512, and without them large batches are slow"
-    return problem
+    return every_reason(
+        (spec.device_type != "cpu", f"device {spec.device_type} is not cpu"),
+        (spec.pattern != _PATTERN, f"pattern {spec.pattern} is not 2:4"),
+        (spec.dtype not in _DTYPES, f"dtype {spec.dtype} is not one of {list(_DTYPES)}"),
+        (spec.values not in _VALUES, f"values {spec.values} are not one of {list(_VALUES)}"),
+    ) or (_problem() or _too_old())
+
+
+def _too_old() -> str | None:
+    slow = "this processor has neither AVX2 nor AVX-512, and without them large batches are slow"
+    return slow if isa() == ISAS[0] else None
 
 
 def isa() -> str:

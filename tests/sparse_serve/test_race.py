@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
+from sparse_serve import race as racing
 from sparse_serve.choice import TORCH
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec, reference, willing
@@ -51,6 +52,33 @@ def test_a_contender_that_fails_is_out_with_its_reason() -> None:
     assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
     assert found.failed["late"] == "failed when it was measured: ValueError: 'too many'"
     assert "AttributeError" in found.failed["soon"]
+
+
+def test_a_contender_that_fails_while_the_others_run_is_out_too() -> None:
+    calls = 0
+
+    def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 8:
+            raise MemoryError("late")
+        return reference.linear(x_TI, tensors, bias_O)
+
+    late: Any = SimpleNamespace(prepare=reference.prepare, linear=linear)
+    kernels = {"late": cast(Kernel, late), "steady": cast(Kernel, reference)}
+    found = race(LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu"), kernels, (3,), TORCH)
+    assert set(found.seconds[3]) == {DENSE, "steady"}
+    assert found.failed == {"late": "failed when it was measured: MemoryError: 'late'"}
+
+
+def test_fewer_copies_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu")
+    packed = random_weight(spec)
+    assert racing._copies(spec, packed, 2) == racing._MOST_COPIES
+    monkeypatch.setattr(racing, "_host_bytes", lambda: 6 * 2 * 2 * packed.dense_nbytes(torch.float32))
+    assert racing._copies(spec, packed, 2) == 6
+    monkeypatch.setattr(racing, "_host_bytes", lambda: 1)
+    assert racing._copies(spec, packed, 2) == 1
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ struct Buffer {  // of floats, read as what they are rounded to
   float at(size_t i) const { return half ? from_bf16(halves[i]) : exact[i]; }
 };
 
-int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int64_t rows, int64_t columns) {
+// In one go, or as three threads would divide it; with a bias, or without.
+int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int64_t rows, int64_t columns,
+          bool divided = false, bool biased = true) {
   static const int kPairs[6] = {3, 5, 9, 6, 10, 12};
   std::vector<uint8_t> bitmask(rows * columns / 8), values;
   std::vector<float> dense(rows * columns), scale(rows);
@@ -71,11 +73,12 @@ int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int
   pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows));
   Buffer x(tokens * columns, half), y(tokens * rows, half), bias(rows, half);
   const Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
-                  kind == Values::kInt8 ? scale.data() : nullptr, bias.data(), half};
-  run(op, 0, superblocks(rows));
+                  kind == Values::kInt8 ? scale.data() : nullptr, biased ? bias.data() : nullptr, half};
+  const int64_t supers = superblocks(rows), third = divided ? ceil_div(supers, 3) : supers;
+  for (int64_t first = 0; first < supers; first += third) run(op, first, first + third < supers ? first + third : supers);
   for (int64_t token = 0; token < tokens; ++token) {
     for (int64_t row = 0; row < rows; ++row) {
-      double expected = bias.at(row), size = 1;
+      double expected = biased ? bias.at(row) : 0, size = 1;
       for (int64_t column = 0; column < columns; ++column) {
         const double product = double(x.at(token * columns + column)) * dense[row * columns + column];
         expected += product;
@@ -100,12 +103,13 @@ int main() {
       {"portable", portable::run, true},
 #if defined(__x86_64__)
       {"avx2", avx2::run, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {"avx512", avx512::run, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
+      {"avx512", avx512::run, __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16")},
 #endif
   };
   int wrong = 0, checked = 0;
   for (const auto& isa : isas) {
     if (!isa.here) continue;
+    std::printf("%s ", isa.name);
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kInt8}) {
       for (bool half : {false, true}) {
         for (int64_t tokens : {1, 2, 3, 5, 16, 17, 64, 81}) {
@@ -115,6 +119,10 @@ int main() {
               wrong += check(isa.run, isa.name, kind, half, tokens, rows, columns), ++checked;
             }
           }
+        }
+        for (int64_t tokens : {1, 6, 65}) {  // more than one group of superblocks, for few tokens and for many
+          const int64_t columns = tokens < 64 ? 136 : 1032;
+          wrong += check(isa.run, isa.name, kind, half, tokens, 1153, columns, tokens == 1, tokens != 6), ++checked;
         }
       }
     }

@@ -75,19 +75,22 @@ def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
     """64 tokens and more go another way, in bfloat16 where there are many columns."""
     torch.manual_seed(0)
     tensors, x_TI = cpu.prepare(packed_weight(2300, columns, dtype, values)), torch.randn(137, columns, dtype=dtype)
-    whole_TO, threads = product(x_TI, tensors, None, isa), torch.get_num_threads()
+    bias_O, threads = torch.randn(2300, dtype=dtype), torch.get_num_threads()
+    whole_TO = product(x_TI, tensors, bias_O, isa)
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             for start, stop in ((0, 1), (3, 4), (5, 9), (20, 37), (7, 71), (0, 137)):
-                assert torch.equal(product(x_TI[start:stop], tensors, None, isa), whole_TO[start:stop])
+                assert torch.equal(product(x_TI[start:stop], tensors, bias_O, isa), whole_TO[start:stop])
     finally:
         torch.set_num_threads(threads)
 
 
-def test_two_threads_at_once_agree() -> None:
+@pytest.mark.parametrize(("tokens", "values"), [(1, "float"), (20, "float"), (90, "float"), (90, "int8")])
+def test_two_threads_at_once_agree(tokens: int, values: str) -> None:
     torch.manual_seed(1)
-    tensors, x_TI = cpu.prepare(packed_weight(512, 512, torch.bfloat16, "float")), torch.randn(20, 512).bfloat16()
+    tensors = cpu.prepare(packed_weight(512, 1024, torch.bfloat16, values))
+    x_TI = torch.randn(tokens, 1024).bfloat16()
     expected_TO, differing = cpu.linear(x_TI, tensors, None), []
 
     def call() -> None:
@@ -99,6 +102,37 @@ def test_two_threads_at_once_agree() -> None:
     for thread in threads:
         thread.join()
     assert len(differing) == 60 and not any(differing)
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_inputs_may_lie_anywhere(tokens: int, dtype: torch.dtype, values: str) -> None:
+    """Transposed, every second one, at an odd place, the same token again: what counts is the numbers."""
+    torch.manual_seed(3)
+    tensors, bias_O = cpu.prepare(packed_weight(130, 136, dtype, values)), torch.randn(130, dtype=dtype)
+    flat = torch.randn(tokens * 136 * 2 + 1, dtype=dtype)
+    for x_TI in (
+        flat[1 : tokens * 136 + 1].view(136, tokens).T,
+        flat[1:].view(tokens, 272)[:, ::2],
+        flat[1 : tokens * 136 + 1].view(tokens, 136),
+        flat[:136].expand(tokens, 136),
+    ):
+        for isa in HERE:
+            assert torch.equal(
+                product(x_TI, tensors, bias_O, isa), product(x_TI.clone().contiguous(), tensors, bias_O, isa)
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hundreds_of_thousands_of_tokens(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    packed, x_TI = packed_weight(16, 8, dtype, "float"), torch.randn(300_001, 8, dtype=dtype)
+    expected_TO = x_TI.double() @ packed.unpack().double().T
+    tolerance = {torch.bfloat16: 3e-2, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(
+        cpu.linear(x_TI, cpu.prepare(packed), None).double(), expected_TO, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("values", ["float", "int8"])
@@ -181,7 +215,8 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.startswith("0 of ")
+    *isas, wrong, _, _, _ = ran.stdout.split()
+    assert wrong == "0" and isas == list(cpu.ISAS[: HERE.stop]), "each instruction set of this processor took part"
 
 
 def test_small_weights_do_not_use_up_the_process_s_memory_ranges() -> None:

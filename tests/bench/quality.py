@@ -70,6 +70,7 @@ ROWS = (
     Row("sparsegpt, mask only, reordered", "sparsegpt-mask-only", reorder="ria"),
     Row("sparsegpt, reordered", "sparsegpt", weights=CHANGE, reorder="ria"),
     Row("maskllm, reordered", "maskllm", reorder="ria"),
+    Row("adaptive_sparse, reordered", "adaptive_sparse", weights=CHANGE, reorder="ria"),
     Row("maskprune", "maskprune", seeds=2, weights=CHANGE),
     Row("structured magnitude", "structured_magnitude", weights=CHANGE),
     Row("structured taylor", "structured_taylor", weights=CHANGE),

@@ -64,3 +64,33 @@ def test_what_a_doctor_does_not_examine(tmp_path: Path) -> None:
     assert "masks and manifest come from different runs" in damaged.stderr
     threads = run("tune", tmp_path / "sparse", "--threads", "0")
     assert (threads.returncode, "--threads 0: expected 1 or more" in threads.stderr) == (2, True)
+
+
+def test_the_memory_counted_is_that_of_the_device_served_on(tmp_path: Path) -> None:
+    """Layouts of a GPU's kernels can be made there only. `meta` stands for one: what is on a CPU shows."""
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    program = """if True:
+        import sys, torch
+        from rich.console import Console
+        from maskgen.core.checkpoint import SparseCheckpoint
+        from sparse_serve import doctor, tune
+        from sparse_serve.choice import Choice
+        from sparse_serve.kernels import LinearSpec, reference
+        from sparse_serve.plan import Plan
+
+        prepare = reference.prepare
+        def on_meta(packed):
+            assert packed.values.is_meta and packed.bitmask.is_meta
+            return prepare(packed)
+        reference.prepare = on_meta
+        checkpoint = SparseCheckpoint.open(sys.argv[1])
+        kinds = {
+            LinearSpec(k.out_features, k.in_features, k.pattern, k.dtype, "meta", k.values): layers
+            for k, layers in tune.kinds_of(checkpoint, "float32").items()
+        }
+        doctor._memory(Console(), checkpoint, [Choice(kind, Plan.of("reference")) for kind in kinds], kinds)
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "sparse")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0 and "0.5312 of it" in told.stdout, told.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from tests.architecture.source import ROOT
 from tests.bench import record
-from tests.bench.quality import ROWS, WHAT
+from tests.bench.quality import ROWS, WHAT, Row
 from tests.bench.quality_table import markdown
 
 LABEL = "reference-7m"
@@ -50,6 +50,21 @@ def test_the_order_holds_on_every_text_and_seed(better: str, worse: list[str]) -
             for other in perplexities(name):
                 behind = {text: (mine[text], other[text]) for text in mine if mine[text] >= other[text]}
                 assert not behind, f"{better} against {name}: {behind}"
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.reorder], ids=lambda row: row.name)
+def test_reordered_neurons_help_on_every_text(row: Row) -> None:
+    """Against the same recipe and seed on the model as it was."""
+    found = {(result["row"], result["seed"]): result["perplexity"] for result in newest()}
+    (plain,) = (
+        other.name for other in ROWS if (other.recipe, other.overrides) == (row.recipe, ()) and not is_varied(other)
+    )
+    for text, reordered in found[row.name, 0].items():
+        assert reordered < found[plain, 0][text], text
+
+
+def is_varied(row: Row) -> bool:
+    return bool(row.reorder or row.prior or row.domain)
 
 
 @pytest.mark.parametrize("domain", ["peps", "reviews"])

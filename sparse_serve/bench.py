@@ -10,7 +10,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 
 _HELP = {
     "kernels": "time sparse linear layers against dense ones",

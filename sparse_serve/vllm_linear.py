@@ -231,8 +231,7 @@ class SparseNMLinear(LinearMethodBase):
         logger.info_once("sparse_nm: %s", str(choice))
         if choice.is_last_resort:
             logger.warning_once(
-                "sparse_nm: only the reference kernel serves this here, slower than dense; on a CPU the fast one takes "
-                "2:4 in bfloat16 or float32 (--dtype): %s",
+                "sparse_nm: only the reference kernel serves this here, slower than dense; the fast ones take 2:4: %s",
                 str(choice),
             )
         if choice.slower:

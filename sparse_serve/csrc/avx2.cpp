@@ -1,13 +1,13 @@
-// AVX2 and FMA: the 16 lanes are two registers of 8 rows, and a permute indexes 8 table entries.
+// AVX2, FMA and F16C: the 16 lanes are two registers of 8 rows, and a permute indexes 8 table entries.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "layout.h"  // before the pragma: what it declares is for every processor
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "linear.h"
 
@@ -39,6 +39,18 @@ struct Avx2 {
   static INLINE Lanes high_bf16(Lanes both) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     return {_mm256_and_si256(both.a, high), _mm256_and_si256(both.b, high)};
+  }
+  static INLINE Lanes low_f16(Lanes both) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return from_f16(_mm256_packus_epi32(_mm256_and_si256(both.a, low), _mm256_and_si256(both.b, low)));
+  }
+  static INLINE Lanes high_f16(Lanes both) {
+    return from_f16(_mm256_packus_epi32(_mm256_srli_epi32(both.a, 16), _mm256_srli_epi32(both.b, 16)));
+  }
+  static INLINE Lanes from_f16(__m256i packed) {  // 4 of each register in turn
+    const __m256i halves = _mm256_permute4x64_epi64(packed, 0xd8);
+    return {_mm256_castps_si256(_mm256_cvtph_ps(_mm256_castsi256_si128(halves))),
+            _mm256_castps_si256(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)))};
   }
   static INLINE __m256i to_float(__m256i ints) { return _mm256_castps_si256(_mm256_cvtepi32_ps(ints)); }
   static INLINE Lanes low_int16(Lanes both) {

@@ -36,6 +36,8 @@ struct Avx512 {
   }
   static INLINE Lanes low_bf16(Lanes both) { return _mm512_slli_epi32(both, 16); }
   static INLINE Lanes high_bf16(Lanes both) { return _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))); }
+  static INLINE Lanes low_f16(Lanes both) { return _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(both))); }
+  static INLINE Lanes high_f16(Lanes both) { return low_f16(_mm512_srli_epi32(both, 16)); }
   static INLINE Lanes low_int16(Lanes both) { return to_float(_mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16)); }
   static INLINE Lanes high_int16(Lanes both) { return to_float(_mm512_srai_epi32(both, 16)); }
   static INLINE Lanes to_float(Lanes ints) { return _mm512_castps_si512(_mm512_cvtepi32_ps(ints)); }

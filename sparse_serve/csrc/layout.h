@@ -5,12 +5,12 @@
 //     codes     4 x 16 dwords      dword r of quarter q: 8 nibbles, one per group, the first in the lowest bits.
 //                                  A nibble numbers the pair of columns kept: 01 02 03 12 13 23 = 0 1 2 3 4 5.
 //     values    32 groups          of each, the two kept values of 16 rows:
-//                                  bfloat16: 16 dwords, the left value in the low half       64 bytes
+//                                  16 bits:  16 dwords, the left value in the low half       64 bytes
 //                                  float32:  16 left values, then 16 right values           128 bytes
 //                                  int8:     16 times (left, right)                          32 bytes
 //
 // Blocks lie in the order in which one token meets them: superblock of 8 blocks (128 rows), then 128 columns, then
-// block. So a decode step is one sequential read of 0.5625 (bfloat16) or 0.3125 (int8) of the dense bfloat16 bytes.
+// block. So a decode step is one sequential read of 0.5625 (16 bits) or 0.3125 (int8) of the dense bfloat16 bytes.
 // What is missing at the ends is zero.
 #pragma once
 #include <cstddef>
@@ -21,10 +21,11 @@ namespace sparse24 {
 constexpr int kLanes = 16, kGroups = 32, kColumns = 4 * kGroups, kSuper = 8;
 constexpr int kCodeBytes = kGroups * kLanes / 2;
 
-enum class Values : int64_t { kBFloat16 = 0, kFloat32 = 1, kInt8 = 2 };
+enum class Floats : int64_t { kBFloat16, kFloat32, kFloat16 };
+enum class Values : int64_t { kBFloat16, kFloat32, kFloat16, kInt8 };
 
 constexpr int value_bytes(Values values) {
-  return values == Values::kBFloat16 ? 2 : values == Values::kFloat32 ? 4 : 1;
+  return values == Values::kFloat32 ? 4 : values == Values::kInt8 ? 1 : 2;
 }
 constexpr int block_bytes(Values values) { return kCodeBytes + kGroups * kLanes * 2 * value_bytes(values); }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,16 +42,16 @@ inline int blocks_of(int64_t rows, int64_t superblock) {  // row blocks of a sup
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last);
 
-// y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all float32 or bfloat16.
+// y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all of one kind.
 struct Linear {
   const uint8_t* blocks;
   Values values;
   int64_t tokens, rows, columns;
   const void* x;
   void* y;
-  const float* scale;  // with int8 values only, else null
+  const float* scale;  // of each row, or null
   const void* bias;    // or null
-  bool bfloat16;
+  Floats kind;
 };
 
 // Superblocks [first, last) of it, on the calling thread.

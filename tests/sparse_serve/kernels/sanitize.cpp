@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "layout.h"
+#include "activations.h"
 
 using namespace sparse24;
 
@@ -13,35 +13,26 @@ namespace {
 
 std::mt19937 random_bits(0);
 float number() { return std::uniform_real_distribution<float>(-1, 1)(random_bits); }
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>(bits >> 16);
-}
-float from_bf16(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
+uint16_t to_half(float value, Floats kind) { return kind == Floats::kFloat16 ? to_f16(value) : to_bf16(value); }
+float from_half(uint16_t half, Floats kind) { return kind == Floats::kFloat16 ? from_f16(half) : from_bf16(half); }
 
 struct Buffer {  // of floats, read as what they are rounded to
-  bool half;
+  Floats kind;
   std::vector<float> exact;
   std::vector<uint16_t> halves;
-  Buffer(size_t count, bool half) : half(half) {
+  Buffer(size_t count, Floats kind) : kind(kind) {
     for (size_t i = 0; i < count; ++i) {
       float value = number();
-      if (half) halves.push_back(to_bf16(value)), value = from_bf16(halves.back());
+      if (kind != Floats::kFloat32) halves.push_back(to_half(value, kind)), value = from_half(halves.back(), kind);
       exact.push_back(value);
     }
   }
-  void* data() { return half ? static_cast<void*>(halves.data()) : exact.data(); }
-  float at(size_t i) const { return half ? from_bf16(halves[i]) : exact[i]; }
+  void* data() { return kind == Floats::kFloat32 ? exact.data() : static_cast<void*>(halves.data()); }
+  float at(size_t i) const { return kind == Floats::kFloat32 ? exact[i] : from_half(halves[i], kind); }
 };
 
 // In one go, or as three threads would divide it; with a bias, or without.
-int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int64_t rows, int64_t columns,
+int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
           bool divided = false, bool biased = true) {
   static const int kPairs[6] = {3, 5, 9, 6, 10, 12};
   std::vector<uint8_t> bitmask(rows * columns / 8), values;
@@ -55,9 +46,10 @@ int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int
         if (!(mask >> column & 1)) continue;
         float value = number();
         uint8_t bytes[4];
-        if (kind == Values::kBFloat16) {
-          const uint16_t stored = to_bf16(value);
-          __builtin_memcpy(bytes, &stored, 2), value = from_bf16(stored);
+        if (kind == Values::kBFloat16 || kind == Values::kFloat16) {
+          const Floats as = kind == Values::kFloat16 ? Floats::kFloat16 : Floats::kBFloat16;
+          const uint16_t stored = to_half(value, as);
+          __builtin_memcpy(bytes, &stored, 2), value = from_half(stored, as);
         } else if (kind == Values::kFloat32) {
           __builtin_memcpy(bytes, &value, 4);
         } else {
@@ -71,9 +63,9 @@ int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int
   }
   std::vector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
   pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows));
-  Buffer x(tokens * columns, half), y(tokens * rows, half), bias(rows, half);
+  Buffer x(tokens * columns, io), y(tokens * rows, io), bias(rows, io);
   const Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
-                  kind == Values::kInt8 ? scale.data() : nullptr, biased ? bias.data() : nullptr, half};
+                  kind == Values::kInt8 ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
   const int64_t supers = superblocks(rows), third = divided ? ceil_div(supers, 3) : supers;
   for (int64_t first = 0; first < supers; first += third) run(op, first, first + third < supers ? first + third : supers);
   for (int64_t token = 0; token < tokens; ++token) {
@@ -84,10 +76,10 @@ int check(Run run, const char* name, Values kind, bool half, int64_t tokens, int
         expected += product;
         size += std::fabs(product);
       }
-      const double tolerance = half ? 1e-2 : 1e-5;
+      const double tolerance = io == Floats::kFloat32 ? 1e-5 : 1e-2;
       const float found = y.at(token * rows + row);
       if (!(std::fabs(found - expected) <= tolerance * size)) {
-        std::printf("%s values %d half %d [%ld, %ld] token %ld row %ld: %g, expected %g\n", name, int(kind), half, long(rows),
+        std::printf("%s values %d inputs %d [%ld, %ld] token %ld row %ld: %g, expected %g\n", name, int(kind), int(io), long(rows),
                     long(columns), long(token), long(row), found, expected);
         return 1;
       }
@@ -110,19 +102,19 @@ int main() {
   for (const auto& isa : isas) {
     if (!isa.here) continue;
     std::printf("%s ", isa.name);
-    for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kInt8}) {
-      for (bool half : {false, true}) {
+    for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8}) {
+      for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
         for (int64_t tokens : {1, 2, 3, 5, 16, 17, 64, 81}) {
           for (int64_t rows : {1, 16, 37, 300}) {
             for (int64_t columns : {8, 128, 136, 1032}) {
               if (columns > 1000 && tokens < 64) continue;  // as many columns as many tokens of bfloat16 ask for
-              wrong += check(isa.run, isa.name, kind, half, tokens, rows, columns), ++checked;
+              wrong += check(isa.run, isa.name, kind, io, tokens, rows, columns), ++checked;
             }
           }
         }
         for (int64_t tokens : {1, 6, 65}) {  // more than one group of superblocks, for few tokens and for many
           const int64_t columns = tokens < 64 ? 136 : 1032;
-          wrong += check(isa.run, isa.name, kind, half, tokens, 1153, columns, tokens == 1, tokens != 6), ++checked;
+          wrong += check(isa.run, isa.name, kind, io, tokens, 1153, columns, tokens == 1, tokens != 6), ++checked;
         }
       }
     }

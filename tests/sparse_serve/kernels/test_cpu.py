@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import KINDS
 from sparse_serve.kernels import LinearSpec, cpu, willing
 
 PATTERN = NMPattern(2, 4)
@@ -25,6 +26,7 @@ SOURCES = Path(__file__).parents[3] / "sparse_serve/csrc"
 if reason := cpu.refuse(LinearSpec(1, 8, PATTERN, torch.float32, "cpu")):
     pytest.skip(reason, allow_module_level=True)
 
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 HERE = range(torch.ops.sparse_serve_cpu.isa() + 1)
 """Numbers of the instruction sets that run on this processor."""
 
@@ -45,8 +47,8 @@ def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, isa
     rows=st.integers(1, 290),
     columns=st.integers(1, 70).map(lambda groups: 8 * groups) | st.sampled_from([1024, 1032, 1160]),
     tokens=st.integers(0, 20) | st.integers(60, 150),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    values=st.sampled_from(["float", "int8"]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    values=st.sampled_from(KINDS),
     seed=st.integers(0, 2**31),
 )
 def test_every_instruction_set_is_right_at_every_end(
@@ -59,14 +61,13 @@ def test_every_instruction_set_is_right_at_every_end(
     weight_OI = packed.unpack().double()
     expected_TO = x_TI.double() @ weight_OI.T + bias_O.double()
     size_TO = x_TI.double().abs() @ weight_OI.abs().T + bias_O.double().abs() + 1e-3
-    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
     for isa in HERE:
         y_TO = product(x_TI, tensors, bias_O, isa)
-        assert y_TO.dtype == dtype and ((y_TO.double() - expected_TO).abs() <= tolerance * size_TO).all()
+        assert y_TO.dtype == dtype and ((y_TO.double() - expected_TO).abs() <= TOLERANCE[dtype] * size_TO).all()
 
 
 @pytest.mark.parametrize("values", ["float", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("columns", [264, 1032])
 def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
@@ -105,7 +106,7 @@ def test_two_threads_at_once_agree(tokens: int, values: str) -> None:
 
 
 @pytest.mark.parametrize("values", ["float", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [3, 70])
 def test_inputs_may_lie_anywhere(tokens: int, dtype: torch.dtype, values: str) -> None:
     """Transposed, every second one, at an odd place, the same token again: what counts is the numbers."""
@@ -124,12 +125,12 @@ def test_inputs_may_lie_anywhere(tokens: int, dtype: torch.dtype, values: str) -
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_hundreds_of_thousands_of_tokens(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     packed, x_TI = packed_weight(16, 8, dtype, "float"), torch.randn(300_001, 8, dtype=dtype)
     expected_TO = x_TI.double() @ packed.unpack().double().T
-    tolerance = {torch.bfloat16: 3e-2, torch.float32: 1e-5}[dtype]
+    tolerance = 3 * TOLERANCE[dtype]
     torch.testing.assert_close(
         cpu.linear(x_TI, cpu.prepare(packed), None).double(), expected_TO, rtol=tolerance, atol=tolerance
     )
@@ -169,18 +170,19 @@ def test_a_library_that_cannot_be_loaded_is_a_reason_not_a_crash(tmp_path: Path)
         assert "--no-build-isolation" in (cpu._problem.__wrapped__() or "")
 
 
-def test_bfloat16_values_served_in_float32_stay_two_bytes() -> None:
-    packed = packed_weight(64, 128, torch.bfloat16, "float")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_values_served_in_float32_stay_two_bytes(dtype: torch.dtype) -> None:
+    packed = packed_weight(64, 128, dtype, "float")
     widened = PackedTensor(packed.values.float(), packed.bitmask, PATTERN)
     assert torch.equal(cpu.prepare(widened)["blocks"], cpu.prepare(packed)["blocks"])
-    assert cpu.prepare(widened)["form"].dtype is torch.bfloat16
+    assert cpu.prepare(widened)["form"].dtype is dtype
     exact = packed_weight(64, 128, torch.float32, "float")
     assert cpu.prepare(exact)["form"].dtype is torch.float32
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
     tensors, x_TI = cpu.prepare(packed_weight(32, 256, torch.float32, "float")), torch.randn(3, 256)
-    for wrong in (torch.randn(3, 512), torch.randn(3, 255), torch.randn(3, 256).half(), torch.randn(3, 256).double()):
+    for wrong in (torch.randn(3, 512), torch.randn(3, 255), torch.randn(3, 256).int(), torch.randn(3, 256).double()):
         with pytest.raises(RuntimeError):
             cpu.linear(wrong, tensors, None)
     for bias_O in (torch.randn(31), torch.randn(32).bfloat16()):
@@ -189,10 +191,42 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(RuntimeError):
         cpu.linear(x_TI, {**tensors, "blocks": tensors["blocks"][:-1].clone()}, None)
     with pytest.raises(RuntimeError):
-        cpu.linear(x_TI, {**tensors, "scale": torch.ones(32)}, None)
+        cpu.linear(x_TI, {**tensors, "scale": torch.ones(31)}, None)
     codes = cpu.prepare(packed_weight(32, 256, torch.float32, "int8"))
     with pytest.raises(RuntimeError):
         cpu.linear(x_TI, {**codes, "scale": torch.ones(32).bfloat16()}, None)
+    with pytest.raises(RuntimeError):
+        cpu.linear(x_TI, {"blocks": codes["blocks"], "form": codes["form"]}, None)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_every_float16_is_read_and_written_as_it_is(isa: int) -> None:
+    """As value, as activation and as bias; subnormal, largest and infinite ones too."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = every[torch.isfinite(every)]
+    kept_OI = torch.tensor([1, 1, 0, 0]).bool().repeat(len(numbers), 2)
+    weight_OI = torch.zeros(len(numbers), 8, dtype=torch.float16)
+    weight_OI[:, 0] = numbers
+    tensors = cpu.prepare(PackedTensor.pack(weight_OI, kept_OI, PATTERN))
+    one_TI, zero_TI = torch.eye(8)[:1].half(), torch.zeros(1, 8).half()
+    assert torch.equal(product(one_TI, tensors, None, isa)[0], numbers)
+    assert torch.equal(product(one_TI.float(), tensors, None, isa)[0], numbers.float())
+    assert torch.equal(product(zero_TI, tensors, numbers.contiguous(), isa)[0], numbers)
+    ones = cpu.prepare(PackedTensor.pack(torch.ones(1, 8).half(), kept_OI[:1], PATTERN))
+    x_TI = torch.zeros(len(every), 8).half()
+    x_TI[:, 1] = every
+    torch.testing.assert_close(product(x_TI, ones, None, isa)[:, 0], every, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_sums_are_rounded_to_float16_as_torch_does(isa: int) -> None:
+    torch.manual_seed(5)
+    exact = torch.cat([torch.randn(2000) * 2.0**power for power in (-26, -24, -15, -14, 0, 10, 15, 16)])
+    packed = PackedTensor.pack(
+        exact[:, None].repeat(1, 8), torch.tensor([1, 0, 0, 1]).bool().repeat(len(exact), 2), PATTERN
+    )
+    y_TO = product(torch.eye(8)[3:4].half(), cpu.prepare(packed), None, isa)
+    assert torch.equal(y_TO[0], exact.half())
 
 
 def test_torch_accepts_the_operator() -> None:
@@ -202,7 +236,7 @@ def test_torch_accepts_the_operator() -> None:
 
 
 def test_it_takes_what_a_cpu_serves() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in TOLERANCE:
         assert "cpu" in willing(LinearSpec(4096, 4096, PATTERN, dtype, "cpu"))[0]
     assert cpu.isa() in cpu.ISAS
 

@@ -13,8 +13,8 @@ kernels and dense linear layers race on random weights of the layer's shape (`ra
 `reference`, which can serve anything and wins nothing, takes part only if nobody else is willing, and where a person
 asks for figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for
 each kind of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and
-versions: a new kernel never meets an old figure. A race in which anybody failed is good for the
-process and not kept: memory that was short at one start is no reason for a slow kernel at all others.
+versions: a new kernel never meets an old figure. A race in which anybody failed is good for the process and not kept:
+memory that was short at one start is no reason for a slow kernel at all others.
 
 Legend: T = tokens, O = out features, I = in features.
 """

@@ -46,6 +46,7 @@ from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import CODE_DTYPES, FLOAT
+from sparse_serve import last_words
 from sparse_serve.choice import AUTO, Choice, choice_for
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plan import Bound
@@ -114,6 +115,7 @@ class SparseNMConfig(QuantizationConfig):
         self.targets = set(hf_to_vllm_mapper.apply_list(sorted(self.targets)))
         self.ignored = set(hf_to_vllm_mapper.apply_list(sorted(self.ignored)))
 
+    @last_words.leaving()
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         """Packed, dense, or (for anything but a linear layer) vLLM's default."""
         if not isinstance(layer, LinearBase):
@@ -172,6 +174,7 @@ class SparseNMLinear(LinearMethodBase):
         """Parameters of the layer that stand for its weight: the kernels', and the correction's."""
         return self.kernel_names + (() if self.correction is None else self.correction.tensor_names)
 
+    @last_words.leaving()
     def create_weights(
         self,
         layer: Module,
@@ -209,6 +212,7 @@ class SparseNMLinear(LinearMethodBase):
                 layer, input_size_per_partition, output_partition_sizes, input_size, params_dtype, loader
             )
 
+    @last_words.leaving()
     def process_weights_after_loading(self, layer: Module) -> None:
         """Verify what was loaded, choose kernels, and replace the stored form by their layouts."""
         self.config.check_all_attached()

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
-from sparse_serve import processes
+from sparse_serve import last_words, processes
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
 from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
 from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
@@ -79,18 +79,20 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is waiting
                 loop.call_soon_threadsafe(_settle, loaded, error)
 
-        self._thread = threading.Thread(target=load, name="engine-start", daemon=True)
-        self._thread.start()
-        try:
-            await loaded
-            await self.client.reset_mm_cache()
-            return await self._describe()
-        except BaseException as error:
-            await self.stop(0.0)
-            if isinstance(error, SparseError) or not isinstance(error, Exception):
-                raise
-            logger.exception("vLLM did not start")
-            raise EngineStartError(f"the engine did not start: {_last_line(error)}; the log above says more") from None
+        with last_words.listening() as heard:
+            self._thread = threading.Thread(target=load, name="engine-start", daemon=True)
+            self._thread.start()
+            try:
+                await loaded
+                await self.client.reset_mm_cache()
+                return await self._describe()
+            except BaseException as error:
+                await self.stop(0.0)
+                if isinstance(error, SparseError) or not isinstance(error, Exception):
+                    raise
+                logger.exception("vLLM did not start")
+                why = heard() or f"{_last_line(error)}; the log above says more"
+                raise EngineStartError(f"the engine did not start: {why}") from None
 
     def _load(self) -> None:
         """Everything slow and blocking, in order; runs in the start thread."""

@@ -54,6 +54,7 @@ LEVELS = {
     "sparse_serve.errors": 10,
     "sparse_serve.processes": 10,
     "sparse_serve.engine": 11,
+    "sparse_serve.last_words": 11,
     "sparse_serve.kernels": 11,
     "sparse_serve.machine_cache": 11,
     "sparse_serve.kernels._ptx": 11,

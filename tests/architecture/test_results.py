@@ -1,8 +1,10 @@
-"""What README says of quality is what the result files say. A new result that says something else fails here."""
+"""What README says of quality and kernels is what the result files say. A new result that says something else fails."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,3 +81,27 @@ def test_a_domains_mask_is_best_at_home_and_transfer_beats_from_scratch(domain: 
         )
     )
     assert transfer < scratch < general
+
+
+def test_the_kernels_table_in_the_readme_is_the_results() -> None:
+    """Lowest and highest speedup over all files, by shape, dtype and values; the small layers' table, too."""
+    found: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for file in sorted((ROOT / "tests/bench/results").glob("kernels--cpu-*-2threads*.json")):
+        run = json.loads(file.read_text("utf-8"))
+        for result in run["results"]:
+            for name, values in (("cpu", run["dtype"]), ("cpu int8", "int8")):
+                kind = (f"{result['out_features']} x {result['in_features']}", run["dtype"], values)
+                found[kind][result["tokens"]].append(result["speedup"][name])
+    rows = re.findall(r"^\| (\d+ x \d+) \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    shown = 0
+    for shape, cells in [(shape, cells.split(" | ")) for shape, cells in rows]:
+        if len(cells) in (7, 9):  # another table has other columns; small layers are in bfloat16
+            kind = (shape, *(cells[:-7] or ["bfloat16", "bfloat16"]))
+            assert cells[-7:] == [_range(speedups) for _, speedups in sorted(found[kind].items())], kind
+            shown += 1
+    assert shown == 18
+
+
+def _range(numbers: list[float]) -> str:
+    low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
+    return low if low == high else f"{low} to {high}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparse_serve.engine.vllm_engine import VllmEngine
-from sparse_serve.errors import RequestError
+from sparse_serve.errors import EngineStartError, RequestError
 from sparse_serve.pb.v1 import generation_pb2 as pb
 from sparse_serve.processes import descendants
 from tests import models
@@ -100,6 +100,22 @@ def test_a_damaged_model_of_the_hub_is_refused_before_the_engine_starts(tmp_path
         assert "EngineCore" not in errors
     finally:
         end(server)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--dtype=float32"], "skinny: device cpu is not an NVIDIA GPU, dtype torch.float32 is not one of"),
+        (["--tensor-parallel-size=2", "--dtype=bfloat16"], "skinny: device cpu is not an NVIDIA GPU$"),
+    ],
+)
+async def test_a_kernel_that_cannot_serve_is_an_error_with_its_reasons(
+    flags: list[str], why: str, tmp_path: Path
+) -> None:
+    forced = json.dumps({"sparse_nm": {"kernel": "skinny"}})
+    engine = VllmEngine(str(make_checkpoint(tmp_path)), [f"--additional-config={forced}", *flags])
+    with pytest.raises(EngineStartError, match=f"the engine did not start: no kernel for a 2:4 weight.*{why}"):
+        await engine.start()
 
 
 async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:

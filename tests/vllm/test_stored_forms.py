@@ -33,6 +33,7 @@ def make(kind: str, root: Path, values: str, form: CorrectionForm | None) -> Pat
         ("llama", "int8", TRAINED, 1, "bfloat16"),
         ("llama_tied", "fp8_e4m3", FIXED, 1, "float32"),
         ("qwen2", "float", FIXED, 2, "float32"),
+        ("qwen2", "float", TRAINED, 1, "float16"),
         ("llama", "int8", TRAINED, 2, "float32"),
     ],
 )

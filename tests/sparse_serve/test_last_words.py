@@ -1,0 +1,47 @@
+"""What an engine process leaves behind reaches the one that waits for it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from maskgen.core.errors import FormatError
+from sparse_serve.last_words import VARIABLE, leaving, listening
+
+
+@leaving()
+def fail(error: type[Exception], text: str) -> None:
+    raise error(text)
+
+
+def test_the_error_of_another_process_is_heard() -> None:
+    with listening() as heard:
+        assert heard() == ""
+        process = multiprocessing.get_context("spawn").Process(target=fail, args=(FormatError, "too few bits \ud800"))
+        process.start()
+        process.join(60)
+        assert (process.exitcode, heard()) == (1, "too few bits ?")
+        assert Path(os.environ[VARIABLE]).exists()
+    assert VARIABLE not in os.environ
+
+
+def test_only_errors_for_the_user_are_told() -> None:
+    with listening() as heard:
+        with pytest.raises(ZeroDivisionError):
+            fail(ZeroDivisionError, "an accident")
+        assert heard() == ""
+
+
+def test_an_error_passes_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(FormatError, match="bits"):
+        fail(FormatError, "bits")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "missing" / "file"))
+    with pytest.raises(FormatError, match="bits"):
+        fail(FormatError, "bits")
+    with listening():
+        pass
+    assert os.environ[VARIABLE] == str(tmp_path / "missing" / "file")

@@ -8,14 +8,18 @@ which every process inherits, and what the plugin raises on purpose is written t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maskgen.core.errors import SparseError
 
-VARIABLE = "SPARSE_SERVE_LAST_WORDS"
+logger = logging.getLogger(__name__)
+
+VARIABLE = "_SPARSE_SERVE_LAST_WORDS"
 """Environment variable with the file's path; internal, nobody is meant to set it."""
 
 
@@ -27,19 +31,36 @@ def leaving() -> Iterator[None]:
     except SparseError as error:
         if path := os.environ.get(VARIABLE):
             with contextlib.suppress(OSError):
-                Path(path).write_text(str(error), "utf-8", errors="replace")
+                draft = Path(f"{path}.{os.getpid()}")
+                draft.write_text(str(error), "utf-8", errors="replace")
+                draft.replace(path)
         raise
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], str]]:
-    """A function that returns what a process started in here has left; empty if nothing."""
-    with tempfile.TemporaryDirectory(prefix="sparse-serve-") as folder:
-        path, before = Path(folder) / "last-words", os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = str(path)
-        try:
-            yield lambda: path.read_text("utf-8") if path.exists() else ""
-        finally:
-            os.environ.pop(VARIABLE)
-            if before is not None:
-                os.environ[VARIABLE] = before
+    """A function that returns what a process started in here, on this machine, has left; empty if nothing.
+
+    It never fails: a server whose disk is full has other worries. Of calls that overlap, the last one listens.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix="sparse-serve-")
+    except OSError as error:
+        logger.warning("reasons of engine processes will be in the log only: %s", error)
+        yield lambda: ""
+        return
+    path = Path(folder) / "last-words"
+    os.environ[VARIABLE] = str(path)
+    try:
+        yield lambda: _read(path)
+    finally:
+        if os.environ.get(VARIABLE) == str(path):
+            del os.environ[VARIABLE]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -269,8 +269,8 @@ def _cpuinfo(key: str) -> str:
 def random_weight(spec: LinearSpec) -> PackedTensor:
     """A sparse weight of `spec`'s shape: a few random rows again and again.
 
-    In float32 its values are no bfloat16 numbers. Those of a bfloat16 checkpoint are, which a kernel may make use of;
-    it will then be faster than measured, and never slower.
+    In float32 its values are no 16-bit numbers. Those of a 16-bit checkpoint are, which a kernel may make use of; it
+    will then be faster than measured, and never slower.
     """
     rows = min(spec.out_features, _TILE_ROWS)
     weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5)

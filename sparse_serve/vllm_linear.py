@@ -235,8 +235,7 @@ class SparseNMLinear(LinearMethodBase):
         logger.info_once("sparse_nm: %s", str(choice))
         if choice.is_last_resort:
             logger.warning_once(
-                "sparse_nm: only the reference kernel serves this here, slower than dense; the fast ones take 2:4: %s",
-                str(choice),
+                "sparse_nm: only the reference kernel serves this here, slower than dense: %s", str(choice)
             )
         if choice.slower:
             logger.warning_once("sparse_nm: slower than dense with %s tokens: %s", str(choice.slower), str(choice))

@@ -19,8 +19,10 @@
 namespace sparse24 {
 
 constexpr int kLanes = 16, kGroups = 32, kColumns = 4 * kGroups, kSuper = 8;
+constexpr int kTokens = 16, kMany = 64;  // tokens of a tile, with rows in the lanes (linear.h) and with tokens (many.h)
 constexpr int kCodeBytes = kGroups * kLanes / 2;
 
+// Of activations; and of values, which may be codes.
 enum class Floats : int64_t { kBFloat16, kFloat32, kFloat16 };
 enum class Values : int64_t { kBFloat16, kFloat32, kFloat16, kInt8 };
 

@@ -18,10 +18,10 @@
 namespace sparse24 {
 namespace {
 
-constexpr int kMany = 64, kManySupers = 8;     // tokens of a tile; superblocks of a group
+constexpr int kManySupers = 8;                 // superblocks of a group
 constexpr int kLong = 1024;                    // columns
 constexpr int kVectors = kMany / kLanes, kPairs = 6;
-constexpr int kEntry = kMany * 4;               // bytes of one pair of columns, for all tokens
+constexpr int kEntry = kMany * 4;              // bytes of one pair of columns, for all tokens
 constexpr int kManyTables = (kGroups * kPairs + 2) * kEntry;  // a code may say 7, were memory damaged
 
 // Entries of 128 columns, [group][pair][token].

@@ -18,7 +18,7 @@
 #include <optional>
 #include <vector>
 
-#include "layout.h"
+#include "share.h"
 
 namespace sparse24 {
 namespace {
@@ -62,34 +62,6 @@ Floats floats_of(ScalarType type) {
   if (type == ScalarType::Half) return Floats::kFloat16;
   STD_TORCH_CHECK(type == ScalarType::Float, "x must be bfloat16, float16 or float32");
   return Floats::kFloat32;
-}
-
-// Of how many tokens a unit of work is; of rows it is one superblock. With many tokens a thread gets few of them and many
-// rows, which share the tables of x. With few it gets all of them, and weights are read once, unless superblocks alone
-// cannot be dealt out fairly.
-int64_t tile_of(const Linear& op) {
-  const int64_t threads = torch::stable::get_num_threads(), most = ceil_div(superblocks(op.rows), threads);
-  if (op.tokens >= 128) return 64;
-  return op.tokens < 32 || most * threads * kSuper * 20 <= row_blocks(op.rows) * 21 ? op.tokens : 16;
-}
-
-Linear tokens_of(Linear op, int64_t first, int64_t count) {
-  const int64_t bytes = op.kind == Floats::kFloat32 ? 4 : 2;
-  op.x = static_cast<const uint8_t*>(op.x) + first * op.columns * bytes;
-  op.y = static_cast<uint8_t*>(op.y) + first * op.rows * bytes;
-  op.tokens = std::min(count, op.tokens - first);
-  return op;
-}
-
-// Units [first, last) of all tiles, each of which has all superblocks; whole tiles at once.
-void run_units(Run run, const Linear& op, int64_t tile, int64_t first, int64_t last) {
-  const int64_t supers = superblocks(op.rows);
-  while (first < last) {
-    const int64_t start = first % supers, tiles = start ? 0 : (last - first) / supers;
-    const int64_t stop = tiles ? supers : std::min(supers, start + last - first);
-    run(tokens_of(op, first / supers * tile, std::max<int64_t>(tiles, 1) * tile), start, stop);
-    first += std::max<int64_t>(tiles, 1) * (stop - start);
-  }
 }
 
 // 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine. Not for less than
@@ -147,9 +119,11 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
                   y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
                   bias ? bias->const_data_ptr() : nullptr, of_x};
   const Run run = runner(wanted < 0 ? isa() : wanted);
-  const int64_t tile = tile_of(op), units = ceil_div(tokens, tile) * superblocks(rows);
-  const int64_t grain = ceil_div(kWorthAThread, tile * columns * kLanes * kSuper);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t last) { run_units(run, op, tile, first, last); });
+  const int64_t worth = ceil_div(tokens * columns * rows, kWorthAThread);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(tokens, rows, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    run_shares(run, op, tile, first, last, threads);
+  });
   return y;
 }
 

@@ -6,8 +6,9 @@ every number of tokens.
 
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
 0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. fp8 values
-are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, from 64 tokens on 64 do. Activations are
-turned into tables, 3 or 4 times their size, in a cache.
+are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with AVX2 up to 4, and of many 64.
+Activations are turned into tables, 3 or 4 times their size, in a cache. Threads share rows, and of many tokens those
+too (`share.h`).
 
 Arithmetic. Half of the products of a dense linear are left, and what a product costs beside itself decides. Two ways,
 of the same products in the same order (`linear.h`, `many.h`):
@@ -62,7 +63,7 @@ def refuse(spec: LinearSpec) -> str | None:
 
 
 def _too_old() -> str | None:
-    slow = "this processor has neither AVX2 nor AVX-512, and without them large batches are slow"
+    slow = "this processor lacks AVX2, FMA or F16C, and without them large batches are slow"
     return slow if isa() == ISAS[0] else None
 
 
@@ -75,7 +76,7 @@ def prepare(packed: PackedTensor) -> dict[str, Tensor]:
     """The weight in blocks of 16 rows by 128 columns; and `form` `[O, 0, I]`, which carries O, I and a dtype."""
     values = packed.values.to(torch.bfloat16) if packed.kind == FP8 else packed.values
     for half in (torch.bfloat16, torch.float16):
-        if values.dtype is torch.float32 and torch.equal(values.to(half).float(), values):
+        if values.dtype is torch.float32 and all(torch.equal(row.to(half).float(), row) for row in values.split(256)):
             values = values.to(half)  # a 16-bit checkpoint served in float32: half the bytes, the same numbers
     blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous())
     tensors = {"blocks": blocks, "form": values.new_empty((packed.shape[0], 0, packed.shape[1]))}

@@ -78,11 +78,12 @@ def test_inputs_that_are_not_contiguous(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.65)])
+@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.4)])
 def test_stays_compressed(name: str, values: str, most: float) -> None:
-    """Where there is no product with fp8, a kernel may keep it as the 16-bit numbers it is."""
     packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16, values)
     tensors = kernel_or_skip(name, packed, torch.bfloat16).prepare(packed)
+    if (name, values) == ("cpu", "fp8_e4m3"):  # kept as the 16-bit numbers they are
+        most = 0.65
     assert sum(tensor.nbytes for tensor in tensors.values()) <= most * packed.dense_nbytes(torch.bfloat16)
 
 

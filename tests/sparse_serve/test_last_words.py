@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from maskgen.core.errors import FormatError
 from sparse_serve.last_words import VARIABLE, leaving, listening
+from sparse_serve.settings import Settings
 
 
 @leaving()
@@ -42,6 +44,21 @@ def test_an_error_passes_where_nobody_listens(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv(VARIABLE, str(tmp_path / "missing" / "file"))
     with pytest.raises(FormatError, match="bits"):
         fail(FormatError, "bits")
+
+
+def test_what_goes_wrong_with_listening_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = listening()
+    heard = first.__enter__()
+    with listening() as other:
+        first.__exit__(None, None, None)
+        with pytest.raises(FormatError):
+            fail(FormatError, "bits")
+        assert (heard(), other()) == ("", "bits")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with listening() as deaf:
+        assert VARIABLE not in os.environ and deaf() == ""
+
+
+def test_settings_do_not_take_it_for_one_of_theirs() -> None:
     with listening():
-        pass
-    assert os.environ[VARIABLE] == str(tmp_path / "missing" / "file")
+        Settings.from_sources({}, os.environ)

@@ -1,0 +1,65 @@
+// How threads share a linear layer. A unit of work is a superblock of rows for a tile of tokens; units are numbered tile
+// by tile, and a thread gets a range of them, of about as much work as any other's.
+#pragma once
+#include <algorithm>
+
+#include "layout.h"
+
+namespace sparse24 {
+
+// Reading a unit's weights takes as long as the products of so many tokens: a tile of fewer is no cheaper.
+constexpr int64_t kReading = 8;
+
+// A tile of 64 tokens is what many.h wants, and each thread makes tables of x for many rows; each also reads the weights
+// for its own tiles, which so many tokens pay for. Few tokens are one tile, so that weights are read once, unless
+// superblocks alone cannot be dealt out within 5 %. Shares differ by a unit at most, so there have to be some for each.
+inline int64_t tile_of(int64_t tokens, int64_t rows, int64_t threads) {
+  constexpr int64_t kSome = 32, kUnits = 8;
+  const int64_t supers = superblocks(rows), most = ceil_div(supers, threads) * kSuper * threads;
+  for (int64_t tile : {int64_t{kMany}, kSome}) {
+    if (tokens >= 2 * kMany && ceil_div(tokens, tile) * supers >= kUnits * threads) return tile;
+  }
+  return tokens < kSome || most * 20 <= row_blocks(rows) * 21 ? tokens : kTokens;
+}
+
+// Of all units before `unit`, in row blocks times tokens.
+inline int64_t work_before(const Linear& op, int64_t tile, int64_t unit) {
+  const auto work = [](int64_t tokens) { return std::max(kReading, tokens); };
+  const int64_t supers = superblocks(op.rows), blocks = row_blocks(op.rows), left = op.tokens % tile;
+  const int64_t before = unit / supers, whole = std::min(before, op.tokens / tile);
+  const int64_t done = whole * work(tile) + (before - whole) * work(left);
+  return done * blocks + work(whole < op.tokens / tile ? tile : left) * std::min(unit % supers * kSuper, blocks);
+}
+
+// The first unit of a share.
+inline int64_t unit_of(const Linear& op, int64_t tile, int64_t share, int64_t shares) {
+  const int64_t units = ceil_div(op.tokens, tile) * superblocks(op.rows), all = work_before(op, tile, units);
+  int64_t low = 0, high = units;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work_before(op, tile, middle) * shares < all * share) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+inline Linear tokens_of(Linear op, int64_t first, int64_t count) {
+  const int64_t bytes = op.kind == Floats::kFloat32 ? 4 : 2;
+  op.x = static_cast<const uint8_t*>(op.x) + first * op.columns * bytes;
+  op.y = static_cast<uint8_t*>(op.y) + first * op.rows * bytes;
+  op.tokens = std::min(count, op.tokens - first);
+  return op;
+}
+
+// Shares [first, last) of them, on the calling thread; whole tiles at once.
+inline void run_shares(Run run, const Linear& op, int64_t tile, int64_t first, int64_t last, int64_t shares) {
+  const int64_t supers = superblocks(op.rows), stop = unit_of(op, tile, last, shares);
+  for (int64_t unit = unit_of(op, tile, first, shares); unit < stop;) {
+    const int64_t start = unit % supers, tiles = start ? 0 : (stop - unit) / supers;
+    const int64_t end = tiles ? supers : std::min(supers, start + stop - unit);
+    run(tokens_of(op, unit / supers * tile, std::max<int64_t>(tiles, 1) * tile), start, end);
+    unit += std::max<int64_t>(tiles, 1) * (end - start);
+  }
+}
+
+}  // namespace sparse24

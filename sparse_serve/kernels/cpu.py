@@ -76,7 +76,9 @@ def prepare(packed: PackedTensor) -> dict[str, Tensor]:
     """The weight in blocks of 16 rows by 128 columns; and `form` `[O, 0, I]`, which carries O, I and a dtype."""
     values = packed.values.to(torch.bfloat16) if packed.kind == FP8 else packed.values
     for half in (torch.bfloat16, torch.float16):
-        if values.dtype is torch.float32 and all(torch.equal(row.to(half).float(), row) for row in values.split(256)):
+        if values.dtype is torch.float32 and all(
+            torch.equal(part.to(half).float(), part) for part in values.split(256)
+        ):
             values = values.to(half)  # a 16-bit checkpoint served in float32: half the bytes, the same numbers
     blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous())
     tensors = {"blocks": blocks, "form": values.new_empty((packed.shape[0], 0, packed.shape[1]))}

@@ -63,11 +63,7 @@ check: install ## lint, formatting, types
 	"$$BIN/mypy"
 
 gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON=python3] [ARGS="--out dir"]
-	@nvidia-smi -L
-	status=0
-	"$(GPU_PYTHON)" -m pytest tests/gpu -q -rfE -p no:cacheprovider || status=$$?
-	"$(GPU_PYTHON)" -m tests.bench.gpu_kernels $(ARGS) || status=$$?
-	exit $$status
+	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)
 
 quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
 	@if [[ -z $$MODEL ]]; then "$$BIN/maskgen" demo --out "$$DEMO"; fi

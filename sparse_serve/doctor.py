@@ -19,7 +19,7 @@ from rich.table import Table
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.values import FLOAT
-from sparse_serve.choice import BUCKETS, Choice
+from sparse_serve.choice import Choice, buckets_of
 from sparse_serve.race import device_name
 from sparse_serve.tune import Kinds, add_arguments, choices, kinds_of, show
 
@@ -81,7 +81,7 @@ def _time(console: Console, found: list[Choice], kinds: Kinds) -> None:
     table = Table(title="all these layers of one step, one after the other", title_justify="left", box=SIMPLE_HEAD)
     for name in ("tokens", "dense ms", "sparse ms", "speedup", "fastest", "slowest layer"):
         table.add_column(name, justify="right")
-    for at, tokens in enumerate(BUCKETS):
+    for at, tokens in enumerate(buckets_of(found[0].spec.device_type)):
         layers = [(len(kinds[choice.spec]), choice.buckets[at]) for choice in found]
         sparse_s = sum(count * bucket.seconds for count, bucket in layers)
         dense_s = sum(count * bucket.seconds * bucket.speedup for count, bucket in layers)

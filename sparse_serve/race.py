@@ -2,10 +2,11 @@
 
 Weights are random and every contender has several copies of them, more together than a last-level cache holds. They
 take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
-choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, up to
-`GRAPH_TOKENS` tokens within one CUDA graph, as vLLM runs so few by default; launching costs nothing there, and beyond
-it costs what it costs. A contender that fails is out, with its reason; it does not stop a server from starting. A
-kernel that answers wrongly fails, too: speed of nonsense is no speed.
+choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, at least
+`GPU_CALLS` calls, and the GPU's own clock times the row. Up to `GRAPH_TOKENS` tokens the row is one CUDA graph, as vLLM
+runs so few by default; launching costs nothing there, and beyond it costs what it costs. A contender that fails is out,
+with its reason; it does not stop a server from starting. A kernel that answers wrongly fails, too: speed of nonsense is
+no speed.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -26,12 +27,14 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.values import FLOAT
 from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec
-from sparse_serve.timing import Call, interleaved
+from sparse_serve.timing import Call, gpu_s, interleaved, wall_s
 
 DENSE = "dense"
 GRAPH_TOKENS = 512
 POOL_BYTES = 128 << 20
 BUDGET_S = 0.15
+GPU_CALLS = 16
+"""Calls in a row on a GPU, so that the start of the row does not count."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 """By how much of the largest output an answer may differ from the exact one: roundings to 16 bits, or to TF32."""
@@ -40,7 +43,8 @@ _X, _WEIGHT, _MASK = range(3)
 """Seeds: equal ones would make outputs that are nothing like a layer's."""
 
 _TILE_ROWS = 64
-_MOST_COPIES = 16
+_MOST_COPIES, _MOST_GPU_COPIES = 16, 256
+"""On a GPU copies are cheap, and even a small layer's have to be more than its L2 cache holds."""
 
 Linear = Callable[[Tensor], Tensor]
 """x `[T, I]` -> y `[T, O]`, with one copy of the weights."""
@@ -122,16 +126,16 @@ def _heat(
         if name not in failed:
             each = [partial(run, x_TI) for run in copies]
             _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
+    clock = gpu_s if spec.device_type == "cuda" else wall_s
     while calls:
         named = {name: [partial(_blaming, name, call) for call in copies] for name, copies in calls.items()}
         try:
-            times = interleaved(named, BUDGET_S, least=5, most=300)
+            times = interleaved(named, BUDGET_S, least=5, most=300, clock=clock)
         except _Failed as late:
             failed[late.name] = late.reason
             del calls[late.name]
             continue
-        together = {name: len(contenders[name]) // len(copies) for name, copies in calls.items()}
-        return {name: min(times.seconds[name]) / together[name] for name in calls}
+        return {name: min(times.seconds[name]) / _calls_in_a_row(spec, len(contenders[name])) for name in calls}
     return {}
 
 
@@ -179,7 +183,10 @@ def _contenders(
     for name, kernel in kernels.items():
 
         def prepare(name: str = name, kernel: Kernel = kernel) -> None:
-            prepared = [kernel.prepare(packed) for _ in range(count)]
+            prepared = [kernel.prepare(packed)]
+            while len(prepared) < count:  # how a kernel places its tensors in a CPU's memory is its own matter
+                more = _cloned(prepared[0]) if spec.device_type == "cuda" else kernel.prepare(packed)
+                prepared.append(more)
             made[name] = [lambda x_TI, at=tensors: kernel.linear(x_TI, at, None) for tensors in prepared]  # type: ignore[misc]
 
         _trying(name, failed, prepare)
@@ -188,7 +195,8 @@ def _contenders(
 
 def _copies(spec: LinearSpec, packed: PackedTensor, contenders: int) -> int:
     """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
-    wanted = min(_MOST_COPIES, max(2, -(-POOL_BYTES // packed.nbytes)))
+    most = _MOST_GPU_COPIES if spec.device_type == "cuda" else _MOST_COPIES
+    wanted = min(most, max(2, -(-POOL_BYTES // packed.nbytes)))
     free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else _host_bytes()
     return max(1, min(wanted, free_bytes // 2 // (contenders * packed.dense_nbytes(spec.dtype))))
 
@@ -207,21 +215,29 @@ def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
     if spec.device_type != "cuda":
         return copies
     torch.cuda.synchronize()
-    return [_graph(copies) if tokens <= GRAPH_TOKENS else partial(_in_a_row, copies)]
+    row = copies * (_calls_in_a_row(spec, len(copies)) // len(copies))
+    return [_graph(row) if tokens <= GRAPH_TOKENS else partial(_in_a_row, row)]
+
+
+def _calls_in_a_row(spec: LinearSpec, copies: int) -> int:
+    """How many calls are timed as one: on a GPU every copy equally often, and at least `GPU_CALLS` in all."""
+    return copies * -(-GPU_CALLS // copies) if spec.device_type == "cuda" else 1
 
 
 def _in_a_row(copies: list[Call]) -> None:
     for call in copies:
         call()
-    torch.cuda.synchronize()
 
 
 def _graph(copies: list[Call]) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in copies:
-            call()
-    return partial(_in_a_row, [graph.replay])
+        _in_a_row(copies)
+    return graph.replay
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:

@@ -3,6 +3,9 @@
 Contenders take turns, so that a slow moment hits all of them, and what is compared is the ratio within a round. Every
 contender has several copies of its weights and uses them in turn, so that none finds its weights in a cache because it
 was just there: together they are larger than the caches.
+
+How a call is timed is a function, `Clock`: by default `wall_s`, the clock on the wall. Work on a GPU is timed by the
+GPU (`gpu_s`), which leaves out what launching it and waiting for its end cost the host.
 """
 
 from __future__ import annotations
@@ -12,7 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 Call = Callable[[], object]
+
+Clock = Callable[[Call], float]
+"""Runs a call and returns how many seconds it took."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,26 @@ class Times:
         return statistics.median(min(peer) / mine for peer, mine in zip(rounds, self.seconds[name], strict=True))
 
 
-def interleaved(contenders: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200) -> Times:
+def wall_s(call: Call) -> float:
+    """By the clock on the wall."""
+    begun_s = time.perf_counter()
+    call()
+    return time.perf_counter() - begun_s
+
+
+def gpu_s(call: Call) -> float:
+    """Between two events on the current CUDA stream, around what `call` puts there."""
+    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1e3
+
+
+def interleaved(
+    contenders: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200, clock: Clock = wall_s
+) -> Times:
     """Run the copies of every contender in turn until `budget_s` is spent, but at least `least` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for copies in contenders.values():
@@ -42,8 +69,5 @@ def interleaved(contenders: Mapping[str, Sequence[Call]], budget_s: float, least
         if turn >= least and time.perf_counter() - started_s > budget_s:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            call = contenders[name][turn % len(contenders[name])]
-            begun_s = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begun_s)
+            seconds[name].append(clock(contenders[name][turn % len(contenders[name])]))
     return Times(seconds)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
-from sparse_serve.choice import AUTO, BUCKETS, Ask, Bucket, Choice, choice_for
+from sparse_serve.choice import AUTO, Ask, Bucket, Choice, buckets_of, choice_for
 from sparse_serve.errors import SettingsError
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.vllm_dense import dense_layers
@@ -72,14 +72,15 @@ def choices(kinds: Iterable[LinearSpec], args: argparse.Namespace, ask: Ask = As
 def show(found: Sequence[Choice], kinds: Kinds) -> None:
     """A line per kind of layer: what serves how many tokens, and how much faster than dense that is."""
     title = "speed against a dense layer, by number of tokens"
+    measured = buckets_of(next(iter(kinds)).device_type)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("layers", "out x in", "kernel", *map(str, BUCKETS)):
+    for name in ("layers", "out x in", "kernel", *map(str, measured)):
         table.add_column(name, justify="left" if name == "layers" else "right", no_wrap=True)
     reasons: dict[str, str] = {}
     for choice in found:
         names, spec = kinds[choice.spec], choice.spec
         last = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-        cells = [_cell(bucket, len(choice.plan.kernels) > 1) for bucket in choice.buckets] or ["-"] * len(BUCKETS)
+        cells = [_cell(bucket, len(choice.plan.kernels) > 1) for bucket in choice.buckets] or ["-"] * len(measured)
         shape, kernels = f"{spec.out_features}x{spec.in_features}", "+".join(choice.plan.kernels)
         table.add_row(f"{len(names)} {last}", shape, kernels, *cells)
         reasons.update(choice.refused)

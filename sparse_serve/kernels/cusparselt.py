@@ -20,8 +20,10 @@ feature.
 Algorithms. For each shape the library has dozens, and the first is often far from the best. `prepare` searches once for
 every shape, at several numbers of tokens, by running them, and keeps what it found in the user's cache, for this GPU
 and this version of the library; `linear` takes the one of the bucket its tokens fall in, and
-the library's first where nothing was searched. Nothing is ever measured in `linear`, which therefore never stops the
-host and can be captured in a CUDA graph.
+the library's first where nothing was searched. The search runs without a bias and at the bucket's largest number of
+tokens; where the library refuses what it found for another number or with a bias, its first algorithm is taken for that
+number of tokens from then on, and a warning says so once. Nothing is ever measured in `linear`, which therefore never
+stops the host and can be captured in a CUDA graph.
 
 Cost. torch builds the library's plan anew in every call, 50 to 200 microseconds of the host's time, which a CUDA graph
 hides; calls made one by one are slower than the GPU below some hundreds of tokens. `make gpu` measures what that costs
@@ -32,6 +34,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +53,10 @@ BUCKETS = (16, 64, 256, 1024, 4096)
 EXPANDED = torch.bfloat16
 """What 8-bit values become."""
 
+logger = logging.getLogger(__name__)
+
 _DTYPES = (torch.bfloat16, torch.float16)
+_LIBRARIES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
 class Problem(NamedTuple):
@@ -74,6 +80,9 @@ class Algorithm(NamedTuple):
 _KIND = "cusparselt-1"
 _found: dict[Problem, Algorithm] = {}
 """Of this process. The numbers mean nothing to another GPU or another version of the library."""
+
+_refused: set[tuple[Problem, int]] = set()
+"""Padded numbers of tokens for which the library refused the algorithm found for their bucket."""
 
 
 def refuse(spec: LinearSpec) -> str | None:
@@ -109,9 +118,13 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 
 def algorithm(blob: Tensor, form: Tensor, tokens: int) -> Algorithm:
     """The one found for the first bucket that holds `tokens`."""
+    problem = _problem(blob, form, tokens)
+    return Algorithm() if (problem, tokens) in _refused else _found.get(problem, Algorithm())
+
+
+def _problem(blob: Tensor, form: Tensor, tokens: int) -> Problem:
     bucket = next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
-    problem = Problem(blob.device, blob.dtype, form.shape[0], form.shape[2], bucket)
-    return _found.get(problem, Algorithm())
+    return Problem(blob.device, blob.dtype, form.shape[0], form.shape[2], bucket)
 
 
 @torch.library.custom_op("sparse_serve::cusparselt_linear", mutates_args=())
@@ -135,9 +148,25 @@ def product(x_TI: Tensor, blob: Tensor, form: Tensor, bias_O: Tensor | None) -> 
     x_TI = pad(x_TI, (0, 0, 0, missing)) if missing else x_TI.contiguous()
     if x_TI.data_ptr() % 16:
         x_TI = x_TI.clone()  # a slice; the library was told that every matrix starts at a multiple of 16 bytes
-    chosen = algorithm(blob, form, tokens)
+    padded = tokens + missing
+    chosen = algorithm(blob, form, padded)
+    try:
+        return _multiply(x_TI, blob, bias_O, chosen)[:tokens]
+    except RuntimeError as error:
+        if chosen == Algorithm() or isinstance(error, torch.OutOfMemoryError):
+            raise
+        y_TO = _multiply(x_TI, blob, bias_O, Algorithm())[:tokens]
+        problem = _problem(blob, form, padded)
+        logger.warning(
+            "cuSPARSELt refused %s for %s with %d tokens (%s); its first is used", chosen, problem, padded, error
+        )
+        _refused.add((problem, padded))
+        return y_TO
+
+
+def _multiply(x_TI: Tensor, blob: Tensor, bias_O: Tensor | None, chosen: Algorithm) -> Tensor:
     y_TO: Tensor = torch._cslt_sparse_mm(blob, x_TI.t(), bias=bias_O, transpose_result=True, **chosen._asdict())
-    return y_TO[:tokens]
+    return y_TO
 
 
 def _facts(problem: Problem) -> dict[str, Any]:
@@ -146,7 +175,7 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(problem.device),
         "dtype": str(problem.dtype),
         "shape": [problem.out_features, problem.in_features, problem.bucket],
-        "library": torch.backends.cusparselt.version(),
+        "library": [torch.backends.cusparselt.version(), *map(machine_cache.version, _LIBRARIES)],
         "torch": str(torch.__version__),
     }
 

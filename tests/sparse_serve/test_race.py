@@ -81,6 +81,20 @@ def test_fewer_copies_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> 
     assert racing._copies(spec, packed, 2) == 1
 
 
+@pytest.mark.parametrize(("copies", "calls"), [(1, 16), (2, 16), (5, 20), (16, 16), (40, 40)])
+def test_on_a_gpu_at_least_sixteen_calls_are_timed_as_one(copies: int, calls: int) -> None:
+    spec = LinearSpec(64, 64, NMPattern(2, 4), torch.bfloat16, "cuda")
+    assert racing._calls_in_a_row(spec, copies) == calls
+    assert racing._calls_in_a_row(LinearSpec(64, 64, NMPattern(2, 4), torch.bfloat16, "cpu"), copies) == 1
+
+
+def test_a_small_layer_has_more_copies_than_a_gpu_s_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_weight(LinearSpec(1024, 1024, NMPattern(2, 4), torch.bfloat16, "cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    copies = racing._copies(LinearSpec(1024, 1024, NMPattern(2, 4), torch.bfloat16, "cuda"), packed, 4)
+    assert copies * packed.nbytes >= racing.POOL_BYTES
+
+
 @pytest.mark.parametrize(
     ("dtype", "values"), [(torch.float32, "float"), (torch.float16, "int8"), (torch.bfloat16, "fp8_e4m3")]
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_serve.timing import Times, interleaved
+from sparse_serve.timing import Call, Times, interleaved, wall_s
 
 
 def test_contenders_take_turns_and_use_their_copies_in_turn() -> None:
@@ -18,6 +18,18 @@ def test_contenders_take_turns_and_use_their_copies_in_turn() -> None:
 def test_the_budget_ends_it_but_not_before_enough_rounds() -> None:
     assert len(interleaved({"a": [lambda: None]}, budget_s=60.0, least=1, most=7).seconds["a"]) == 7
     assert len(interleaved({"a": [lambda: None]}, budget_s=0.0, least=3).seconds["a"]) == 3
+
+
+def test_a_clock_of_one_s_own_is_used_for_every_round() -> None:
+    ran: list[str] = []
+
+    def clock(call: Call) -> float:
+        call()
+        return 2.0
+
+    times = interleaved({"a": [lambda: ran.append("a")]}, budget_s=0.0, least=3, clock=clock)
+    assert times.seconds["a"] == [2.0, 2.0, 2.0] and len(ran) == 4, "a warm-up, which is not timed"
+    assert 0 <= wall_s(lambda: None) < 1
 
 
 def test_a_speedup_is_the_median_over_rounds_against_the_faster_peer() -> None:

@@ -27,6 +27,7 @@ class Library:
     def __init__(self) -> None:
         self.searched: list[int] = []
         self.used: list[Algorithm] = []
+        self.refuses: set[int] = set()
 
     def compress(self, weight_OI: Tensor) -> Tensor:
         assert weight_OI.is_contiguous() and weight_OI.shape[0] % 16 == 0 == weight_OI.shape[1] % 16
@@ -48,6 +49,8 @@ class Library:
         self.check(x_IT)
         assert transpose_result
         self.used.append(Algorithm(**algorithm))
+        if algorithm["alg_id"] and x_IT.shape[1] in self.refuses:
+            raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
         y_TO = x_IT.t().float() @ blob.float().t()
         return (y_TO if bias is None else y_TO + bias.float()).to(x_IT.dtype)
 
@@ -64,6 +67,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.multiply)
     monkeypatch.setattr(torch._C, "_cusparselt", fake, raising=False)
     monkeypatch.setattr(cusparselt, "_found", {})
+    monkeypatch.setattr(cusparselt, "_refused", set())
     return fake
 
 
@@ -163,6 +167,39 @@ def test_a_blob_nobody_searched_for_uses_the_first_algorithm(library: Library) -
     cusparselt._found.clear()
     cusparselt.linear(torch.randn(1, 16).bfloat16(), tensors, None)
     assert library.used == [Algorithm(0, 1, -1)]
+
+
+def test_an_algorithm_that_is_refused_is_given_up_for_that_number_of_tokens(
+    library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed, first = packed_weight(32, 64), Algorithm()
+    tensors, x_TI = cusparselt.prepare(packed), torch.randn(64, 64).bfloat16()
+    library.refuses = {24}
+    for tokens in (24, 64, 20, 24):
+        assert_is_product(cusparselt.linear(x_TI[:tokens], tensors, None), x_TI[:tokens], packed)
+    found = Algorithm(164, 2, 3)
+    assert library.used == [found, first, found, first, first], "tried once, at 24; 20 are padded to 24"
+    assert len(caplog.records) == 1 and "CUSPARSE_STATUS_NOT_SUPPORTED" in caplog.text
+
+
+def test_what_the_first_algorithm_refuses_too_is_an_error(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("no memory for a workspace")
+
+    tensors = cusparselt.prepare(packed_weight(32, 64))
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", never)
+    with pytest.raises(RuntimeError, match="workspace"):
+        cusparselt.linear(torch.randn(8, 64).bfloat16(), tensors, None)
+
+
+def test_an_installed_library_of_another_version_is_searched_again(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cusparselt.prepare(packed_weight(16, 16))
+    cusparselt._found.clear()
+    monkeypatch.setattr(cusparselt.machine_cache, "version", lambda package: "0.8.1")
+    cusparselt.prepare(packed_weight(16, 16))
+    assert library.searched == [*BUCKETS, *BUCKETS]
 
 
 @pytest.mark.parametrize("leading", [(0,), (1,), (7,), (8,), (9,), (2, 3), ()])

@@ -53,6 +53,9 @@ BUCKETS = (16, 64, 256, 1024, 4096)
 EXPANDED = torch.bfloat16
 """What 8-bit values become."""
 
+BROKEN_FLOAT16 = "0.8.0"
+"""Its search runs an illegal instruction with float16 on an H200 (tests/bench/results, 2026-11-26)."""
+
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -96,7 +99,13 @@ def refuse(spec: LinearSpec) -> str | None:
         return f"a weight [{spec.out_features}, {spec.in_features}] is not of multiples of {MULTIPLE}"
     if not torch.backends.cusparselt.is_available():
         return "this torch was built without cuSPARSELt"
+    if spec.dtype == torch.float16 and any(map(_is_broken, _LIBRARIES)):
+        return f"cuSPARSELt {BROKEN_FLOAT16} crashes the GPU's context with float16; install another version"
     return capability_refusal()
+
+
+def _is_broken(package: str) -> bool:
+    return machine_cache.version(package) == BROKEN_FLOAT16
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ import torch
 
 from maskgen.core.files import read_json, write_json
 from tests.bench.gpu_kernels_table import lines
-from tests.bench.gpu_measure import KERNELS, REPLAYING
+from tests.bench.gpu_measure import DENSE_FP8, KERNELS, REPLAYING
 
 SHAPES = "qkv=6144x4096,o=4096x4096,gate_up=28672x4096,down=4096x14336"
 TOKENS = "1,4,8,16,32,64,128,512,2048,8192"
@@ -114,7 +114,7 @@ def measure(size: str, tokens: str) -> dict[str, Any]:
             if ended is None:
                 break
             crashed[culprit] = ended
-            if culprit not in KERNELS:
+            if culprit not in (*KERNELS, DENSE_FP8):
                 break
     for table in ("graph_s", "wall_s"):
         found[table] = {int(count): times for count, times in found[table].items()}

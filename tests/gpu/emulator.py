@@ -37,7 +37,8 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "shl": np.left_shift, "shr": np.right_shift, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
+    "neg": np.negative, "shl": np.left_shift, "shr": np.right_shift,
+    "mul": np.multiply, "min": np.minimum, "max": np.maximum,
     "mad": lambda a, b, c: a * b + c, "fma": lambda a, b, c: a * b + c,
 }  # fmt: skip
 
@@ -161,6 +162,9 @@ class _Block:
             case "ld" | "st":
                 self.access(name, operands, active)
                 return
+            case "mov" if operands[0].startswith("{"):
+                self.split(self.read(operands[1], bits), operands[0], active)
+                return
             case "mov":
                 result = self.predicate(operands[1]) if kind == "pred" else self.read(operands[1], bits)
             case "mma":
@@ -183,12 +187,21 @@ class _Block:
                 picked = [int(operands[3], 0) >> 4 * place & 15 for place in range(4)]
                 assert max(picked) < 8, "that would copy a sign"
                 result = octets.take(picked, axis=1).view(np.uint32)[:, 0]
+            case "cvt" if name[-2].endswith("x2"):
+                halves = (self.read(operand, 32).view(np.float32) for operand in operands[1:3])
+                high, low = (from_float(half, name[-2].removesuffix("x2")).astype(np.uint32) for half in halves)
+                result = high << np.uint32(16) | low
             case "cvt":
                 result = self.convert(name[-2], kind, operands[1])
             case _:
                 result = self.compute(name, kind, bits, operands[1:])
         if name[0] != "bar":
             self.write(operands[0], result, active)
+
+    def split(self, word: Words, parts: str, active: Words) -> None:
+        """A word of 32 bits into the two registers `{low, high}`."""
+        for number, part in enumerate(parts.strip("{}").split(",")):
+            self.write(part.strip(), (word >> np.uint32(16 * number)).astype(np.uint16), active)
 
     def compute(self, name: list[str], kind: str, bits: int, operands: list[str]) -> Words:
         """Integer, predicate and float32 arithmetic, and `fma` on pairs of 16-bit floats."""

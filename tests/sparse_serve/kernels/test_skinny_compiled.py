@@ -117,7 +117,10 @@ def test_a_layer_of_every_code_is_right(emulated: None, dtype: torch.dtype, valu
     assert_is_product(skinny.linear(x_TI, skinny.prepare(packed), bias_O), x_TI, packed, bias_O)
 
 
-@pytest.mark.parametrize(("wide", "warps", "tokens"), [(1, 4, 12), (1, 8, 41), (1, 16, 3), (2, 8, 41)])
+_SPLITS = [(1, 4, 12), (1, 8, 41), (1, 16, 3), (2, 8, 41), (4, 1, 12), (2, 1, 3)]
+
+
+@pytest.mark.parametrize(("wide", "warps", "tokens"), _SPLITS)
 def test_every_split_and_several_passes_are_right(emulated: None, wide: int, warps: int, tokens: int) -> None:
     torch.manual_seed(0)
     packed, x_TI = packed_weight(40, 1288), torch.randn(tokens, 1288).bfloat16()

@@ -47,7 +47,7 @@ serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id]
 	  fi
 	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml maskgen/recipes/*.toml maskgen/methods/*.py; } | sha256sum | cut -c1-12)
+	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml maskgen/recipes/*.toml maskgen/methods/*.py maskgen/methods/*/*.py; } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}")--$$(basename "$$RECIPE" .toml)--$$key
 	  [[ -d $$checkpoint ]] || maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
 	fi
@@ -70,7 +70,7 @@ quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] 
 	"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-$$DEMO/calibration.txt} \
 	  --eval $${EVAL:-$$DEMO/heldout.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
 
-proto: install ## regenerate sparse_serve/pb from proto/
+proto: install ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py
 
 demo: install ## train the demo model (once, about three minutes)
@@ -80,10 +80,10 @@ demo: install ## train the demo model (once, about three minutes)
 install: $(STAMP) ## create the environment (the other verbs do this when it is needed)
 
 clean: ## remove caches and build leftovers; the environment and CACHE stay
-	@rm -rf build dist *.egg-info sparse_serve/_cpu_kernel*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info sparse_serve/kernels/_cpu_kernel*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/csrc/*)
+$(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*)
 	@for other in $(VENV)/.installed-*; do
 	  if [[ -e $$other && $$other != $@ ]]; then echo "making $(VENV) anew for EXTRA=$(EXTRA)"; rm -rf "$(VENV)"; fi
 	done

@@ -37,9 +37,9 @@ class BuildNative(build_ext):
 
 def native() -> list[Extension]:
     """The CPU kernel, where torch is at hand to build against."""
-    sources = sorted(Path("sparse_serve/csrc").glob("*.cpp"))
+    sources = sorted(Path("sparse_serve/kernels/csrc").glob("*.cpp"))
     if not sources:
-        raise SystemExit("sparse_serve/csrc is missing: these are not the whole sources")
+        raise SystemExit("sparse_serve/kernels/csrc is missing: these are not the whole sources")
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -56,9 +56,9 @@ def native() -> list[Extension]:
     ]
     return [
         Extension(
-            "sparse_serve._cpu_kernel",
+            "sparse_serve.kernels._cpu_kernel",
             [str(path) for path in sources],
-            depends=["setup.py", *(str(path) for path in Path("sparse_serve/csrc").glob("*.h"))],
+            depends=["setup.py", *(str(path) for path in Path("sparse_serve/kernels/csrc").glob("*.h"))],
             libraries=["torch_cpu", "c10"],
             extra_compile_args=flags,
             language="c++",

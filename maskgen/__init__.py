@@ -2,7 +2,7 @@
 
     recipe + model + text --sweep--> masks (and weights, if the method changes them) --compress--> sparse checkpoint
 
-The offline half of the project. Start at `method` (what a pruning method is), then `sweep` (the driver that runs one
+The offline half of the project. Start at `methods` (what a pruning method is), then `sweep` (the driver that runs one
 over a model block by block), then `cli`. Importing this package has no effects and imports neither torch nor
 transformers; the verbs of `maskgen.cli` import what they use.
 """

@@ -2,6 +2,6 @@
 
 import sys
 
-from maskgen.cli import main
+from maskgen.cli.parser import main
 
 sys.exit(main())

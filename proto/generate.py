@@ -1,9 +1,9 @@
-"""Makes `sparse_serve/pb/` from the `.proto` files: `python proto/generate.py`.
+"""Makes `sparse_serve/api/pb/` from the `.proto` files: `python proto/generate.py`.
 
 protoc names Python modules after the file's path (`sparse_serve/v1/generation_pb2.py`), which would put generated files
-into the hand-written package. They go to `sparse_serve/pb/v1/` instead, and the one import that protoc writes between
-its own files is changed to match. The result is committed, so that installing needs no protoc; a test regenerates it
-and compares.
+into the hand-written package. They go to `sparse_serve/api/pb/v1/` instead, and the one import that protoc writes
+between its own files is changed to match. The result is committed, so that installing needs no protoc; a test
+regenerates it and compares.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 PROTO_DIR = Path(__file__).resolve().parent
-OUT_DIR = PROTO_DIR.parent / "sparse_serve" / "pb"
+OUT_DIR = PROTO_DIR.parent / "sparse_serve" / "api" / "pb"
 SOURCES = sorted(PROTO_DIR.glob("sparse_serve/**/*.proto"))
 
 
@@ -31,7 +31,7 @@ def generate() -> dict[str, str]:
 
 
 def _move_imports(text: str) -> str:
-    return re.sub(r"^from sparse_serve\.(v\d+) import", r"from sparse_serve.pb.\1 import", text, flags=re.MULTILINE)
+    return re.sub(r"^from sparse_serve\.(v\d+) import", r"from sparse_serve.api.pb.\1 import", text, flags=re.MULTILINE)
 
 
 def main() -> int:

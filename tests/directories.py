@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskgen.compress import compress, compress_masks
 from maskgen.core.checkpoint import read_headers
 from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_bytes, digest_weights
@@ -27,6 +26,7 @@ from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
+from maskgen.export.compress import compress, compress_masks
 
 TWO_FOUR = NMPattern(2, 4)
 HIDDEN, INNER, VOCABULARY, LAYERS = 32, 64, 40, 2

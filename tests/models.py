@@ -31,13 +31,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from maskgen.compress import compress, compress_masks
 from maskgen.core.checkpoint import read_headers
 from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
+from maskgen.export.compress import compress, compress_masks
 
 VOCABULARY = 320
 LAYERS = 3

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.front import HttpFront
-from sparse_serve.settings import Settings
-from sparse_serve.traffic import Traffic
+from sparse_serve.server.admission import Traffic
+from sparse_serve.server.listener import HttpFront
+from sparse_serve.server.settings import Settings
 
 
 @dataclass

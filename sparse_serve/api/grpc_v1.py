@@ -21,12 +21,11 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sparse_serve import messages
-from sparse_serve.api import House
+from sparse_serve.api import House, messages
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import Chunk
-from sparse_serve.errors import Answer, PortInUseError, answer
-from sparse_serve.pb.v1 import generation_pb2 as pb
-from sparse_serve.pb.v1 import generation_pb2_grpc
+from sparse_serve.runtime.errors import Answer, PortInUseError, answer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _CLOSE_S = 0.5

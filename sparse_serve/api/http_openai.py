@@ -11,7 +11,7 @@ import contextlib
 from types import SimpleNamespace
 
 from sparse_serve.api import House
-from sparse_serve.errors import EngineStartError
+from sparse_serve.runtime.errors import EngineStartError
 
 
 def create(house: House) -> "OpenAiDoor":

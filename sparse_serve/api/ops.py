@@ -7,8 +7,8 @@ vLLM's own `/health` says less: it exists only once the model is loaded, and kno
 import dataclasses
 
 from sparse_serve.api import House
-from sparse_serve.front import Receive, Scope, Send, send_json
-from sparse_serve.traffic import Phase
+from sparse_serve.server.admission import Phase
+from sparse_serve.server.listener import Receive, Scope, Send, send_json
 
 
 def create(house: House) -> "OpsDoor":

@@ -19,7 +19,7 @@ from sparse_serve.engine import (
     PositionLogprobs,
     TokenLogprob,
 )
-from sparse_serve.errors import EngineDiedError
+from sparse_serve.runtime.errors import EngineDiedError
 
 INFO = EngineInfo(
     model="fake",

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
-from sparse_serve.errors import SettingsError
+from sparse_serve.runtime.errors import SettingsError
 
 _GIB = 1 << 30
 _MAX_KV_CACHE_GIB = 4

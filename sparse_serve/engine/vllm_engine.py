@@ -30,11 +30,11 @@ from typing import Any, NoReturn
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
-from sparse_serve import last_words, processes
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
 from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
 from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
-from sparse_serve.errors import (
+from sparse_serve.runtime import processes, startup_error
+from sparse_serve.runtime.errors import (
     EngineDiedError,
     EngineStartError,
     OverloadedError,
@@ -44,7 +44,7 @@ from sparse_serve.errors import (
 
 logger = logging.getLogger(__name__)
 
-WORKER_EXTENSION = "sparse_serve.worker.WorkerExtension"
+WORKER_EXTENSION = "sparse_serve.plugin.worker.WorkerExtension"
 _KILL_AFTER_S = 10.0
 
 
@@ -79,7 +79,7 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is waiting
                 loop.call_soon_threadsafe(_settle, loaded, error)
 
-        with last_words.listening() as heard:
+        with startup_error.listening() as heard:
             self._thread = threading.Thread(target=load, name="engine-start", daemon=True)
             self._thread.start()
             try:
@@ -104,7 +104,7 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from sparse_serve.vllm_linear import verify
+        from sparse_serve.plugin.linear import verify
 
         if is_sparse_checkpoint(self.args.model):
             verify(self.args.model)
@@ -204,7 +204,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise SettingsError(f"{message}; `python -m sparse_serve.vllm_cli serve --help=all` lists vLLM's flags")
+            raise SettingsError(f"{message}; `python -m sparse_serve.cli.vllm serve --help=all` lists vLLM's flags")
 
     parser = make_arg_parser(Parser(prog="sparse-serve serve"))
     defaults = parser.parse_args([])

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
 from sparse_serve.engine import Engine
-from sparse_serve.errors import GateError
 from sparse_serve.gate.report import Measured
+from sparse_serve.runtime.errors import GateError
 
 logger = logging.getLogger(__name__)
 

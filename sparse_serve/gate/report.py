@@ -23,7 +23,7 @@ from typing import Any
 
 from maskgen.core.perplexity import Perplexity
 from sparse_serve.engine import EngineInfo
-from sparse_serve.errors import SettingsError
+from sparse_serve.runtime.errors import SettingsError
 
 SCHEMA_VERSION = 1
 

@@ -24,12 +24,12 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
-from maskgen.core.folder import load, names
 from maskgen.core.perplexity import Protocol
+from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine
-from sparse_serve.errors import EngineDiedError, EngineStartError, GateError, SettingsError
 from sparse_serve.gate.measure import MakeEngine, Request, measure
 from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Verdict
+from sparse_serve.runtime.errors import EngineDiedError, EngineStartError, GateError, SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ A kernel is one file of this folder; its name is the file's name. It offers thre
 
 The layout a kernel wants (index nibbles, swizzles, a vendor's blob) is its own matter; what it receives is always the
 stored form: values and bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row.
-A willing kernel takes any number of tokens; which one is fast at which number is measured (`sparse_serve.choice`), so a
-kernel never says how good it is. One asked for by name that refuses is an error with its reason: there is no silent
-fallback, so nobody benchmarks the wrong thing.
+A willing kernel takes any number of tokens; which one is fast at which number is measured
+(`sparse_serve.tuning.selection`), so a kernel never says how good it is. One asked for by name that refuses is an error
+with its reason: there is no silent fallback, so nobody benchmarks the wrong thing.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 import sparse_serve.kernels as _folder
-from maskgen.core.folder import load, names
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.registry import load, names
 from maskgen.core.values import FLOAT
-from sparse_serve.errors import KernelError
+from sparse_serve.runtime.errors import KernelError
 
 CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with sparse tensor cores."""

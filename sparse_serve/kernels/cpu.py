@@ -1,8 +1,8 @@
 """The native CPU kernel for 2:4 weights: reads the compressed bytes once per step and never makes them dense.
 
-Layout (`sparse_serve/csrc/layout.h`). Blocks of 16 rows by 128 columns: of each group of 4 columns a code of 4 bits
-that numbers the kept pair, one of 6, and the two values. Columns are padded to a multiple of 128. One layout serves
-every number of tokens.
+Layout (`sparse_serve/kernels/csrc/layout.h`). Blocks of 16 rows by 128 columns: of each group of 4 columns a code of 4
+bits that numbers the kept pair, one of 6, and the two values. Columns are padded to a multiple of 128. One layout
+serves every number of tokens.
 
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
 0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. fp8 values
@@ -45,7 +45,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FP8
 from sparse_serve.kernels import LinearSpec, every_reason
 
-LIBRARY = "sparse_serve._cpu_kernel"
+LIBRARY = "sparse_serve.kernels._cpu_kernel"
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets in the library, by their number there."""
 

@@ -43,8 +43,8 @@ from torch.nn.functional import pad
 
 from maskgen.core.packed import PackedTensor, unpack
 from maskgen.core.values import FLOAT, from_codes
-from sparse_serve import machine_cache
 from sparse_serve.kernels import LinearSpec, capability_refusal, sparse_core_refusal
+from sparse_serve.tuning import cache as machine_cache
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
 """What the library wants both sides of a 16-bit weight, and the number of tokens, to be multiples of."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("maskgen", "sparse_serve")
-GENERATED = "sparse_serve/pb/"
+GENERATED = "sparse_serve/api/pb/"
 
 _NOT_OURS = {"__pycache__", "build", "dist", ".git", ".venv"}
 

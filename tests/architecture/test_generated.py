@@ -1,4 +1,4 @@
-"""`sparse_serve/pb/` is what `proto/generate.py` makes of `proto/`, and the protocol keeps its promises."""
+"""`sparse_serve/api/pb/` is what `proto/generate.py` makes of `proto/`, and the protocol keeps its promises."""
 
 import importlib.util
 import re
@@ -32,12 +32,12 @@ def test_generated_files_are_up_to_date(generator: ModuleType) -> None:
 def test_generated_files_import_only_their_own_package(generator: ModuleType) -> None:
     for name, text in generator.generate().items():
         for imported in re.findall(r"^from (sparse_serve\S*) import", text, re.MULTILINE):
-            assert imported.startswith("sparse_serve.pb."), f"{name} imports {imported}"
+            assert imported.startswith("sparse_serve.api.pb."), f"{name} imports {imported}"
 
 
 def test_field_numbers_never_change() -> None:
     """A new field is added here; a line that changes is a protocol that old clients misread."""
-    from sparse_serve.pb.v1 import generation_pb2
+    from sparse_serve.api.pb.v1 import generation_pb2
 
     numbers = {
         message.name: {field.name: field.number for field in message.fields}

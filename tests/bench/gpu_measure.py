@@ -26,8 +26,8 @@ from maskgen.core.files import write_json
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, FP8, INT8
-from sparse_serve.errors import KernelError
 from sparse_serve.kernels import LinearSpec, choose, skinny
+from sparse_serve.runtime.errors import KernelError
 from tests.bench.gpu_kernels_table import DENSE
 
 PATTERN = NMPattern(2, 4)

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import linear as dense_linear
 
-from maskgen import model
 from maskgen.core.pattern import NMPattern
-from maskgen.learned import Moment, Site, learned_parameters
-from maskgen.methods.maskllm import MaskLLM, MaskLLMLinear
+from maskgen.hf import model
+from maskgen.methods.learned import Moment, Site, learned_parameters
+from maskgen.methods.learned.maskllm import MaskLLM, MaskLLMLinear
 from tests.bench import record
 from tests.bench.sweep_cost import build
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from maskgen import data, evaluate, model, recipe
 from maskgen.core.digest import digest_weights
 from maskgen.core.perplexity import Protocol
-from maskgen.sweep import sweep
+from maskgen.data import tokens
+from maskgen.hf import evaluate, model
+from maskgen.recipes import recipe
+from maskgen.sweep.driver import sweep
 from tests.bench import record
 
 RECIPES = ("magnitude", "wanda", "sparsegpt-mask-only", "sparsegpt")
@@ -30,7 +32,7 @@ def main() -> None:
     args = _arguments()
     tokenizer = model.load_tokenizer(args.model)
     protocol = Protocol(args.window, max_windows=args.max_windows)
-    texts = {path.stem: data.read_tokens(path, tokenizer).tolist() for path in args.eval}
+    texts = {path.stem: tokens.read_tokens(path, tokenizer).tolist() for path in args.eval}
     rows = [{"recipe": "dense", "seed": None, "perplexity": _score(model.load(args.model), texts, protocol)}]
     for name in args.recipes:
         needs_data = recipe.load(name, []).local_method().needs_data
@@ -76,7 +78,7 @@ def _measure(
     calibration, windows = wanted.calibration, None
     if seed is not None:
         generator = torch.Generator().manual_seed(calibration.seed)
-        windows = data.calibration_windows(
+        windows = tokens.calibration_windows(
             args.calibrate, tokenizer, calibration.samples, calibration.window_tokens, generator
         )
     pruned = model.load(args.model)

@@ -1,6 +1,6 @@
-// A dense bfloat16 matrix times one token, with the same care as sparse_serve/csrc: the peer that says what sparsity
-// alone brings. Weights lie as [16 rows][2 columns] dwords, so that reading them is one sequential stream for each
-// thread and sums need no work across lanes: per 64 bytes one load and one vdpbf16ps.
+// A dense bfloat16 matrix times one token, with the same care as sparse_serve/kernels/csrc: the peer that says what
+// sparsity alone brings. Weights lie as [16 rows][2 columns] dwords, so that reading them is one sequential stream for
+// each thread and sums need no work across lanes: per 64 bytes one load and one vdpbf16ps.
 #include <immintrin.h>
 
 #include <cstdint>

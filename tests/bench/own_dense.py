@@ -28,9 +28,9 @@ from torch import Tensor
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from sparse_serve.kernels import LinearSpec, choose, cpu
-from sparse_serve.race import processor, random_weight
-from sparse_serve.timing import Call, interleaved
-from sparse_serve.vllm_dense import stock_linear
+from sparse_serve.plugin.dense import stock_linear
+from sparse_serve.tuning.measure import processor, random_weight
+from sparse_serve.tuning.timing import Call, interleaved
 from tests.bench.record import save
 
 SHAPES = ((14336, 4096), (4096, 4096))

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgen import recipe, trainlog
 from maskgen.core.digest import digest_files, digest_json, digest_weights
-from maskgen.trainlog import LOG_FILE
+from maskgen.recipes import recipe
+from maskgen.train import log as trainlog
+from maskgen.train.log import LOG_FILE
 from tests.bench import quality_table, record
 
 WHAT = "quality"

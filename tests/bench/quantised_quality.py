@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from maskgen.core.values import CODE_DTYPES
-from maskgen.inspect import inspect
+from maskgen.export.inspect import inspect
 from tests.bench import record
 from tests.bench.quality import maskgen, score
 

@@ -14,7 +14,9 @@ from pydoc_data.topics import topics
 
 import torch
 
-from maskgen import cli, demo, hf_new
+from maskgen.cli import demo
+from maskgen.cli import parser as cli
+from maskgen.hf import new_llama
 
 HEAD = 64
 
@@ -38,7 +40,7 @@ def build(args: argparse.Namespace) -> None:
     """A bfloat16 Llama and its tokenizer in `out/dense`."""
     tokenizer = demo.train_tokenizer(topics, args.vocabulary)
     torch.manual_seed(0)
-    model = hf_new.new_llama(
+    model = new_llama.new_llama(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
@@ -51,7 +53,7 @@ def build(args: argparse.Namespace) -> None:
         eos_token_id=tokenizer.token_to_id(demo.EOS),
         pad_token_id=tokenizer.token_to_id(demo.PAD),
     )
-    hf_new.save(model, tokenizer.to_str(), args.out / "dense", demo.CHAT_TEMPLATE)
+    new_llama.save(model, tokenizer.to_str(), args.out / "dense", demo.CHAT_TEMPLATE)
 
 
 if __name__ == "__main__":

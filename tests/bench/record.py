@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from sparse_serve.bench_record import commit
+from sparse_serve.bench.record import commit
 
 RESULTS = Path(__file__).parent / "results"
 

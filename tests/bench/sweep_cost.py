@@ -68,10 +68,11 @@ def build(folder: Path, hidden: int, layers: int) -> None:
 
 def measure(name: str, folder: str) -> dict[str, Any]:
     """Run one recipe and report seconds and bytes."""
-    from maskgen import model, recipe
     from maskgen.core.digest import digest_weights
-    from maskgen.memory import peak_rss_bytes
-    from maskgen.sweep import sweep
+    from maskgen.hf import model
+    from maskgen.numerics.memory import peak_rss_bytes
+    from maskgen.recipes import recipe
+    from maskgen.sweep.driver import sweep
 
     wanted = recipe.load(name, [f"calibration.samples={SAMPLES}", f"calibration.window_tokens={WINDOW_TOKENS}"])
     base_digest, before_bytes = digest_weights(folder), peak_rss_bytes()

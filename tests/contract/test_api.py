@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry
 from sparse_serve import api
 from sparse_serve.api import Door, House
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.front import HttpFront
-from sparse_serve.metrics import Metrics
-from sparse_serve.settings import Settings
-from sparse_serve.traffic import Traffic
+from sparse_serve.server.admission import Traffic
+from sparse_serve.server.listener import HttpFront
+from sparse_serve.server.metrics import Metrics
+from sparse_serve.server.settings import Settings
 
-NAMES = [module.name for module in pkgutil.iter_modules(api.__path__)]
+NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in ("messages", "pb")]
 LIFE = [name for name in vars(Door) if not name.startswith("_")]
 
 

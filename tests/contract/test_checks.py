@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import sparse_serve.gate.checks as folder
-from maskgen.core.folder import load, names
+from maskgen.core.registry import load, names
 from sparse_serve.gate.report import Limits, Verdict
 from tests.sparse_serve.gate.test_checks import INFO, evidence
 

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sparse_serve.kernels as folder
-from maskgen.core.folder import names
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.core.registry import names
 from maskgen.core.values import FLOAT, KINDS
-from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec, choose, willing
+from sparse_serve.runtime.errors import KernelError
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

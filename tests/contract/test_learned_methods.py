@@ -1,4 +1,4 @@
-"""Every learned method of `maskgen/methods` keeps the contract of `maskgen.learned`. A new file is tested at once.
+"""Every file of `maskgen/methods/learned` keeps the contract of that folder. A new file is tested at once.
 
 Legend: O = out features, I = in features.
 """
@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import maskgen.methods
-from maskgen import recipe
-from maskgen.core import folder
+from maskgen.core import registry
 from maskgen.core.pattern import NMPattern
-from maskgen.learned import LearnedMethod, Mode, Result
-from maskgen.method import create
-from maskgen.objective import in_mode
-from maskgen.train import Session
-from maskgen.training_state import Checkpoints
+from maskgen.methods import create
+from maskgen.methods.learned import LearnedMethod, Mode, Result
+from maskgen.recipes import recipe
+from maskgen.train.checkpoints import Checkpoints
+from maskgen.train.objective import in_mode
+from maskgen.train.step import Session
 from tests import models
 from tests.maskgen.training import assert_same, corpus, session, state
 
 NAMES = [
     name
-    for name in folder.names(maskgen.methods)
-    if issubclass(folder.load(maskgen.methods, name).METHOD, LearnedMethod)
+    for name in registry.names(maskgen.methods)
+    if issubclass(registry.load(maskgen.methods, name).METHOD, LearnedMethod)
 ]
 RECIPES = {name: recipe.load(name) for name in recipe.names()}
 CASES = [name for name, shipped in RECIPES.items() if shipped.method.name in NAMES]
@@ -86,7 +86,7 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_a_frozen_method_with_defaults_and_a_recipe(name: str) -> None:
-    method = folder.load(maskgen.methods, name).METHOD
+    method = registry.load(maskgen.methods, name).METHOD
     assert method.__dataclass_params__.frozen
     assert method() == create(name, {field.name: field.default for field in dataclasses.fields(method)})
     own = [shipped for shipped in RECIPES.values() if shipped.method.name == name]
@@ -97,10 +97,10 @@ def test_is_a_frozen_method_with_defaults_and_a_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_only_what_a_method_may_see(name: str) -> None:
-    source = Path(inspect.getfile(folder.load(maskgen.methods, name).METHOD)).read_text("utf-8")
+    source = Path(inspect.getfile(registry.load(maskgen.methods, name).METHOD)).read_text("utf-8")
     ours = [line.split()[1] for line in source.splitlines() if line.startswith(("from maskgen", "import maskgen"))]
-    allowed = {"maskgen.method", "maskgen.learned"}
-    assert ours and all(module in allowed or module.startswith("maskgen.core") for module in ours)
+    allowed = {"maskgen.methods", "maskgen.methods.learned"}
+    assert ours and all(module in allowed or module.startswith(("maskgen.core", "maskgen.numerics")) for module in ours)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Every file of `maskgen/methods` keeps the promises of a local method. A new file is tested from the moment it exists.
+"""Every file of `methods/oneshot` keeps the promises of a local method. A new file is tested from the moment it exists.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 import maskgen.methods
-from maskgen.core import folder
+from maskgen.core import registry
 from maskgen.core.pattern import NMPattern
-from maskgen.method import LocalMethod, Solution, create
+from maskgen.methods import LocalMethod, Solution, create
 
 NAMES = [
-    name for name in folder.names(maskgen.methods) if issubclass(folder.load(maskgen.methods, name).METHOD, LocalMethod)
+    name
+    for name in registry.names(maskgen.methods)
+    if issubclass(registry.load(maskgen.methods, name).METHOD, LocalMethod)
 ]
 COUPLES_ROWS = {"ria"}
 """Methods that by definition compare the rows of a column."""
@@ -56,7 +58,7 @@ def solve(name: str, weight_OI: Tensor, x_TI: Tensor, pattern: NMPattern, parts:
 
 
 def test_is_a_frozen_method_with_defaults(name: str, pattern: NMPattern) -> None:
-    method = folder.load(maskgen.methods, name).METHOD
+    method = registry.load(maskgen.methods, name).METHOD
     assert issubclass(method, LocalMethod)
     assert method.__dataclass_params__.frozen
     assert isinstance(method.needs_data, bool)
@@ -64,9 +66,11 @@ def test_is_a_frozen_method_with_defaults(name: str, pattern: NMPattern) -> None
 
 
 def test_imports_only_what_a_method_may_see(name: str, pattern: NMPattern) -> None:
-    source = Path(inspect.getfile(folder.load(maskgen.methods, name).METHOD)).read_text("utf-8")
+    source = Path(inspect.getfile(registry.load(maskgen.methods, name).METHOD)).read_text("utf-8")
     ours = [line.split()[1] for line in source.splitlines() if line.startswith(("from maskgen", "import maskgen"))]
-    assert ours and all(module == "maskgen.method" or module.startswith("maskgen.core") for module in ours)
+    assert ours and all(
+        module == "maskgen.methods" or module.startswith(("maskgen.core", "maskgen.numerics")) for module in ours
+    )
 
 
 def test_mask_is_legal(name: str, pattern: NMPattern) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgen.compress import compress_masks, decompress
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
+from maskgen.export.compress import compress_masks, decompress
 from tests.directories import bits, read_all
 
 DOCUMENT = (Path(__file__).parents[2] / "proto" / "checkpoint.md").read_text("utf-8")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgen.compress import compress, decompress
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import CorrectionForm, SparseConfig
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.writer import CheckpointWriter
+from maskgen.export.compress import compress, decompress
 from tests.directories import bits, read_all
 from tests.golden.test_checkpoint_bytes import (
     BASE_DIGEST,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import sparse_serve.kernels as folder
-from maskgen.core.folder import names
 from maskgen.core.packed import PackedTensor
+from maskgen.core.registry import names
 from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT8, KINDS
-from sparse_serve.errors import KernelError
 from sparse_serve.kernels import Kernel, LinearSpec, choose, skinny
+from sparse_serve.runtime.errors import KernelError
 from tests.gpu import oracle
 from tests.gpu.oracle import PATTERN, TOLERANCE
 

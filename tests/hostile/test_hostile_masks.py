@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskgen.compress import load_masks
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
+from maskgen.export.compress import load_masks
 from tests.directories import RECIPE, TWO_FOUR, dense_dir, raw_safetensors, refused, sparse_dir
 
 METADATA = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from maskgen.compress import check_source
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.pattern import NMPattern
 from maskgen.core.sizes import check_dimensions
+from maskgen.export.compress import check_source
 from tests import models
 from tests.directories import HIDDEN, INNER, LAYERS, VOCABULARY, edit_config, refused, sparse_dir
 

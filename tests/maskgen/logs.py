@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from maskgen.fit import EvalLog
-from maskgen.train import StepLog
-from maskgen.trainlog import TrainLog
+from maskgen.train.log import TrainLog
+from maskgen.train.loop import EvalLog
+from maskgen.train.step import StepLog
 
 LAYERS = {f"model.layers.{block}.{kind}": [8, 16] for block in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")}
 MASKS = {name: {"agreement": 0.75, "patterns": {"1100": 3, "0011": 1}} for name in LAYERS}

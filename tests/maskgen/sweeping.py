@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskgen import recipe as recipes
-from maskgen.recipe import Recipe
-from maskgen.sweep import SweepReport, sweep
-from maskgen.workdir import WorkDir
+from maskgen.recipes import recipe as recipes
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.driver import SweepReport, sweep
+from maskgen.sweep.workdir import WorkDir
 from tests import models
 
 BASE = "sha256:" + "b" * 64

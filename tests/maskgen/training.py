@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen import model as loader
-from maskgen import shrink
 from maskgen.core.digest import derive_seed
 from maskgen.core.pattern import NMPattern
-from maskgen.corpus import Corpus
-from maskgen.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
-from maskgen.method import Solution
-from maskgen.parallel import ALONE, Group
-from maskgen.train import Session, prepare
-from maskgen.training import Training
+from maskgen.data.corpus import Corpus
+from maskgen.export import slice as slicer
+from maskgen.hf import model as loader
+from maskgen.methods import Solution
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
+from maskgen.recipes.sections import Training
+from maskgen.train.parallel import ALONE, Group
+from maskgen.train.step import Session, prepare
 from tests import models
 
 PATTERN = NMPattern(2, 4)
@@ -111,7 +111,7 @@ def session(
     wanted = Training(**{"steps": 8, "batch": 4, "window_tokens": 16, "lr": 1e-2, "dtype": "float32", **spec})
     model = models.build(kind).requires_grad_(False)
     method = method or Toy()
-    units = shrink.units(model) if method.result is Result.SLICED else {}
+    units = slicer.units(model) if method.result is Result.SLICED else {}
     return prepare(model, loader.plan(model, pattern), units, method, wanted, prior, pattern, group, checkpointed)
 
 

@@ -15,11 +15,11 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from sparse_serve.api import House, grpc_v1, ops
+from sparse_serve.api.pb.v1 import generation_pb2_grpc
+from sparse_serve.cli.serve import Server
 from sparse_serve.engine import GenerateRequest, Sampling
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.pb.v1 import generation_pb2_grpc
-from sparse_serve.server import Server
-from sparse_serve.settings import Settings
+from sparse_serve.server.settings import Settings
 
 
 class EchoDoor:

@@ -20,9 +20,9 @@ from typing import Any
 import grpc
 import pytest
 
-from sparse_serve.pb.v1 import generation_pb2 as pb
-from sparse_serve.pb.v1 import generation_pb2_grpc
-from sparse_serve.processes import descendants
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.api.pb.v1 import generation_pb2_grpc
+from sparse_serve.runtime.processes import descendants
 from tests import models
 
 START_S = 150.0
@@ -106,7 +106,16 @@ def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
 
 
 def launch(model: Path | str, directory: Path, *flags: str) -> Running:
-    command = [sys.executable, "-m", "sparse_serve.cli", "serve", str(model), "--http-port=0", "--grpc-port=0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_serve.cli.main",
+        "serve",
+        str(model),
+        "--http-port=0",
+        "--grpc-port=0",
+        *flags,
+    ]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
         process = subprocess.Popen(command, env=environ, stdout=out, stderr=err, start_new_session=True)

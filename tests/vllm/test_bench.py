@@ -19,7 +19,7 @@ READ = "read of cpu's bytes"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparse_serve.cli", "bench", *flags]
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "bench", *flags]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environ)
 

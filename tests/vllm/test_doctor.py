@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from sparse_serve.choice import BUCKETS
+from sparse_serve.tuning.selection import BUCKETS
 from tests import models
 from tests.vllm.serving import SHAPE, damage_digest
 from tests.vllm.test_plugin import serve
@@ -17,7 +17,7 @@ from tests.vllm.test_plugin import serve
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own: it imports vLLM, which changes the environment of whoever does."""
-    command = [sys.executable, "-m", "sparse_serve.cli", *map(str, words)]
+    command = [sys.executable, "-m", "sparse_serve.cli.main", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -74,10 +74,10 @@ def test_the_memory_counted_is_that_of_the_device_served_on(tmp_path: Path) -> N
         import sys, torch
         from rich.console import Console
         from maskgen.core.checkpoint import SparseCheckpoint
-        from sparse_serve import doctor, tune
-        from sparse_serve.choice import Choice
+        from sparse_serve.cli import doctor, tune
+        from sparse_serve.tuning.selection import Choice
         from sparse_serve.kernels import LinearSpec, reference
-        from sparse_serve.plan import Plan
+        from sparse_serve.tuning.dispatch import Plan
 
         prepare = reference.prepare
         def on_meta(packed):

@@ -14,10 +14,10 @@ import grpc
 import pytest
 import torch
 
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.vllm_engine import VllmEngine
-from sparse_serve.errors import EngineStartError, RequestError
-from sparse_serve.pb.v1 import generation_pb2 as pb
-from sparse_serve.processes import descendants
+from sparse_serve.runtime.errors import EngineStartError, RequestError
+from sparse_serve.runtime.processes import descendants
 from tests import models
 from tests.vllm.serving import (
     SHAPE,

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_serve.engine import vllm_defaults
 from sparse_serve.engine.vllm_engine import parse
-from sparse_serve.errors import SettingsError
+from sparse_serve.runtime.errors import SettingsError
 
 FAMILIES = ("ssl_", "h11_", "uvicorn_", "disable_uvicorn_", "data_parallel_", "dp_supervisor_")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_serve.cli import main
+from sparse_serve.cli.main import main
 from tests import models
 from tests.vllm.test_plugin import make_sparse
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskgen.compress import compress_masks, decompress, iterate_tensors
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, read_headers
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
+from maskgen.export.compress import compress_masks, decompress, iterate_tensors
 from tests import models
 
 PROMPTS = [[5, 9, 17, 33, 65, 129, 7, 70], [200, 100, 50, 25], [300, 3, 30]]
@@ -64,7 +64,7 @@ def serve(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
         dtype=dtype,
         enforce_eager=True,
         max_model_len=64,
-        worker_extension_cls="sparse_serve.worker.WorkerExtension",
+        worker_extension_cls="sparse_serve.plugin.worker.WorkerExtension",
         **options,
     )
     try:
@@ -192,13 +192,13 @@ def test_fewer_layers_than_the_manifest_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_target_that_no_layer_claims_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_serve import vllm_linear
+    from sparse_serve.plugin import linear
 
     digest = digest_json({})
     targets = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
     manifest = SparseConfig(NMPattern(2, 4), targets, (), digest, digest, "base", digest)
-    config = vllm_linear.SparseNMConfig(manifest)
-    monkeypatch.setattr(vllm_linear, "_on_this_rank", lambda module: True)
+    config = linear.SparseNMConfig(manifest)
+    monkeypatch.setattr(linear, "_on_this_rank", lambda module: True)
     config.attached.add(targets[0])
     with pytest.raises(FormatError, match=r"1 of 2 sparse layers .* first model\.layers\.1\.mlp\.down_proj"):
         config.check_all_attached()

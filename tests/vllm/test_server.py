@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import pytest
 
-from sparse_serve.pb.v1 import generation_pb2 as pb
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from tests.vllm.serving import (
     PROMPT,
     SHAPE,

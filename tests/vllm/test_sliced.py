@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from maskgen import model as loader
-from maskgen import shrink
-from maskgen.compress import decompress
-from maskgen.core.units import HEADS
+from maskgen.export import slice as slicer
+from maskgen.export.compress import decompress
+from maskgen.hf import model as loader
+from maskgen.numerics.units import HEADS
 from tests import models
 from tests.vllm.test_plugin import SHAPE, greedy, serve, transformers_oracle
 
@@ -26,10 +26,10 @@ def slice_model(kind: str, root: Path) -> Path:
     dense, sliced = models.save(kind, root / "dense", **SHAPE, **SHAPES[kind]), root / "sliced"
     generator = torch.Generator().manual_seed(0)
     kept = {}
-    for name, count in shrink.units(loader.load(dense)).items():
+    for name, count in slicer.units(loader.load(dense)).items():
         order = torch.randperm(count, generator=generator)
         kept[name] = order < (count - 1 if name.endswith(HEADS) else count * 2 // 3)
-    shrink.write(dense, sliced, {}, kept)
+    slicer.write(dense, sliced, {}, kept)
     return sliced
 
 

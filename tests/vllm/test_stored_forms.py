@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgen import hf_loader
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import CorrectionForm
 from maskgen.core.errors import FormatError
+from maskgen.hf import loader
 from tests import models
 from tests.vllm.test_plugin import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
 
@@ -46,7 +46,7 @@ def test_serves_what_transformers_computes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hf_loader.register()
+    loader.register()
     sparse = make(kind, tmp_path, values, form)
     models.save_corrected(tmp_path / "dense", tmp_path / "plain", None)
     tokens, logprobs = transformers_oracle(sparse)
@@ -77,7 +77,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the directory was not verified, each layer still is."""
-    from sparse_serve.vllm_linear import SparseNMConfig, SparseNMLinear
+    from sparse_serve.plugin.linear import SparseNMConfig, SparseNMLinear
 
     monkeypatch.setattr(SparseNMConfig, "check_all_attached", lambda config: None)
     config = SparseCheckpoint.open(make("llama", tmp_path, "int8", None)).config
@@ -98,7 +98,7 @@ def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch
 def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None:
     from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
-    from sparse_serve.vllm_correction import LayerCorrection
+    from sparse_serve.plugin.correction import LayerCorrection
 
     class Strange(ColumnParallelLinear):
         pass
@@ -124,7 +124,7 @@ def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None
 def test_a_correction_that_was_not_loaded_is_no_correction_of_zero(one_rank: None) -> None:
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from sparse_serve.vllm_correction import LayerCorrection
+    from sparse_serve.plugin.correction import LayerCorrection
 
     layer = ReplicatedLinear.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(layer)

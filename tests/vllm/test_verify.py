@@ -11,13 +11,13 @@ import pytest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from sparse_serve.engine import vllm_engine
-from sparse_serve.errors import SettingsError
+from sparse_serve.runtime.errors import SettingsError
 from tests.vllm.serving import damage_digest, make_checkpoint, put_on_hub
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from sparse_serve.vllm_linear import _VERIFIED
+    from sparse_serve.plugin.linear import _VERIFIED
 
     monkeypatch.setenv(_VERIFIED, "")  # restored afterwards
     return make_checkpoint(tmp_path)
@@ -36,7 +36,7 @@ def test_masks_of_another_run_are_refused_by_vllm(checkpoint: Path) -> None:
 
 
 def test_the_same_files_are_read_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_serve.vllm_linear import verify
+    from sparse_serve.plugin.linear import verify
 
     opened: list[str] = []
     really_open = SparseCheckpoint.open
@@ -51,7 +51,7 @@ def test_the_same_files_are_read_once(checkpoint: Path, monkeypatch: pytest.Monk
 
 
 def test_a_refused_checkpoint_stays_refused(checkpoint: Path) -> None:
-    from sparse_serve.vllm_linear import verify
+    from sparse_serve.plugin.linear import verify
 
     damage_digest(checkpoint)
     for _ in range(2):

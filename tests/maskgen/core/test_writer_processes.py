@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgen.compress import compress_masks, decompress
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.writer import CheckpointWriter
+from maskgen.export.compress import compress_masks, decompress
 from tests.directories import RECIPE, TWO_FOUR, bits, peak_growth_mib, read_all
 
 ROOT = Path(__file__).parents[3]

@@ -9,9 +9,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sparse_serve.api.grpc_v1 import SERVICE
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.fake import INFO, FakeEngine
-from sparse_serve.errors import EngineDiedError, OverloadedError
-from sparse_serve.pb.v1 import generation_pb2 as pb
+from sparse_serve.runtime.errors import EngineDiedError, OverloadedError
 from tests.sparse_serve.running import Running, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from sparse_serve.engine import vllm_defaults
-from sparse_serve.errors import SettingsError
+from sparse_serve.runtime.errors import SettingsError
 
 NONE_GIVEN = Namespace(**dict.fromkeys(vllm_defaults._REFUSED))
 

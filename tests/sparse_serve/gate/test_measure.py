@@ -7,9 +7,9 @@ import pytest
 
 from maskgen.core.perplexity import Protocol, digest_windows
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.errors import GateError, SettingsError
 from sparse_serve.gate.measure import Request, measure_offline, score_windows
 from sparse_serve.gate.run import default_window, stored_dtype
+from sparse_serve.runtime.errors import GateError, SettingsError
 
 
 async def test_score_windows_counts_only_scored_tokens() -> None:

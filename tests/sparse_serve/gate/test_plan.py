@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sparse_serve.errors import SettingsError
 from sparse_serve.gate import run
 from sparse_serve.gate.report import Limits
+from sparse_serve.runtime.errors import SettingsError
 from tests.directories import dense_dir, sparse_dir
 
 

@@ -21,7 +21,7 @@ from maskgen.core.values import KINDS
 from sparse_serve.kernels import LinearSpec, cpu, willing
 
 PATTERN = NMPattern(2, 4)
-SOURCES = Path(__file__).parents[3] / "sparse_serve/csrc"
+SOURCES = Path(__file__).parents[3] / "sparse_serve/kernels/csrc"
 
 if reason := cpu.refuse(LinearSpec(1, 8, PATTERN, torch.float32, "cpu")):
     pytest.skip(reason, allow_module_level=True)

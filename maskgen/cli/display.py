@@ -1,0 +1,219 @@
+"""What a person sees of `maskgen`: progress bars, log lines, tables and last words. No work is done here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from maskgen.export.compress import CompressReport
+from maskgen.export.inspect import InspectReport
+from maskgen.export.slice import ShrinkReport
+from maskgen.hf.model import OUTSIDE
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.driver import Progress, SweepReport
+from maskgen.sweep.permute import PermuteReport
+from maskgen.train.loop import EvalLog
+from maskgen.train.step import StepLog
+
+LOG_EVERY_S = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+def megabytes(size_bytes: int) -> str:
+    """For people: `1,234.5 MB`."""
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+@contextmanager
+def bar(quiet: bool = False) -> Iterator[ProgressBar]:
+    """A progress bar on stderr, or log lines where that is no terminal, or nothing at all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    console = Console(stderr=True, quiet=quiet)
+    if console.is_terminal:
+        with ProgressBar(*columns, console=console, transient=True) as bar:
+            yield bar
+    else:
+        yield _LogLines(console)
+
+
+class _LogLines(ProgressBar):
+    """For logs, where a bar that redraws itself shows nothing: now and then a line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True)
+        self.said_s = time.monotonic()
+
+    def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:
+        super().update(task_id, *args, **kwargs)
+        if time.monotonic() - self.said_s >= LOG_EVERY_S:
+            self.said_s = time.monotonic()
+            task = self.tasks[task_id]
+            total = "" if task.total is None else f" {task.completed:g}/{task.total:g}"
+            line = f"{task.description}{total} {task.fields.get('note', '')}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def sweep_progress(bar: ProgressBar, task: TaskID, prefix: str = "") -> Callable[[Progress], None]:
+    """A sweep's callback that moves `bar`."""
+
+    def show(progress: Progress) -> None:
+        bar.update(
+            task,
+            description=f"{prefix}block {progress.block + 1}/{progress.blocks}",
+            completed=progress.block,
+            total=progress.blocks,
+            note=f"{progress.what}  peak memory {megabytes(progress.peak_rss_bytes)}",
+        )
+
+    return show
+
+
+def training_progress(bar: ProgressBar, task: TaskID) -> Callable[[StepLog | EvalLog], None]:
+    """A training run's callback that moves `bar`: where the loss is, where the masks are, how long it will take."""
+    seen: EvalLog | None = None
+    began: StepLog | None = None
+
+    def show(log: StepLog | EvalLog) -> None:
+        nonlocal seen, began
+        if isinstance(log, EvalLog):
+            seen = log
+            bar.update(task, note=f"held-out perplexity {log.perplexity:.2f}")
+            return
+        began = began or log
+        step_s = (log.elapsed_s - began.elapsed_s) / max(1, log.step - began.step)
+        parts = [f"loss {log.loss:.3f}"]
+        if seen is not None:
+            parts.append(f"held-out {seen.perplexity:.2f}, same {seen.agreement:.1%}, flipped {seen.flipped:.2%}")
+        if step_s:
+            parts.append(f"{log.tokens / step_s:,.0f} tokens/s")
+            parts.append(f"{duration((log.steps - log.step) * step_s)} to go")
+        parts.append(megabytes(log.peak_memory_bytes))
+        bar.update(task, description="training", completed=log.step, total=log.steps, note="  ".join(parts))
+
+    return show
+
+
+def duration(seconds: float) -> str:
+    """For people: `1:02:03`, or `2:03` below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def say(text: str) -> None:
+    """One line on stdout, as it is."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_run(out: Path, report: SweepReport, written: CompressReport, peak_bytes: int) -> None:
+    """What a run did and cost; `peak_bytes` is the peak of all of it."""
+    say(
+        f"pruned {len(report.targets)} layers, {report.million_weights:,.1f} M weights, in {report.total_s:.1f} s "
+        f"({report.s_per_million_weights:.2f} s per M), peak memory {megabytes(peak_bytes)}"
+    )
+    if report.resumed_blocks:
+        say(f"  {report.resumed_blocks} blocks were finished by an earlier run")
+    for name, why in report.ignored.items():
+        if why != OUTSIDE:
+            say(f"  kept dense: {name}: {why}")
+    print_compressed(out, written)
+
+
+def print_compressed(out: Path, written: CompressReport) -> None:
+    """What was written, and what to do with it."""
+    say(
+        f"wrote {out}: target weights {megabytes(written.dense_target_bytes)} dense -> "
+        f"{megabytes(written.packed_target_bytes)} ({written.ratio:.2%}), directory {megabytes(written.total_bytes)}"
+    )
+    say(f"next: maskgen eval {out} --data FILE    or    sparse-serve serve {out}")
+
+
+def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
+    """What a training run did, from its log: where the masks were, where they are, what it took."""
+    steps = [record for record in log if record["kind"] == "step"]
+    looks = [record for record in log if record["kind"] == "eval"]
+    tokens, first, last = sum(record["tokens"] for record in steps), looks[0], looks[-1]
+    dense = f"; dense {first['dense_perplexity']:.2f}" if "dense_perplexity" in first else ""
+    say(f"held-out perplexity {first['perplexity']:.2f} at the start -> {last['perplexity']:.2f}{dense}")
+    say(
+        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak host memory "
+        f"{megabytes(max(record['peak_memory_bytes'] for record in steps))}"
+    )
+    say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")
+
+
+def print_dense(out: Path, total_bytes: int) -> None:
+    """What was written, when nothing was pruned."""
+    say(f"wrote {out}: dense, {megabytes(total_bytes)}")
+    say(f"next: maskgen eval {out} --data FILE")
+
+
+def print_finished(out: Path) -> None:
+    """Of a run that had been finished before, but for its work directory."""
+    say(f"{out} is finished; what an earlier process had left of its work directory is removed")
+
+
+def print_shrunk(out: Path, written: ShrinkReport) -> None:
+    """What was written, when whole heads and neurons were removed."""
+    kept = ", ".join(f"{count} {kind}" for kind, count in written.keep.items())
+    say(
+        f"wrote {out}: {written.fraction:.2%} of the parameters of the blocks ({kept} per layer), directory "
+        f"{megabytes(written.total_bytes)}"
+    )
+    say(f"next: maskgen eval {out} --data FILE    or    maskgen run sparsegpt --model {out} --data FILE --out DIR")
+
+
+def print_permuted(out: Path, report: PermuteReport, recipe: Recipe) -> None:
+    """What was written, when neurons changed places."""
+    before, after = report.kept
+    say(
+        f"wrote {out}: the same function, neurons of {len(report.arrangements)} layers reordered, directory "
+        f"{megabytes(report.total_bytes)}"
+    )
+    say(f"  of the {recipe.method.name} scores there {recipe.pattern} keeps {before:.2%} -> {after:.2%}")
+    say(f"next: maskgen run {recipe.method.name} --model {out} --data FILE --out DIR, or any other recipe")
+
+
+def print_inspect(report: InspectReport) -> None:
+    """A table, one line per matrix."""
+    kind = "sparse checkpoint" if report.compressed else "dense model"
+    values = f", {report.values} values" if report.compressed else ""
+    say(f"{report.path}: {kind}, pattern {report.pattern}{values}")
+    table = Table()
+    for heading in ("layer", "stored"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("shape", report.pattern, "zeros", "MB"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        table.add_row(
+            Text(layer.name),
+            layer.stored,
+            f"{layer.out_features} x {layer.in_features}",
+            "yes" if layer.follows else "no",
+            f"{layer.zeros:.1%}",
+            f"{layer.stored_bytes / 1e6:,.2f}",
+        )
+    Console().print(table)
+    dense_bytes = sum(layer.dense_bytes for layer in report.layers)
+    stored_bytes = sum(layer.stored_bytes for layer in report.layers)
+    say(
+        f"{len(report.packed_layers)} of {len(report.layers)} matrices packed; {megabytes(stored_bytes)} stored, "
+        f"{megabytes(dense_bytes)} if dense, {megabytes(report.other_bytes)} of other tensors"
+    )
+    correction_bytes = sum(layer.correction_bytes for layer in report.layers)
+    if correction_bytes:
+        say(f"  {megabytes(correction_bytes)} of what is stored are corrections")

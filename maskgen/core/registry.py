@@ -1,0 +1,44 @@
+"""The folder is the registry: one extension is one file, and its file name is its name in a recipe or a flag.
+
+It may be divided into folders, which are packages; a name is unique over all of them. There is no table to edit and
+nothing is imported before it is used. Names come from users and recipes, so a name is only ever compared with the
+files that exist; it never becomes a path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from maskgen.core.errors import RecipeError, SparseError
+
+
+def names(package: ModuleType) -> list[str]:
+    """Names of the extensions in a package and its folders, sorted; files starting with `_` are helpers."""
+    return sorted(_modules(package.__name__, package.__path__))
+
+
+def load(package: ModuleType, name: str, error: type[SparseError] = RecipeError) -> ModuleType:
+    """Import one extension; raises `error` listing the known names when there is none called `name`."""
+    known = _modules(package.__name__, package.__path__)
+    if name not in known:
+        kind = package.__name__.rpartition(".")[2]
+        raise error(f"no {name!r} in {kind}; expected one of {sorted(known)}")
+    return importlib.import_module(known[name])
+
+
+def _modules(package: str, paths: Sequence[str]) -> dict[str, str]:
+    """Extension -> full module name. Packages are not imported to look into them."""
+    found: dict[str, str] = {}
+    for info in pkgutil.iter_modules(paths):
+        module = f"{package}.{info.name}"
+        if info.name.startswith("_"):
+            continue
+        if info.ispkg:
+            found |= _modules(module, [str(Path(path, info.name)) for path in paths])
+        else:
+            found[info.name] = module
+    return found

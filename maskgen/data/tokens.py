@@ -1,0 +1,183 @@
+"""Text or token ids in, token ids and calibration windows out.
+
+Where text comes from is `maskgen.data.sources`' business. Documents are tokenised as they are, without special tokens,
+and joined with the tokenizer's end-of-sequence token where it has one; empty ones are passed over. A document of more
+than `PIECE_CHARS` characters is tokenised in pieces cut before a space, because tokenizers need some hundred bytes a
+token while they work; in byte-level tokenizers that changes no token.
+
+Ids that exist already are read as they are: a one-dimensional `.npy` array of uint16, int32 or int64, or a
+`.safetensors` file with one such tensor named "ids". Every id is compared with the tokenizer's vocabulary.
+
+Calibration windows are cut at positions drawn from a seeded generator; with several sources, windows are dealt to them
+in turn, so every source contributes equally whatever its size.
+
+Legend: S = windows, T = tokens of a window.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskgen.core.digest import digest_tensors
+from maskgen.core.errors import DataError, FormatError, clip
+from maskgen.core.files import check_tensor_names, open_tensors
+from maskgen.data import sources
+
+PIECE_CHARS = 500_000
+"""Characters tokenised at a time."""
+
+CHUNK_IDS = 1 << 22
+"""Ready-made ids read at a time."""
+
+_Ids = np.ndarray[Any, np.dtype[np.int32]]
+_ID_TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
+_EXPECTED_IDS = "expected a one-dimensional little-endian array of uint16, int32 or int64"
+_NPY_HEADER_BYTES = 1 << 10
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
+    rb"\{'descr': '(?P<kind><u2|<i4|<i8)', 'fortran_order': False, 'shape': \((?P<count>[0-9]{1,18}),\), \} *\n",
+    re.DOTALL,
+)
+
+
+def read_tokens(source: Path | str, tokenizer: Any) -> Tensor:
+    """All token ids of a source, int32 `[tokens]`. Raises `DataError` naming what is wrong and where."""
+    return torch.from_numpy(np.concatenate(list(token_pieces(source, tokenizer))))
+
+
+def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
+    """The token ids of a source, int32, a piece at a time; `DataError` also when there are none."""
+    suffix = "" if sources.is_hub(source) else Path(source).suffix
+    if suffix == ".npy":
+        pieces = _checked(_numpy_ids(Path(source)), source, len(tokenizer))
+    elif suffix == ".safetensors":
+        pieces = _checked(_safetensors_ids(Path(source)), source, len(tokenizer))
+    else:
+        pieces = _tokenised(sources.documents(source), tokenizer)
+    empty = True
+    for ids in pieces:
+        empty = empty and not len(ids)
+        yield ids
+    if empty:
+        raise DataError(f"{source}: holds no text and no tokens")
+
+
+def calibration_windows(
+    files: Sequence[Path | str], tokenizer: Any, samples: int, window_tokens: int, generator: torch.Generator
+) -> Tensor:
+    """Cut `samples` random windows from the sources, int64 `[S, T]`. `DataError` when one is shorter than that."""
+    if not files:
+        raise DataError("no calibration text; give one or more text or .jsonl files with --data")
+    windows: list[Tensor] = [torch.empty(0)] * samples
+    for number, file in enumerate(files):
+        mine = range(number, samples, len(files))
+        if not mine:
+            raise DataError(f"{len(files)} files for {samples} samples; raise calibration.samples or give fewer files")
+        ids = read_tokens(file, tokenizer)
+        starts = len(ids) - window_tokens + 1
+        if starts < 1:
+            raise DataError(
+                f"{file}: {len(ids)} tokens, shorter than one window of {window_tokens}; give more text or lower "
+                "calibration.window_tokens"
+            )
+        positions = torch.randint(starts, (len(mine),), generator=generator).tolist()
+        for sample, start in zip(mine, positions, strict=True):
+            windows[sample] = ids[start : start + window_tokens]
+    return torch.stack(windows).long()
+
+
+def check_window_tokens(window_tokens: int, limit: int | None) -> None:
+    """`DataError` when a model that reads at most `limit` tokens (None: any number) cannot read such a window."""
+    if limit is not None and window_tokens > limit:
+        raise DataError(
+            f"calibration windows of {window_tokens} tokens, but the model reads at most {limit}; set "
+            f"calibration.window_tokens to {limit} or less, or leave it out"
+        )
+
+
+def digest_tokens(ids: Tensor) -> str:
+    """Digest of token ids with their shape; the data's link in the provenance chain."""
+    return digest_tensors("tokens", [("ids", ids)])
+
+
+def _tokenised(documents: Iterable[Iterator[str]], tokenizer: Any) -> Iterator[_Ids]:
+    eos = tokenizer.eos_token_id
+    anything = False
+    for document in documents:
+        joined = not anything or eos is None
+        for piece in _pieces(document):
+            if not joined:
+                yield np.array([eos], dtype=np.int32)
+            joined = anything = True
+            yield np.array(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+
+
+def _pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """The same text in stretches of at most `PIECE_CHARS`, none empty."""
+    text, start = "", 0
+    for chunk in chunks:
+        text, start = text[start:] + chunk, 0
+        while len(text) - start > PIECE_CHARS:
+            cut = text.rfind(" ", start + 1, start + PIECE_CHARS)
+            while cut > start and text[cut - 1].isspace():  # white space is often one token: do not cut inside it
+                cut = text.rfind(" ", start + 1, cut)
+            cut = start + PIECE_CHARS if cut < 0 else cut
+            yield text[start:cut]
+            start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _checked(arrays: Iterable[np.ndarray[Any, Any]], source: Path | str, vocabulary: int) -> Iterator[_Ids]:
+    position = 0
+    for array in arrays:
+        wrong = (array < 0) | (array >= vocabulary)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise DataError(
+                f"{source}: token id {array[first]} at position {position + first}, but the tokenizer has {vocabulary} "
+                "tokens; these ids were made with another tokenizer"
+            )
+        position += len(array)
+        yield array.astype(np.int32)
+
+
+def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
+    """Chunks of a `.npy` array. Its header is a Python literal; it is never parsed, only compared."""
+    with sources.readable(path), path.open("rb") as file:
+        start = file.read(_NPY_HEADER_BYTES)
+        header = _NPY.match(start)
+        if header is None:
+            raise DataError(f"{path}: not a .npy file this release reads ({clip(start[:64])}); {_EXPECTED_IDS}")
+        kind, count = np.dtype(header["kind"].decode()), int(header["count"])
+        data_bytes = path.stat().st_size - header.end()
+        if data_bytes != count * kind.itemsize:
+            raise DataError(f"{path}: {data_bytes} bytes of data for {count} ids of {kind}; write it again")
+        file.seek(header.end())
+        for done in range(0, count, CHUNK_IDS):
+            yield np.frombuffer(file.read(min(CHUNK_IDS, count - done) * kind.itemsize), dtype=kind)
+
+
+def _safetensors_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
+    with sources.readable(path):
+        try:
+            with open_tensors(path) as file:
+                check_tensor_names(path)
+                names = sorted(file.keys())
+                if names != ["ids"]:
+                    raise DataError(f'{path}: holds tensors {clip(names)}, expected one named "ids"')
+                stored = file.get_slice("ids")
+                kind, shape = str(stored.get_dtype()), stored.get_shape()
+                if kind not in _ID_TYPES or len(shape) != 1:
+                    raise DataError(f"{path}: ids of {kind} and shape {clip(shape)}; {_EXPECTED_IDS}")
+                for start in range(0, shape[0], CHUNK_IDS):
+                    yield stored[start : start + CHUNK_IDS].numpy()
+        except FormatError as error:
+            raise DataError(str(error)) from None

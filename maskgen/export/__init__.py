@@ -1,0 +1,1 @@
+"""Checkpoints as directories: compress, decompress, quantise, cut heads and neurons out, inspect."""

@@ -1,0 +1,122 @@
+"""What is in this directory, really? Layer by layer: is it N:M, and how many bytes does it take?
+
+Answers the first two questions of anybody who was handed a "sparse" model: zeros in a dense file save nothing, and a
+single group with three non-zeros keeps a layer off the sparse kernels. Works on sparse checkpoints (verified in full)
+and on ordinary Hugging Face directories, without loading the model.
+
+Legend: O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, read_headers
+from maskgen.core.layout import suffixes
+from maskgen.core.pattern import NMPattern
+from maskgen.core.values import FLOAT
+from maskgen.export.compress import iterate_tensors
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight matrix. `follows` = no group of `m` columns has more than `n` non-zeros; `zeros` is a fraction.
+
+    `stored_bytes` include scales and a correction; the latter alone are `correction_bytes`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    stored: str
+    follows: bool
+    zeros: float
+    dense_bytes: int
+    stored_bytes: int
+    correction_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases).
+
+    `values` is how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
+    """
+
+    path: str
+    pattern: str
+    compressed: bool
+    layers: list[LayerReport]
+    other_bytes: int
+    values: str = FLOAT
+
+    @property
+    def packed_layers(self) -> list[LayerReport]:
+        """Layers stored as values + bitmask."""
+        return [layer for layer in self.layers if layer.stored == "packed"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)
+
+
+def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
+    """Read every matrix of a directory. `pattern` is what a dense directory is checked against (default 2:4)."""
+    if is_sparse_checkpoint(path):
+        return _inspect_sparse(SparseCheckpoint.open(path))
+    pattern = pattern or NMPattern(2, 4)
+    layers, other_bytes = [], 0
+    for name, tensor in iterate_tensors(read_headers(path)):
+        if name.endswith(WEIGHT_SUFFIX) and tensor.ndim == 2:
+            layers.append(_dense_layer(name.removesuffix(WEIGHT_SUFFIX), tensor, pattern))
+        else:
+            other_bytes += tensor.nbytes
+    return InspectReport(str(path), str(pattern), False, layers, other_bytes)
+
+
+def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
+    pattern = checkpoint.config.pattern
+    layers = list(_packed_layers(checkpoint))
+    packed_names, own = {layer.name for layer in layers}, suffixes(checkpoint.config)
+    other_bytes = 0
+    for name in checkpoint.headers:
+        module, _, suffix = name.rpartition(".")
+        if module in packed_names and "." + suffix in own:
+            continue
+        tensor = checkpoint.tensor(name)
+        if suffix == "weight" and tensor.ndim == 2:
+            layers.append(_dense_layer(module, tensor, pattern))
+        else:
+            other_bytes += tensor.nbytes
+    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, checkpoint.config.values)
+
+
+def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:
+    for name in checkpoint.config.targets:
+        layer = checkpoint.layer(name)
+        packed = layer.packed
+        kept_zeros = int((packed.values.float() == 0).sum())
+        count = packed.shape[0] * packed.shape[1]
+        zeros = 1.0 - (packed.values.numel() - kept_zeros) / count
+        dense_bytes = packed.dense_nbytes(checkpoint.weight_dtype(name))
+        correction_bytes = 0 if layer.correction is None else layer.correction.nbytes
+        yield LayerReport(name, *packed.shape, "packed", True, zeros, dense_bytes, layer.nbytes, correction_bytes)
+
+
+def _dense_layer(name: str, weight_OI: Tensor, pattern: NMPattern) -> LayerReport:
+    nonzero_OI = weight_OI.ne(0)
+    zeros = 1.0 - int(nonzero_OI.sum()) / nonzero_OI.numel()
+    follows = weight_OI.shape[1] % pattern.m == 0 and _most_in_group(nonzero_OI, pattern) <= pattern.n
+    out_features, in_features = weight_OI.shape
+    return LayerReport(name, out_features, in_features, "dense", follows, zeros, weight_OI.nbytes, weight_OI.nbytes)
+
+
+def _most_in_group(nonzero_OI: Tensor, pattern: NMPattern) -> int:
+    nonzero_OGm = nonzero_OI.reshape(nonzero_OI.shape[0], -1, pattern.m)
+    return int(nonzero_OGm.sum(-1, dtype=torch.uint8).max())

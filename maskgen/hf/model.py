@@ -1,0 +1,255 @@
+"""Hugging Face models: load one, find its decoder blocks, and say which linear layers a recipe may prune.
+
+Works on any decoder whose blocks are a `ModuleList` as long as `num_hidden_layers`, so there is no list of supported
+architectures to maintain. Only `nn.Linear` modules inside blocks are candidates; everything else stays dense, and is
+reported by name with the reason. This file and `loader` are the only ones that read models with transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen.core.errors import ModelError, RecipeError, SparseError
+from maskgen.core.pattern import NMPattern
+from maskgen.hf import loader
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+_HF_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+)
+"""What transformers is known to raise for configurations and weights it cannot use."""
+
+OUTSIDE = "outside the decoder blocks"
+"""Why embeddings' projections and `lm_head` stay dense."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections of one module that vLLM serves as one layer: sparse together or dense together."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will touch.
+
+    `blocks` are the decoder blocks in order, `targets[i]` the prunable layers of block i by full module name, and
+    `ignored` every other `nn.Linear` of the model with the reason it stays dense.
+    """
+
+    blocks: Sequence[nn.Module]
+    targets: Sequence[Mapping[str, nn.Linear]]
+    ignored: Mapping[str, str]
+
+
+def resolve(source: str) -> Path:
+    """The directory of a model: `source` itself, or the snapshot of a hub id (downloaded when not cached).
+
+    Only safetensors and tokenizer files are fetched, never code. Raises `ModelError`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source}: not a directory; give a Hugging Face model directory or a hub id like org/name")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source}: neither a directory nor a hub model that can be downloaded: {_first_line(error)}"
+        ) from None
+
+
+def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> nn.Module:
+    """Load a causal language model for inference, dense or sparse (decompressed). "auto" keeps the stored dtype.
+
+    Code shipped with a model is never run. Raises `ModelError` when it cannot be loaded or when any weight would be
+    missing, `FormatError` when a sparse checkpoint is damaged.
+    """
+    loader.register()
+    path = Path(path)
+    config = _config(path)
+    if getattr(config, "quantization_config", None) is not None and not is_sparse_checkpoint(path):
+        raise ModelError(f"{path}: already quantized; start from the model in bfloat16, float16 or float32")
+    with _clear_errors(path):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ModelError(f"{path}: {len(info[kind])} {kind.replace('_', ' ')}, such as {sorted(info[kind])[0]}")
+    if info["unexpected_keys"]:
+        logger.warning("%s: tensors the model does not use: %s", path, sorted(info["unexpected_keys"]))
+    result: nn.Module = model.requires_grad_(False).eval().to(device)
+    return result
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The model's tokenizer; `ModelError` when the directory holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no usable tokenizer: {_first_line(error)}") from None
+
+
+def linear_names(path: Path) -> list[str]:
+    """Names of every `nn.Linear` of a model directory, from its config alone (no weights are read).
+
+    Raises `ModelError` when transformers cannot make such a model.
+    """
+    config = _config(path)
+    with _clear_errors(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def quiet() -> None:
+    """Silence transformers' progress bars and advice; for command lines, whose output is their own."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = ()) -> Plan:
+    """Decide which layers `pattern` is applied to; `ignore` are fnmatch patterns on full module names.
+
+    Raises `ModelError` when there are no decoder blocks or nothing is left to prune, `RecipeError` for an ignore
+    pattern that matches no linear layer.
+    """
+    prefix, blocks = decoder_blocks(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for glob in ignore:
+        if not any(fnmatchcase(name, glob) for name in linears):
+            raise RecipeError(f"ignore {glob!r}: matches no linear layer; names look like {next(iter(linears))}")
+    targets: list[dict[str, nn.Linear]] = [{} for _ in blocks]
+    ignored = {}
+    for name, linear in linears.items():
+        inside = name.startswith(prefix + ".")
+        reason = _reason_to_keep_dense(name, linear, inside, pattern, ignore)
+        if reason is None:
+            targets[int(name[len(prefix) + 1 :].split(".")[0])][name] = linear
+        else:
+            ignored[name] = reason
+    if not any(targets):
+        raise ModelError(f"nothing to prune with pattern {pattern}: {ignored}")
+    _refuse_half_fused({name for block in targets for name in block}, ignored)
+    return Plan(list(blocks), targets, ignored)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder's list of blocks; `ModelError` unless there is exactly one candidate."""
+    _refuse_conv1d(model)
+    config: Any = model.config
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not nested and _all_have_linears(module):
+            found[name] = module
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: expected one ModuleList of {depth} decoder blocks (num_hidden_layers), found "
+            f"{sorted(found) or 'none'}; this architecture is not supported"
+        )
+    return next(iter(found.items()))
+
+
+def max_tokens(model: nn.Module) -> int | None:
+    """Longest sequence the model was made for, if its config says so."""
+    return _context_tokens(model.config)
+
+
+def stored_max_tokens(path: Path) -> int | None:
+    """`max_tokens` of a model directory, from its config alone; `ModelError` when transformers cannot read that."""
+    return _context_tokens(_config(path))
+
+
+def _config(path: Path) -> Any:
+    with _clear_errors(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Whatever transformers raises about a model directory becomes one `ModelError`."""
+    try:
+        yield
+    except SparseError:
+        raise
+    except _HF_ERRORS as error:
+        raise ModelError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+
+
+def _context_tokens(config: Any) -> int | None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _reason_to_keep_dense(
+    name: str, linear: nn.Linear, inside: bool, pattern: NMPattern, ignore: Sequence[str]
+) -> str | None:
+    if not inside:
+        return OUTSIDE
+    matching = [glob for glob in ignore if fnmatchcase(name, glob)]
+    if matching:
+        return f"ignored by {matching[0]!r}"
+    if linear.in_features % pattern.column_multiple:
+        return f"in_features {linear.in_features} is not a multiple of {pattern.column_multiple}"
+    return None
+
+
+def _refuse_half_fused(targets: Set[str], ignored: Iterable[str]) -> None:
+    for name in ignored:
+        parent, _, leaf = name.rpartition(".")
+        for group in FUSED:
+            siblings = [f"{parent}.{part}" for part in group] if leaf in group else []
+            sparse = [sibling for sibling in siblings if sibling in targets]
+            if sparse:
+                raise RecipeError(
+                    f"ignore leaves {name} dense and {sparse[0]} sparse, but engines serve {' and '.join(group)} "
+                    "as one layer; ignore all of them or none"
+                )
+
+
+def _refuse_conv1d(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":
+            raise ModelError(
+                f"{type(model).__name__}: {name} is a Conv1D (GPT-2 style, weight stored [in, out]), which is not "
+                "supported; use an architecture built from nn.Linear"
+            )
+
+
+def _all_have_linears(blocks: nn.ModuleList) -> bool:
+    return all(any(isinstance(module, nn.Linear) for module in block.modules()) for block in blocks)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

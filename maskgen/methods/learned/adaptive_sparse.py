@@ -1,0 +1,248 @@
+"""AST: train the weights of a 2:4 model against the dense one while the mask follows the magnitudes.
+
+    y = (m * W) x,   m = the n largest |W| of every group         refreshed every `refresh_every` steps
+
+The gradient passes to ALL of W as if the mask were not there (straight through), so a pruned weight keeps learning and
+can come back. To make masks settle, an annealed decay pushes pruned weights to zero. With g = dL/d(m * W):
+
+    mu = b1 mu + (1 - b1) g
+    u  = mu + lambda(t) (1 - m) W                                 lambda rises linearly to `masked_decay`, then stays
+    v  = b2 v + (1 - b2) u^2
+    W <- (1 - lr wd) W - lr (u / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+The decay joins after the first moment, so momentum stays that of the loss, and v is built from what is used. v then
+follows mu^2, not g^2, and steps are several times those of ordinary Adam at the same rate: learning rates do not carry
+over. Where gradients are small the decay moves a weight by about lr per step whatever lambda is: lambda decides when
+the decay wins, the sum of learning rates how far it goes. `second_moment = "raw"` is ordinary Adam where weights are
+kept, v = b2 v + (1 - b2) (g^2 + (lambda (1 - m) W)^2); with g^2 alone a pruned weight that hardly has a gradient would
+be thrown far across zero, and runs diverge (seen).
+
+What has no mask (SLoRB, norms, embeddings) takes plain AdamW steps; only matrices decay.
+
+SLoRB ("boosted") adds y += S (X x), S `[O, K]`, X `[K, I]` pooling runs of k = I / K consecutive inputs. S starts at
+the mean of what its run lost, S_ij = (1/k) sum_{p in run j} W_ip (1 - m_ip), so that every run of a row keeps its mean.
+S trains with W; X is fixed (sums, no storage) or trained. The release's "sum" start, k times that, is worse than no
+correction at all.
+
+Memory per prunable weight: 17 bytes (float32 weight, gradient, two moments, the mask), the teacher beside it.
+
+Ours: pruned positions decay towards zero (the release's integer mask turned the sign round); the mask rests in the last
+`settle` of the steps, so that what is exported is what was trained last, and the mask in force is exported; a run may
+start from a learned mask and stay with it (`mask = "prior"`): weights then adapt to that mask.
+
+Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025.
+
+Legend: O = out features, I = in features, K = runs of inputs (SLoRB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as dense_linear
+
+from maskgen.core.errors import RecipeError
+from maskgen.methods import Correction, Solution
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Site
+from maskgen.numerics.shards import full, local, rows_of
+
+BETAS, EPS = (0.9, 0.95), 1e-8
+
+
+class _StraightThrough(torch.autograd.Function):
+    """m * W forwards; backwards the gradient of m * W is taken for that of W, pruned entries included."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, kept_OI: Tensor) -> Tensor:
+        return weight_OI * kept_OI
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class AdaptiveLinear(LearnedLinear):
+    """`weight` trains under the mask `kept_OI`, a buffer, so that a resumed run goes on with the mask it had."""
+
+    kept_OI: Tensor
+    weight: nn.Parameter
+
+    def __init__(self, site: Site, method: AdaptiveSparse) -> None:
+        super().__init__(site)
+        self.method = method
+        self.weight.requires_grad_(True)
+        kept_OI = site.prior_OI if method.uses_prior else self.magnitude_mask()
+        assert kept_OI is not None, "the driver gives a prior to methods that ask for one"
+        self.register_buffer("kept_OI", kept_OI.to(self.weight.device, copy=True))
+        self.out: nn.Parameter | None = None
+        self.pool: nn.Parameter | None = None
+        segment = method.slorb_segment
+        if segment == 0:
+            return
+        if self.in_features % segment:
+            raise RecipeError(
+                f"method.slorb_segment {segment}: does not divide the {self.in_features} inputs of {self.name}; "
+                f"choose a divisor, such as {math.gcd(segment, self.in_features)}"
+            )
+        lost_OI = self.weight.detach() * ~self.kept_OI
+        self.out = nn.Parameter(lost_OI.unflatten(1, (-1, segment)).mean(2))
+        if method.slorb_pool == "trained":
+            runs_K = torch.eye(self.in_features // segment, dtype=self.weight.dtype, device=self.weight.device)
+            self.pool = nn.Parameter(runs_K.repeat_interleave(segment, dim=1))
+
+    def decay(self) -> float:
+        """lambda at this moment."""
+        return self.method.masked_decay * min(1.0, self.moment.step / max(1.0, self.method.ramp * self.moment.steps))
+
+    def magnitude_mask(self) -> Tensor:
+        """The n largest |W| of every group."""
+        return self.pattern.mask_from_scores(full(self.weight.detach()).abs())
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        """(m * W) x + S (X x) + b, with dense gradients for W."""
+        return self._corrected(x, dense_linear(x, _StraightThrough.apply(self.weight, self.kept_OI), self.bias))
+
+    def hard_forward(self, x: Tensor) -> Tensor:
+        """The same numbers: this layer is never relaxed."""
+        return self._corrected(x, super().hard_forward(x))
+
+    def mask(self) -> Tensor:
+        """The mask in force, which is the one to export."""
+        return self.kept_OI.clone()
+
+    def solution(self) -> Solution:
+        """The mask, the trained weights (0 where pruned), and S and X."""
+        mask_OI = self.mask()
+        weight_OI = full(self.weight.detach()) * mask_OI
+        if self.out is None:
+            return Solution(mask_OI, weight_OI)
+        pool_KI = None if self.pool is None else full(self.pool.detach())
+        return Solution(mask_OI, weight_OI, Correction(full(self.out.detach()), pool_KI))
+
+    def _corrected(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.out is None:
+            return y
+        if self.pool is None:
+            pooled = x.unflatten(-1, (-1, self.method.slorb_segment)).sum(-1)
+        else:
+            pooled = dense_linear(x, self.pool)
+        return y + dense_linear(pooled, self.out)
+
+
+class AnnealedAdamW(torch.optim.Optimizer):
+    """The update of the module docstring; `layers` are asked for the mask and decay of their `weight` at each step.
+
+    Parameters that are not some layer's `weight` take AdamW steps. Sharded parameters are updated row by local row.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        layers: Iterable[AdaptiveLinear],
+        lr: float,
+        weight_decay: float = 0.0,
+        raw_moment: bool = False,
+    ) -> None:
+        self._layers = {layer.weight: layer for layer in layers}
+        self._raw_moment = raw_moment
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "the loss is computed by the driver"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["mu"], state["v"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        (b1, b2), lr, time = BETAS, group["lr"], float(state["step"])
+        weight, g, mu, v = (local(tensor) for tensor in (parameter, gradient, state["mu"], state["v"]))
+        mu.mul_(b1).add_(g, alpha=1 - b1)
+        u, used = mu, [g]
+        layer = self._layers.get(parameter)
+        if layer is not None:
+            decay = (weight * layer.decay()).masked_fill_(rows_of(parameter, layer.kept_OI), 0)
+            u = mu + decay
+            used = [g, decay] if self._raw_moment else [u]
+        v.mul_(b2)
+        for term in used:
+            v.addcmul_(term, term, value=1 - b2)
+        scale = (v / (1 - b2**time)).sqrt_().add_(EPS)
+        if parameter.ndim == 2:
+            weight.mul_(1 - lr * group["weight_decay"])
+        weight.addcdiv_(u, scale, value=-lr / (1 - b1**time))
+
+
+@dataclass(frozen=True)
+class AdaptiveSparse(LearnedMethod):
+    """`masked_decay`: lambda after its rise; `ramp`, `settle`: fractions of the steps; `slorb_segment`: k or 0."""
+
+    trains_weights: ClassVar[bool] = True
+
+    masked_decay: float = 5e-4
+    ramp: float = 0.25
+    settle: float = 0.1
+    refresh_every: int = 10
+    mask: str = "adaptive"
+    second_moment: str = "decayed"
+    weight_decay: float = 0.05
+    slorb_segment: int = 0
+    slorb_pool: str = "fixed"
+
+    def __post_init__(self) -> None:
+        for name, most in (("masked_decay", math.inf), ("weight_decay", math.inf), ("ramp", 1), ("settle", 1)):
+            if not 0 <= getattr(self, name) <= most or getattr(self, name) == math.inf:
+                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a number from 0 to {most}")
+        choices = {
+            "mask": ("adaptive", "prior"),
+            "second_moment": ("decayed", "raw"),
+            "slorb_pool": ("fixed", "trained"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"method.{name} {getattr(self, name)!r}: expected one of {known}")
+        if self.refresh_every < 1:
+            raise RecipeError(f"method.refresh_every {self.refresh_every}: expected 1 or more steps")
+        if self.slorb_segment < 0:
+            raise RecipeError(f"method.slorb_segment {self.slorb_segment}: expected inputs per run, or 0 for no SLoRB")
+
+    @property
+    def uses_prior(self) -> bool:
+        """With `mask = "prior"` the weights adapt to a mask that stays."""
+        return self.mask == "prior"
+
+    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear | None:
+        """A layer that trains its own weights under a mask."""
+        return AdaptiveLinear(site, self)
+
+    def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """`AnnealedAdamW` of everything."""
+        mine = _layers(layers)
+        parameters = [item for layer in mine for item in (layer.weight, layer.out, layer.pool) if item is not None]
+        return AnnealedAdamW([*parameters, *others], mine, lr, self.weight_decay, self.second_moment == "raw")
+
+    def before_step(self, layers: Layers, moment: Moment) -> None:
+        """Refresh the masks every `refresh_every` steps, until they settle. S stays what it has become."""
+        if self.uses_prior or moment.step % self.refresh_every or moment.step >= (1 - self.settle) * moment.steps:
+            return
+        for layer in _layers(layers):
+            layer.kept_OI.copy_(layer.magnitude_mask())
+
+
+def _layers(layers: Layers) -> list[AdaptiveLinear]:
+    return [layer for layer in layers.values() if isinstance(layer, AdaptiveLinear)]
+
+
+METHOD = AdaptiveSparse

@@ -1,0 +1,130 @@
+"""ADMM: repair what pruning broke, by solving for the weights that stay; for any mask, or for one it chooses.
+
+With a mask M fixed, the best weights of a row solve a least-squares problem: min over w on M of (w - w0)^T H (w - w0),
+H = X^T X. Exact solutions need one factorisation per row. ADMM needs one for all rows: it alternates between a
+minimiser that ignores the mask and a projection that knows nothing else, held together by a dual variable U.
+
+    features to unit norm   n_j = sqrt(H_jj),  H~ = D^-1 H D^-1 + damp * mean(diag) * I,  W~ = W D,  D = diag(n)
+    repeat                  Z  = (W~ + U) * M
+                            U += W~ - Z
+                            W~ = (W~_0 H~ + rho (Z - U)) (H~ + rho I)^-1
+    at last                 W  = (W~ + U) * M  D^-1
+
+Scaling features makes rho = 1 right for every layer, and makes the first |W~| Wanda's score. When the mask is to be
+chosen (`mask = "own"`), it is taken anew from |W~ + U| in each of the first `ramp` iterations, while sparsity rises as
+1 - (1 - t / ramp)^3 towards the pattern's: weights that compensate for others are not judged by their old values. What
+a group would keep in the end is never dropped on the way.
+
+Deviation: the ramp ranks weights within their row, not within the whole matrix, because rows are separate problems; so
+scaling a row changes nothing. With `mask = "prior"` the mask is given, and this is the cheap repair after any method
+(`maskgen run admm --prior MASKS --set method.mask=prior`).
+
+Features that were never active constrain nothing: they are dropped first, and where a given mask keeps them they keep
+their weights. Workspace: three float32 matrices `[I, I]` beside five of the weight's size.
+
+Source: Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.core.pattern import NMPattern
+from maskgen.methods import LocalMethod, Solution
+from maskgen.numerics.statistics import Gram, add_gram, cholesky
+
+
+@dataclass(frozen=True)
+class ADMM(LocalMethod):
+    """`mask`: "own" chooses one during the first `ramp` of `iterations`, "prior" keeps the one that is given.
+
+    `damp`: fraction of the mean diagonal added to the Hessian; `rho`: how hard weights are pulled to the mask.
+    """
+
+    mask: str = "own"
+    damp: float = 0.1
+    rho: float = 1.0
+    iterations: int = 20
+    ramp: int = 15
+
+    def __post_init__(self) -> None:
+        if self.mask not in ("own", "prior"):
+            raise RecipeError(f'method.mask {self.mask!r}: expected "own" or "prior" (with --prior FILE)')
+        for name, value in (("damp", self.damp), ("rho", self.rho)):
+            if not 0 < value < math.inf:
+                raise RecipeError(f"method.{name} {value}: expected a positive number")
+        if not 1 <= self.ramp <= self.iterations:
+            raise RecipeError(
+                f"method.ramp {self.ramp}: expected at least 1 and at most method.iterations ({self.iterations})"
+            )
+
+    @property
+    def uses_prior(self) -> bool:
+        """With `mask = "prior"`."""
+        return self.mask == "prior"
+
+    def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
+        """`stats` is the Gram matrix of the inputs, updated in place."""
+        return add_gram(stats, x_TI)
+
+    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
+        """Mask and repaired weights (float32, zero where pruned)."""
+        assert (prior_OI is not None) == self.uses_prior
+        norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
+        start_OI = weight_OI * norm_I
+        target_OI = start_OI @ hessian_II
+        inverse_II = _inverse(hessian_II, self.rho)
+        mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
+        free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)
+        for iteration in range(self.iterations):
+            total_OI = free_OI + dual_OI
+            if prior_OI is None and iteration < self.ramp:
+                progress = 1 - (1 - (iteration + 1) / self.ramp) ** 3
+                mask_OI = _ramped_mask(total_OI.abs() * alive_I, pattern, progress)
+            kept_OI = total_OI * mask_OI
+            dual_OI = total_OI - kept_OI
+            free_OI = (target_OI + self.rho * (kept_OI - dual_OI)) @ inverse_II
+        return Solution(mask_OI, (free_OI + dual_OI) / norm_I * mask_OI)
+
+
+def _normalised(sum_II: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms of the features `[I]` (1 for dead ones), which are alive `[I]`, and the damped Hessian of unit features."""
+    alive_I = sum_II.diagonal() > 0
+    norm_I = sum_II.diagonal().sqrt().where(alive_I, 1.0)
+    hessian_II = sum_II / norm_I / norm_I[:, None]
+    hessian_II.diagonal().add_(damp * hessian_II.diagonal().mean())
+    return norm_I, alive_I, hessian_II
+
+
+def _inverse(hessian_II: Tensor, rho: float) -> Tensor:
+    """(H + rho I)^-1. The diagonal of H is about 1, so this is well conditioned unless H is no Gram matrix at all."""
+    shifted_II = hessian_II.clone()
+    shifted_II.diagonal().add_(rho)
+    lower_II = cholesky(shifted_II)
+    if lower_II is None:
+        raise NumericalError(
+            f"the Gram matrix of {hessian_II.shape[0]} input features is not positive semi-definite; look for NaN or "
+            "infinity in the calibration inputs, or raise method.damp or method.rho"
+        )
+    return torch.cholesky_inverse(lower_II)
+
+
+def _ramped_mask(score_OI: Tensor, pattern: NMPattern, progress: float) -> Tensor:
+    """The pattern's mask of these scores, plus the best of each row's rest, of which `progress` (0 to 1) is dropped."""
+    mask_OI = pattern.mask_from_scores(score_OI)
+    in_features = score_OI.shape[1]
+    dropped = round(progress * (in_features - pattern.kept_columns(in_features)))
+    if dropped == 0:
+        return torch.ones_like(mask_OI)
+    threshold_O1 = score_OI.masked_fill(mask_OI, math.inf).kthvalue(dropped, dim=1, keepdim=True).values
+    return mask_OI | (score_OI > threshold_O1)
+
+
+METHOD = ADMM

@@ -1,0 +1,247 @@
+"""Recipes: everything about a *result*, in one frozen, strict object read from TOML.
+
+What is about the machine (device, threads, directories) is a flag and never stored; what decides the numbers is here,
+and its digest is written into every artefact. An unknown key is an error that lists the known ones. Method options
+are resolved when the recipe is read, so a recipe that spells out a default and one that does not have one digest.
+
+    pattern = "2:4"                        # n kept of every m columns
+    ignore = ["model.layers.0.*"]          # fnmatch patterns on module names to keep dense (default: none)
+
+    [method]
+    name = "sparsegpt"                     # a file of maskgen/methods; the other keys are its options
+    damp = 0.01
+
+    [calibration]
+    samples = 128                          # windows of calibration text
+    window_tokens = 2048                   # tokens of each (default: 2048, or the model's context if that is shorter)
+    seed = 0                               # where in the text they are cut
+    batch = 8                              # windows per forward pass
+
+A learned method has two sections more. `[prior]` is written like `[method]` and names the one-shot method that makes
+the mask to start from, on the `[calibration]` text; it is dropped when the method's options have no use for it.
+
+    [prior]
+    name = "sparsegpt"
+    update = false
+
+    [train]
+    steps = 300                            # see `Training`; defaults for what is left out
+    lr = 1e-3
+
+The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+
+import maskgen
+from maskgen.core.digest import digest_json
+from maskgen.core.errors import RecipeError
+from maskgen.core.pattern import NMPattern
+from maskgen.methods import LocalMethod, Method, create
+from maskgen.methods.learned import LearnedMethod
+from maskgen.recipes.sections import Strict, Training
+
+WINDOW_TOKENS = 2048
+"""Length of calibration and training windows, for models that read as much."""
+
+RECIPE_FILE = "maskgen_recipe.json"
+"""The resolved recipe, written beside the weights."""
+
+_Pattern = Annotated[
+    NMPattern,
+    BeforeValidator(lambda value: value if isinstance(value, NMPattern) else NMPattern.parse(value)),
+    PlainSerializer(str),
+]
+
+
+class Calibration(Strict):
+    """Calibration text: `samples` windows of `window_tokens` tokens; `batch` windows go through a block together.
+
+    `window_tokens` is None until `Recipe.for_context` has seen the model.
+    """
+
+    samples: int = Field(default=128, ge=1)
+    window_tokens: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    batch: int = Field(default=8, ge=1)
+
+
+class MethodSpec(Strict):
+    """A method by name with all of its options, defaults included."""
+
+    name: str
+    options: dict[str, bool | int | float | str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, value: Any) -> Any:
+        """`{name, **options}` as in TOML -> `{name, options}` with defaults filled in and checked."""
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise RecipeError('method: expected a table with a name, for example [method] name = "wanda"')
+        options = {key: option for key, option in value.items() if key != "name"}
+        return {"name": value["name"], "options": dataclasses.asdict(create(value["name"], options))}
+
+    def build(self) -> Method:
+        """The method, ready to use."""
+        return create(self.name, self.options)
+
+
+class Recipe(Strict):
+    """A resolved recipe. Make one with `load` or `parse`. `train` is there exactly when the method is a learned one."""
+
+    pattern: _Pattern = NMPattern(2, 4)
+    method: MethodSpec
+    prior: MethodSpec | None = None
+    calibration: Calibration = Calibration()
+    train: Training | None = None
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        """Settle which of the learned methods' sections there are: a recipe has one resolved form."""
+        if not isinstance(value, dict) or not isinstance(value.get("method"), dict):
+            return value
+        try:
+            method = MethodSpec.model_validate(value["method"]).build()
+        except ValidationError:  # reported, with its place, when the field itself is read
+            return value
+        if not isinstance(method, LearnedMethod):
+            return value
+        prior = value.get("prior") if method.uses_prior else None
+        return {**value, "prior": prior, "train": value.get("train", {})}
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        method = self.build_method()
+        method.check_pattern(self.pattern)
+        for section in ("prior", "train"):
+            if isinstance(method, LocalMethod) and getattr(self, section) is not None:
+                raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
+        if self.prior is not None:
+            prior = self.prior.build()
+            if not isinstance(prior, LocalMethod):
+                raise RecipeError(f"prior.name: {self.prior.name} is learned itself; expected a one-shot method")
+            prior.check_pattern(self.pattern)
+        return self
+
+    def for_context(self, limit: int | None) -> Recipe:
+        """This recipe with `window_tokens` settled for a model that reads at most `limit` tokens (None: any number).
+
+        A number that the recipe gives stays as it is.
+        """
+        window_tokens = WINDOW_TOKENS if limit is None else min(WINDOW_TOKENS, limit)
+        changes: dict[str, Calibration | Training] = {}
+        for name, section in (("calibration", self.calibration), ("train", self.train)):
+            if section is not None and section.window_tokens is None:
+                changes[name] = section.model_copy(update={"window_tokens": window_tokens})
+        return self.model_copy(update=changes)
+
+    def build_method(self) -> Method:
+        """The method, ready to use: a `LocalMethod` or a `LearnedMethod`."""
+        return self.method.build()
+
+    def local_method(self) -> LocalMethod:
+        """The one-shot method; `RecipeError` for a recipe of a learned one."""
+        method = self.build_method()
+        if not isinstance(method, LocalMethod):
+            raise RecipeError(f"method.name: {self.method.name} is learned; expected a one-shot method")
+        return method
+
+    def prior_recipe(self) -> Recipe | None:
+        """The one-shot recipe of the mask to start from."""
+        if self.prior is None:
+            return None
+        return self.model_copy(update={"method": self.prior, "prior": None, "train": None})
+
+    def resolved(self) -> dict[str, Any]:
+        """JSON-serialisable form with every default spelled out; what `digest` covers."""
+        form = self.model_dump(mode="json")
+        return {key: value for key, value in form.items() if value is not None}
+
+    def digest(self) -> str:
+        """`sha256:<hex>` of the resolved recipe."""
+        return digest_json(self.resolved())
+
+
+def names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a file by path (`*.toml`), with `key.path=value` overrides applied.
+
+    Raises `RecipeError` for anything that is not exactly a recipe.
+    """
+    return parse(_read(source), f"recipe {source}", overrides)
+
+
+def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Read TOML text. Override values are TOML too; a value that is not TOML is taken as a string."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def _folder() -> Any:
+    return resources.files(maskgen) / "recipes"
+
+
+def _read(source: str) -> str:
+    path = Path(source)
+    if path.suffix == ".toml":
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {source}: cannot be read: {error}") from None
+    if source not in names():
+        raise RecipeError(f"no recipe {source!r}; shipped recipes are {names()}, or give the path of a .toml file")
+    text: str = (_folder() / f"{source}.toml").read_text("utf-8")
+    return text
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *path, last = key.strip().split(".")
+    if not equals or not last:
+        raise RecipeError(f"override {override!r}: expected key=value, for example method.damp=0.05")
+    table: Any = raw
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"override {override!r}: {part} is not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text
+
+
+def _explain(error: ValidationError) -> str:
+    """First problem of a pydantic report as one line; for an unknown key, with the keys that exist."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        models: dict[str, type[Strict]] = {"calibration": Calibration, "train": Training}
+        model = models.get(str(problem["loc"][0]), Recipe)
+        return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
+    if problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+        return text.replace("method", "prior") if where == "prior" else text
+    return f"{where}: {problem['msg'].lower()}, got {str(problem['input'])[:80]!r}"

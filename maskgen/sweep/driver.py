@@ -1,0 +1,294 @@
+"""Driver 1: run a one-shot method over a model block by block, in constant memory.
+
+    embeddings -> [block 0] -> [block 1] -> ...        activations of all calibration windows stay in host memory
+                  observe inputs of its linears (dense weights)
+                  solve each linear, round to the stored dtype, prune
+                  run again with the pruned weights -> inputs of the next block
+
+A block thus sees the errors its predecessors really make. Only the block at work is in float32 and on the device; the
+rest of the model keeps its dtype in host memory, so the peak is the dense model, one block's float32 copy with its
+statistics, and the activations. Linear layers that are fed the very same tensor (q, k and v; gate and up) share one set
+of statistics. A method that needs no data skips every forward pass.
+
+Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
+and ends with the same bits as an uninterrupted one.
+
+Legend: O = out features, I = in features, T = tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgen.core.digest import digest_json
+from maskgen.core.errors import DataError, ModelError, NumericalError, PatternError, RecipeError
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from maskgen.data.tokens import check_window_tokens, digest_tokens
+from maskgen.hf import blocks
+from maskgen.hf.model import Plan, max_tokens, plan
+from maskgen.methods import LocalMethod
+from maskgen.numerics.memory import peak_rss_bytes
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.workdir import WorkDir
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a sweep is: `block` of `blocks` (from 0), what was just finished, and for how long it ran."""
+
+    block: int
+    blocks: int
+    what: str
+    elapsed_s: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep did and cost. `ignored` maps linear layers that stay dense to the reason."""
+
+    targets: tuple[str, ...]
+    ignored: Mapping[str, str]
+    solve_s: Mapping[str, float]
+    total_s: float
+    million_weights: float
+    peak_rss_bytes: int
+    resumed_blocks: int
+
+    @property
+    def s_per_million_weights(self) -> float:
+        """Seconds of the whole sweep, forward passes included, per million weights in pruned layers."""
+        return self.total_s / self.million_weights
+
+
+@dataclass
+class _Observer:
+    """Feeds the inputs of a block's target layers to the method, once per distinct tensor."""
+
+    method: LocalMethod
+    stats: dict[str, Any] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._see(name, args[0])
+
+        return before
+
+    def end_of_batch(self) -> None:
+        """Forget this batch's inputs. They are held until here so that `is` cannot meet a recycled object."""
+        self.inputs.clear()
+
+    def take(self, name: str) -> Any:
+        """The statistics of `name`; given up when no other layer still waits for them."""
+        if name not in self.leaders:
+            raise NumericalError(
+                f"{name}: no calibration input ever reached this layer; give more text, or keep it dense with ignore"
+            )
+        leader = self.leaders.pop(name)
+        return self.stats[leader] if leader in self.leaders.values() else self.stats.pop(leader)
+
+    def _see(self, name: str, x: Tensor) -> None:
+        leader = next((other for other, seen in self.inputs.items() if seen is x), name)
+        if self.leaders.setdefault(name, leader) != leader:
+            raise ModelError(
+                f"{name}: shares its input with {self.leaders[name]} in one batch and with {leader} in another; "
+                "layers that are wired differently from batch to batch are not supported"
+            )
+        if leader == name:
+            self.inputs[name] = x
+            self.stats[name] = self.method.observe(self.stats.get(name), x.reshape(-1, x.shape[-1]))
+
+
+def run_digest(
+    recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu", prior_digest: str | None = None
+) -> str:
+    """What identifies a run: recipe, dense weights, calibration tokens, prior, and whose arithmetic made its bits."""
+    data = None if windows is None else digest_tokens(windows)
+    arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
+    return digest_json(
+        {"recipe": recipe.digest(), "base": base_digest, "data": data, "prior": prior_digest, **arithmetic}
+    )
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: Tensor | None,
+    work_dir: Path,
+    base_digest: str,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    prior: Callable[[str], Tensor] | None = None,
+    prior_digest: str | None = None,
+) -> tuple[SweepReport, WorkDir]:
+    """Prune `model` (on the CPU) in place; the packed layers are in the returned `WorkDir`.
+
+    `windows` are calibration tokens `[S, T]`, or None for a method that needs none. `base_digest` is the digest of the
+    weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
+    is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`. Raises
+    `ModelError`, `DataError`, `RecipeError`, `NumericalError` (naming the layer), and `OutputExistsError` when
+    `work_dir` belongs to another run.
+    """
+    todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.local_method()
+    data = _data_for(method, recipe, windows, max_tokens(model))
+    _check_prior(method, recipe, todo, prior)
+    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), recipe.pattern)
+    unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
+    run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1), prior)
+    if data is not None and unfinished:
+        run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
+    for index in range(len(todo.blocks)):
+        run.prune_block(index)
+    count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
+    report = SweepReport(
+        targets=tuple(name for targets in todo.targets for name in targets),
+        ignored=todo.ignored,
+        solve_s=run.solve_s,
+        total_s=time.perf_counter() - run.started_s,
+        million_weights=count / 1e6,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed_blocks=run.resumed_blocks,
+    )
+    return report, work
+
+
+@dataclass
+class _Sweep:
+    """One run over one model: the state that goes from block to block."""
+
+    method: LocalMethod
+    plan: Plan
+    work: WorkDir
+    device: torch.device
+    progress: Callable[[Progress], None] | None
+    last_to_solve: int
+    prior: Callable[[str], Tensor] | None = None
+    recording: blocks.Recording | None = None
+    solve_s: dict[str, float] = field(default_factory=dict)
+    resumed_blocks: int = 0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def prune_block(self, index: int) -> None:
+        """Solve or load block `index`, put the pruned weights in, and advance the activations past it."""
+        block, targets = self.plan.blocks[index], self.plan.targets[index]
+        dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
+        with blocks.upcast(block, self.device):
+            if self.work.has(index):
+                layers = self.work.load(index, {name: linear.weight.shape for name, linear in targets.items()})
+                self.resumed_blocks += 1
+            else:
+                layers = self._solve(index, dtypes)
+                self.work.save(index, layers)
+            for name, packed in layers.items():
+                targets[name].weight.data = packed.unpack().to(self.device, blocks.COMPUTE_DTYPE)
+            if self.recording is not None and index < self.last_to_solve:
+                self._advance(index, self.recording)
+        self._report(index, "block done")
+
+    def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, PackedTensor]:
+        targets = self.plan.targets[index]
+        observer = _Observer(self.method)
+        if self.recording is not None and targets:
+            self._observe(index, self.recording, observer)
+        layers = {}
+        for name, linear in targets.items():
+            started_s = time.perf_counter()
+            stats = observer.take(name) if self.recording is not None else None
+            prior_OI = None if self.prior is None else self.prior(name).to(self.device)
+            pattern, dtype = self.work.pattern, dtypes[name]
+            layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
+            self.solve_s[name] = time.perf_counter() - started_s
+            self._report(index, name)
+        return layers
+
+    def _observe(self, index: int, recording: blocks.Recording, observer: _Observer) -> None:
+        handles = [
+            linear.register_forward_pre_hook(observer.hook(name)) for name, linear in self.plan.targets[index].items()
+        ]
+        try:
+            for batch, hidden_BTD in enumerate(recording.hidden):
+                blocks.run(self.plan.blocks[index], hidden_BTD, recording.call(batch, index), self.device)
+                observer.end_of_batch()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._report(index, "calibration inputs")
+
+    def _advance(self, index: int, recording: blocks.Recording) -> None:
+        for batch, hidden_BTD in enumerate(recording.hidden):
+            call = recording.call(batch, index)
+            recording.hidden[batch] = blocks.run(self.plan.blocks[index], hidden_BTD, call, self.device)
+            blocks.check_finite(recording.hidden[batch], f"output of block {index}")
+
+    def _report(self, block: int, what: str) -> None:
+        if self.progress is not None:
+            elapsed_s = time.perf_counter() - self.started_s
+            self.progress(Progress(block, len(self.plan.blocks), what, elapsed_s, peak_rss_bytes()))
+
+
+def solve_layer(
+    method: LocalMethod,
+    weight_OI: Tensor,
+    stats: Any,
+    pattern: NMPattern,
+    dtype: torch.dtype,
+    name: str,
+    prior_OI: Tensor | None = None,
+) -> PackedTensor:
+    """Solve one float32 weight, round the result to `dtype` and pack it (on the CPU).
+
+    Weights the method did not change come out bit for bit as they were. Raises `NumericalError` naming the layer.
+    """
+    blocks.check_finite(weight_OI, f"{name}: weight")
+    try:
+        solution = method.solve(weight_OI, stats, pattern, prior_OI)
+    except (PatternError, NumericalError) as error:
+        raise NumericalError(f"{name}: {error}") from error
+    solved_OI = weight_OI if solution.weight is None else solution.weight
+    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
+
+
+def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit: int | None) -> Tensor | None:
+    """The windows `method` is to see, checked: a mistake must not leave a work directory that outlives it."""
+    if not method.needs_data:
+        return None
+    if windows is None:
+        raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
+    check_window_tokens(windows.shape[1], limit)
+    return windows
+
+
+def _check_prior(method: LocalMethod, recipe: Recipe, todo: Plan, prior: Callable[[str], Tensor] | None) -> None:
+    """Check every mask of the prior before work begins. Raises `RecipeError` and `DataError`."""
+    if prior is None and method.uses_prior:
+        raise RecipeError(
+            f"method {recipe.method.name} with these options needs masks to start from; give --prior FILE"
+        )
+    if prior is None:
+        return
+    if not method.uses_prior:
+        raise RecipeError(f"method {recipe.method.name} with these options takes no prior; leave out --prior")
+    for name, linear in (item for targets in todo.targets for item in targets.items()):
+        try:
+            mask_OI = prior(name)
+            if mask_OI.shape != linear.weight.shape:
+                raise DataError(
+                    f"prior mask of {name}: shape {tuple(mask_OI.shape)}, the layer has {tuple(linear.weight.shape)}; "
+                    "these masks are of another model"
+                )
+            recipe.pattern.check_mask(mask_OI, f"prior mask of {name}")
+        except KeyError:
+            raise DataError(f"the prior has no mask for {name}; keep this layer dense with ignore") from None
+        except PatternError as error:
+            raise DataError(str(error)) from None

@@ -1,0 +1,222 @@
+"""Reorder hidden neurons so that an N:M pattern keeps more of them; the model computes what it did before.
+
+    down_proj(act(gate_proj(x)) * up_proj(x)):   columns of down_proj, rows (and biases) of gate_proj and up_proj
+
+What comes out is a stock dense directory: any recipe prunes it, learned ones too, any engine serves it, and nothing is
+gathered at run time. Scores are a one-shot method's (`ScoreMethod`), the order is `maskgen.sweep.arrange`'s; blocks are
+run one by one, dense, as in a sweep. Neurons are the only inputs of a pruned layer whose order concerns nobody outside
+of their block and is free inside of it; those of other layers stay where they are.
+
+Each block is run again in its new order, in float32, and what it adds to every token has to be what it was; else
+nothing is written.
+
+Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
+
+Legend: S = windows, T = tokens, B = batch, D = hidden size, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgen.core.checkpoint import read_headers
+from maskgen.core.errors import DataError, ModelError, NumericalError, RecipeError
+from maskgen.core.files import read_json
+from maskgen.core.pattern import NMPattern
+from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
+from maskgen.data.tokens import check_window_tokens
+from maskgen.export.compress import companion_files, iterate_tensors
+from maskgen.hf import blocks
+from maskgen.hf.model import decoder_blocks, max_tokens, plan
+from maskgen.methods import ScoreMethod
+from maskgen.numerics.memory import peak_rss_bytes
+from maskgen.numerics.units import FEEDS, NEURONS, kind_of
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.arrange import Arrangement, arrange
+from maskgen.sweep.driver import Progress
+
+PERMUTATION_FILE = "permutation.json"
+"""Where a reordered model says what was moved, and why: recipe, base, data, and each order."""
+
+PROBE_TOKENS = 16
+"""With how many tokens blocks are checked where a method needs no data."""
+
+TOLERANCE, ROUNDING = 1e-3, 1e-5
+"""How much may change of what a block adds to a token, and of the token, for float32's rounding; both by L2 norm."""
+
+
+@dataclass(frozen=True)
+class PermuteReport:
+    """The arrangement of each `down_proj` by name, and what was written."""
+
+    arrangements: Mapping[str, Arrangement]
+    total_bytes: int
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """Fraction of its scores that a layer keeps, before and after, mean over layers."""
+        found = self.arrangements.values()
+        return mean(one.before for one in found), mean(one.after for one in found)
+
+
+def score_method(recipe: Recipe) -> ScoreMethod:
+    """The method of a recipe that has scores; `RecipeError` for others."""
+    method = recipe.build_method()
+    if not isinstance(method, ScoreMethod):
+        raise RecipeError(
+            f"method.name: {recipe.method.name} has no scores that are independent of the groups; order neurons with "
+            "ria, wanda or magnitude, then run any recipe on the result"
+        )
+    return method
+
+
+@torch.no_grad()
+def find(
+    model: nn.Module,
+    recipe: Recipe,
+    windows_ST: Tensor | None,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Arrangement]:
+    """An order for the neurons of every FFN that `recipe` prunes, by name of its `down_proj`; applied to `model`.
+
+    `windows_ST` are calibration tokens, or None for a method that needs none. Raises `RecipeError`, `DataError`,
+    `NumericalError`, and `ModelError`: no such FFN, or not the same function afterwards.
+    """
+    method, todo, started_s = score_method(recipe), plan(model, recipe.pattern, recipe.ignore), time.perf_counter()
+    prefix, _ = decoder_blocks(model)
+    sites = [{name: linear for name, linear in block.items() if kind_of(name) == NEURONS} for block in todo.targets]
+    if not any(sites):
+        raise ModelError(
+            f"{type(model).__name__}: no block has a {NEURONS} that this recipe prunes; only neurons between "
+            f"{' or '.join(FEEDS[NEURONS])} and {NEURONS} can be reordered"
+        )
+    windows_ST = _windows(model, recipe, method, windows_ST)
+    recording = blocks.record(model, todo.blocks, windows_ST.split(recipe.calibration.batch))
+    run = _Run(method, recipe.pattern, recording, torch.device(device))
+    arrangements: dict[str, Arrangement] = {}
+    for index, block in enumerate(todo.blocks):
+        with blocks.upcast(block, run.device):
+            arrangements |= run.reorder(index, block, f"{prefix}.{index}", sites[index])
+        if progress is not None:
+            elapsed_s = time.perf_counter() - started_s
+            progress(Progress(index, len(todo.blocks), "block done", elapsed_s, peak_rss_bytes()))
+    return arrangements
+
+
+def write(
+    model_dir: Path,
+    arrangements: Mapping[str, Arrangement],
+    out_dir: Path,
+    provenance: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> PermuteReport:
+    """Write the model of `model_dir` with its neurons in the order of `arrangements`, one tensor at a time.
+
+    `provenance` is written beside the weights. Raises `OutputExistsError`; then nothing is left behind.
+    """
+    orders = {name: found.order for name, found in arrangements.items()}
+    layers = {
+        name: {"before": found.before, "after": found.after, "order": found.order.tolist()}
+        for name, found in arrangements.items()
+    }
+    config, extra = read_json(model_dir / "config.json"), {PERMUTATION_FILE: {**provenance, "layers": layers}}
+    with CheckpointWriter(out_dir, config, companion_files(model_dir), extra, shard_bytes) as writer:
+        for name, tensor in iterate_tensors(read_headers(model_dir)):
+            writer.add(name, moved(name, tensor, orders))
+    return PermuteReport(arrangements, writer.total_bytes)
+
+
+def moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the model, by its full name, with neurons in the order of `orders` (`[I]` by `down_proj`)."""
+    module, _, parameter = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    if module in orders and parameter == "weight":
+        return tensor[:, orders[module]]
+    site = f"{parent}.{NEURONS}"
+    if leaf in FEEDS[NEURONS] and site in orders and parameter in ("weight", "bias"):
+        return tensor[orders[site]]
+    return tensor
+
+
+def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: Tensor | None) -> Tensor:
+    """The tokens that blocks are run on, `[S, T]`: those given, or a few, to check blocks with."""
+    limit = max_tokens(model)
+    if method.needs_data:
+        if windows_ST is None:
+            raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
+        check_window_tokens(windows_ST.shape[1], limit)
+        return windows_ST
+    config: Any = model.config
+    return torch.arange(min(PROBE_TOKENS, limit or PROBE_TOKENS, config.get_text_config(decoder=True).vocab_size))[None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over a model; `recording.hidden` goes from block to block."""
+
+    method: ScoreMethod
+    pattern: NMPattern
+    recording: blocks.Recording
+    device: torch.device
+
+    def reorder(
+        self, index: int, block: nn.Module, block_name: str, sites: Mapping[str, nn.Linear]
+    ) -> dict[str, Arrangement]:
+        """Advance all batches past a float32 block, order its neurons, and see that it does what it did."""
+        first_BTD, call = self.recording.hidden[0], self.recording.call(0, index)
+        stats = self._advance(index, block, sites)
+        found = {}
+        for name, linear in sites.items():
+            if self.method.needs_data and name not in stats:
+                raise NumericalError(f"{name}: no calibration input ever reached this layer; give more text")
+            score_OI = self.method.score(linear.weight, stats.get(name))
+            blocks.check_finite(score_OI, f"{name}: scores")
+            found[name] = arrange(score_OI, self.pattern)
+        orders = {name: one.order.to(self.device) for name, one in found.items()}
+        for name, parameter in block.named_parameters():
+            parameter.data = moved(f"{block_name}.{name}", parameter.data, orders)
+        again_BTD = blocks.run(block, first_BTD, call, self.device)
+        _check_same(first_BTD, self.recording.hidden[0], again_BTD, block_name)
+        return found
+
+    def _advance(self, index: int, block: nn.Module, sites: Mapping[str, nn.Linear]) -> dict[str, Any]:
+        """Run a block on all batches; the method's statistics of the inputs of its sites."""
+        stats: dict[str, Any] = {}
+
+        def observer(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                stats[name] = self.method.observe(stats.get(name), args[0].reshape(-1, args[0].shape[-1]))
+
+            return observe
+
+        handles = [linear.register_forward_pre_hook(observer(name)) for name, linear in sites.items()]
+        try:
+            for batch, hidden_BTD in enumerate(self.recording.hidden):
+                call = self.recording.call(batch, index)
+                self.recording.hidden[batch] = blocks.run(block, hidden_BTD, call, self.device)
+                blocks.check_finite(self.recording.hidden[batch], f"output of block {index}")
+        finally:
+            for handle in handles:
+                handle.remove()
+        return stats
+
+
+def _check_same(before_BTD: Tensor, expected_BTD: Tensor, found_BTD: Tensor, what: str) -> None:
+    """Token by token, by what the block adds to it: a few huge tokens, or a huge residual stream, hide nothing."""
+    difference_BT = (expected_BTD - found_BTD).norm(dim=-1)
+    added_BT = (expected_BTD - before_BTD).norm(dim=-1)
+    if not bool((difference_BT <= TOLERANCE * added_BT + ROUNDING * expected_BTD.norm(dim=-1)).all()):
+        worst = float((difference_BT / added_BT.clamp_min(1e-30)).max())
+        raise ModelError(
+            f"{what}: with its neurons in another order, what it adds to a token differs by up to {worst:.2g} of its "
+            f"size, so the way to {NEURONS} is not one neuron at a time; keep these layers out with ignore"
+        )

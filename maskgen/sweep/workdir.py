@@ -1,0 +1,158 @@
+"""The work directory of a sweep: one file per finished block, so that a killed run continues where it stopped.
+
+`block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, written under a temporary name,
+flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (digest over recipe, base
+weights, data and what computes); another run is refused rather than mixed in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from maskgen.core.checkpoint import VALUES_SUFFIX
+from maskgen.core.errors import FormatError, OutputExistsError
+from maskgen.core.files import (
+    fsync_path,
+    is_temporary,
+    open_tensors,
+    read_json,
+    temporary_sibling,
+    write_json,
+)
+from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+
+_RUN_FILE = "run.json"
+_KEPT_FILE = "kept"
+"""There when the run is finished and its caller asked for the directory: no leftover of a clean-up cut short."""
+TOKENS_FOLDER = "tokens"
+"""Where in it the token cache of `data.corpus` is: named by content, so it may be there before the run is known."""
+
+
+def work_dir(out_dir: Path) -> Path:
+    """Where a run that writes `out_dir` keeps what it has done so far."""
+    return out_dir.with_name(out_dir.name + ".work")
+
+
+def finish(path: Path, keep: bool) -> None:
+    """The run of this directory has its result: delete the directory, or mark it as wanted.
+
+    What is being deleted has another name, so that what is left of it, should the process be killed, is nobody else's.
+    """
+    if keep:
+        write_json(path / _KEPT_FILE, {})
+        return
+    doomed = _doomed(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):  # the result is there; the same command does what was left
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether `path`, of a run with a result, was about to be deleted when its process was killed."""
+    return _doomed(path).exists() or ((path / _RUN_FILE).is_file() and not (path / _KEPT_FILE).exists())
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(path.name + ".removing")
+
+
+class WorkDir:
+    """Finished blocks of the run `run_digest`. Opening makes the directory, or continues one of the same run.
+
+    Raises `OutputExistsError` when `path` holds anything else.
+    """
+
+    def __init__(self, path: Path, run_digest: str, pattern: NMPattern) -> None:
+        self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
+        self._file_of: dict[str, Path] = {}
+        claim(self.path, run_digest)
+
+    def has(self, block: int) -> bool:
+        """Whether block number `block` is finished."""
+        return self._path(block).is_file()
+
+    def save(self, block: int, layers: Mapping[str, PackedTensor]) -> None:
+        """Record a finished block, atomically."""
+        tensors = {}
+        for name, packed in layers.items():
+            tensors[name + VALUES_SUFFIX] = packed.values.cpu().contiguous()
+            tensors[name + BITMASK_SUFFIX] = packed.bitmask.cpu().contiguous()
+        path = self._path(block)
+        with temporary_sibling(path) as temporary:
+            save_file(tensors, temporary, metadata={"run": self.run_digest})
+            fsync_path(temporary)
+        self._file_of.update(dict.fromkeys(layers, path))
+
+    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedTensor]:
+        """Read a finished block back, verified against its layers' shapes; `FormatError` names a damaged file."""
+        path = self._path(block)
+        with open_tensors(path) as file:
+            metadata, found = file.metadata() or {}, set(file.keys())
+        expected = {name + suffix for name in shapes for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX)}
+        if metadata.get("run") != self.run_digest or found != expected:
+            raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")
+        self._file_of.update(dict.fromkeys(shapes, path))
+        layers = {name: self.packed(name) for name in shapes}
+        for name, packed in layers.items():
+            packed.verify(f"{path}: {name}")
+            if packed.shape != tuple(shapes[name]):
+                raise FormatError(f"{path}: {name}: shape {packed.shape}, the model has {tuple(shapes[name])}")
+        return layers
+
+    def packed(self, name: str) -> PackedTensor:
+        """One finished layer."""
+        with open_tensors(self._file_of[name]) as file:
+            values, bitmask = file.get_tensor(name + VALUES_SUFFIX), file.get_tensor(name + BITMASK_SUFFIX)
+        return PackedTensor(values, bitmask, self.pattern)
+
+    def mask_set(self, base_digest: str, recipe_digest: str) -> MaskSet:
+        """The masks of every finished layer."""
+        bitmasks = {}
+        for name, path in self._file_of.items():
+            with open_tensors(path) as file:
+                bitmasks[name] = file.get_tensor(name + BITMASK_SUFFIX)
+        return MaskSet(self.pattern, bitmasks, base_digest, recipe_digest)
+
+    def _path(self, block: int) -> Path:
+        return self.path / f"block-{block:05d}.safetensors"
+
+
+def claim(path: Path, run_digest: str) -> None:
+    """Make `path` the directory of the run `run_digest`, or find that it is; `OutputExistsError` if it is not."""
+    run_file = path / _RUN_FILE
+    if not path.exists() or (path.is_dir() and _holds_only_leftovers(path)):
+        write_json(run_file, {"run": run_digest})
+    elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
+        raise OutputExistsError(
+            f"{path}: belongs to another run (different recipe, model, data, prior, kind of device or version of "
+            "torch); delete it to start over, or choose another --out"
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a claimed directory to this process; `OutputExistsError` if another one is at work in it."""
+    descriptor = os.open(path / _RUN_FILE, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExistsError(f"{path}: another process is at work on this run; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holds_only_leftovers(path: Path) -> bool:
+    """A process killed before `run.json` was whole leaves its temporary name behind, and nothing worth keeping."""
+    return all(is_temporary(entry) or entry.name == TOKENS_FOLDER for entry in path.iterdir())

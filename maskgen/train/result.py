@@ -1,0 +1,133 @@
+"""What a finished training run writes, by `LearnedMethod.result`.
+
+    SPARSE   a sparse checkpoint: masks, kept values in the stored dtype, corrections
+    DENSE    a stock Hugging Face directory with the trained weights
+    SLICED   a stock Hugging Face directory with fewer heads and neurons (`export.slice`)
+
+With `scope = "all"` the norms, embeddings and the head that were trained too replace the stored ones. Layers are solved
+one at a time while tensors stream to disk, so nothing is held twice.
+
+Legend: O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, read_headers
+from maskgen.core.config import SparseConfig
+from maskgen.core.errors import ModelError
+from maskgen.core.files import read_json
+from maskgen.core.layout import form_of
+from maskgen.core.mask import MaskSet, pack_bits
+from maskgen.core.packed import PackedTensor, StoredLayer
+from maskgen.core.pattern import NMPattern
+from maskgen.core.writer import CheckpointWriter
+from maskgen.export import compress as compressor
+from maskgen.export import slice as slicer
+from maskgen.export.compress import CompressReport, companion_files, iterate_tensors
+from maskgen.methods.learned import Result
+from maskgen.train.checkpoints import trained_tensors
+from maskgen.train.step import Session
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a result comes from: the dense model in `model_dir`, under a label for people, and a recipe."""
+
+    model_dir: Path
+    label: str
+    base_digest: str
+    recipe_digest: str
+    pattern: NMPattern
+
+
+@torch.no_grad()
+def write_sparse(
+    session: Session, origin: Origin, out_dir: Path, ignored: Iterable[str], extra: Mapping[str, Any]
+) -> tuple[MaskSet, CompressReport]:
+    """A sparse checkpoint, and the masks it was made with. `ignored` are the linear layers that stay dense."""
+    bitmasks = {}
+    correction = None
+    for name, layer in session.layers.items():
+        solution = layer.solution()
+        origin.pattern.check_mask(solution.mask, name)
+        bitmasks[name] = pack_bits(solution.mask.cpu())
+        correction = form_of(solution.correction, layer.in_features)
+    masks = MaskSet(origin.pattern, bitmasks, origin.base_digest, origin.recipe_digest)
+    config = SparseConfig(
+        pattern=origin.pattern,
+        targets=masks.names,
+        ignored=tuple(ignored),
+        mask_digest=masks.digest(),
+        recipe_digest=origin.recipe_digest,
+        base_model=origin.label,
+        base_digest=origin.base_digest,
+        correction=correction,
+    )
+
+    def pack(name: str, weight_OI: Tensor) -> StoredLayer:
+        solution = session.layers[name].solution()
+        if solution.weight is not None:
+            weight_OI = solution.weight.to("cpu", weight_OI.dtype)
+        return StoredLayer(PackedTensor.pack(weight_OI, solution.mask.cpu(), origin.pattern, name), solution.correction)
+
+    others = _others(session, read_headers(origin.model_dir))
+    return masks, compressor.compress(origin.model_dir, config, pack, out_dir, extra, others=others)
+
+
+@torch.no_grad()
+def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> int:
+    """The model with its trained tensors in place of the stored ones, in the stored dtypes. Returns bytes written."""
+    headers = read_headers(origin.model_dir)
+    others = _others(session, headers)
+    hf_config = read_json(origin.model_dir / "config.json")
+    with CheckpointWriter(out_dir, hf_config, companion_files(origin.model_dir), extra) as writer:
+        for name, stored in iterate_tensors(headers):
+            layer = session.layers.get(name.removesuffix(WEIGHT_SUFFIX)) if name.endswith(WEIGHT_SUFFIX) else None
+            solved = others.get(name) if layer is None else layer.solution().weight
+            writer.add(name, stored if solved is None else solved.to("cpu", stored.dtype))
+    return writer.total_bytes
+
+
+@torch.no_grad()
+def write_sliced(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> slicer.ShrinkReport:
+    """The model without the units that the method removes, with what it trained folded into what stays."""
+    solved = {name: layer.solution().weight for name, layer in session.layers.items()}
+    weights = {name: weight for name, weight in solved.items() if weight is not None}
+    kept = session.method.kept_units(session.layers)
+    others = _others(session, read_headers(origin.model_dir))
+    return slicer.write(origin.model_dir, out_dir, weights, kept, extra, others)
+
+
+def check(session: Session, model_dir: Path) -> None:
+    """Raise now, before any training, the `ModelError` that writing what `session` learns would end in."""
+    headers = read_headers(model_dir)
+    _others(session, headers)
+    for name in session.layers:
+        if name + WEIGHT_SUFFIX not in headers:
+            raise ModelError(f"{model_dir}: stores no tensor {name + WEIGHT_SUFFIX}, which the result is to replace")
+    if session.method.result is Result.SLICED:
+        slicer.check(model_dir, session.method.kept_units(session.layers))
+
+
+def _others(session: Session, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:
+    """Trained tensors by their stored names, but for the weights of replaced layers. `ModelError` if one has none.
+
+    A tensor of several names (a tied head) goes by the first of them here.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in trained_tensors(session).items():
+        module, _, kind = name.rpartition(".")
+        if module in session.layers and kind != "bias":
+            continue
+        if name not in headers:
+            raise ModelError(f"{name} is to be trained, but the model directory stores no tensor of that name")
+        found[name] = tensor
+    return found

@@ -1,0 +1,288 @@
+"""Driver 2: learn masks (or weights) end to end, over the whole model at once.
+
+    every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too (scope = "all")
+    for each step:  before_step -> forward, loss, backward (per micro-batch) -> clip -> optimiser -> after_step
+
+This file does one step; `loop` is the loop around it. Everything a step does is a function of the recipe and the step's
+number: which windows it sees, the noise, the learning rate. So resuming needs parameters, buffers and optimiser states
+only, and ends with the same bits.
+
+Legend: B = batch, T = tokens, S = windows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
+
+from maskgen.core.digest import derive_seed
+from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.core.pattern import NMPattern
+from maskgen.data.corpus import Corpus
+from maskgen.hf.model import Plan, decoder_blocks
+from maskgen.methods.learned import (
+    FixedLinear,
+    Layers,
+    LearnedLinear,
+    LearnedMethod,
+    Mode,
+    Moment,
+    Result,
+    Site,
+    learned_parameters,
+)
+from maskgen.numerics.memory import peak_memory_bytes
+from maskgen.numerics.shards import full
+from maskgen.recipes.sections import Training
+from maskgen.train.objective import Objective, in_mode
+from maskgen.train.parallel import ALONE, Group
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What one step measured, `step` counted from 1; losses in nats per token, `elapsed_s` since the run began."""
+
+    step: int
+    steps: int
+    loss: float
+    cross_entropy: float
+    divergence: float
+    gradient_norm: float
+    lr: float
+    tokens: int
+    elapsed_s: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class Session:
+    """A model under training: its replaced layers, the objective and the optimiser.
+
+    `learning` are the `layers` that learn: all of them, unless the recipe learns in some blocks only. `runner` is
+    `model` as its forward passes are run, which in a group of processes takes more than calling it. `step`
+    steps are done, in `elapsed_s` seconds (those of earlier processes included).
+    """
+
+    model: nn.Module
+    method: LearnedMethod
+    spec: Training
+    layers: Layers
+    learning: Layers
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    group: Group
+    runner: nn.Module
+    step: int = 0
+    earlier_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of this run, over all processes that worked on it."""
+        return self.earlier_s + time.perf_counter() - self.started_s
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything the optimiser moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def run_step(self, corpus: Corpus, micro_batch: int) -> StepLog:
+        """One optimiser step over the windows that belong to it, `micro_batch` of them per forward pass.
+
+        Raises `NumericalError` when loss or gradient are not finite; parameters are then as they were.
+        """
+        factor = schedule(self.spec, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.set_moment(noise_sample=0)
+        with torch.no_grad():
+            self.method.before_step(self.learning, self.moment)
+        windows_BT = corpus.batch(self.step, self.spec.batch)
+        parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for number, (noise_sample, ids_BT) in enumerate(parts, 1):
+            self.set_moment(noise_sample)
+            with self.group.accumulating(self.runner, more=number < len(parts)):
+                totals += self._backward(ids_BT.to(self.device), len(ids_BT) / self.spec.batch)
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.spec.lr * factor
+        with torch.no_grad():
+            self.method.after_step(self.learning, self.moment, lr)
+        self.step += 1
+        loss, ce, divergence = self.group.total(totals).tolist()
+        return StepLog(
+            self.step, self.spec.steps, loss, ce, divergence, norm, lr, windows_BT.numel(), self.elapsed_s,
+            peak_memory_bytes(self.device),
+        )  # fmt: skip
+
+    @property
+    def moment(self) -> Moment:
+        """The moment the layers are at."""
+        return next(iter(self.layers.values())).moment
+
+    def set_moment(self, noise_sample: int) -> None:
+        """Tell every layer what time it is and which of the step's noise samples to draw."""
+        seed = derive_seed(self.spec.seed, self.step, noise_sample)
+        for layer in self.layers.values():
+            layer.moment = Moment(self.step, self.spec.steps, seed)
+
+    def _backward(self, ids_BT: Tensor, share: float) -> Tensor:
+        """Forward and backward of one micro-batch, which is `share` of the step's windows."""
+        loss = self.objective(self.runner, ids_BT)
+        penalty = self.method.regulariser(self.learning, self.moment)
+        total = loss.total if penalty is None else loss.total + penalty
+        self._check_finite("loss", float(total.detach()))
+        (total * (share * self.group.world)).backward()  # processes average their gradients
+        return torch.tensor([float(total.detach()), loss.cross_entropy, loss.divergence], dtype=torch.float64) * share
+
+    def _clip(self) -> float:
+        """Clip the gradient and return its norm. A parameter that nothing reached has gradient 0, in every process."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip or math.inf)))
+        self._check_finite("norm of the gradient", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NumericalError(
+                f"step {self.step + 1}: the {what} is {value}; lower train.lr, or compute with train.dtype=float32"
+            )
+
+
+def prepare(
+    model: nn.Module,
+    plan: Plan,
+    units: Mapping[str, int],
+    method: LearnedMethod,
+    spec: Training,
+    prior: Callable[[str], Tensor] | None,
+    pattern: NMPattern,
+    group: Group = ALONE,
+    checkpointed: bool = False,
+) -> Session:
+    """Replace the layers of `plan` in `model` and build what trains them. `prior` gives a bool mask per layer name.
+
+    With `checkpointed`, only the inputs of the decoder's blocks are kept for the backward pass, which runs each block
+    again: same bits, less memory.
+    """
+    group.check_batch(spec.batch, spec.noise_samples)
+    model.requires_grad_(False)
+    teacher = None
+    if method.trains_weights and spec.distill_weight > 0:
+        teacher = _copy(model, spec.torch_dtype)
+        group.split(teacher, decoder_blocks(teacher)[1])
+    others = _train_others(model, plan) if spec.scope == "all" else []
+    layers = _attach(model, plan, units, method, spec, prior, pattern)
+    assert learned_parameters(layers), "the method attached nothing that can be trained"
+    blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
+    runner = group.wrap(model, blocks)
+    parameters = {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
+    learning = {name: layer for name, layer in layers.items() if not isinstance(layer, FixedLinear)}
+    optimizer = method.optimizer(learning, [parameters[name] for name in others], spec.lr)
+    for settings in optimizer.param_groups:
+        settings["initial_lr"] = settings["lr"]
+    objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
+    return Session(model, method, spec, layers, learning, objective, optimizer, group, runner)
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy with its parameters in `dtype`; buffers (rotary frequencies) stay as they are."""
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, copies)
+
+
+def _attach(
+    model: nn.Module,
+    plan: Plan,
+    units: Mapping[str, int],
+    method: LearnedMethod,
+    spec: Training,
+    prior: Callable[[str], Tensor] | None,
+    pattern: NMPattern,
+) -> dict[str, LearnedLinear]:
+    generator = torch.Generator().manual_seed(spec.seed)
+    layers: dict[str, LearnedLinear] = {}
+    active = _active_blocks(spec, len(plan.blocks), method, prior is not None)
+    targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
+    for index, (block, name, linear) in enumerate(targets):
+        mask = None if prior is None else prior(name).to(linear.weight.device)
+        site = Site(index, name, linear, pattern, mask, units.get(name))
+        layer = method.attach(site, generator) if block in active else FixedLinear(site)
+        if layer is not None:
+            model.set_submodule(name, layer)
+            layers[name] = layer
+    return layers
+
+
+def _active_blocks(spec: Training, blocks: int, method: LearnedMethod, has_prior: bool) -> range:
+    if spec.blocks is None:
+        return range(blocks)
+    if not has_prior or method.result is not Result.SPARSE or spec.scope == "all":
+        raise RecipeError(
+            f"train.blocks {list(spec.blocks)}: the other blocks keep a prior's masks, so this needs a method that "
+            "starts from one, with scope = 'targets'"
+        )
+    if spec.blocks[1] > blocks:
+        raise RecipeError(f"train.blocks {list(spec.blocks)}: the model has {blocks} blocks, numbered from 0")
+    return range(*spec.blocks)
+
+
+def _train_others(model: nn.Module, plan: Plan) -> list[str]:
+    """Make everything but the plan's targets trainable; its names."""
+    targets = {id(item) for block in plan.targets for linear in block.values() for item in linear.parameters()}
+    others = [name for name, parameter in model.named_parameters() if id(parameter) not in targets]
+    for name in others:
+        model.get_parameter(name).requires_grad_(True)
+    return others
+
+
+def _checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Put torch's wrapper around every block; the wrapped blocks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    wrapped = []
+    for block in blocks:
+        wrapped.append(checkpoint_wrapper(block, preserve_rng_state=False))
+        model.set_submodule(names[id(block)], wrapped[-1])
+    return wrapped
+
+
+@torch.no_grad()
+def heldout_nll(session: Session, windows_ST: Tensor, batch: int, mode: Mode = Mode.HARD) -> float:
+    """Mean negative log-likelihood of held-out windows `[S, T]`: HARD masks as exported now, or the DENSE model."""
+    objective = Objective(session.layers, 0.0, 1.0, session.spec.torch_dtype)
+    total = 0.0
+    with in_mode(session.layers, mode):
+        for ids_BT in windows_ST.split(batch):
+            total += objective(session.model, ids_BT.to(session.device)).cross_entropy * len(ids_BT)
+    return total / len(windows_ST)
+
+
+def schedule(spec: Training, step: int) -> float:
+    """Learning-rate factor: linear warm-up to 1, then cosine or linear decay to `final_lr`."""
+    warm = spec.warmup * spec.steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    progress = (step - warm) / max(1.0, spec.steps - 1 - warm)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if spec.decay == "cosine" else 1 - progress
+    return spec.final_lr + (1 - spec.final_lr) * shape

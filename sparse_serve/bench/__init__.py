@@ -1,0 +1,1 @@
+"""`sparse-serve bench`: how fast sparse is, against dense, on this machine."""

@@ -1,0 +1,216 @@
+"""`sparse-serve bench kernels`: is a sparse linear layer faster than the dense one, at every number of tokens?
+
+For each shape and number of tokens, in one interleaved run (`timing`): torch's dense linear, the dense linear that vLLM
+would run, every kernel that does not refuse, with values in the activations' dtype and in 8 bits, and with one token a
+plain read of the compressed bytes. Weights are random. A speedup below 1 means that serving dense would have been
+better. The byte limit is how long only reading a contender's own weight would take, at the speed of that plain read:
+with one token a layer can hardly be faster, so the share of it that is reached says what is left to gain.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import sparse_serve.kernels as folder
+from maskgen.core.files import write_json
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from maskgen.core.registry import names
+from maskgen.core.values import FLOAT
+from sparse_serve.bench import roofline
+from sparse_serve.bench.record import facts
+from sparse_serve.bench.roofline import Panel, Point, Roof
+from sparse_serve.kernels import LinearSpec, choose, cpu
+from sparse_serve.plugin.dense import stock_linear
+from sparse_serve.runtime.errors import KernelError
+from sparse_serve.tuning.measure import processor, torch_dense
+from sparse_serve.tuning.timing import Call, Times, interleaved
+
+PATTERN = NMPattern(2, 4)
+DENSE = ("dense torch", "dense vllm")
+READ = "read of cpu's bytes"
+POOL_BYTES = 192 << 20
+"""Weights of one contender, over all copies: several times what a last-level cache holds."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a layer: a function of x for every copy of its weight, and the bytes of one copy."""
+
+    linears: Sequence[Callable[[Tensor], object]]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One shape and number of tokens, everything by contender.
+
+    `speedup` is a kernel's over the faster dense, `speedup_over` the same by dense contender; `of_byte_limit` is 1 for
+    a layer that takes as long as reading its weight, and is there for one token only.
+    """
+
+    out_features: int
+    in_features: int
+    tokens: int
+    rounds: int
+    weight_bytes: Mapping[str, int]
+    median_s: Mapping[str, float]
+    speedup: Mapping[str, float]
+    speedup_over: Mapping[str, Mapping[str, float]]
+    of_byte_limit: Mapping[str, float]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the dense layer."""
+        return 2 * self.tokens * self.out_features * self.in_features
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table per shape, write JSON and plot. Returns 0."""
+    if args.plot:
+        roofline.check(args.plot)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype, results = getattr(torch, args.dtype), []
+    for shape in args.shapes:
+        contenders, of_shape = _contenders(shape, dtype, args.with_reference), []
+        for tokens in args.tokens:
+            of_shape.append(_measure(contenders, shape, tokens, dtype, args.seconds))
+            Console(stderr=True).print(f"{shape[0]}x{shape[1]}, {tokens} tokens: {of_shape[-1].rounds} rounds")
+        Console().print(table(of_shape))
+        results += of_shape
+    isa = cpu.isa() if hasattr(torch.ops.sparse_serve_cpu, "isa") else None
+    settings = {"dtype": args.dtype, "threads": torch.get_num_threads(), "isa": isa}
+    if args.json:
+        write_json(args.json, {**facts(), **settings, "results": [asdict(result) for result in results]})
+    if args.plot:
+        facts_shown = [args.dtype, f"threads: {torch.get_num_threads()}", *([] if isa is None else [isa])]
+        title = f"2:4 against dense linear layers on {processor()} ({', '.join(facts_shown)})"
+        roofline.roofline(panels(results), roof(results), title, args.plot)
+    return 0
+
+
+def _contenders(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool) -> dict[str, Contender]:
+    """Everything to compare on one shape `(O, I)`, by name."""
+    out_features, in_features = shape
+    weight_OI = torch.randn(out_features, in_features).mul_(in_features**-0.5).to(dtype)
+    packed = PackedTensor.pack(weight_OI, PATTERN.mask_from_scores(weight_OI.float().abs()), PATTERN)
+    contenders = {}
+    for name, linear in zip(DENSE, (torch_dense, stock_linear), strict=True):
+        copies = range(_copies(weight_OI.nbytes))
+        contenders[name] = Contender([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
+    for name in names(folder):
+        for values in (FLOAT, "int8"):
+            spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values)
+            try:
+                kernel = choose(spec, name)
+            except KernelError as error:
+                Console(stderr=True).print(f"not measured: {error}", markup=False)
+                continue
+            if name == "reference" and not with_reference:
+                continue
+            stored = packed.quantised(values)
+            prepared = [kernel.prepare(stored) for _ in range(_copies(stored.nbytes))]
+            linears = [lambda x_TI, run=kernel.linear, at=tensors: run(x_TI, at, None) for tensors in prepared]
+            weight_bytes = sum(tensor.nbytes for tensor in prepared[0].values())
+            contenders[name if values == FLOAT else f"{name} {values}"] = Contender(linears, weight_bytes)
+            if name == "cpu" and values == FLOAT:
+                contenders[READ] = _reading([tensors["blocks"] for tensors in prepared])
+    return contenders
+
+
+def _reading(copies: Sequence[Tensor]) -> Contender:
+    half = len(copies) // 2  # not the copy that the kernel has just brought into the cache
+    read, in_turn = torch.ops.sparse_serve_cpu.read, (*copies[half:], *copies[:half])
+    return Contender([lambda x_TI, at=tensor: read(at) for tensor in in_turn], copies[0].nbytes)  # type: ignore[misc]
+
+
+def _measure(
+    contenders: Mapping[str, Contender], shape: tuple[int, int], tokens: int, dtype: torch.dtype, budget_s: float
+) -> Result:
+    x_TI = torch.randn(tokens, shape[1]).to(dtype)
+    calls: dict[str, list[Call]] = {
+        name: [lambda run=run: run(x_TI) for run in contender.linears]  # type: ignore[misc]
+        for name, contender in contenders.items()
+        if name != READ or tokens == 1
+    }
+    times = interleaved(calls, budget_s)
+    kernels = [name for name in calls if name not in (*DENSE, READ)]
+    weight_bytes = {name: contenders[name].weight_bytes for name in calls}
+    return Result(
+        *shape,
+        tokens,
+        rounds=len(times.seconds[DENSE[0]]),
+        weight_bytes=weight_bytes,
+        median_s={name: times.median_s(name) for name in calls},
+        speedup={name: times.speedup(name, DENSE) for name in kernels},
+        speedup_over={dense: {name: times.speedup(name, [dense]) for name in kernels} for dense in DENSE},
+        of_byte_limit=of_byte_limit(times, weight_bytes),
+    )
+
+
+def of_byte_limit(times: Times, weight_bytes: Mapping[str, int]) -> dict[str, float]:
+    """Time of reading a contender's weight, at the speed of `READ` in the same round, by its time; empty without."""
+    if READ not in weight_bytes:
+        return {}
+    return {
+        name: times.speedup(name, [READ]) * size / weight_bytes[READ]
+        for name, size in weight_bytes.items()
+        if name != READ
+    }
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One shape: a section per number of tokens, a line per contender; speedups below 1 in red."""
+    shown = Table(title=f"{results[0].out_features} x {results[0].in_features}", box=box.SIMPLE_HEAD)
+    for name in ("tokens", "layer", "ms", "over\ntorch", "over\nvllm", "over the\nfaster", "of byte\nlimit"):
+        shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    for result in results:
+        first = str(result.tokens)
+        for name, median_s in result.median_s.items():
+            ratios = [result.speedup_over[dense].get(name) for dense in DENSE] + [result.speedup.get(name)]
+            limit = result.of_byte_limit.get(name)
+            share = "" if limit is None else f"{100 * limit:.0f} %"
+            shown.add_row(first, name, f"{median_s * 1e3:.3f}", *map(_ratio, ratios), share)
+            first = ""
+        shown.add_section()
+    return shown
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"[red]{value:.2f}x[/red]" if value < 1 else f"{value:.2f}x"
+
+
+def panels(results: Sequence[Result]) -> list[Panel]:
+    """What to draw: every contender that computes something, by shape."""
+    by_shape: dict[str, list[Point]] = {}
+    for result in results:
+        points = by_shape.setdefault(f"{result.out_features} x {result.in_features}", [])
+        for name, median_s in result.median_s.items():
+            if name != READ:
+                per_byte, per_s = result.operations / result.weight_bytes[name], result.operations / median_s
+                points.append(Point(name, result.tokens, per_byte, per_s))
+    return [Panel(title, points) for title, points in by_shape.items()]
+
+
+def roof(results: Sequence[Result]) -> Roof:
+    """The fastest plain read and the fastest dense layer of all results."""
+    reads = [result.weight_bytes[READ] / result.median_s[READ] for result in results if READ in result.median_s]
+    dense = [result.operations / result.median_s[name] for result in results for name in DENSE]
+    return Roof(max(reads, default=None), max(dense))
+
+
+def _copies(nbytes: int) -> int:
+    return max(2, -(-POOL_BYTES // nbytes))

@@ -1,0 +1,126 @@
+"""The processes of `sparse-serve bench serve`: a server, and vLLM's load generator against it.
+
+Both write into files. When one fails, the error has the end of its log. The server is asked to end whatever happens
+here, and is made to if it does not; should this process be killed, it ends by itself (`processes`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskgen.core.files import read_json
+from sparse_serve.runtime import processes
+from sparse_serve.runtime.errors import BenchError
+
+logger = logging.getLogger(__name__)
+
+_STOP_S = 60.0
+_TAIL_LINES = 20
+_PATHS = ("model_id", "tokenizer_id")
+_ADDRESS = re.compile(r"^ +HTTP +(http://\S+)\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many clients, each with so many requests, one after the other; `input_tokens` in, `output_tokens` out."""
+
+    clients: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+    @property
+    def prompts(self) -> int:
+        """Requests of all clients."""
+        return self.clients * self.requests
+
+
+@contextmanager
+def serving(model_dir: Path, flags: Sequence[str], work_dir: Path) -> Iterator[str]:
+    """The address of a `sparse-serve serve` of `model_dir`; it is gone afterwards. Raises `BenchError` with its log."""
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(model_dir), "--http-port=0", "--grpc-port=0"]
+    out, log = work_dir / "server.out", work_dir / "server.log"
+    with out.open("wb") as out_file, log.open("wb") as log_file:
+        # a session of its own: a Ctrl-C reaches us, and we tell the server
+        server = subprocess.Popen([*command, *flags], stdout=out_file, stderr=log_file, start_new_session=True)
+    try:
+        while not (found := _ADDRESS.search(out.read_text("utf-8", "replace"))):
+            if server.poll() is not None:
+                raise BenchError(f"the server of {model_dir} ended with {server.returncode}; {_end_of(log)}")
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        _stop(server)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        logger.warning("the server did not end within %g s and is killed", _STOP_S)
+    finally:
+        if server.poll() is None:  # it hangs, or a second Ctrl-C says not to wait
+            processes.kill({server.pid} | processes.descendants(server.pid))
+            server.wait()
+
+
+def bench_serve(url: str, model_dir: Path, load: Load, seed: int, work_dir: Path) -> dict[str, Any]:
+    """Run `vllm bench serve` against a server of `model_dir`; returns its report, less single requests and paths.
+
+    Raises `BenchError` with the end of its log if it fails, or if a request failed or stopped early.
+    """
+    report, log = work_dir / "report.json", work_dir / "load.log"
+    report.unlink(missing_ok=True)
+    flags = {
+        "base-url": url,
+        "tokenizer": model_dir,
+        "dataset-name": "random",
+        "random-input-len": load.input_tokens,
+        "random-output-len": load.output_tokens,
+        "num-prompts": load.prompts,
+        "max-concurrency": load.clients,
+        "num-warmups": load.clients,
+        "temperature": 0,
+        "seed": seed,
+        "result-dir": work_dir,
+        "result-filename": report.name,
+    }
+    command = [sys.executable, "-m", "sparse_serve.cli.vllm", "bench", "serve", "--ignore-eos", "--disable-tqdm"]
+    command += ["--save-result", "--save-detailed", *(f"--{name}={value}" for name, value in flags.items())]
+    with log.open("wb") as log_file:
+        done = subprocess.run(command, stdout=log_file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode or not report.is_file():
+        raise BenchError(f"vllm bench serve on {model_dir} ended with {done.returncode}; {_end_of(log)}")
+    result = read_json(report)
+    problem = incomplete(result, load)
+    if problem:
+        raise BenchError(f"vllm bench serve on {model_dir}: {problem}; {_end_of(log)}")
+    return {name: value for name, value in result.items() if not (isinstance(value, list) or name in _PATHS)}
+
+
+def incomplete(report: Mapping[str, Any], load: Load) -> str | None:
+    """Why a report of `vllm bench serve` is not one of `load`, if it is not: requests that failed or stopped early."""
+    completed, tokens = report.get("completed"), report.get("total_output_tokens")
+    if (completed, tokens) == (load.prompts, load.prompts * load.output_tokens):
+        return None
+    reason = next(filter(None, report.get("errors", [])), "no reason was given").strip().splitlines()[-1]
+    return (
+        f"{completed} of {load.prompts} requests were answered, with {tokens} tokens in all; expected "
+        f"{load.output_tokens} from each ({reason})"
+    )
+
+
+def _end_of(log: Path) -> str:
+    """The last lines of a log, indented, and where the others are."""
+    lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL_LINES:]
+    return "\n".join([f"the end of {log}:", *(f"  {line}" for line in lines)])

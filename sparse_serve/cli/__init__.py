@@ -1,0 +1,1 @@
+"""The `sparse-serve` command: `main` finds the verb, the other files are verbs."""

@@ -1,0 +1,43 @@
+"""`sparse-serve generate`: one prompt to a running server over gRPC, the answer printed as it comes."""
+
+import argparse
+import sys
+
+import grpc
+
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.api.pb.v1 import generation_pb2_grpc
+from sparse_serve.runtime.errors import ServeError
+
+
+class CallError(ServeError, RuntimeError):
+    """The server refused a call, or could not be reached."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sparse-serve generate`."""
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument(
+        "--address", default="127.0.0.1:50051", help="host:port of the gRPC door (default: %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's own)")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="deadline of the call (default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Stream the answer to standard output. Raises `CallError`."""
+    if not 0 < args.max_tokens < 2**31:
+        raise CallError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
+    sampling = pb.Sampling(max_tokens=args.max_tokens, temperature=args.temperature)
+    request = pb.GenerateStreamRequest(text=args.prompt, sampling=sampling)
+    with grpc.insecure_channel(args.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        try:
+            for response in stub.GenerateStream(request, timeout=args.timeout_s):
+                sys.stdout.write(response.text)
+                sys.stdout.flush()
+        except grpc.RpcError as error:
+            raise CallError(f"{args.address}: {error.code().name}: {error.details()}") from None
+    sys.stdout.write("\n")
+    return 0

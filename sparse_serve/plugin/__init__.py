@@ -1,0 +1,23 @@
+"""The vLLM plugin: teaches any vLLM process to serve `sparse_nm` checkpoints.
+
+vLLM calls `register` through the entry point group `vllm.general_plugins` in every process it starts (API server,
+engine core, each worker, the model inspector), so it must be cheap and idempotent. With it, a stock
+`vllm serve <checkpoint>` works: `config.json` names `quant_method: sparse_nm`, and vLLM asks the class registered here.
+
+vLLM only logs a plugin that fails to load; the run then dies with "Unknown quantization method", which is loud enough.
+
+An engine process that `sparse-serve serve` started also learns here to end when that server is killed.
+"""
+
+import logging
+
+
+def register() -> None:
+    """Register the `sparse_nm` quantization method with the vLLM of this process."""
+    from sparse_serve.plugin import linear
+    from sparse_serve.runtime import processes
+
+    if not logging.getLogger().handlers:  # a process of vLLM's, which prints only what is logged below its own name
+        logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
+    processes.follow()
+    linear.register()

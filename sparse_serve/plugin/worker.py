@@ -1,0 +1,72 @@
+"""What a vLLM worker process can tell about its sparse layers.
+
+vLLM mixes `WorkerExtension` into its worker class
+(`--worker-extension-cls sparse_serve.plugin.worker.WorkerExtension`), and the server calls `sparse_stats` on every
+rank. It counts the tensors that are really resident, not what a manifest says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypedDict
+
+
+class SparseStats(TypedDict):
+    """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype.
+
+    `kernels` counts layers; two kernels that share a layer are joined by `+`. `choices` are the fields of
+    `sparse_serve.engine.KernelChoice`, for each kind of layer and bucket of tokens that was measured.
+    """
+
+    sparse_layers: int
+    dense_layers: int
+    kernels: dict[str, int]
+    choices: list[dict[str, Any]]
+    sparse_names: list[str]
+    sparse_weight_bytes: int
+    dense_equivalent_bytes: int
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; `self.model_runner` is the worker's."""
+
+    model_runner: Any
+
+    def sparse_stats(self) -> SparseStats:
+        """Count layers and bytes of this rank's model."""
+        from sparse_serve.kernels import LinearSpec
+        from sparse_serve.plugin.linear import SparseNMLinear
+        from sparse_serve.tuning.selection import Choice
+
+        model = self.model_runner.model
+        stats = SparseStats(
+            sparse_layers=0,
+            dense_layers=0,
+            kernels={},
+            choices=[],
+            sparse_names=[],
+            sparse_weight_bytes=0,
+            dense_equivalent_bytes=0,
+        )
+        kernels: Counter[str] = Counter()
+        choices: dict[LinearSpec, Choice] = {}
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, SparseNMLinear):
+                assert method.choice is not None
+                kernels["+".join(method.choice.plan.kernels)] += 1
+                choices[method.choice.spec] = method.choice
+                stats["sparse_names"].append(method.prefix)
+                stats["sparse_weight_bytes"] += sum(getattr(module, name).nbytes for name in method.tensor_names)
+                stats["dense_equivalent_bytes"] += method.dense_bytes
+            elif type(method).__name__ == "UnquantizedLinearMethod":
+                stats["dense_layers"] += 1
+        stats["sparse_layers"] = sum(kernels.values())
+        stats["kernels"] = dict(kernels)
+        for spec, choice in choices.items():
+            kind = {"out_features": spec.out_features, "in_features": spec.in_features, "values": spec.values}
+            stats["choices"] += [
+                kind | {"tokens": bucket.tokens, "kernel": bucket.kernel, "speedup": bucket.speedup}
+                for bucket in choice.buckets
+            ]
+        return stats

@@ -1,0 +1,1 @@
+"""What is true of every process of ours: its errors, its child processes, why it did not start."""

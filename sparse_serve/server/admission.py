@@ -1,0 +1,94 @@
+"""Admission: whether requests are taken, and how many are inside. One object for the whole process.
+
+Draining is correct only if every door asks the same question at the same moment, so the phase is here and nowhere
+else. Used from the event loop only, so it needs no lock.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from sparse_serve.runtime.errors import EngineDiedError, UnavailableError
+from sparse_serve.server.metrics import Metrics
+
+
+class Phase(Enum):
+    """Where the process is in its life. It only moves down this list."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass
+class Outcome:
+    """How a request ended, filled in by its door: gRPC code or HTTP status, and whether the client left early."""
+
+    code: str = "OK"
+    cancelled: bool = False
+
+
+class Traffic:
+    """The phase, and the count of requests inside."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._phase = Phase.STARTING
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._metrics.ready.set(1 if phase is Phase.READY else 0)
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def check(self) -> None:
+        """Raise `UnavailableError` or `EngineDiedError` unless requests are taken now."""
+        if self._phase is Phase.STARTING:
+            raise UnavailableError("the server is starting: the model is not loaded yet")
+        if self._phase is Phase.DRAINING:
+            raise UnavailableError("the server is draining: it finishes running requests and takes no new ones")
+        if self._phase is Phase.DEAD:
+            raise EngineDiedError("the engine has died; this server is going down")
+
+    @contextlib.contextmanager
+    def request(self, door: str, method: str) -> Iterator[Outcome]:
+        """Count a request in, for as long as its answer takes, and record how it ended."""
+        outcome = Outcome()
+        started_s = time.perf_counter()
+        in_flight = self._metrics.in_flight.labels(door)
+        in_flight.inc()
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield outcome
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+            in_flight.dec()
+            self._metrics.requests.labels(door, method, outcome.code).inc()
+            self._metrics.seconds.labels(door, method).observe(time.perf_counter() - started_s)
+            if outcome.cancelled:
+                self._metrics.cancelled.labels(door).inc()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is inside. False when the time is up first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,308 @@
+"""A race: kernels and dense linear layers on one shape, at several numbers of tokens.
+
+Weights are random and every contender has several copies of them, more together than a last-level cache holds. They
+take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
+choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, at least
+`GPU_CALLS` calls, and the GPU's own clock times the row. Up to `GRAPH_TOKENS` tokens the row is one CUDA graph, as vLLM
+runs so few by default; launching costs nothing there, and beyond it costs what it costs. A contender that fails is out,
+with its reason; it does not stop a server from starting. A kernel that answers wrongly fails, too: speed of nonsense is
+no speed.
+
+Legend: T = tokens, O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import clip
+from maskgen.core.packed import PackedTensor
+from maskgen.core.values import FLOAT
+from sparse_serve.kernels import Kernel, LinearSpec
+from sparse_serve.runtime.errors import KernelError
+from sparse_serve.tuning.timing import Call, gpu_s, interleaved, wall_s
+
+DENSE = "dense"
+GRAPH_TOKENS = 512
+POOL_BYTES = 128 << 20
+BUDGET_S = 0.15
+GPU_CALLS = 16
+"""Calls in a row on a GPU, so that the start of the row does not count."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+"""By how much of the largest output an answer may differ from the exact one: roundings to 16 bits, or to TF32."""
+
+_X, _WEIGHT, _MASK = range(3)
+"""Seeds: equal ones would make outputs that are nothing like a layer's."""
+
+_TILE_ROWS = 64
+_MOST_COPIES, _MOST_GPU_COPIES = 16, 256
+"""On a GPU copies are cheap, and even a small layer's have to be more than its L2 cache holds."""
+
+Linear = Callable[[Tensor], Tensor]
+"""x `[T, I]` -> y `[T, O]`, with one copy of the weights."""
+
+MakeDense = Callable[[Tensor], Linear]
+"""From a dense weight `[O, I]`."""
+
+
+def torch_dense(weight_OI: Tensor) -> Linear:
+    """What torch does."""
+    return partial(torch.nn.functional.linear, weight=weight_OI)
+
+
+@dataclass
+class Race:
+    """Seconds of one call, by number of tokens and contender (`dense`: the fastest dense layer); who failed and why."""
+
+    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def race(
+    spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int], dense: Mapping[str, MakeDense]
+) -> Race:
+    """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else.
+
+    Of dense layers one is enough; `KernelError` if none can be run.
+    """
+    result = Race()
+    with torch.inference_mode():
+        _run(spec, kernels, tokens, dense, result)
+    if spec.device_type == "cuda":
+        torch.cuda.empty_cache()  # of what `_run` held until it returned
+    for times in result.seconds.values():
+        for name in result.failed:
+            times.pop(name, None)
+    return result
+
+
+def _run(
+    spec: LinearSpec,
+    kernels: Mapping[str, Kernel],
+    tokens: Iterable[int],
+    dense: Mapping[str, MakeDense],
+    result: Race,
+) -> None:
+    packed = random_weight(spec)
+    contenders = _contenders(spec, packed, kernels, dense, result.failed)
+    sparse = {name: contenders[name] for name in kernels if name in contenders}
+    for count in tokens:
+        _exclude_wrong(spec, packed, sparse, count, result.failed)
+        times = _heat(spec, contenders, count, result.failed)
+        peers = [times.pop(name) for name in labels(dense) if name in times]
+        if not peers:
+            raise _no_dense(spec, count, result.failed)
+        result.seconds[count] = {DENSE: min(peers), **times}
+
+
+def labels(dense: Iterable[str]) -> list[str]:
+    """What dense layers are called where kernels have names too."""
+    return [f"{DENSE} {name}" for name in dense]
+
+
+def _no_dense(spec: LinearSpec, tokens: int, failed: Mapping[str, str]) -> KernelError:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    return KernelError(
+        f"no dense layer [{spec.out_features}, {spec.in_features}] can be run here with {tokens} tokens to compare "
+        f"kernels with ({reasons}); free memory, or name a kernel: --additional-config "
+        """'{"sparse_nm": {"kernel": "NAME"}}' measures nothing"""
+    )
+
+
+def _heat(
+    spec: LinearSpec, contenders: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
+) -> dict[str, float]:
+    x_TI = _random(spec, _X, tokens, spec.in_features).to(spec.dtype)
+    calls: dict[str, list[Call]] = {}
+    for name, copies in contenders.items():
+        if name not in failed:
+            each = [partial(run, x_TI) for run in copies]
+            _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
+    clock = gpu_s if spec.device_type == "cuda" else wall_s
+    while calls:
+        named = {name: [partial(_blaming, name, call) for call in copies] for name, copies in calls.items()}
+        try:
+            times = interleaved(named, BUDGET_S, least=5, most=300, clock=clock)
+        except _Failed as late:
+            failed[late.name] = late.reason
+            del calls[late.name]
+            continue
+        return {name: min(times.seconds[name]) / _calls_in_a_row(spec, len(contenders[name])) for name in calls}
+    return {}
+
+
+def _exclude_wrong(
+    spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
+) -> None:
+    """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
+    x_TI, rows = _random(spec, _X, tokens, spec.in_features).to(spec.dtype), min(spec.out_features, _TILE_ROWS)
+    scale = None if packed.scale is None else packed.scale[:rows]
+    tile_OI = PackedTensor(packed.values[:rows], packed.bitmask[:rows], packed.pattern, scale).unpack().float()
+    tile_TO = x_TI.float() @ tile_OI.T
+
+    def check(linear: Linear) -> None:
+        y_TO = linear(x_TI)
+        if y_TO.shape != (tokens, spec.out_features):
+            raise ValueError(f"its answer is {list(y_TO.shape)}, expected {[tokens, spec.out_features]}")
+        wrong = [(part.float() - tile_TO[:, : part.shape[1]]).abs().max() for part in y_TO.split(rows, dim=1)]
+        worst = (torch.stack(wrong).max() / tile_TO.abs().max()).item()
+        if not worst <= TOLERANCE[spec.dtype]:  # NaN is above it
+            raise ValueError(f"its answer differs by {worst:.2g} of the largest output, with {tokens} tokens")
+
+    for name, copies in kernels.items():
+        if name not in failed:
+            _trying(name, failed, partial(check, copies[0]))
+
+
+def _contenders(
+    spec: LinearSpec,
+    packed: PackedTensor,
+    kernels: Mapping[str, Kernel],
+    dense: Mapping[str, MakeDense],
+    failed: dict[str, str],
+) -> dict[str, list[Linear]]:
+    dense_OI = _repeated(
+        _random(spec, _WEIGHT, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec
+    )
+    count = _copies(spec, packed, len(kernels) + len(dense))
+    made: dict[str, list[Linear]] = {}
+    for name, make in zip(labels(dense), dense.values(), strict=True):
+
+        def copy(name: str = name, make: MakeDense = make) -> None:
+            made[name] = [make(dense_OI.clone()) for _ in range(count)]
+
+        _trying(name, failed, copy)
+    for name, kernel in kernels.items():
+
+        def prepare(name: str = name, kernel: Kernel = kernel) -> None:
+            prepared = [kernel.prepare(packed)]
+            while len(prepared) < count:  # how a kernel places its tensors in a CPU's memory is its own matter
+                more = _cloned(prepared[0]) if spec.device_type == "cuda" else kernel.prepare(packed)
+                prepared.append(more)
+            made[name] = [lambda x_TI, at=tensors: kernel.linear(x_TI, at, None) for tensors in prepared]  # type: ignore[misc]
+
+        _trying(name, failed, prepare)
+    return made
+
+
+def _copies(spec: LinearSpec, packed: PackedTensor, contenders: int) -> int:
+    """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
+    most = _MOST_GPU_COPIES if spec.device_type == "cuda" else _MOST_COPIES
+    wanted = min(most, max(2, -(-POOL_BYTES // packed.nbytes)))
+    free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else _host_bytes()
+    return max(1, min(wanted, free_bytes // 2 // (contenders * packed.dense_nbytes(spec.dtype))))
+
+
+def _host_bytes() -> int:
+    """Memory that the host can still give, where Linux says so."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+
+
+def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
+    """Calls that can be timed: one for each copy, or on a GPU one for all of them."""
+    for call in copies:
+        call()  # may compile, and choose an algorithm
+    if spec.device_type != "cuda":
+        return copies
+    torch.cuda.synchronize()
+    row = copies * (_calls_in_a_row(spec, len(copies)) // len(copies))
+    return [_graph(row) if tokens <= GRAPH_TOKENS else partial(_in_a_row, row)]
+
+
+def _calls_in_a_row(spec: LinearSpec, copies: int) -> int:
+    """How many calls are timed as one: on a GPU every copy equally often, and at least `GPU_CALLS` in all."""
+    return copies * -(-GPU_CALLS // copies) if spec.device_type == "cuda" else 1
+
+
+def _in_a_row(copies: list[Call]) -> None:
+    for call in copies:
+        call()
+
+
+def _graph(copies: list[Call]) -> Call:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _in_a_row(copies)
+    return graph.replay
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:
+    try:
+        _blaming(name, step)
+    except _Failed as error:
+        failed[name] = error.reason
+
+
+class _Failed(Exception):
+    """A contender's own exception, with its name."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name, self.reason = name, f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"
+
+
+def _blaming(name: str, step: Callable[[], object]) -> None:
+    try:
+        step()
+    except Exception as error:
+        raise _Failed(name, error) from error
+
+
+def device_name(device_type: str) -> str:
+    """What a figure measured here is true for."""
+    return torch.cuda.get_device_name() if device_type == "cuda" else processor()
+
+
+def processor() -> str:
+    """The processor's name as the operating system has it, else its architecture."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def instructions() -> list[str]:
+    """The processor's vector and matrix instruction sets, where Linux tells: a name may stand for several."""
+    return sorted(flag for flag in _cpuinfo("flags").split() if flag.startswith(("avx", "amx", "fma", "f16c")))
+
+
+def _cpuinfo(key: str) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+
+
+def random_weight(spec: LinearSpec) -> PackedTensor:
+    """A sparse weight of `spec`'s shape: a few random rows again and again.
+
+    In float32 its values are no 16-bit numbers. Those of a 16-bit checkpoint are, which a kernel may make use of; it
+    will then be faster than measured, and never slower.
+    """
+    rows = min(spec.out_features, _TILE_ROWS)
+    weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5)
+    kept = spec.pattern.mask_from_scores(_random(spec, _MASK, rows, spec.in_features))
+    dtype = spec.dtype if spec.values == FLOAT else torch.float32
+    tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)
+    scale = None if tile.scale is None else _repeated(tile.scale, spec)
+    return PackedTensor(_repeated(tile.values, spec), _repeated(tile.bitmask, spec), spec.pattern, scale)
+
+
+def _repeated(rows: Tensor, spec: LinearSpec) -> Tensor:
+    times = -(-spec.out_features // len(rows))
+    return rows.repeat(times, *(1 for _ in rows.shape[1:]))[: spec.out_features]
+
+
+def _random(spec: LinearSpec, seed: int, *shape: int) -> Tensor:
+    """From a generator of its own: measuring must not move the seed of what is served."""
+    generator = torch.Generator(spec.device_type).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=spec.device_type, dtype=torch.float32)

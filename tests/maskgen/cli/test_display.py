@@ -1,0 +1,67 @@
+"""What a person sees: lines where there is no terminal, not too many, and numbers that can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from maskgen.cli import display
+from maskgen.train.loop import EvalLog
+from maskgen.train.step import StepLog
+
+STEP = StepLog(1, 11, 3.25, 3.0, 0.5, 1.0, 1e-3, 4096, 10.0, 700_000_000)
+LOOK = EvalLog(0, 4.0, 54.598, 1.0, 0.0, 0.5, 3.9, 49.402)
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now_s)
+    with display.bar() as bar:
+        task = bar.add_task("training", total=50, note="")
+        for step in range(1, 51):
+            now_s += 1.0
+            bar.update(task, completed=step, note=f"loss {step}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"training {step}/50 loss {step}" for step in (10, 20, 30, 40, 50)]
+
+
+def test_training_shows_loss_masks_speed_and_time_to_go() -> None:
+    with display.bar() as bar:
+        task = bar.add_task("loading", total=None, note="")
+        show = display.training_progress(bar, task)
+        show(LOOK)
+        assert bar.tasks[task].fields["note"] == "held-out perplexity 54.60"
+        show(STEP)
+        assert bar.tasks[task].fields["note"] == "loss 3.250  held-out 54.60, same 100.0%, flipped 0.00%  700.0 MB"
+        show(dataclasses.replace(STEP, step=2, elapsed_s=12.0))
+        show(dataclasses.replace(LOOK, step=2, perplexity=50.0, agreement=0.923, flipped=0.0456, dense_nll=None))
+        show(dataclasses.replace(STEP, step=3, elapsed_s=14.0))
+        shown = bar.tasks[task]
+    assert (shown.description, shown.completed, shown.total) == ("training", 3, 11)
+    assert shown.fields["note"] == (
+        "loss 3.250  held-out 50.00, same 92.3%, flipped 4.56%  2,048 tokens/s  0:16 to go  700.0 MB"
+    )
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (125, "2:05"), (3600, "1:00:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert display.duration(seconds) == text
+
+
+def test_the_last_words_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    last = dataclasses.replace(LOOK, step=2, perplexity=51.25, agreement=0.9, elapsed_s=125.0)
+    log = [
+        {"kind": "header"},
+        {"kind": "eval", **dataclasses.asdict(LOOK)},
+        {"kind": "step", **dataclasses.asdict(STEP)},
+        {"kind": "step", **dataclasses.asdict(STEP)},
+        {"kind": "eval", **dataclasses.asdict(last)},
+    ]
+    display.print_training(log, Path("out/log.jsonl"))
+    assert capsys.readouterr().out.splitlines() == [
+        "held-out perplexity 54.60 at the start -> 51.25; dense 49.40",
+        "  2 steps, 8,192 tokens, 2:05, peak host memory 700.0 MB",
+        "  90.00% of the mask is as it was at the start; log in out/log.jsonl",
+    ]

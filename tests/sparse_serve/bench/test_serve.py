@@ -1,0 +1,184 @@
+"""`sparse-serve bench serve` without models: what reports mean, ratios, refusals, and servers that are gone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sparse_serve.bench import load, serve
+from sparse_serve.bench.load import Load, incomplete, serving
+from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures, table
+from sparse_serve.runtime import processes
+from sparse_serve.runtime.errors import BenchError, SettingsError
+
+LOAD = Load(clients=2, requests=3, input_tokens=16, output_tokens=8)
+REPORT: dict[str, Any] = {
+    "completed": 6,
+    "failed": 0,
+    "total_output_tokens": 48,
+    "output_throughput": 70.0,
+    "median_ttft_ms": 30.0,
+    "median_tpot_ms": 25.0,
+    "errors": [""] * 6,
+}
+
+
+def test_figures_of_a_report() -> None:
+    values = {"decode_tokens_per_s": 80.0, "output_tokens_per_s": 70.0, "ttft_ms": 30.0, "tpot_ms": 25.0}
+    assert figures(REPORT, clients=2) == values
+    assert [metric.name for metric in METRICS] == list(values)
+
+
+def test_a_report_of_unfinished_requests_is_no_figure() -> None:
+    assert incomplete(REPORT, LOAD) is None
+    refused = {"completed": 4, "total_output_tokens": 32, "errors": ["", "Traceback\nValueError: too long\n", ""]}
+    assert incomplete(refused, LOAD) == (
+        "4 of 6 requests were answered, with 32 tokens in all; expected 8 from each (ValueError: too long)"
+    )
+    assert "with 47 tokens in all; expected 8 from each" in str(incomplete(REPORT | {"total_output_tokens": 47}, LOAD))
+
+
+def run(model: str, number: int, clients: int, tpot_ms: float) -> Run:
+    return Run(model, number, clients, figures(REPORT | {"median_tpot_ms": tpot_ms}, clients), {})
+
+
+def test_ratios_are_within_rounds_and_above_one_where_sparse_is_better() -> None:
+    tpot_ms = {"dense": [30.0, 20.0, 60.0], "sparse": [15.0, 20.0, 20.0]}
+    runs = [run(model, number, 4, values[number]) for number in (2, 0, 1) for model, values in tpot_ms.items()]
+    compared = {row.metric.name: row for row in compare(runs)}
+    decode, tpot, ttft = (compared[name] for name in ("decode_tokens_per_s", "tpot_ms", "ttft_ms"))
+    assert (tpot.dense, tpot.sparse, tpot.ratios, tpot.ratio) == (30.0, 20.0, [2.0, 1.0, pytest.approx(3.0)], 2.0)
+    assert (decode.dense, decode.sparse) == (pytest.approx(4e3 / 30), 200.0)
+    assert decode.ratios == pytest.approx(tpot.ratios)
+    assert ttft.ratios == [1.0] * 3
+
+
+def test_the_table_has_a_section_per_load_and_shows_where_sparse_is_worse() -> None:
+    runs = [run(model, 0, clients, 10.0 * (1 + MODELS.index(model))) for clients in (1, 8) for model in MODELS]
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(table(compare(runs)))
+    plain = console.export_text(clear=False)
+    lines = [line.split() for line in plain.splitlines() if "decode" in line]
+    assert lines == [
+        ["1", "decode,", "tokens/s", "100.0", "50.0", "0.50x"],
+        ["8", "decode,", "tokens/s", "800.0", "400.0", "0.50x"],
+    ]
+    assert "\x1b[31m0.50x" in console.export_text(styles=True)
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "message"),
+    [
+        ({"quantization_config": {}}, {}, "--dense .* has a quantization_config; expected a dense model"),
+        ({}, {}, "--sparse .* has no quantization_config; expected a sparse model"),
+        (
+            {"hidden_size": 8, "dtype": "bfloat16"},
+            {"hidden_size": 9, "quantization_config": {}},
+            "differ in dtype, hidden_size of config.json; expected one model twice",
+        ),
+    ],
+)
+def test_two_models_that_cannot_be_compared(
+    tmp_path: Path, dense: dict[str, Any], sparse: dict[str, Any], message: str
+) -> None:
+    for name, config in (("dense", dense), ("sparse", sparse)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=message):
+        check(tmp_path / "dense", tmp_path / "sparse")
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BenchError, match=r"ended with 2; the end of .*server\.log:\n  .*not a directory"),
+        serving(tmp_path / "nothing", [], tmp_path),
+    ):
+        pytest.fail("it started")
+
+
+def test_the_log_of_a_failure_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(serve.tempfile, "tempdir", None)
+    kept = []
+    for error in (BenchError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), serve.temporary() as path:
+            kept.append(path)
+            raise error
+    assert [path.exists() for path in kept] == [True, False]
+
+
+STUB = """#!{python}
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("ready: a model\\n\\n  HTTP  http://127.0.0.1:1\\n", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("error", [BenchError, KeyboardInterrupt])
+def test_a_server_that_ignores_us_is_gone_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    monkeypatch.setattr(load.sys, "executable", str(stub))
+    monkeypatch.setattr(load, "_STOP_S", 0.1)
+    with pytest.raises(error), serving(tmp_path, [], tmp_path) as url:
+        assert url == "http://127.0.0.1:1"
+        family = processes.descendants(os.getpid())
+        assert len(family) >= 2
+        raise error("somewhere in the middle")
+    deadline_s = time.monotonic() + 10
+    while any(is_running(pid) for pid in family):
+        assert time.monotonic() < deadline_s
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def fake_load(monkeypatch: pytest.MonkeyPatch, work_dir: Path, code: int, report: dict[str, Any] | None) -> None:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        assert {"--num-prompts=6", "--max-concurrency=2", "--random-output-len=8"} <= set(command)
+        options["stdout"].write(b"first\nValueError: no tokenizer\n")
+        if report is not None:
+            (work_dir / "report.json").write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(load.subprocess, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("code", "report", "message"),
+    [
+        (1, REPORT, "ended with 1"),
+        (0, None, "ended with 0"),
+        (0, REPORT | {"completed": 5}, r"5 of 6 requests were answered, .* \(no reason was given\)"),
+    ],
+)
+def test_load_that_fails_is_an_error_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, report: dict[str, Any] | None, message: str
+) -> None:
+    fake_load(monkeypatch, tmp_path, code, report)
+    with pytest.raises(BenchError, match=message + r"; the end of .*load\.log:\n  first\n  ValueError: no tokenizer"):
+        load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
+
+
+def test_a_report_loses_its_requests_and_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_load(monkeypatch, tmp_path, 0, REPORT | {"model_id": str(tmp_path), "tokenizer_id": str(tmp_path)})
+    report = load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
+    assert report == {name: value for name, value in REPORT.items() if name != "errors"}

@@ -1,0 +1,82 @@
+"""Child processes: found at any depth, and gone when their leader is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sparse_serve.runtime import processes
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_descendants_are_found_at_any_depth_and_killed() -> None:
+    before = processes.descendants(os.getpid())
+    inner = "import time; time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    with subprocess.Popen([sys.executable, "-c", outer]) as child:
+        until(lambda: len(processes.descendants(os.getpid()) - before) == 2)
+        found = processes.descendants(os.getpid()) - before
+        assert child.pid in found
+        assert processes.descendants(child.pid) == found - {child.pid}
+        processes.kill(found)
+        processes.kill(found)
+    assert child.returncode == -signal.SIGKILL
+    until(lambda: processes.descendants(os.getpid()) == before)
+
+
+FOLLOWER = (
+    "from sparse_serve.runtime import processes; processes.follow(); "
+    "print('up', flush=True); import time; time.sleep(60)"
+)
+
+
+def test_a_follower_ends_when_its_leader_is_killed() -> None:
+    leader = (
+        "import subprocess, sys; from sparse_serve.runtime import processes; processes.lead()\n"
+        f"subprocess.run([sys.executable, '-c', {FOLLOWER!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", leader], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        (follower,) = processes.descendants(child.pid)
+        child.kill()
+        child.wait()
+        assert child.stdout.read() == b"", "the follower still holds the pipe"
+        until(lambda: processes._parent(processes.Path(f"/proc/{follower}")) is None)
+
+
+def test_a_forked_process_follows_by_itself_and_only_once() -> None:
+    code = (
+        "import os, threading; from sparse_serve.runtime import processes; processes.lead()\n"
+        "if os.fork() == 0: processes.follow(); os._exit(threading.active_count())\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 2
+
+
+def test_a_follower_of_a_leader_already_gone_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    run = subprocess.run([sys.executable, "-c", FOLLOWER], env=os.environ | {"_SPARSE_SERVE_PID": str(gone.pid)})
+    assert run.returncode == 1
+
+
+@pytest.mark.parametrize("leader", [None, "self"])
+def test_without_a_leader_nothing_happens(leader: str | None) -> None:
+    code = (
+        "from sparse_serve.runtime import processes; "
+        + ("processes.lead(); " if leader else "")
+        + ("processes.follow(); import threading; assert threading.active_count() == 1")
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "_SPARSE_SERVE_PID"}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)

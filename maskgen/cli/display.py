@@ -1,4 +1,4 @@
-"""What a person sees of `maskgen`: progress bars, log lines, tables and last words. No work is done here."""
+"""What a person sees of `maskgen`: progress bars, log lines, tables and closing lines. No work is done here."""
 
 from __future__ import annotations
 

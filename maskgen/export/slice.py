@@ -26,7 +26,7 @@ from maskgen.core.files import read_json
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.export.compress import companion_files, iterate_tensors
 from maskgen.hf.model import decoder_blocks
-from maskgen.numerics.units import FEEDS, HEADS, NEURONS, Shape, census, kind_of
+from maskgen.numerics.units import FEEDS, HEADS, NEURONS, Shape, count_parameters, kind_of
 
 PROJECTIONS = {*FEEDS, *FEEDS[HEADS], *FEEDS[NEURONS]}
 """Last parts of the names of a block's linear layers."""
@@ -100,7 +100,7 @@ def write(
         raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
     keep = _widths(kept_units)
     shapes = _shapes(headers)
-    counted = census(shapes, {site: len(kept_U) for site, kept_U in kept_units.items()})
+    counted = count_parameters(shapes, {site: len(kept_U) for site, kept_U in kept_units.items()})
     config = _config(hf_config, keep)
     replaced = {**(others or {}), **{name + WEIGHT_SUFFIX: weight for name, weight in weights.items()}}
     if unknown := sorted(replaced.keys() - headers.keys()):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
 from maskgen.numerics.shards import full, local, rows_of
-from maskgen.numerics.units import Budget, Census, Shape, census, kind_of, resolve, top
+from maskgen.numerics.units import Budget, ParameterCount, Shape, count_parameters, kind_of, resolve, top
 
 
 class UnitLinear(nn.Module):
@@ -100,7 +100,7 @@ class UnitLinear(nn.Module):
         return value_U.repeat_interleave(self.weight.shape[1] // len(value_U))
 
     def shape(self) -> Shape:
-        """For `census`."""
+        """For `count_parameters`."""
         return Shape(self.weight.shape[0], self.weight.shape[1], self.bias is not None)
 
 
@@ -112,10 +112,10 @@ def sites(layers: Mapping[str, _Linear]) -> dict[str, _Linear]:
     return {name: layer for name, layer in layers.items() if layer.units}
 
 
-def census_of(layers: Mapping[str, UnitLinear]) -> Census:
-    """`census` of layers that are being trained."""
+def parameter_count_of(layers: Mapping[str, UnitLinear]) -> ParameterCount:
+    """`count_parameters` of layers that are being trained."""
     units = {name: layer.units for name, layer in sites(layers).items()}
-    return census({name: layer.shape() for name, layer in layers.items()}, units)
+    return count_parameters({name: layer.shape() for name, layer in layers.items()}, units)
 
 
 def make_optimizer(
@@ -130,7 +130,7 @@ def make_optimizer(
     Masks are among its parameters for their gradients only, at a step size of 0: what moves them is not Adam. `look` is
     called in every step while the gradients, complete and averaged over processes, are there.
     """
-    keep = resolve(census_of(layers), budget)
+    keep = resolve(parameter_count_of(layers), budget)
     for name, layer in sites(layers).items():
         layer.keep.fill_(keep[kind_of(name)])
     adapters = [part for layer in layers.values() for part in (layer.a_RI, layer.b_OR) if part is not None]

@@ -63,7 +63,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Census:
+class ParameterCount:
     """All `parameters` of the linear layers inside the blocks, and what can be taken from them, by kind."""
 
     parameters: int
@@ -106,7 +106,7 @@ def kind_of(site: str) -> str:
     return site.rpartition(".")[2]
 
 
-def census(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> Census:
+def count_parameters(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> ParameterCount:
     """Count the linear layers of the blocks, given by name, whose sites have `units`.
 
     Raises `ModelError` when layers of one kind differ or a layer that feeds a site is missing.
@@ -129,10 +129,10 @@ def census(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> Census:
             raise ModelError(
                 f"layers of kind {kind} differ ({sorted(map(str, variants))}); uniform widths need equal ones"
             )
-    return Census(sum(shape.parameters for shape in shapes.values()), {k: v.pop() for k, v in found.items()})
+    return ParameterCount(sum(shape.parameters for shape in shapes.values()), {k: v.pop() for k, v in found.items()})
 
 
-def resolve(counted: Census, budget: Budget, groups: float | None = None) -> dict[str, int]:
+def resolve(counted: ParameterCount, budget: Budget, groups: float | None = None) -> dict[str, int]:
     """Units to keep in every layer, by kind: whole numbers that an engine can serve.
 
     Heads keep their share of the budget, rounded up to what may be split; the FFN takes the rest, rounded down, so the

@@ -113,7 +113,7 @@ class Group:
         if self.world > 1:
             dist.barrier(self.waiting)
 
-    def told(self, find: Callable[[], str]) -> str:
+    def broadcast(self, find: Callable[[], str]) -> str:
         """What process 0 finds, which may take it long; the others do not look."""
         box = [find() if self.first else ""]
         if self.world > 1:

@@ -79,7 +79,7 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
     work = work_dir(args.out)
     with ExitStack() as held:
         with joined(device, args.shard) as group:
-            base_digest = group.told(lambda: digest_weights(model_dir))
+            base_digest = group.broadcast(lambda: digest_weights(model_dir))
             check_prior(given, args.prior, model_dir, base_digest)
             origin = Origin(model_dir, label, base_digest, wanted.digest(), wanted.pattern)
             with group.first_leads():

@@ -34,9 +34,9 @@ from maskgen.methods.learned import (
     LearnedLinear,
     LearnedMethod,
     Mode,
-    Moment,
     Result,
-    Site,
+    StepContext,
+    TargetLayer,
     learned_parameters,
 )
 from maskgen.numerics.memory import peak_memory_bytes
@@ -109,7 +109,7 @@ class Session:
             group["lr"] = group["initial_lr"] * factor
         self.set_moment(noise_sample=0)
         with torch.no_grad():
-            self.method.before_step(self.learning, self.moment)
+            self.method.before_step(self.learning, self.context)
         windows_BT = corpus.batch(self.step, self.spec.batch)
         parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
         totals = torch.zeros(3, dtype=torch.float64)
@@ -122,7 +122,7 @@ class Session:
         self.optimizer.zero_grad(set_to_none=True)
         lr = self.spec.lr * factor
         with torch.no_grad():
-            self.method.after_step(self.learning, self.moment, lr)
+            self.method.after_step(self.learning, self.context, lr)
         self.step += 1
         loss, ce, divergence = self.group.total(totals).tolist()
         return StepLog(
@@ -131,20 +131,20 @@ class Session:
         )  # fmt: skip
 
     @property
-    def moment(self) -> Moment:
+    def context(self) -> StepContext:
         """The moment the layers are at."""
-        return next(iter(self.layers.values())).moment
+        return next(iter(self.layers.values())).context
 
     def set_moment(self, noise_sample: int) -> None:
         """Tell every layer what time it is and which of the step's noise samples to draw."""
         seed = derive_seed(self.spec.seed, self.step, noise_sample)
         for layer in self.layers.values():
-            layer.moment = Moment(self.step, self.spec.steps, seed)
+            layer.context = StepContext(self.step, self.spec.steps, seed)
 
     def _backward(self, ids_BT: Tensor, share: float) -> Tensor:
         """Forward and backward of one micro-batch, which is `share` of the step's windows."""
         loss = self.objective(self.runner, ids_BT)
-        penalty = self.method.regulariser(self.learning, self.moment)
+        penalty = self.method.regulariser(self.learning, self.context)
         total = loss.total if penalty is None else loss.total + penalty
         self._check_finite("loss", float(total.detach()))
         (total * (share * self.group.world)).backward()  # processes average their gradients
@@ -227,8 +227,8 @@ def _attach(
     targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
     for index, (block, name, linear) in enumerate(targets):
         mask = None if prior is None else prior(name).to(linear.weight.device)
-        site = Site(index, name, linear, pattern, mask, units.get(name))
-        layer = method.attach(site, generator) if block in active else FixedLinear(site)
+        target = TargetLayer(index, name, linear, pattern, mask, units.get(name))
+        layer = method.attach(target, generator) if block in active else FixedLinear(target)
         if layer is not None:
             model.set_submodule(name, layer)
             layers[name] = layer

@@ -1,4 +1,4 @@
-"""The gRPC door: service `sparse_serve.v1.GenerationService`, with health checking and reflection.
+"""The gRPC API: service `sparse_serve.v1.GenerationService`, with health checking and reflection.
 
 The port is bound before the engine loads, and not shared: gRPC would by default let a second server bind the same port
 and split the connections between the two. From the first moment health checks answer NOT_SERVING and calls UNAVAILABLE.
@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sparse_serve.api import House, messages
+from sparse_serve.api import ServerContext, messages
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import Chunk
@@ -37,23 +37,23 @@ _OPTIONS = [
 ]
 
 
-def create(house: House) -> "GrpcDoor":
-    """The gRPC door, on a port of its own."""
-    return GrpcDoor(house)
+def create(server_context: ServerContext) -> "GrpcApi":
+    """The gRPC API, on a port of its own."""
+    return GrpcApi(server_context)
 
 
-class GrpcDoor:
-    """Implements `Door`."""
+class GrpcApi:
+    """Implements `Api`."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext) -> None:
+        self._server_context = server_context
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._service = GenerationService(house)
+        self._service = GenerationService(server_context)
 
     async def start(self) -> str:
-        """Bind and answer NOT_SERVING / UNAVAILABLE. See `Door.start`."""
-        settings = self._house.settings
+        """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
+        settings = self._server_context.settings
         options = [*_OPTIONS, ("grpc.max_receive_message_length", settings.max_message_bytes)]
         server = grpc.aio.server(options=options)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
@@ -75,7 +75,7 @@ class GrpcDoor:
         return f"{host}:{port}"
 
     async def serve(self) -> None:
-        """Health checks turn to SERVING; the calls ask `Traffic`."""
+        """Health checks turn to SERVING; the calls ask `Admission`."""
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -98,8 +98,8 @@ class GrpcDoor:
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """The calls of `proto/sparse_serve/v1/generation.proto`."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext) -> None:
+        self._server_context = server_context
         self.stopping = False
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
@@ -117,20 +117,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
         """What is served."""
         async with self._answering("GetModelInfo", context):
-            info = self._house.served()
+            info = self._server_context.served()
         return messages.model_info(info)
 
     async def _generate(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> AsyncGenerator[Chunk, None]:
-        house = self._house
-        checked = messages.read_request(request, house.served(), house.settings)
-        async with contextlib.aclosing(house.engine.generate(checked)) as chunks:
+        server_context = self._server_context
+        checked = messages.read_request(request, server_context.served(), server_context.settings)
+        async with contextlib.aclosing(server_context.engine.generate(checked)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     @contextlib.asynccontextmanager
     async def _answering(self, method: str, context: Any) -> AsyncIterator[None]:
         """Count a call, and end it with the status its exception stands for."""
-        with self._house.traffic.request("grpc", method) as outcome:
+        with self._server_context.admission.request("grpc", method) as outcome:
             try:
                 yield
             except asyncio.CancelledError:

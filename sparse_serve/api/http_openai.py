@@ -2,32 +2,32 @@
 
 `build_app` and `init_app_state` are what `vllm serve` itself uses: completions, chat, models, streaming, tool calls and
 `/metrics` behave as documented there, and `/metrics` shows this server's metrics too, as both use the default registry.
-Only three things are ours. The front stands before it (admission, counting, body size). Its lifespan is run here,
-because the front's server started long before this application existed. And the server object that vLLM may ask to
-exit when the engine dies is a dummy: this process watches the engine itself, and ends every door in order.
+Only three things are ours. The listener stands before it (admission, counting, body size). Its lifespan is run here,
+because the listener's server started long before this application existed. And the server object that vLLM may ask to
+exit when the engine dies is a dummy: this process watches the engine itself, and ends every API in order.
 """
 
 import contextlib
 from types import SimpleNamespace
 
-from sparse_serve.api import House
+from sparse_serve.api import ServerContext
 from sparse_serve.runtime.errors import EngineStartError
 
 
-def create(house: House) -> "OpenAiDoor":
-    """The OpenAI door, mounted on the HTTP front."""
-    return OpenAiDoor(house)
+def create(server_context: ServerContext) -> "OpenAiApi":
+    """The OpenAI API, mounted on the HTTP listener."""
+    return OpenAiApi(server_context)
 
 
-class OpenAiDoor:
-    """Implements `Door`."""
+class OpenAiApi:
+    """Implements `Api`."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext) -> None:
+        self._server_context = server_context
         self._lifespan = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
-        """Nothing to do: without a main application the front answers "unavailable"."""
+        """Nothing to do: without a main application the listener answers "unavailable"."""
         return ""
 
     async def serve(self) -> None:
@@ -37,19 +37,19 @@ class OpenAiDoor:
 
         from sparse_serve.engine.vllm_engine import VllmEngine
 
-        engine = self._house.engine
+        engine = self._server_context.engine
         if not isinstance(engine, VllmEngine) or engine.args is None:
-            raise EngineStartError(f"the OpenAI door needs a started vLLM engine, not {type(engine).__name__}")
+            raise EngineStartError(f"the OpenAI API needs a started vLLM engine, not {type(engine).__name__}")
         tasks = await engine.client.get_supported_tasks()
         app = build_app(engine.args, tasks, engine.client.model_config)
         await init_app_state(engine.client, app.state, engine.args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-        self._house.front.set_main(app)
+        self._server_context.listener.set_main(app)
 
     async def drain(self) -> None:
-        """Nothing to do: the front refuses new requests."""
+        """Nothing to do: the listener refuses new requests."""
 
     async def stop(self, grace_s: float) -> None:
-        """End the application's lifespan. Its requests are the front's to finish, before this."""
+        """End the application's lifespan. Its requests are the listener's to finish, before this."""
         await self._lifespan.aclose()

@@ -6,26 +6,26 @@ vLLM's own `/health` says less: it exists only once the model is loaded, and kno
 
 import dataclasses
 
-from sparse_serve.api import House
+from sparse_serve.api import ServerContext
 from sparse_serve.server.admission import Phase
 from sparse_serve.server.listener import Receive, Scope, Send, send_json
 
 
-def create(house: House) -> "OpsDoor":
-    """The door for operators, mounted on the HTTP front."""
-    return OpsDoor(house)
+def create(server_context: ServerContext) -> "OpsApi":
+    """The API for operators, mounted on the HTTP listener."""
+    return OpsApi(server_context)
 
 
-class OpsDoor:
-    """Implements `Door`."""
+class OpsApi:
+    """Implements `Api`."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext) -> None:
+        self._server_context = server_context
 
     async def start(self) -> str:
         """Mount: these routes answer in every phase."""
-        self._house.front.mount("/ready", self._ready)
-        self._house.front.mount("/sparse-serve/info", self._info)
+        self._server_context.listener.mount("/ready", self._ready)
+        self._server_context.listener.mount("/sparse-serve/info", self._info)
         return ""
 
     async def serve(self) -> None:
@@ -35,15 +35,19 @@ class OpsDoor:
         """Nothing to do: the routes look at the phase."""
 
     async def stop(self, grace_s: float) -> None:
-        """Nothing to do: the routes go with the front."""
+        """Nothing to do: the routes go with the listener."""
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        traffic = self._house.traffic
-        status = 200 if traffic.phase is Phase.READY else 503
-        await send_json(send, status, {"phase": traffic.phase.value, "in_flight": traffic.in_flight})
+        admission = self._server_context.admission
+        status = 200 if admission.phase is Phase.READY else 503
+        await send_json(send, status, {"phase": admission.phase.value, "in_flight": admission.in_flight})
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        house = self._house
-        engine = None if house.info is None else dataclasses.asdict(house.info)
-        body = {"phase": house.traffic.phase.value, "engine": engine, "settings": dataclasses.asdict(house.settings)}
+        server_context = self._server_context
+        engine = None if server_context.info is None else dataclasses.asdict(server_context.info)
+        body = {
+            "phase": server_context.admission.phase.value,
+            "engine": engine,
+            "settings": dataclasses.asdict(server_context.settings),
+        }
         await send_json(send, 200, body)

@@ -3,7 +3,7 @@
 For each shape and number of tokens, in one interleaved run (`timing`): torch's dense linear, the dense linear that vLLM
 would run, every kernel that does not refuse, with values in the activations' dtype and in 8 bits, and with one token a
 plain read of the compressed bytes. Weights are random. A speedup below 1 means that serving dense would have been
-better. The byte limit is how long only reading a contender's own weight would take, at the speed of that plain read:
+better. The byte limit is how long only reading a candidate's own weight would take, at the speed of that plain read:
 with one token a layer can hardly be faster, so the share of it that is reached says what is left to gain.
 
 Legend: T = tokens, O = out features, I = in features.
@@ -40,11 +40,11 @@ PATTERN = NMPattern(2, 4)
 DENSE = ("dense torch", "dense vllm")
 READ = "read of cpu's bytes"
 POOL_BYTES = 192 << 20
-"""Weights of one contender, over all copies: several times what a last-level cache holds."""
+"""Weights of one candidate, over all copies: several times what a last-level cache holds."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One way to compute a layer: a function of x for every copy of its weight, and the bytes of one copy."""
 
     linears: Sequence[Callable[[Tensor], object]]
@@ -53,9 +53,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """One shape and number of tokens, everything by contender.
+    """One shape and number of tokens, everything by candidate.
 
-    `speedup` is a kernel's over the faster dense, `speedup_over` the same by dense contender; `of_byte_limit` is 1 for
+    `speedup` is a kernel's over the faster dense, `speedup_over` the same by dense candidate; `of_byte_limit` is 1 for
     a layer that takes as long as reading its weight, and is there for one token only.
     """
 
@@ -83,9 +83,9 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     dtype, results = getattr(torch, args.dtype), []
     for shape in args.shapes:
-        contenders, of_shape = _contenders(shape, dtype, args.with_reference), []
+        candidates, of_shape = _candidates(shape, dtype, args.with_reference), []
         for tokens in args.tokens:
-            of_shape.append(_measure(contenders, shape, tokens, dtype, args.seconds))
+            of_shape.append(_measure(candidates, shape, tokens, dtype, args.seconds))
             Console(stderr=True).print(f"{shape[0]}x{shape[1]}, {tokens} tokens: {of_shape[-1].rounds} rounds")
         Console().print(table(of_shape))
         results += of_shape
@@ -100,15 +100,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _contenders(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool) -> dict[str, Contender]:
+def _candidates(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool) -> dict[str, Candidate]:
     """Everything to compare on one shape `(O, I)`, by name."""
     out_features, in_features = shape
     weight_OI = torch.randn(out_features, in_features).mul_(in_features**-0.5).to(dtype)
     packed = PackedTensor.pack(weight_OI, PATTERN.mask_from_scores(weight_OI.float().abs()), PATTERN)
-    contenders = {}
+    candidates = {}
     for name, linear in zip(DENSE, (torch_dense, stock_linear), strict=True):
         copies = range(_copies(weight_OI.nbytes))
-        contenders[name] = Contender([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
+        candidates[name] = Candidate([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
     for name in names(folder):
         for values in (FLOAT, "int8"):
             spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values)
@@ -123,30 +123,30 @@ def _contenders(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool
             prepared = [kernel.prepare(stored) for _ in range(_copies(stored.nbytes))]
             linears = [lambda x_TI, run=kernel.linear, at=tensors: run(x_TI, at, None) for tensors in prepared]
             weight_bytes = sum(tensor.nbytes for tensor in prepared[0].values())
-            contenders[name if values == FLOAT else f"{name} {values}"] = Contender(linears, weight_bytes)
+            candidates[name if values == FLOAT else f"{name} {values}"] = Candidate(linears, weight_bytes)
             if name == "cpu" and values == FLOAT:
-                contenders[READ] = _reading([tensors["blocks"] for tensors in prepared])
-    return contenders
+                candidates[READ] = _reading([tensors["blocks"] for tensors in prepared])
+    return candidates
 
 
-def _reading(copies: Sequence[Tensor]) -> Contender:
+def _reading(copies: Sequence[Tensor]) -> Candidate:
     half = len(copies) // 2  # not the copy that the kernel has just brought into the cache
     read, in_turn = torch.ops.sparse_serve_cpu.read, (*copies[half:], *copies[:half])
-    return Contender([lambda x_TI, at=tensor: read(at) for tensor in in_turn], copies[0].nbytes)  # type: ignore[misc]
+    return Candidate([lambda x_TI, at=tensor: read(at) for tensor in in_turn], copies[0].nbytes)  # type: ignore[misc]
 
 
 def _measure(
-    contenders: Mapping[str, Contender], shape: tuple[int, int], tokens: int, dtype: torch.dtype, budget_s: float
+    candidates: Mapping[str, Candidate], shape: tuple[int, int], tokens: int, dtype: torch.dtype, budget_s: float
 ) -> Result:
     x_TI = torch.randn(tokens, shape[1]).to(dtype)
     calls: dict[str, list[Call]] = {
-        name: [lambda run=run: run(x_TI) for run in contender.linears]  # type: ignore[misc]
-        for name, contender in contenders.items()
+        name: [lambda run=run: run(x_TI) for run in candidate.linears]  # type: ignore[misc]
+        for name, candidate in candidates.items()
         if name != READ or tokens == 1
     }
     times = interleaved(calls, budget_s)
     kernels = [name for name in calls if name not in (*DENSE, READ)]
-    weight_bytes = {name: contenders[name].weight_bytes for name in calls}
+    weight_bytes = {name: candidates[name].weight_bytes for name in calls}
     return Result(
         *shape,
         tokens,
@@ -160,7 +160,7 @@ def _measure(
 
 
 def of_byte_limit(times: Times, weight_bytes: Mapping[str, int]) -> dict[str, float]:
-    """Time of reading a contender's weight, at the speed of `READ` in the same round, by its time; empty without."""
+    """Time of reading a candidate's weight, at the speed of `READ` in the same round, by its time; empty without."""
     if READ not in weight_bytes:
         return {}
     return {
@@ -171,7 +171,7 @@ def of_byte_limit(times: Times, weight_bytes: Mapping[str, int]) -> dict[str, fl
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One shape: a section per number of tokens, a line per contender; speedups below 1 in red."""
+    """One shape: a section per number of tokens, a line per candidate; speedups below 1 in red."""
     shown = Table(title=f"{results[0].out_features} x {results[0].in_features}", box=box.SIMPLE_HEAD)
     for name in ("tokens", "layer", "ms", "over\ntorch", "over\nvllm", "over the\nfaster", "of byte\nlimit"):
         shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
@@ -194,7 +194,7 @@ def _ratio(value: float | None) -> str:
 
 
 def panels(results: Sequence[Result]) -> list[Panel]:
-    """What to draw: every contender that computes something, by shape."""
+    """What to draw: every candidate that computes something, by shape."""
     by_shape: dict[str, list[Point]] = {}
     for result in results:
         points = by_shape.setdefault(f"{result.out_features} x {result.in_features}", [])

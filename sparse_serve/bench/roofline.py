@@ -41,9 +41,9 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Point:
-    """One contender at one number of tokens: dense-equivalent operations per byte of weight, and per second."""
+    """One candidate at one number of tokens: dense-equivalent operations per byte of weight, and per second."""
 
-    contender: str
+    candidate: str
     tokens: int
     operations_per_byte: float
     operations_per_s: float
@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One layer: a title, and its points in order of contender and tokens."""
+    """One layer: a title, and its points in order of candidate and tokens."""
 
     title: str
     points: Sequence[Point]
@@ -78,14 +78,14 @@ def roofline(panels: Sequence[Panel], roof: Roof, title: str, file: Path) -> Non
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
-    contenders = list(dict.fromkeys(point.contender for panel in panels for point in panel.points))
+    candidates = list(dict.fromkeys(point.candidate for panel in panels for point in panel.points))
     with context(["default", _STYLE]):
         figure = Figure(figsize=(1.2 + 4.6 * len(panels), 5.0), layout="constrained")
         row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, panel in zip(row, panels, strict=True):
             _frame(axes, panel.title)
-            for number, contender in enumerate(contenders):
-                _line(axes, number, contender, [point for point in panel.points if point.contender == contender])
+            for number, candidate in enumerate(candidates):
+                _line(axes, number, candidate, [point for point in panel.points if point.candidate == candidate])
             _label_tokens(axes, panel.points)
         for axes in row:  # the limits are final only now, as panels share them
             _draw_roof(axes, roof)
@@ -110,21 +110,21 @@ def _frame(axes: Axes, title: str) -> None:
     axes.set_xlabel("operations per byte of weight, counted as dense")
 
 
-def _line(axes: Axes, number: int, contender: str, points: Sequence[Point]) -> None:
+def _line(axes: Axes, number: int, candidate: str, points: Sequence[Point]) -> None:
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     across = [point.operations_per_byte for point in points]
     up = [point.operations_per_s / 1e9 for point in points]
-    axes.plot(across, up, color=colour, marker=marker, markersize=5.5, linewidth=0.9, label=contender)
+    axes.plot(across, up, color=colour, marker=marker, markersize=5.5, linewidth=0.9, label=candidate)
 
 
 def _label_tokens(axes: Axes, points: Sequence[Point]) -> None:
     """Numbers of tokens at two lines, above the highest and below the lowest; the others' markers go the same way."""
-    contenders = dict.fromkeys(point.contender for point in points)
-    height = {name: max(point.operations_per_s for point in points if point.contender == name) for name in contenders}
-    top, bottom = max(contenders, key=height.__getitem__), min(contenders, key=height.__getitem__)
+    candidates = dict.fromkeys(point.candidate for point in points)
+    height = {name: max(point.operations_per_s for point in points if point.candidate == name) for name in candidates}
+    top, bottom = max(candidates, key=height.__getitem__), min(candidates, key=height.__getitem__)
     for point in points:
-        if point.contender in (top, bottom):
-            beside, side = (1.08, "bottom") if point.contender == top else (1 / 1.08, "top")
+        if point.candidate in (top, bottom):
+            beside, side = (1.08, "bottom") if point.candidate == top else (1 / 1.08, "top")
             x, y = point.operations_per_byte, beside * point.operations_per_s / 1e9
             axes.text(x, y, str(point.tokens), ha="center", va=side, size=8, color=_INK)
 

@@ -17,9 +17,7 @@ class CallError(ServeError, RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sparse-serve generate`."""
     parser.add_argument("prompt", help="text to continue")
-    parser.add_argument(
-        "--address", default="127.0.0.1:50051", help="host:port of the gRPC door (default: %(default)s)"
-    )
+    parser.add_argument("--address", default="127.0.0.1:50051", help="host:port of the gRPC API (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's own)")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="deadline of the call (default: %(default)s)")

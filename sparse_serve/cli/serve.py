@@ -1,10 +1,10 @@
-"""The process: one engine, its doors, and their life from the first bound port to the last freed one.
+"""The process: one engine, its APIs, and their life from the first bound port to the last freed one.
 
-    bind the ports      a clash is known at once; every door answers "unavailable" from here on
+    bind the ports      a clash is known at once; every API answers "unavailable" from here on
     start the engine    tens of seconds; a signal now ends it
-    serve               doors attach to the engine, ready is set last, the banner is printed
+    serve               APIs attach to the engine, ready is set last, the banner is printed
     drain               on `stop` (a signal): not ready, refuse new requests, wait for running ones up to `drain_s`
-    stop                doors, then the HTTP port, then the engine
+    stop                APIs, then the HTTP port, then the engine
 
 The exit code is 0 after a signal, 1 if the engine died. A second signal changes nothing: what could be hurried has a
 time limit already, and an impatient kill is what leaves processes behind.
@@ -21,10 +21,10 @@ from types import ModuleType
 
 from prometheus_client import CollectorRegistry
 
-from sparse_serve.api import Door, House
+from sparse_serve.api import Api, ServerContext
 from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.server.admission import Phase, Traffic
-from sparse_serve.server.listener import HttpFront
+from sparse_serve.server.admission import Admission, Phase
+from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings
 
@@ -36,21 +36,21 @@ _ENGINE_STOP_S = 5.0
 
 
 class Server:
-    """One engine behind the given doors. `run` once."""
+    """One engine behind the given APIs. `run` once."""
 
     def __init__(
         self,
         engine: Engine,
         settings: Settings,
-        doors: Sequence[ModuleType],
+        apis: Sequence[ModuleType],
         registry: CollectorRegistry,
         announce: Callable[[str], None],
     ) -> None:
         self._metrics = Metrics(registry)
-        traffic = Traffic(self._metrics)
-        front = HttpFront(settings.host, settings.http_port, traffic, settings.max_message_bytes)
-        self.house = House(engine, settings, traffic, front)
-        self._doors: list[Door] = [module.create(self.house) for module in doors]
+        admission = Admission(self._metrics)
+        listener = HttpListener(settings.host, settings.http_port, admission, settings.max_message_bytes)
+        self.server_context = ServerContext(engine, settings, admission, listener)
+        self._apis: list[Api] = [module.create(self.server_context) for module in apis]
         self._announce = announce
         self._stopping = asyncio.Event()
 
@@ -72,63 +72,63 @@ class Server:
         self._stopping.set()
 
     async def _listen(self) -> dict[str, str]:
-        http = await self.house.front.start()
-        grpc = [await door.start() for door in self._doors]
+        http = await self.server_context.listener.start()
+        grpc = [await api.start() for api in self._apis]
         return {"http": http, "grpc": next(filter(None, grpc), "")}
 
     async def _start_engine(self) -> EngineInfo | None:
         """The started engine's info, or None when `stop` came first."""
-        starting = asyncio.create_task(self.house.engine.start())
+        starting = asyncio.create_task(self.server_context.engine.start())
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if starting.done():
             return starting.result()
-        await self.house.engine.stop(0.0)
+        await self.server_context.engine.stop(0.0)
         # what still runs in the start thread, a download say, may end when it likes
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return None
 
     async def _open(self, info: EngineInfo, addresses: dict[str, str]) -> None:
-        house = self.house
-        house.info = info
+        server_context = self.server_context
+        server_context.info = info
         self._metrics.show(info)
-        for door in self._doors:
-            await door.serve()
-        house.traffic.phase = Phase.READY
+        for api in self._apis:
+            await api.serve()
+        server_context.admission.phase = Phase.READY
         self._announce(banner(info, addresses["http"], addresses["grpc"]))
 
     async def _until_the_end(self) -> int:
-        house = self.house
-        while not self._stopping.is_set() and not house.engine.died:
+        server_context = self.server_context
+        while not self._stopping.is_set() and not server_context.engine.died:
             try:
                 await asyncio.wait_for(self._stopping.wait(), _WATCH_S)
             except TimeoutError:
                 continue
         # a Ctrl-C reaches the engine process too, which then ends by itself: that is no death
-        died = house.engine.died and not self._stopping.is_set()
-        house.traffic.phase = Phase.DEAD if died else Phase.DRAINING
-        for door in self._doors:
-            await door.drain()
+        died = server_context.engine.died and not self._stopping.is_set()
+        server_context.admission.phase = Phase.DEAD if died else Phase.DRAINING
+        for api in self._apis:
+            await api.drain()
         if died:
             logger.error("the engine has died; going down")
-            await house.traffic.wait_idle(_FAIL_S)
+            await server_context.admission.wait_idle(_FAIL_S)
             return 1
         await self._drain()
         return 0
 
     async def _drain(self) -> None:
-        traffic, drain_s = self.house.traffic, self.house.settings.drain_s
-        logger.info("draining: %d requests get up to %g s", traffic.in_flight, drain_s)
-        if not await traffic.wait_idle(drain_s):
-            logger.warning("%d requests did not finish in %g s and are cut off", traffic.in_flight, drain_s)
+        admission, drain_s = self.server_context.admission, self.server_context.settings.drain_s
+        logger.info("draining: %d requests get up to %g s", admission.in_flight, drain_s)
+        if not await admission.wait_idle(drain_s):
+            logger.warning("%d requests did not finish in %g s and are cut off", admission.in_flight, drain_s)
 
     async def _close(self) -> None:
         """Stop everything that was started, whatever state it is in, and whatever fails on the way."""
-        closers = [door.stop(0.0) for door in reversed(self._doors)]
-        closers.insert(0, self.house.front.stop(0.0))
-        closers.append(self.house.engine.stop(_ENGINE_STOP_S))
+        closers = [api.stop(0.0) for api in reversed(self._apis)]
+        closers.insert(0, self.server_context.listener.stop(0.0))
+        closers.append(self.server_context.engine.stop(_ENGINE_STOP_S))
         for closer in closers:
             try:
                 await closer

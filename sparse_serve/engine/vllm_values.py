@@ -37,7 +37,7 @@ _REASONS = {
 def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
     """Arguments of vLLM's `SamplingParams`.
 
-    `model_defaults` come from the model's generation_config.json, as for the HTTP door. `max_tokens` is cut to
+    `model_defaults` come from the model's generation_config.json, as for the HTTP API. `max_tokens` is cut to
     `max_model_len`; the scheduler ends a request that reaches it together with its prompt.
     """
     arguments = {name: value for name, value in model_defaults.items() if name in _SAME_NAME}

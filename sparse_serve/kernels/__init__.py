@@ -2,13 +2,13 @@
 
 A kernel is one file of this folder; its name is the file's name. It offers three things:
 
-    refuse(spec) -> str | None                      why it cannot serve this layer here, or None if it can
+    unsupported_reason(spec) -> str | None                      why it cannot serve this layer here, or None if it can
     prepare(packed) -> dict[str, Tensor]            its private layout, built once at load; never stored on disk
     linear(x_TI, tensors, bias_O) -> y_TO           y = x W^T + b, as a torch custom op with a fake implementation
 
 The layout a kernel wants (index nibbles, swizzles, a vendor's blob) is its own matter; what it receives is always the
 stored form: values and bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row.
-A willing kernel takes any number of tokens; which one is fast at which number is measured
+A kernel that supports a layer takes any number of tokens; which one is fast at which number is measured
 (`sparse_serve.tuning.selection`), so a kernel never says how good it is. One asked for by name that refuses is an error
 with its reason: there is no silent fallback, so nobody benchmarks the wrong thing.
 
@@ -55,7 +55,7 @@ class Kernel(Protocol):
 
     __name__: str
 
-    def refuse(self, spec: LinearSpec) -> str | None:
+    def unsupported_reason(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot serve `spec` on this machine, or None."""
 
     def prepare(self, packed: PackedTensor) -> dict[str, Tensor]:
@@ -65,12 +65,12 @@ class Kernel(Protocol):
         """`[..., I] -> [..., O]` in x's dtype."""
 
 
-def willing(spec: LinearSpec) -> tuple[dict[str, Kernel], dict[str, str]]:
+def supported(spec: LinearSpec) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The kernels that can serve a layer, and of every other one the reason why it cannot; both by name."""
     kernels, reasons = {}, {}
     for name in names(_folder):
         kernel = cast(Kernel, load(_folder, name, KernelError))
-        reason = kernel.refuse(spec)
+        reason = kernel.unsupported_reason(spec)
         if reason is None:
             kernels[name] = kernel
         else:
@@ -81,7 +81,7 @@ def willing(spec: LinearSpec) -> tuple[dict[str, Kernel], dict[str, str]]:
 def choose(spec: LinearSpec, name: str) -> Kernel:
     """The kernel called `name`. Raises `KernelError` with its reason if it refuses, or if there is none."""
     kernel = cast(Kernel, load(_folder, name, KernelError))
-    reason = kernel.refuse(spec)
+    reason = kernel.unsupported_reason(spec)
     if reason is not None:
         raise no_kernel(spec, {name: reason})
     return kernel

@@ -53,7 +53,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PATTERN = NMPattern(2, 4)
 
 
-def refuse(spec: LinearSpec) -> str | None:
+def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 on a CPU, and where the native library was built."""
     return every_reason(
         (spec.device_type != "cpu", f"device {spec.device_type} is not cpu"),

@@ -88,7 +88,7 @@ _refused: set[tuple[Problem, int]] = set()
 """Padded numbers of tokens for which the library refused the algorithm found for their bucket."""
 
 
-def refuse(spec: LinearSpec) -> str | None:
+def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16, of a shape the library takes, on an NVIDIA GPU that has sparse tensor cores."""
     reason = sparse_core_refusal(spec, _DTYPES)
     if reason is not None:

@@ -23,7 +23,7 @@ TILE_BYTES = 8 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse(spec: LinearSpec) -> str | None:
+def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only a dtype torch cannot multiply on every device is refused."""
     return None if spec.dtype in _DTYPES else f"dtype {spec.dtype} is not one of {list(_DTYPES)}"
 

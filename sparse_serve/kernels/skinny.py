@@ -63,7 +63,7 @@ _ORDER = {2: (0, 3, 4, 5, 2, 8, 6, 7, 1, 9), 1: (0, 3, 4, 2, 8, 6, 5, 7, 9, 1)}
 """Of the dimensions named in `prepare`, by bytes of a value: strip, chunk, then what a lane loads, lane by lane."""
 
 
-def refuse(spec: LinearSpec) -> str | None:
+def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16 on an NVIDIA GPU with sparse tensor cores, where Triton has Gluon."""
     return sparse_core_refusal(spec, _DTYPES) or capability_refusal() or _problem()
 

@@ -14,7 +14,7 @@
           +-- UnavailableError  (ConnectionError)  starting or draining: another moment, or another replica, will do
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
-`answer` is the only place that picks a status. Every door (gRPC, HTTP) asks it, so the same fault has the same meaning
+`answer` is the only place that picks a status. Every API (gRPC, HTTP) asks it, so the same fault has the same meaning
 on each. The text of an exception reaches a client only if we wrote it for clients, that is if the table has its class.
 Anything else is logged under a random id, and the client gets the id: exception texts of libraries have carried
 addresses and memory contents out of other servers.

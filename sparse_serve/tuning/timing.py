@@ -1,7 +1,7 @@
 """Timing that compares fairly on a machine that is not quiet.
 
-Contenders take turns, so that a slow moment hits all of them, and what is compared is the ratio within a round. Every
-contender has several copies of its weights and uses them in turn, so that none finds its weights in a cache because it
+Candidates take turns, so that a slow moment hits all of them, and what is compared is the ratio within a round. Every
+candidate has several copies of its weights and uses them in turn, so that none finds its weights in a cache because it
 was just there: together they are larger than the caches.
 
 How a call is timed is a function, `Clock`: by default `wall_s`, the clock on the wall. Work on a GPU is timed by the
@@ -25,7 +25,7 @@ Clock = Callable[[Call], float]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every round, by contender; equally many for each."""
+    """Seconds of every round, by candidate; equally many for each."""
 
     seconds: Mapping[str, Sequence[float]]
 
@@ -57,17 +57,17 @@ def gpu_s(call: Call) -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200, clock: Clock = wall_s
+    candidates: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200, clock: Clock = wall_s
 ) -> Times:
-    """Run the copies of every contender in turn until `budget_s` is spent, but at least `least` rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for copies in contenders.values():
+    """Run the copies of every candidate in turn until `budget_s` is spent, but at least `least` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for copies in candidates.values():
         for call in copies:
             call()
-    started_s, names = time.perf_counter(), list(contenders)
+    started_s, names = time.perf_counter(), list(candidates)
     for turn in range(most):
         if turn >= least and time.perf_counter() - started_s > budget_s:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(clock(contenders[name][turn % len(contenders[name])]))
+            seconds[name].append(clock(candidates[name][turn % len(candidates[name])]))
     return Times(seconds)

@@ -2,15 +2,15 @@
 
     python -m tests.bench.gpu_kernels [--out DIR] [--tokens 1,16,...] [--shapes qkv=6144x4096,...]
 
-For each shape and number of tokens the contenders (torch's dense linear in bfloat16, and the GPU kernels that do not
+For each shape and number of tokens the candidates (torch's dense linear in bfloat16, and the GPU kernels that do not
 refuse, `skinny` with 8-bit values too) are captured in CUDA graphs, as a server runs them, and the graphs are replayed
-in turn; a time is the median replay over its calls. A contender has several copies of its weight and a graph goes
+in turn; a time is the median replay over its calls. A candidate has several copies of its weight and a graph goes
 through all of them, so that no call finds its weight in the L2 cache: together they are more than three times as large.
-A contender that cannot be captured or is wrong is reported with its error, never left out silently. `cusparselt` makes
+A candidate that cannot be captured or is wrong is reported with its error, never left out silently. `cusparselt` makes
 8-bit values bfloat16 ones and has no row for them: the work is the same.
 
 Every shape is measured in a process of its own (`gpu_measure`), and the JSON file is written after each: a crash costs
-what was not measured yet. A shape whose process died is tried again without the contender that was at work.
+what was not measured yet. A shape whose process died is tried again without the candidate that was at work.
 
 At a few numbers of tokens the clock on the wall times the same calls made one by one by the host, and in a replayed
 graph. What the first takes longer is the host's work; for `cusparselt` that is mostly the library's plan, which torch
@@ -46,7 +46,7 @@ LIMIT_S = 90.0
 
 
 def main() -> int:
-    """Measure everything, write the JSON, print the table. 1 if there is no GPU or a contender failed."""
+    """Measure everything, write the JSON, print the table. 1 if there is no GPU or a candidate failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--shapes", default=SHAPES, metavar="NAME=OxI,...")

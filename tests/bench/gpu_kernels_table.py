@@ -8,7 +8,7 @@ from typing import Any
 from sparse_serve.kernels import skinny
 
 DENSE = "dense"
-"""The name of torch's dense layer among contenders."""
+"""The name of torch's dense layer among candidates."""
 
 _HEAD = "tokens  kernel      "
 
@@ -59,7 +59,7 @@ def _speedups(shapes: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(shapes: dict[str, Any], table: str) -> Iterator[tuple[int, str]]:
-    """Every number of tokens with every contender that some shape has a time of."""
+    """Every number of tokens with every candidate that some shape has a time of."""
     for count in next(iter(shapes.values()))[table]:
         whos = [who for shape in shapes.values() for who in shape[table][count]]
         yield from ((count, who) for who in dict.fromkeys(whos))

@@ -3,7 +3,7 @@
     python -m tests.bench.gpu_measure ROWSxCOLUMNS --to FILE [--tokens 1,16,...] [--without NAME,...]
 
 FILE is written again after every number of tokens, so what was measured before a crash is there; `doing` in it is the
-contender that was at work.
+candidate that was at work.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -38,7 +38,7 @@ KERNELS = {
     "skinny fp8": ("skinny", FP8),
     "cusparselt": ("cusparselt", FLOAT),
 }
-"""Contenders of the dense layer: the kernel, and how its values are stored."""
+"""Candidates of the dense layer: the kernel, and how its values are stored."""
 DENSE_FP8 = "dense fp8"
 MOST_TOKENS = {"skinny": 512}
 """Beyond this a kernel is only slow."""
@@ -47,7 +47,7 @@ SPLIT_CONTENDERS = ("skinny", "skinny int8")
 WALL_TOKENS, WALL_ROUNDS, WALL_REPEATS = (1, 64, 512), 9, 8
 REPLAYS, L2_TIMES = 25, 3.2
 REPLAYING = "replaying"
-"""What `doing` says while all contenders take turns: whoever crashes then cannot be named."""
+"""What `doing` says while all candidates take turns: whoever crashes then cannot be named."""
 
 Call = Callable[[Tensor], Tensor]
 Run = Callable[[], Any]
@@ -55,7 +55,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Layer:
-    """One contender: a call and, for a kernel, its tensors for each copy of the weight; the weight it stands for."""
+    """One candidate: a call and, for a kernel, its tensors for each copy of the weight; the weight it stands for."""
 
     calls: list[Call]
     exact_OI: Tensor
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def measure_shape(rows: int, columns: int, tokens: list[int], without: list[str], to: Path) -> None:
-    """Median seconds per call of every contender at every number of tokens, by the wall too, and of skinny's splits."""
+    """Median seconds per call of every candidate at every number of tokens, by the wall too, and of skinny's splits."""
     weight_OI = torch.randn(rows, columns, device=GPU).mul_(columns**-0.5).bfloat16()
     packed = PackedTensor.pack(weight_OI, PATTERN.mask_from_scores(weight_OI.float().abs()), PATTERN)
     failed: dict[str, str] = {}
@@ -197,7 +197,7 @@ def sparse_layer(name: str, packed: PackedTensor) -> Layer:
 def ready(
     layers: dict[str, Layer], count: int, columns: int, failed: dict[str, str], progress: Progress
 ) -> dict[str, tuple[Run, Run]]:
-    """Calls with all copies, by the host and as a graph, by contender; what raises or is wrong goes to `failed`."""
+    """Calls with all copies, by the host and as a graph, by candidate; what raises or is wrong goes to `failed`."""
     x_TI = torch.randn(count, columns, device=GPU).bfloat16()
     runs: dict[str, tuple[Run, Run]] = {}
     for name, layer in layers.items():

@@ -26,7 +26,7 @@ from torch.nn.functional import linear as dense_linear
 
 from maskgen.core.pattern import NMPattern
 from maskgen.hf import model
-from maskgen.methods.learned import Moment, Site, learned_parameters
+from maskgen.methods.learned import StepContext, TargetLayer, learned_parameters
 from maskgen.methods.learned.maskllm import MaskLLM, MaskLLMLinear
 from tests.bench import record
 from tests.bench.sweep_cost import build
@@ -130,13 +130,13 @@ def prepare(net: Any, variant: str, windows: int, window_tokens: int) -> tuple[C
     layers = {}
     for index, (name, linear) in enumerate(targets):
         prior_OI = pattern.mask_from_scores(linear.weight.float().abs())
-        layers[name] = kind(Site(index, name, linear, pattern, prior_OI), method, generator)
+        layers[name] = kind(TargetLayer(index, name, linear, pattern, prior_OI), method, generator)
         net.set_submodule(name, layers[name])
     optimizer = method.optimizer(layers, [], 1e-3)
     ids_BT = torch.randint(net.config.vocab_size, (windows, window_tokens), generator=generator)
 
     def step(number: int) -> None:
-        moment = Moment(number, 100, number)
+        moment = StepContext(number, 100, number)
         for layer in layers.values():
             layer.moment = moment
         with torch.autocast("cpu", torch.bfloat16):

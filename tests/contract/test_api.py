@@ -1,4 +1,4 @@
-"""Every file of `sparse_serve/api/` is a door: same constructor, same life, no knowledge of its siblings."""
+"""Every file of `sparse_serve/api/` is an API: same constructor, same life, no knowledge of its siblings."""
 
 import ast
 import inspect
@@ -10,15 +10,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sparse_serve import api
-from sparse_serve.api import Door, House
+from sparse_serve.api import Api, ServerContext
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.server.admission import Traffic
-from sparse_serve.server.listener import HttpFront
+from sparse_serve.server.admission import Admission
+from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings
 
 NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in ("messages", "pb")]
-LIFE = [name for name in vars(Door) if not name.startswith("_")]
+LIFE = [name for name in vars(Api) if not name.startswith("_")]
 
 
 @pytest.fixture(params=NAMES)
@@ -26,10 +26,10 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     return import_module(f"sparse_serve.api.{request.param}")
 
 
-def house() -> House:
+def server_context() -> ServerContext:
     settings = Settings(http_port=0, grpc_port=0)
-    traffic = Traffic(Metrics(CollectorRegistry()))
-    return House(FakeEngine(), settings, traffic, HttpFront(settings.host, 0, traffic, 1024))
+    admission = Admission(Metrics(CollectorRegistry()))
+    return ServerContext(FakeEngine(), settings, admission, HttpListener(settings.host, 0, admission, 1024))
 
 
 def test_the_doors_are_known() -> None:
@@ -38,9 +38,9 @@ def test_the_doors_are_known() -> None:
 
 
 def test_create_makes_a_door(module: ModuleType) -> None:
-    door = module.create(house())
+    api = module.create(server_context())
     for name in LIFE:
-        ours, contract = getattr(type(door), name), getattr(Door, name)
+        ours, contract = getattr(type(api), name), getattr(Api, name)
         assert inspect.iscoroutinefunction(ours), f"{name} is not async"
         assert inspect.signature(ours) == inspect.signature(contract)
         assert ours.__doc__
@@ -48,9 +48,9 @@ def test_create_makes_a_door(module: ModuleType) -> None:
 
 async def test_a_door_that_never_served_can_be_closed(module: ModuleType) -> None:
     """What happens when the engine does not start."""
-    never_started = module.create(house())
+    never_started = module.create(server_context())
     await never_started.stop(0.0)
-    started = module.create(house())
+    started = module.create(server_context())
     address = await started.start()
     assert address == "" or int(address.rpartition(":")[2]) > 0
     await started.stop(0.0)

@@ -14,7 +14,7 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
 from maskgen.core.values import FLOAT, KINDS
-from sparse_serve.kernels import Kernel, LinearSpec, choose, willing
+from sparse_serve.kernels import Kernel, LinearSpec, choose, supported
 from sparse_serve.runtime.errors import KernelError
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
@@ -40,9 +40,9 @@ def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = 
 
 def patterns_or_skip(name: str, dtype: torch.dtype, values: str) -> list[NMPattern]:
     specs = {pattern: LinearSpec(64, 64, pattern, dtype, "cpu", values) for pattern in PATTERNS}
-    taken = [pattern for pattern, spec in specs.items() if name in willing(spec)[0]]
+    taken = [pattern for pattern, spec in specs.items() if name in supported(spec)[0]]
     if not taken:
-        pytest.skip(f"{name}: {willing(specs[PATTERNS[0]])[1][name]}")
+        pytest.skip(f"{name}: {supported(specs[PATTERNS[0]])[1][name]}")
     return taken
 
 
@@ -120,7 +120,7 @@ def test_a_kernel_asked_for_by_name_never_falls_back() -> None:
 
 
 def test_every_kernel_is_willing_or_says_why() -> None:
-    kernels, reasons = willing(LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu"))
+    kernels, reasons = supported(LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu"))
     assert sorted([*kernels, *reasons]) == names(folder)
     assert "reference" in kernels and all(reasons.values())
 

@@ -22,7 +22,7 @@ from maskgen.data.corpus import Corpus
 from maskgen.export import slice as slicer
 from maskgen.hf import model as loader
 from maskgen.methods import Solution
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.recipes.sections import Training
 from maskgen.train.parallel import ALONE, Group
 from maskgen.train.step import Session, prepare
@@ -36,7 +36,7 @@ class ToyLinear(LearnedLinear):
 
     kept_OI: Tensor
 
-    def __init__(self, site: Site, method: Toy, generator: torch.Generator) -> None:
+    def __init__(self, site: TargetLayer, method: Toy, generator: torch.Generator) -> None:
         super().__init__(site)
         self.method = method
         if method.learns_weights:
@@ -72,17 +72,17 @@ class Toy(LearnedMethod):
     def trains_weights(self) -> bool:  # type: ignore[override]
         return self.learns_weights
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear:
+    def attach(self, site: TargetLayer, generator: torch.Generator) -> LearnedLinear:
         return ToyLinear(site, self, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         own = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
         return torch.optim.AdamW([{"params": own}, {"params": list(others), "lr": lr / 10}][: 1 + bool(others)], lr)
 
-    def regulariser(self, layers: Layers, moment: Moment) -> Tensor | None:
+    def regulariser(self, layers: Layers, moment: StepContext) -> Tensor | None:
         return self.penalty * sum(layer.score.square().mean() for layer in layers.values())
 
-    def before_step(self, layers: Layers, moment: Moment) -> None:
+    def before_step(self, layers: Layers, moment: StepContext) -> None:
         if moment.step % self.refresh == 0:
             for layer in layers.values():
                 layer.kept_OI.copy_(layer.mask())

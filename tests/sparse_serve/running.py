@@ -1,6 +1,6 @@
 """A whole server around a `FakeEngine`, for tests: real sockets, real gRPC, real HTTP, no model.
 
-vLLM's application needs vLLM's engine, so an application of a few lines stands in for it behind the same front.
+vLLM's application needs vLLM's engine, so an application of a few lines stands in for it behind the same listener.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import grpc
 import httpx
 from prometheus_client import CollectorRegistry
 
-from sparse_serve.api import House, grpc_v1, ops
+from sparse_serve.api import ServerContext, grpc_v1, ops
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.cli.serve import Server
 from sparse_serve.engine import GenerateRequest, Sampling
@@ -22,17 +22,17 @@ from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.server.settings import Settings
 
 
-class EchoDoor:
+class EchoApi:
     """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext) -> None:
+        self._server_context = server_context
 
     async def start(self) -> str:
         return ""
 
     async def serve(self) -> None:
-        self._house.front.set_main(self._app)
+        self._server_context.listener.set_main(self._app)
 
     async def drain(self) -> None: ...
 
@@ -55,13 +55,13 @@ class EchoDoor:
 
     async def _stream(self, body, send) -> None:
         request = GenerateRequest(body["prompt"], Sampling(max_tokens=body["max_tokens"]))
-        async with contextlib.aclosing(self._house.engine.generate(request)) as chunks:
+        async with contextlib.aclosing(self._server_context.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk.text.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-ECHO = SimpleNamespace(create=EchoDoor)
+ECHO = SimpleNamespace(create=EchoApi)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The real server on a sparse checkpoint: two doors, the same tokens, clients that leave, and a drain.
+"""The real server on a sparse checkpoint: two APIs, the same tokens, clients that leave, and a drain.
 
 Starting costs tens of seconds, so one server answers all tests; the last of them ends it.
 """
@@ -161,26 +161,26 @@ def test_info_and_metrics_say_what_is_served(server: Running) -> None:
 
 
 def test_a_cancelled_grpc_stream_is_aborted_in_the_engine(server: Running) -> None:
-    before = server.metric("sparse_serve_cancelled_total", door="grpc")
+    before = server.metric("sparse_serve_cancelled_total", api="grpc")
     call = server.stub.GenerateStream(grpc_request(1000, pb.GenerateStreamRequest))
     received = len(list(next(call).token_ids))
     call.cancel()
-    until(lambda: server.metric("sparse_serve_cancelled_total", door="grpc") == before + 1)
+    until(lambda: server.metric("sparse_serve_cancelled_total", api="grpc") == before + 1)
     until(lambda: running_requests(server) == 0)
     assert received < 1000
 
 
 def test_a_cancelled_unary_call_is_aborted_in_the_engine(server: Running) -> None:
-    before = server.metric("sparse_serve_cancelled_total", door="grpc")
+    before = server.metric("sparse_serve_cancelled_total", api="grpc")
     with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
         server.stub.Generate(grpc_request(1000), timeout=0.15)
-    until(lambda: server.metric("sparse_serve_cancelled_total", door="grpc") == before + 1)
+    until(lambda: server.metric("sparse_serve_cancelled_total", api="grpc") == before + 1)
     until(lambda: running_requests(server) == 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_http_client_that_leaves_is_aborted_in_the_engine(server: Running, stream: bool) -> None:
-    before = server.metric("sparse_serve_cancelled_total", door="http")
+    before = server.metric("sparse_serve_cancelled_total", api="http")
     host, port = server.http.removeprefix("http://").split(":")
     body = json.dumps(http_request(1000, stream=stream)).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
@@ -189,7 +189,7 @@ def test_an_http_client_that_leaves_is_aborted_in_the_engine(server: Running, st
         if stream:
             assert b"200 OK" in connection.recv(1000)
         until(lambda: running_requests(server) == 1)
-    until(lambda: server.metric("sparse_serve_cancelled_total", door="http") == before + 1)
+    until(lambda: server.metric("sparse_serve_cancelled_total", api="http") == before + 1)
     until(lambda: running_requests(server) == 0)
 
 

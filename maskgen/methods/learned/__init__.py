@@ -7,10 +7,10 @@ layer. Every target becomes a `LearnedLinear` that computes one of three things:
     HARD    the layer as it would be exported now: what is evaluated and what is served
     DENSE   the layer as it was given: the teacher, when the weights are frozen, at no cost in memory
 
-Time and randomness are arguments: a `Moment` says when it is, and its `noise_seed` is the only source of noise, so that
-a run that was killed and resumed draws the same numbers, and a backward pass can draw them again instead of keeping
-them. What a layer or an optimiser must remember from step to step is a parameter, a persistent buffer or a tensor of
-the optimiser's state: these are what a checkpoint holds.
+Time and randomness are arguments: a `StepContext` says which step it is, and its `noise_seed` is the only source of
+noise, so that a run that was killed and resumed draws the same numbers, and a backward pass can draw them again
+instead of keeping them. What a layer or an optimiser must remember from step to step is a parameter, a persistent
+buffer or a tensor of the optimiser's state: these are what a checkpoint holds.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -48,7 +48,7 @@ class Result(Enum):
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """When it is: `step` of `steps`, counted from 0. `noise_seed` differs from step to step and sample to sample."""
 
     step: int
@@ -62,7 +62,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetLayer:
     """One layer a method may replace.
 
     `index` numbers the layers of the model. `prior_OI` is a bool mask to start from, or None. `units` says into how
@@ -85,15 +85,15 @@ class LearnedLinear(nn.Module, ABC):
     `forward` computes.
     """
 
-    moment: Moment
+    context: StepContext
     mode: Mode
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, target: TargetLayer) -> None:
         super().__init__()
-        self.index, self.name, self.pattern = site.index, site.name, site.pattern
-        self.weight, self.bias = site.linear.weight, site.linear.bias
-        self.in_features, self.out_features = site.linear.in_features, site.linear.out_features
-        self.moment = Moment(0, 1)
+        self.index, self.name, self.pattern = target.index, target.name, target.pattern
+        self.weight, self.bias = target.linear.weight, target.linear.bias
+        self.in_features, self.out_features = target.linear.in_features, target.linear.out_features
+        self.context = StepContext(0, 1)
         self.mode = Mode.TRAIN
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class LearnedLinear(nn.Module, ABC):
 
     @abstractmethod
     def train_forward(self, x: Tensor) -> Tensor:
-        """The relaxed layer at `self.moment`; differentiable in everything that is learned."""
+        """The relaxed layer at `self.context`; differentiable in everything that is learned."""
 
     @abstractmethod
     def mask(self) -> Tensor:
@@ -138,10 +138,10 @@ class _Masked(torch.autograd.Function):
 class FixedLinear(LearnedLinear):
     """A layer that keeps the mask it was given while others learn; its TRAIN forward is the HARD one."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        assert site.prior_OI is not None
-        self.register_buffer("kept_OI", site.prior_OI, persistent=False)
+    def __init__(self, target: TargetLayer) -> None:
+        super().__init__(target)
+        assert target.prior_OI is not None
+        self.register_buffer("kept_OI", target.prior_OI, persistent=False)
 
     def train_forward(self, x: Tensor) -> Tensor:
         """(m * W) x + b, m * W made anew in each pass, backward too: no second copy of the weights stays."""
@@ -174,8 +174,8 @@ class LearnedMethod(Method, ABC):
         return False
 
     @abstractmethod
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear | None:
-        """The layer that takes the place of `site.linear`, or None to leave it as it is.
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
+        """The layer that takes the place of `target.linear`, or None to leave it as it is.
 
         What is to be trained has `requires_grad`; everything else of the model is frozen by the driver beforehand.
         """
@@ -184,18 +184,18 @@ class LearnedMethod(Method, ABC):
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimiser of what is learned in `layers` and of `others` (norms, embeddings; often none)."""
 
-    def regulariser(self, layers: Layers, moment: Moment) -> Tensor | None:
+    def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
         """A scalar added to the loss of every micro-batch, or None. Asked after the forward pass."""
         return None
 
-    def before_step(self, layers: Layers, moment: Moment) -> None:
+    def before_step(self, layers: Layers, context: StepContext) -> None:
         """Called once per optimiser step before its first forward pass (refresh a mask, say)."""
 
-    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:
+    def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """Called once per optimiser step after it (a proximal map, say), without gradients; `lr` is the step's."""
 
     def kept_units(self, layers: Layers) -> Mapping[str, Tensor]:
-        """For `Result.SLICED`: which units stay, bool `[units]` by layer name, for every layer with `Site.units`."""
+        """For `Result.SLICED`: which units stay, bool `[units]` by name, of every layer with `TargetLayer.units`."""
         return {}
 
 

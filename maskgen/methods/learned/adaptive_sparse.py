@@ -48,7 +48,7 @@ from torch.nn.functional import linear as dense_linear
 
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Correction, Solution
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
 from maskgen.numerics.shards import full, local, rows_of
 
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -72,11 +72,11 @@ class AdaptiveLinear(LearnedLinear):
     kept_OI: Tensor
     weight: nn.Parameter
 
-    def __init__(self, site: Site, method: AdaptiveSparse) -> None:
-        super().__init__(site)
+    def __init__(self, target: TargetLayer, method: AdaptiveSparse) -> None:
+        super().__init__(target)
         self.method = method
         self.weight.requires_grad_(True)
-        kept_OI = site.prior_OI if method.uses_prior else self.magnitude_mask()
+        kept_OI = target.prior_OI if method.uses_prior else self.magnitude_mask()
         assert kept_OI is not None, "the driver gives a prior to methods that ask for one"
         self.register_buffer("kept_OI", kept_OI.to(self.weight.device, copy=True))
         self.out: nn.Parameter | None = None
@@ -97,7 +97,7 @@ class AdaptiveLinear(LearnedLinear):
 
     def decay(self) -> float:
         """lambda at this moment."""
-        return self.method.masked_decay * min(1.0, self.moment.step / max(1.0, self.method.ramp * self.moment.steps))
+        return self.method.masked_decay * min(1.0, self.context.step / max(1.0, self.method.ramp * self.context.steps))
 
     def magnitude_mask(self) -> Tensor:
         """The n largest |W| of every group."""
@@ -223,9 +223,9 @@ class AdaptiveSparse(LearnedMethod):
         """With `mask = "prior"` the weights adapt to a mask that stays."""
         return self.mask == "prior"
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear | None:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A layer that trains its own weights under a mask."""
-        return AdaptiveLinear(site, self)
+        return AdaptiveLinear(target, self)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """`AnnealedAdamW` of everything."""
@@ -233,9 +233,9 @@ class AdaptiveSparse(LearnedMethod):
         parameters = [item for layer in mine for item in (layer.weight, layer.out, layer.pool) if item is not None]
         return AnnealedAdamW([*parameters, *others], mine, lr, self.weight_decay, self.second_moment == "raw")
 
-    def before_step(self, layers: Layers, moment: Moment) -> None:
+    def before_step(self, layers: Layers, context: StepContext) -> None:
         """Refresh the masks every `refresh_every` steps, until they settle. S stays what it has become."""
-        if self.uses_prior or moment.step % self.refresh_every or moment.step >= (1 - self.settle) * moment.steps:
+        if self.uses_prior or context.step % self.refresh_every or context.step >= (1 - self.settle) * context.steps:
             return
         for layer in _layers(layers):
             layer.kept_OI.copy_(layer.magnitude_mask())

@@ -20,7 +20,7 @@ from torch.nn.functional import linear as dense_linear
 
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Solution
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, TargetLayer
 from maskgen.numerics.shards import full
 
 BETAS = (0.9, 0.95)
@@ -30,8 +30,8 @@ BETAS = (0.9, 0.95)
 class DenseLinear(LearnedLinear):
     """An `nn.Linear` whose weight trains."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
+    def __init__(self, target: TargetLayer) -> None:
+        super().__init__(target)
         self.weight.requires_grad_(True)
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -64,9 +64,9 @@ class DenseControl(LearnedMethod):
         if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"method.weight_decay {self.weight_decay}: expected a number that is 0 or more")
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear | None:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A dense layer that trains."""
-        return DenseLinear(site)
+        return DenseLinear(target)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """AdamW of everything."""

@@ -48,7 +48,7 @@ from torch.nn.functional import linear as dense_linear
 from maskgen.core.digest import derive_seed
 from maskgen.core.errors import PatternError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Site, learned_parameters
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer, learned_parameters
 from maskgen.numerics.adamw import CompactAdamW
 from maskgen.numerics.chunks import chunk_elements
 from maskgen.numerics.gumbel import gumbel
@@ -164,14 +164,14 @@ class MaskLLMLinear(LearnedLinear):
 
     patterns_Pm: Tensor
 
-    def __init__(self, site: Site, method: MaskLLM, generator: torch.Generator) -> None:
-        super().__init__(site)
+    def __init__(self, target: TargetLayer, method: MaskLLM, generator: torch.Generator) -> None:
+        super().__init__(target)
         self.method = method
         device, pattern = self.weight.device, self.pattern
         self.register_buffer("patterns_Pm", pattern.candidates().to(device, torch.float32), persistent=False)
         theta_OmG = torch.zeros(self.out_features, pattern.m, self.in_features // pattern.m, device=device)
-        if site.prior_OI is not None and method.uses_prior:
-            prior_OmG = site.prior_OI.to(device, torch.float32).unflatten(1, (-1, pattern.m)).transpose(1, 2)
+        if target.prior_OI is not None and method.uses_prior:
+            prior_OmG = target.prior_OI.to(device, torch.float32).unflatten(1, (-1, pattern.m)).transpose(1, 2)
             theta_OmG += (prior_OmG - pattern.density) * (method.prior_strength * method.init_std)
         logits_OLG = self.patterns_Pm @ theta_OmG if method.logits == "categorical" else theta_OmG
         if method.init_noise:
@@ -182,9 +182,9 @@ class MaskLLMLinear(LearnedLinear):
 
     def draw(self) -> Draw:
         """This moment's sample."""
-        method, moment = self.method, self.moment
-        sharpness = method.scale(moment), method.temperature(moment)
-        seed = derive_seed(moment.noise_seed, self.index)
+        method, context = self.method, self.context
+        sharpness = method.scale(context), method.temperature(context)
+        seed = derive_seed(context.noise_seed, self.index)
         return Draw(method.logits, self.pattern, self.patterns_Pm, *sharpness, seed)
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -263,18 +263,18 @@ class MaskLLM(LearnedMethod):
         """Whether there is a prior at all."""
         return self.prior_strength > 0
 
-    def scale(self, moment: Moment) -> float:
+    def scale(self, context: StepContext) -> float:
         """kappa."""
-        return RAMPS[self.scale_growth](self.scale_start, self.scale_end, min(1.0, moment.progress / self.anneal))
+        return RAMPS[self.scale_growth](self.scale_start, self.scale_end, min(1.0, context.progress / self.anneal))
 
-    def temperature(self, moment: Moment) -> float:
+    def temperature(self, context: StepContext) -> float:
         """tau."""
-        progress = min(1.0, moment.progress / self.anneal)
+        progress = min(1.0, context.progress / self.anneal)
         return RAMPS[self.temperature_decay](self.temperature_start, self.temperature_end, progress)
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear:
         """A layer with logits."""
-        return MaskLLMLinear(site, self, generator)
+        return MaskLLMLinear(target, self, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """AdamW on the logits. Raises `RecipeError` if anything else is to be trained: weights are frozen here."""
@@ -285,7 +285,7 @@ class MaskLLM(LearnedMethod):
             return CompactAdamW(learned_parameters(layers), lr, **options)
         return torch.optim.AdamW(learned_parameters(layers), lr, fused=True, **options)
 
-    def regulariser(self, layers: Layers, moment: Moment) -> Tensor | None:
+    def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
         """-lambda times the weight energy that the samples of the last forward pass keep, which is let go of."""
         ours = cast(Mapping[str, MaskLLMLinear], layers).values()
         energies = [layer.energy.to(torch.float32) for layer in ours if layer.energy is not None]
@@ -294,7 +294,7 @@ class MaskLLM(LearnedMethod):
         if self.weight_reward == 0:
             return None
         dense = sum(layer.dense_energy for layer in ours) if self.reward_form == "normalised" else 1.0
-        return torch.stack(energies).sum() * (-self.weight_reward * (1 - moment.progress) / dense)
+        return torch.stack(energies).sum() * (-self.weight_reward * (1 - context.progress) / dense)
 
 
 METHOD = MaskLLM

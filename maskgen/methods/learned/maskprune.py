@@ -56,10 +56,10 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.methods import Solution
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.numerics.shards import full
-from maskgen.numerics.unit_linear import UnitLinear, add_taylor, census_of, make_optimizer, sites
-from maskgen.numerics.units import HEADS, Budget, Census, kind_of, resolve, top
+from maskgen.numerics.unit_linear import UnitLinear, add_taylor, make_optimizer, parameter_count_of, sites
+from maskgen.numerics.units import HEADS, Budget, ParameterCount, kind_of, resolve, top
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class MaskPruneLinear(UnitLinear, LearnedLinear):
     mean_U: Tensor
     square: Tensor
 
-    def __init__(self, site: Site, rank: int, generator: torch.Generator) -> None:
-        super().__init__(site)
-        self.add_units(site.units, rank, generator)
-        if site.units is not None:
+    def __init__(self, target: TargetLayer, rank: int, generator: torch.Generator) -> None:
+        super().__init__(target)
+        self.add_units(target.units, rank, generator)
+        if target.units is not None:
             for name in ("y", "s", "z"):
                 self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=self.weight.device))
             self.register_buffer("crossed", torch.tensor(False, device=self.weight.device))
@@ -172,32 +172,32 @@ class MaskPrune(LearnedMethod):
                 "follow one another between 0 and 1"
             )
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear:
         """Every linear layer of the blocks gets an adapter; sites get masks too."""
-        return MaskPruneLinear(site, self.lora_rank, generator)
+        return MaskPruneLinear(target, self.lora_rank, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """Adam on the adapters and `others`; `after_step` moves the masks."""
         mine = _mine(layers)
 
         def look() -> None:
-            moment = next(iter(mine.values())).moment
-            if moment.step < self._init_steps(moment):
+            context = next(iter(mine.values())).context
+            if context.step < self._init_steps(context):
                 add_taylor(mine)
             for layer in sites(mine).values():
                 layer.observe()
 
         return make_optimizer(mine, others, lr, Budget.of(self), look)
 
-    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:
+    def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """Steps 2 to 4 of the module's list, with the step size eta = mask_lr * lr."""
         mine, eta = sites(_mine(layers)), self.mask_lr * lr
-        if self.init == "taylor" and moment.step < self._init_steps(moment):
-            self._hold(mine, last=moment.step + 1 == self._init_steps(moment))
+        if self.init == "taylor" and context.step < self._init_steps(context):
+            self._hold(mine, last=context.step + 1 == self._init_steps(context))
             return
-        settled = moment.progress >= self.settle
-        arrived = settled and Moment(moment.step - 1, moment.steps).progress < self.settle
-        self._move_widths(layers, moment, settled)
+        settled = context.progress >= self.settle
+        arrived = settled and StepContext(context.step - 1, context.steps).progress < self.settle
+        self._move_widths(layers, context, settled)
         for layer in mine.values():
             removed, shrink = float(layer.s), 0.0 if settled or not layer.excess else self.shrink
             mask_U = layer.masks()
@@ -215,8 +215,8 @@ class MaskPrune(LearnedMethod):
         """The units of the largest masks, as many in every layer."""
         return {name: layer.kept_U() for name, layer in sites(_mine(layers)).items()}
 
-    def _init_steps(self, moment: Moment) -> int:
-        return math.ceil(self.init_until * moment.steps)
+    def _init_steps(self, context: StepContext) -> int:
+        return math.ceil(self.init_until * context.steps)
 
     def _hold(self, mine: Mapping[str, MaskPruneLinear], last: bool) -> None:
         """Masks stay at 1 while their importance is measured; then the least important starts 1 - init_spread."""
@@ -232,19 +232,19 @@ class MaskPrune(LearnedMethod):
                 mask_U -= (1 - rank_U) * self.init_spread
             layer.set_masks(mask_U)
 
-    def _move_widths(self, layers: Layers, moment: Moment, settled: bool) -> None:
+    def _move_widths(self, layers: Layers, context: StepContext, settled: bool) -> None:
         """Step 3: the shared numbers of units to remove."""
         mine = _mine(layers)
         found = sites(mine)
         if self.budget == "minimax" and not settled:
-            self._descend(found, census_of(mine))
+            self._descend(found, parameter_count_of(mine))
             return
-        span = (moment.progress - self.init_until) / (self.ramp_until - self.init_until)
+        span = (context.progress - self.init_until) / (self.ramp_until - self.init_until)
         done = 1 - (1 - min(max(span, 0.0), 1.0)) ** 3
         for layer in found.values():
             layer.s.fill_(layer.excess * (1.0 if settled else done))
 
-    def _descend(self, mine: Mapping[str, MaskPruneLinear], counted: Census) -> None:
+    def _descend(self, mine: Mapping[str, MaskPruneLinear], counted: ParameterCount) -> None:
         """One step of s and z by their gradients; at the first crossing of the budget both stay."""
         if all(bool(layer.crossed) for layer in mine.values()):
             return

@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
 from maskgen.numerics.chunks import chunk_elements
 from maskgen.numerics.shards import full, local
 
@@ -189,8 +189,8 @@ def _sweep(w_RG: Tensor, z_RG: Tensor, lambda1: float) -> Tensor:
 class ProxSparseLinear(LearnedLinear):
     """`learned` `[O, I]` is the float32 copy that trains; `weight` stays what it was, in its stored dtype."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
+    def __init__(self, target: TargetLayer) -> None:
+        super().__init__(target)
         self.learned = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))
         self.square_sum = float(self.learned.detach().square().sum(dtype=torch.float64))
         self.lambda1 = self.sigma = 0.0
@@ -229,9 +229,9 @@ class ProxSparse(LearnedMethod):
         if (pattern.n, pattern.m) != (2, 4):
             raise RecipeError(f"pattern {pattern}: proxsparse is defined for 2:4 only; set pattern = '2:4'")
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear | None:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A layer with a float32 copy of the weights to learn on."""
-        return ProxSparseLinear(site)
+        return ProxSparseLinear(target)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """AdamW without weight decay, and lambda1 by the rule from sigma of the weights as they were given."""
@@ -244,7 +244,7 @@ class ProxSparse(LearnedMethod):
             layer.lambda1, layer.sigma = lambda1, sigma
         return torch.optim.AdamW([layer.learned for layer in mine], lr, weight_decay=0.0)
 
-    def regulariser(self, layers: Layers, moment: Moment) -> Tensor | None:
+    def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
         """lambda2 Reg0, recomputed layer by layer in the backward pass."""
         if self.lambda2 == 0:
             return None
@@ -252,18 +252,18 @@ class ProxSparse(LearnedMethod):
         terms = [checkpoint(reg0, layer.learned, layer.weight, self.eps, use_reentrant=False) for layer in mine]
         return self.lambda2 * full(torch.stack(terms).sum())
 
-    def before_step(self, layers: Layers, moment: Moment) -> None:
+    def before_step(self, layers: Layers, context: StepContext) -> None:
         """Say once if the run is too short or too weak to end at 2:4."""
         layer = _layers(layers)[0]
-        rho = layer.lambda1 * moment.steps * layer.sigma
-        if moment.step == 0 and rho < MIN_RHO:
+        rho = layer.lambda1 * context.steps * layer.sigma
+        if context.step == 0 and rho < MIN_RHO:
             _log.warning(
                 "proxsparse: rho = lambda1 * steps * sigma = %.3g * %d * %.3g = %.2g is below %g, so many groups will "
                 "still have more than two weights at the end; raise method.strength, train.lr or train.steps",
-                layer.lambda1, moment.steps, layer.sigma, rho, MIN_RHO,
+                layer.lambda1, context.steps, layer.sigma, rho, MIN_RHO,
             )  # fmt: skip
 
-    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:
+    def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """The proximal map, with the same lambda1 whatever the learning rate is now."""
         for layer in _layers(layers):
             rows_OI = local(layer.learned)

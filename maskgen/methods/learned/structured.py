@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.methods import Solution
-from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Moment, Result, Site
+from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.numerics.shards import full
 from maskgen.numerics.unit_linear import UnitLinear, add_taylor, make_optimizer, sites
 from maskgen.numerics.units import FEEDS, Budget, top
@@ -35,9 +35,9 @@ from maskgen.numerics.units import FEEDS, Budget, top
 class StructuredLinear(UnitLinear, LearnedLinear):
     """A frozen layer with an adapter and, at a site, masks of ones and zeros."""
 
-    def __init__(self, site: Site, rank: int, generator: torch.Generator) -> None:
-        super().__init__(site)
-        self.add_units(site.units, rank, generator)
+    def __init__(self, target: TargetLayer, rank: int, generator: torch.Generator) -> None:
+        super().__init__(target)
+        self.add_units(target.units, rank, generator)
 
     def solution(self) -> Solution:
         """The merged weight, whose removed columns are zero."""
@@ -67,23 +67,23 @@ class Structured(LearnedMethod):
         if self.score_steps < 1:
             raise RecipeError(f"method.score_steps: {self.score_steps}, expected at least 1")
 
-    def attach(self, site: Site, generator: torch.Generator) -> LearnedLinear:
+    def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear:
         """Every linear layer of the blocks, so that all of them can be sliced."""
-        return StructuredLinear(site, self.lora_rank, generator)
+        return StructuredLinear(target, self.lora_rank, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """Adam on the adapters and `others`, and a look at the masks' gradients while scores are taken."""
         mine = cast(Mapping[str, StructuredLinear], layers)
 
         def look() -> None:
-            if next(iter(mine.values())).moment.step < self.score_steps:
+            if next(iter(mine.values())).context.step < self.score_steps:
                 add_taylor(mine)
 
         return make_optimizer(mine, others, lr, Budget.of(self), look)
 
-    def after_step(self, layers: Layers, moment: Moment, lr: float) -> None:
+    def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """At the end of the last scoring step (or of the run, if that is shorter), remove the lowest."""
-        if moment.step + 1 != min(self.score_steps, moment.steps):
+        if context.step + 1 != min(self.score_steps, context.steps):
             return
         mine = cast(Mapping[str, UnitLinear], layers)
         for name, layer in sites(mine).items():

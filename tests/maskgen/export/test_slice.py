@@ -22,7 +22,7 @@ from maskgen.export.compress import iterate_tensors
 from maskgen.hf import model as loader
 from maskgen.methods import create
 from maskgen.methods.learned import Mode
-from maskgen.numerics.unit_linear import census_of
+from maskgen.numerics.unit_linear import parameter_count_of
 from maskgen.numerics.units import HEADS, NEURONS
 from maskgen.recipes.sections import Training
 from maskgen.train.objective import in_mode
@@ -88,7 +88,7 @@ def test_the_fraction_of_parameters_is_counted_exactly(kind: str, tmp_path: Path
     dense = models.save(kind, tmp_path / "dense")
     session = trained(dense, steps=2, **SMALL)
     report = write(session, dense, tmp_path / "sliced")
-    counted = census_of(session.layers)  # type: ignore[arg-type]
+    counted = parameter_count_of(session.layers)  # type: ignore[arg-type]
     before, after = (
         sum(
             sum(tensor.numel() for tensor in linear.parameters())

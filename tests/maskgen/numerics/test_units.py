@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskgen.core.errors import ModelError, RecipeError
 from maskgen.numerics import units
-from maskgen.numerics.units import HEADS, NEURONS, Budget, Census, Shape, resolve, top
+from maskgen.numerics.units import HEADS, NEURONS, Budget, ParameterCount, Shape, resolve, top
 
 DEFAULTS: dict[str, Any] = {
     "keep_parameters": 0.75,
@@ -36,11 +36,13 @@ def shapes_of(layers: int, hidden: int, head: int, heads: int, groups: int, ffn:
     return {f"layers.{number}.{name}": shape for number in range(layers) for name, shape in block.items()}
 
 
-def count(layers: int, hidden: int, head: int, heads: int, groups: int, ffn: int, biased: bool = False) -> Census:
+def count(
+    layers: int, hidden: int, head: int, heads: int, groups: int, ffn: int, biased: bool = False
+) -> ParameterCount:
     shapes = shapes_of(layers, hidden, head, heads, groups, ffn, biased)
     sites = {name: groups for name in shapes if name.endswith(HEADS)}
     sites |= {name: ffn for name in shapes if name.endswith(NEURONS)}
-    return units.census(shapes, sites)
+    return units.count_parameters(shapes, sites)
 
 
 REFERENCE = count(8, 256, 64, 4, 2, 768)
@@ -105,7 +107,7 @@ def test_explicit_widths_are_taken_or_refused() -> None:
 
 def test_heads_that_cannot_go_leave_all_to_the_ffn() -> None:
     shapes = shapes_of(2, 256, 64, 4, 2, 768, True)
-    counted = units.census(shapes, {name: 768 for name in shapes if name.endswith(NEURONS)})
+    counted = units.count_parameters(shapes, {name: 768 for name in shapes if name.endswith(NEURONS)})
     keep = resolve(counted, budget())
     assert keep == {NEURONS: 448}
     assert counted.fraction({NEURONS: 512}) > 0.75 > counted.fraction(keep), "biases of kept heads count, and stay"
@@ -126,9 +128,9 @@ def test_a_layer_that_is_missing_or_different_is_named() -> None:
     shapes = shapes_of(2, 24, 4, 4, 2, 32, False)
     sites = {name: 32 for name in shapes if name.endswith(NEURONS)}
     with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj.*gate_proj"):
-        units.census({name: shape for name, shape in shapes.items() if name != "layers.1.mlp.up_proj"}, sites)
+        units.count_parameters({name: shape for name, shape in shapes.items() if name != "layers.1.mlp.up_proj"}, sites)
     with pytest.raises(ModelError, match="uniform"):
-        units.census({**shapes, "layers.1.mlp.up_proj": Shape(32, 12, False)}, sites)
+        units.count_parameters({**shapes, "layers.1.mlp.up_proj": Shape(32, 12, False)}, sites)
 
 
 def test_the_first_of_equal_scores_stays() -> None:

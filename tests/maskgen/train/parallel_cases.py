@@ -98,7 +98,7 @@ def main() -> None:
                     results[key(case, shard)]["resumed"] = differs_when_resumed(
                         case, this, Path(sys.argv[1]) / key(case, shard)
                     )
-        results["told"] = group.told(lambda: f"process {group.rank}")
+        results["told"] = group.broadcast(lambda: f"process {group.rank}")
         results["told to all"] = group.total(torch.tensor(float(results["told"] == "process 0"))).item()
         if group.first:
             print(json.dumps(results), flush=True)  # noqa: T201

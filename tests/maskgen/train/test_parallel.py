@@ -87,7 +87,7 @@ def test_the_command_under_torchrun(shard: list[str], model_dir: ModelDir, text_
 
 def test_what_the_first_finds_is_told_to_all(two_processes: dict[str, Any]) -> None:
     assert two_processes["told"] == "process 0" and two_processes["told to all"] == WORLD
-    assert Group().told(lambda: "found") == "found"
+    assert Group().broadcast(lambda: "found") == "found"
 
 
 def test_windows_are_divided_with_their_noise_samples() -> None:

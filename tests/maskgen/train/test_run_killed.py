@@ -113,7 +113,7 @@ def test_killed_at_random_and_started_again(kind: str, model_dir: ModelDir, text
 
 @pytest.mark.parametrize("moment", ["before", "while"])
 def test_killed_while_it_cleans_up(
-    moment: str,
+    context: str,
     model_dir: ModelDir,
     text_file: Path,
     tmp_path: Path,
@@ -129,7 +129,7 @@ def test_killed_while_it_cleans_up(
     code, _, errors = run(capsys, *argv)
     assert code == 2 and "out exists; remove it" in errors, "its work directory was asked for: it is no leftover"
     assert (tmp_path / "out.work" / "run.json").is_file()
-    if moment == "before":
+    if context == "before":
         (tmp_path / "out.work" / "kept").unlink()
     else:
         (tmp_path / "out.work" / "run.json").unlink()

@@ -47,7 +47,7 @@ class HalfGroup(Group):
     def wait(self) -> None:
         pass
 
-    def told(self, find: Callable[[], str]) -> str:
+    def broadcast(self, find: Callable[[], str]) -> str:
         return find()
 
     def total(self, values: Tensor) -> Tensor:

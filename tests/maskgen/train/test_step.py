@@ -179,7 +179,7 @@ def test_layers_are_numbered_and_keep_their_names() -> None:
     assert [layer.index for layer in begun.layers.values()] == list(range(len(begun.layers)))
     assert all(begun.model.get_submodule(name) is layer for name, layer in begun.layers.items())
     assert {layer.pattern for layer in begun.layers.values()} == {NMPattern(2, 4)}
-    assert dataclasses.replace(begun.moment) == begun.moment
+    assert dataclasses.replace(begun.context) == begun.context
 
 
 def method(name: str, **options: Any) -> LearnedMethod:

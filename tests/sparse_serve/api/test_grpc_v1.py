@@ -1,4 +1,4 @@
-"""The gRPC door over real sockets, with a fake engine behind it."""
+"""The gRPC API over real sockets, with a fake engine behind it."""
 
 import asyncio
 
@@ -147,9 +147,9 @@ async def test_a_cancelled_call_is_aborted_in_the_engine_and_counted(method: str
         await server.until(lambda: server.engine.unfinished == 1)
         call.cancel()
         await server.until(lambda: server.engine.unfinished == 0)
-        await server.until(lambda: server.metric("sparse_serve_cancelled_total", door="grpc") == 1)
+        await server.until(lambda: server.metric("sparse_serve_cancelled_total", api="grpc") == 1)
     assert len(server.engine.aborted) == 1
-    assert server.metric("sparse_serve_requests_total", door="grpc", method=method, code="CANCELLED") == 1
+    assert server.metric("sparse_serve_requests_total", api="grpc", method=method, code="CANCELLED") == 1
 
 
 async def test_a_deadline_that_passes_aborts_too() -> None:

@@ -108,7 +108,7 @@ def test_the_table_has_every_ratio_and_shows_where_dense_wins() -> None:
 def test_points_and_roof_are_what_was_measured() -> None:
     (panel,) = bench_kernels.panels(results())
     assert panel.title == "10 x 10"
-    assert [(point.contender, point.tokens) for point in panel.points] == [
+    assert [(point.candidate, point.tokens) for point in panel.points] == [
         (name, tokens) for tokens in (1, 4) for name in ("dense torch", "dense vllm", "cpu")
     ]
     assert panel.points[1] == Point("dense vllm", 1, 1.0, pytest.approx(1e11))

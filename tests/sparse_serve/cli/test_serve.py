@@ -91,7 +91,7 @@ async def test_requests_that_do_not_finish_in_time_are_cut_off() -> None:
         async with asyncio.timeout(4):
             assert await server.task == 0
     assert len(server.engine.aborted) == 2
-    assert server.metric("sparse_serve_cancelled_total", door="grpc") == 0, "the client did not cancel"
+    assert server.metric("sparse_serve_cancelled_total", api="grpc") == 0, "the client did not cancel"
 
 
 async def test_stop_during_the_start_ends_with_0_and_no_engine() -> None:
@@ -139,9 +139,9 @@ async def test_one_part_that_fails_to_stop_does_not_keep_the_others_running(
         raise RuntimeError("stuck")
 
     async with running() as server:
-        monkeypatch.setattr(server.server.house.front, "stop", broken)
+        monkeypatch.setattr(server.server.server_context.listener, "stop", broken)
         server.server.stop()
         assert await server.task == 0
-        await type(server.server.house.front).stop(server.server.house.front, 0.0)
+        await type(server.server.server_context.listener).stop(server.server.server_context.listener, 0.0)
     assert server.engine.stopped
     assert any(record.levelno == logging.ERROR and record.exc_info for record in caplog.records)

@@ -18,12 +18,12 @@ from torch import Tensor
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import KINDS
-from sparse_serve.kernels import LinearSpec, cpu, willing
+from sparse_serve.kernels import LinearSpec, cpu, supported
 
 PATTERN = NMPattern(2, 4)
 SOURCES = Path(__file__).parents[3] / "sparse_serve/kernels/csrc"
 
-if reason := cpu.refuse(LinearSpec(1, 8, PATTERN, torch.float32, "cpu")):
+if reason := cpu.unsupported_reason(LinearSpec(1, 8, PATTERN, torch.float32, "cpu")):
     pytest.skip(reason, allow_module_level=True)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -237,7 +237,7 @@ def test_torch_accepts_the_operator() -> None:
 
 def test_it_takes_what_a_cpu_serves() -> None:
     for dtype in TOLERANCE:
-        assert "cpu" in willing(LinearSpec(4096, 4096, PATTERN, dtype, "cpu"))[0]
+        assert "cpu" in supported(LinearSpec(4096, 4096, PATTERN, dtype, "cpu"))[0]
     assert cpu.isa() in cpu.ISAS
 
 

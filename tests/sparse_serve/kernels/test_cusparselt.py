@@ -86,18 +86,18 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     ],
 )
 def test_it_says_why_it_refuses(changed: dict[str, Any], reason: str) -> None:
-    assert reason in (cusparselt.refuse(LinearSpec(**{**SPEC.__dict__, **changed})) or "")
+    assert reason in (cusparselt.unsupported_reason(LinearSpec(**{**SPEC.__dict__, **changed})) or "")
 
 
 def test_it_refuses_a_torch_or_a_gpu_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert cusparselt.refuse(SPEC) == "this torch was built without cuSPARSELt"
+    assert cusparselt.unsupported_reason(SPEC) == "this torch was built without cuSPARSELt"
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "(7, 5) is below (8, 0)" in (cusparselt.refuse(SPEC) or "")
+    assert "(7, 5) is below (8, 0)" in (cusparselt.unsupported_reason(SPEC) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     for values in ("float", *CODE_DTYPES):
-        assert cusparselt.refuse(LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda", values)) is None
+        assert cusparselt.unsupported_reason(LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda", values)) is None
 
 
 def test_prepare_compresses_the_weight_itself(library: Library) -> None:

@@ -145,7 +145,7 @@ def test_a_whole_layout_costs_what_the_docstring_says(values: str, part: float) 
     ],
 )
 def test_it_says_why_it_refuses(changed: dict[str, Any], reason: str) -> None:
-    assert reason in (skinny.refuse(LinearSpec(**{**SPEC.__dict__, **changed})) or "")
+    assert reason in (skinny.unsupported_reason(LinearSpec(**{**SPEC.__dict__, **changed})) or "")
 
 
 def test_importing_it_needs_no_triton() -> None:

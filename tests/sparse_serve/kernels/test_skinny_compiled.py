@@ -155,10 +155,10 @@ def test_torch_accepts_the_operator(emulated: None, values: str) -> None:
 def test_it_refuses_a_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LinearSpec(64, 64, PATTERN, torch.bfloat16, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "(7, 5) is below (8, 0)" in (skinny.refuse(spec) or "")
+    assert "(7, 5) is below (8, 0)" in (skinny.unsupported_reason(spec) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for values in KINDS:
-        assert skinny.refuse(LinearSpec(64, 64, PATTERN, torch.float16, "cuda", values)) is None
+        assert skinny.unsupported_reason(LinearSpec(64, 64, PATTERN, torch.float16, "cuda", values)) is None
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ async def test_requests_are_counted_and_timed() -> None:
     async with running() as server:
         response = await server.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4})
     assert response.text == "abca"
-    assert server.metric("sparse_serve_requests_total", door="http", method="POST", code="200") == 1
-    assert server.metric("sparse_serve_request_seconds_count", door="http", method="POST") == 1
-    assert server.metric("sparse_serve_in_flight_requests", door="http") == 0
-    assert server.metric("sparse_serve_cancelled_total", door="http") == 0
+    assert server.metric("sparse_serve_requests_total", api="http", method="POST", code="200") == 1
+    assert server.metric("sparse_serve_request_seconds_count", api="http", method="POST") == 1
+    assert server.metric("sparse_serve_in_flight_requests", api="http") == 0
+    assert server.metric("sparse_serve_cancelled_total", api="http") == 0
 
 
 async def test_a_client_that_leaves_is_aborted_in_the_engine_and_counted() -> None:
@@ -35,7 +35,7 @@ async def test_a_client_that_leaves_is_aborted_in_the_engine_and_counted() -> No
             async for _ in response.aiter_bytes():
                 break
         await server.until(lambda: server.engine.unfinished == 0)
-        await server.until(lambda: server.metric("sparse_serve_cancelled_total", door="http") == 1)
+        await server.until(lambda: server.metric("sparse_serve_cancelled_total", api="http") == 1)
     assert len(server.engine.aborted) == 1
 
 
@@ -50,7 +50,7 @@ async def test_a_body_over_the_limit_is_413_and_never_reaches_the_application(ch
         response = await server.http.post("/v1/completions", content=content)
     assert response.status_code == 413
     assert "2048 bytes" in response.json()["error"]["message"]
-    assert server.metric("sparse_serve_requests_total", door="http", method="POST", code="413") == 1
+    assert server.metric("sparse_serve_requests_total", api="http", method="POST", code="413") == 1
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body_is_dropped() -> None:
@@ -58,9 +58,9 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_dropped() -> No
         _, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         await writer.drain()
-        await server.until(lambda: server.metric("sparse_serve_in_flight_requests", door="http") == 1)
+        await server.until(lambda: server.metric("sparse_serve_in_flight_requests", api="http") == 1)
         writer.close()
-        await server.until(lambda: server.metric("sparse_serve_in_flight_requests", door="http") == 0)
+        await server.until(lambda: server.metric("sparse_serve_in_flight_requests", api="http") == 0)
     assert server.engine.requests == []
 
 

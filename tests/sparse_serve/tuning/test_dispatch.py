@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from maskgen.core.pattern import NMPattern
-from sparse_serve.kernels import LinearSpec, willing
+from sparse_serve.kernels import LinearSpec, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.dispatch import Plan, Step
 from sparse_serve.tuning.measure import random_weight
@@ -49,7 +49,7 @@ class Layer(nn.Module):
 
 
 def need_cpu_kernel() -> None:
-    kernels, refused = willing(SPEC)
+    kernels, refused = supported(SPEC)
     if "cpu" not in kernels:
         pytest.skip(refused["cpu"])
 

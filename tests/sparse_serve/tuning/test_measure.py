@@ -1,4 +1,4 @@
-"""A race on this machine: everybody takes part, whoever fails is out, and nothing else changes."""
+"""Measurements on this machine: every candidate is timed, one that fails is out, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
-from sparse_serve.kernels import Kernel, LinearSpec, reference, willing
+from sparse_serve.kernels import Kernel, LinearSpec, reference, supported
 from sparse_serve.runtime.errors import KernelError
-from sparse_serve.tuning import measure as racing
-from sparse_serve.tuning.measure import DENSE, race, random_weight
+from sparse_serve.tuning import measure as measuring
+from sparse_serve.tuning.measure import DENSE, measure, random_weight
 from sparse_serve.tuning.selection import TORCH
 
 
@@ -23,9 +23,9 @@ from sparse_serve.tuning.selection import TORCH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_willing_kernels_and_dense_are_timed(values: str, dtype: torch.dtype) -> None:
     spec = LinearSpec(200, 64, NMPattern(2, 4), dtype, "cpu", values)
-    kernels, _ = willing(spec)
+    kernels, _ = supported(spec)
     state = torch.get_rng_state()
-    found = race(spec, kernels, (1, 5), TORCH)
+    found = measure(spec, kernels, (1, 5), TORCH)
     assert torch.equal(state, torch.get_rng_state()), "a server that measures samples the same tokens"
     assert list(found.seconds) == [1, 5] and not found.failed
     assert all(set(times) == {DENSE, *kernels} and min(times.values()) > 0 for times in found.seconds.values())
@@ -48,7 +48,7 @@ def test_a_contender_that_fails_is_out_with_its_reason() -> None:
     late: Any = SimpleNamespace(prepare=reference.prepare, linear=linear)
     soon: Any = SimpleNamespace(prepare=lambda packed: packed.nothing, linear=linear)
     spec = LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu")
-    found = race(spec, {"late": cast(Kernel, late), "soon": cast(Kernel, soon)}, (1, 3), TORCH)
+    found = measure(spec, {"late": cast(Kernel, late), "soon": cast(Kernel, soon)}, (1, 3), TORCH)
     assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
     assert found.failed["late"] == "failed when it was measured: ValueError: 'too many'"
     assert "AttributeError" in found.failed["soon"]
@@ -66,7 +66,7 @@ def test_a_contender_that_fails_while_the_others_run_is_out_too() -> None:
 
     late: Any = SimpleNamespace(prepare=reference.prepare, linear=linear)
     kernels = {"late": cast(Kernel, late), "steady": cast(Kernel, reference)}
-    found = race(LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu"), kernels, (3,), TORCH)
+    found = measure(LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu"), kernels, (3,), TORCH)
     assert set(found.seconds[3]) == {DENSE, "steady"}
     assert found.failed == {"late": "failed when it was measured: MemoryError: 'late'"}
 
@@ -74,25 +74,25 @@ def test_a_contender_that_fails_while_the_others_run_is_out_too() -> None:
 def test_fewer_copies_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu")
     packed = random_weight(spec)
-    assert racing._copies(spec, packed, 2) == racing._MOST_COPIES
-    monkeypatch.setattr(racing, "_host_bytes", lambda: 6 * 2 * 2 * packed.dense_nbytes(torch.float32))
-    assert racing._copies(spec, packed, 2) == 6
-    monkeypatch.setattr(racing, "_host_bytes", lambda: 1)
-    assert racing._copies(spec, packed, 2) == 1
+    assert measuring._copies(spec, packed, 2) == measuring._MOST_COPIES
+    monkeypatch.setattr(measuring, "_host_bytes", lambda: 6 * 2 * 2 * packed.dense_nbytes(torch.float32))
+    assert measuring._copies(spec, packed, 2) == 6
+    monkeypatch.setattr(measuring, "_host_bytes", lambda: 1)
+    assert measuring._copies(spec, packed, 2) == 1
 
 
 @pytest.mark.parametrize(("copies", "calls"), [(1, 16), (2, 16), (5, 20), (16, 16), (40, 40)])
 def test_on_a_gpu_at_least_sixteen_calls_are_timed_as_one(copies: int, calls: int) -> None:
     spec = LinearSpec(64, 64, NMPattern(2, 4), torch.bfloat16, "cuda")
-    assert racing._calls_in_a_row(spec, copies) == calls
-    assert racing._calls_in_a_row(LinearSpec(64, 64, NMPattern(2, 4), torch.bfloat16, "cpu"), copies) == 1
+    assert measuring._calls_in_a_row(spec, copies) == calls
+    assert measuring._calls_in_a_row(LinearSpec(64, 64, NMPattern(2, 4), torch.bfloat16, "cpu"), copies) == 1
 
 
 def test_a_small_layer_has_more_copies_than_a_gpu_s_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = random_weight(LinearSpec(1024, 1024, NMPattern(2, 4), torch.bfloat16, "cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
-    copies = racing._copies(LinearSpec(1024, 1024, NMPattern(2, 4), torch.bfloat16, "cuda"), packed, 4)
-    assert copies * packed.nbytes >= racing.POOL_BYTES
+    copies = measuring._copies(LinearSpec(1024, 1024, NMPattern(2, 4), torch.bfloat16, "cuda"), packed, 4)
+    assert copies * packed.nbytes >= measuring.POOL_BYTES
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_kernel_that_answers_wrongly_is_out(dtype: torch.dtype, values: str) -
         "short": lambda x_TI, tensors, bias_O: reference.linear(x_TI, tensors, bias_O)[:, :-1],
     }
     kernels: Any = {name: SimpleNamespace(prepare=reference.prepare, linear=linear) for name, linear in linears.items()}
-    found = race(LinearSpec(80, 64, NMPattern(2, 4), dtype, "cpu", values), kernels, (1, 16), TORCH)
+    found = measure(LinearSpec(80, 64, NMPattern(2, 4), dtype, "cpu", values), kernels, (1, 16), TORCH)
     assert [set(times) for times in found.seconds.values()] == [{DENSE, "right"}] * 2
     assert set(found.failed) == {"off", "nan", "turned", "short"}
     assert "differs by 0.1 of the largest output, with 1 tokens" in found.failed["off"]
@@ -128,7 +128,7 @@ def test_a_kernel_that_forgets_a_few_columns_is_out() -> None:
         return reference.linear(torch.cat([x_TI[:, :-8], torch.zeros_like(x_TI[:, -8:])], 1), tensors, bias_O)
 
     kernels: Any = {"short": SimpleNamespace(prepare=reference.prepare, linear=linear), "reference": reference}
-    found = race(LinearSpec(128, 4096, NMPattern(2, 4), torch.bfloat16, "cpu"), kernels, (16,), TORCH)
+    found = measure(LinearSpec(128, 4096, NMPattern(2, 4), torch.bfloat16, "cpu"), kernels, (16,), TORCH)
     assert set(found.failed) == {"short"}
 
 
@@ -140,11 +140,11 @@ def test_a_dense_layer_that_fails_leaves_the_others() -> None:
         return lambda x_TI: x_TI[:2].add_(0) @ weight_OI.T if len(x_TI) < 3 else broken(weight_OI)(x_TI)
 
     spec = LinearSpec(8, 64, NMPattern(2, 4), torch.float32, "cpu")
-    found = race(spec, {}, (1, 3), {"broken": broken, "short": short, **TORCH})
+    found = measure(spec, {}, (1, 3), {"broken": broken, "short": short, **TORCH})
     assert [set(times) for times in found.seconds.values()] == [{DENSE}, {DENSE}]
     assert set(found.failed) == {"dense broken", "dense short"}
     with pytest.raises(KernelError, match=r"no dense layer \[8, 64\] .* with 3 tokens .*no primitive.* name a kernel"):
-        race(spec, {}, (1, 3), {"short": short})
+        measure(spec, {}, (1, 3), {"short": short})
 
 
 def test_the_fastest_dense_layer_counts() -> None:
@@ -152,5 +152,5 @@ def test_the_fastest_dense_layer_counts() -> None:
         return lambda x_TI: sum(x_TI @ weight_OI.T for _ in range(30))  # type: ignore[return-value]
 
     spec = LinearSpec(256, 256, NMPattern(2, 4), torch.float32, "cpu")
-    alone, both = race(spec, {}, (16,), {"slow": slow}), race(spec, {}, (16,), {"slow": slow, **TORCH})
+    alone, both = measure(spec, {}, (16,), {"slow": slow}), measure(spec, {}, (16,), {"slow": slow, **TORCH})
     assert both.seconds[16][DENSE] < alone.seconds[16][DENSE] / 2

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskgen.core.pattern import NMPattern
-from sparse_serve.kernels import LinearSpec, willing
+from sparse_serve.kernels import LinearSpec, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning import selection
 from sparse_serve.tuning.dispatch import Plan
-from sparse_serve.tuning.measure import DENSE, Race
+from sparse_serve.tuning.measure import DENSE, Measurements
 from sparse_serve.tuning.selection import BUCKETS, SLACK, Ask, Bucket, choice_for, decide, plan_of
 
 SPEC = LinearSpec(64, 32, NMPattern(2, 4), torch.float32, "cpu")
@@ -67,17 +67,17 @@ def test_never_behind_a_single_kernel_where_it_matters(rows: list[tuple[float, f
 
 
 @pytest.fixture
-def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[LinearSpec]]:
-    """Every race that is run, each with an invented outcome; nothing is known at first."""
-    if "cpu" not in willing(SPEC)[0]:
-        pytest.skip(willing(SPEC)[1]["cpu"])
+def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[LinearSpec]]:
+    """Every measurement that is made, each with an invented outcome; nothing is known at first."""
+    if "cpu" not in supported(SPEC)[0]:
+        pytest.skip(supported(SPEC)[1]["cpu"])
     run: list[LinearSpec] = []
 
-    def race(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Race:
+    def measure(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Measurements:
         run.append(spec)
-        return Race({count: {DENSE: 2.0, **dict.fromkeys(kernels, 1.0)} for count in tokens})
+        return Measurements({count: {DENSE: 2.0, **dict.fromkeys(kernels, 1.0)} for count in tokens})
 
-    monkeypatch.setattr(selection, "race", race)
+    monkeypatch.setattr(selection, "measure", measure)
     monkeypatch.setattr(selection, "_measured", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
@@ -90,12 +90,12 @@ def forget() -> None:
     selection._measured.clear()
 
 
-def test_it_is_measured_once(races: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_measured_once(measurements: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = choice_for(SPEC), choice_for(SPEC)
     forget()
-    assert len(races) == 1
+    assert len(measurements) == 1
     assert first == second == choice_for(SPEC)
-    assert len(races) == 1
+    assert len(measurements) == 1
     assert first.plan == Plan.of("cpu")
     assert {bucket.speedup for bucket in first.buckets} == {2.0}
     choice_for(SPEC, ask=Ask.AGAIN)
@@ -104,13 +104,13 @@ def test_it_is_measured_once(races: list[LinearSpec], tmp_path: Path, monkeypatc
     choice_for(SPEC)
     monkeypatch.setattr(selection, "instructions", lambda: ["avx2"])
     choice_for(SPEC)
-    assert len(races) == 5
+    assert len(measurements) == 5
     assert len(list((tmp_path / "cache" / "sparse-serve").rglob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"seconds": 3}', "missing", "negative", "endless", "stranger"])
 def test_a_cache_that_says_nothing_sensible_is_written_again(
-    races: list[LinearSpec], tmp_path: Path, damage: str
+    measurements: list[LinearSpec], tmp_path: Path, damage: str
 ) -> None:
     whole = choice_for(SPEC)
     (file,) = (tmp_path / "cache").rglob("*.json")
@@ -126,19 +126,19 @@ def test_a_cache_that_says_nothing_sensible_is_written_again(
     file.write_text(json.dumps(stored) if damage.isalpha() else damage)
     forget()
     assert choice_for(SPEC) == whole == choice_for(SPEC)
-    assert len(races) == 2
+    assert len(measurements) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
-    races: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measurements: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert choice_for(SPEC).plan == choice_for(SPEC).plan == Plan.of("cpu")
-    assert len(races) == 1, "a model has many layers of a kind"
+    assert len(measurements) == 1, "a model has many layers of a kind"
 
 
-def test_a_person_without_a_home_is_served_too(races: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_without_a_home_is_served_too(measurements: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -147,38 +147,40 @@ def test_a_person_without_a_home_is_served_too(races: list[LinearSpec], monkeypa
     assert choice_for(SPEC).plan == Plan.of("cpu")
 
 
-def test_a_kernel_that_fails_when_measured_is_refused(races: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Race:
-        return Race({count: {DENSE: 1.0} for count in tokens}, dict.fromkeys(kernels, "failed: out of luck"))
+def test_a_kernel_that_fails_when_measured_is_refused(
+    measurements: list[LinearSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(spec: LinearSpec, kernels: dict[str, object], tokens: tuple[int, ...], dense: object) -> Measurements:
+        return Measurements({count: {DENSE: 1.0} for count in tokens}, dict.fromkeys(kernels, "failed: out of luck"))
 
-    monkeypatch.setattr(selection, "race", failing)
+    monkeypatch.setattr(selection, "measure", failing)
     found = choice_for(SPEC)
     forget()
     assert found.plan == Plan.of("reference")
     assert found.refused["cpu"] == "failed: out of luck"
     run: list[LinearSpec] = []
-    monkeypatch.setattr(selection, "race", lambda spec, *rest: run.append(spec) or failing(spec, *rest))
+    monkeypatch.setattr(selection, "measure", lambda spec, *rest: run.append(spec) or failing(spec, *rest))
     assert choice_for(SPEC) == choice_for(SPEC) == found
     assert run == [SPEC], "another process tries again, once: what failed may have been short of memory"
     assert found.is_last_resort and not choice_for(SPEC, "reference").is_last_resort
 
 
-def test_who_asks_gets_figures_of_a_lone_kernel_too(races: list[LinearSpec]) -> None:
+def test_who_asks_gets_figures_of_a_lone_kernel_too(measurements: list[LinearSpec]) -> None:
     lone = LinearSpec(64, 32, NMPattern(1, 4), torch.float16, "cpu")
-    assert not choice_for(lone).buckets and not races
+    assert not choice_for(lone).buckets and not measurements
     assert {bucket.kernel for bucket in choice_for(lone, ask=Ask.ALWAYS).buckets} == {"reference"}
-    assert races == [lone]
+    assert measurements == [lone]
 
 
-def test_a_kernel_asked_for_is_not_measured(races: list[LinearSpec]) -> None:
+def test_a_kernel_asked_for_is_not_measured(measurements: list[LinearSpec]) -> None:
     assert choice_for(SPEC, "reference").plan == Plan.of("reference")
     every = r"cpu: pattern 1:4 is not 2:4, dtype torch.float64 is not one of"
     with pytest.raises(KernelError, match=every):
         choice_for(LinearSpec(64, 32, NMPattern(1, 4), torch.float64, "cpu", "fp8_e4m3"), "cpu")
-    assert not races
+    assert not measurements
 
 
-def test_what_is_told_about_a_choice(races: list[LinearSpec]) -> None:
+def test_what_is_told_about_a_choice(measurements: list[LinearSpec]) -> None:
     text = str(choice_for(SPEC))
     assert text.startswith("64x32 2:4 float32 is served by cpu (tokens: kernel, speed against dense: 1: cpu 2.00x, 4:")
     lone = str(choice_for(LinearSpec(64, 32, NMPattern(1, 4), torch.float16, "cpu")))

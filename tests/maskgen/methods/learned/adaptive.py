@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Moment, Site
+from maskgen.methods.learned import StepContext, TargetLayer
 from maskgen.methods.learned.adaptive_sparse import AdaptiveLinear, AdaptiveSparse
 
 PATTERN = NMPattern(2, 4)
@@ -23,7 +23,7 @@ def attach(method: AdaptiveSparse, seed: int = 0, prior_OI: Tensor | None = None
         linear.weight.normal_(0, 0.1, generator=generator)
         linear.bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     linear.requires_grad_(False)
-    layer = method.attach(Site(0, "a", linear, PATTERN, prior_OI), generator)
+    layer = method.attach(TargetLayer(0, "a", linear, PATTERN, prior_OI), generator)
     assert isinstance(layer, AdaptiveLinear)
     return layer
 
@@ -33,7 +33,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def step(layer: AdaptiveLinear, optimizer: torch.optim.Optimizer, gradient_OI: Tensor, at: int, steps: int) -> None:
-    layer.moment = Moment(at, steps)
+    layer.context = StepContext(at, steps)
     layer.weight.grad = gradient_OI.clone()
     optimizer.step()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core.errors import RecipeError
-from maskgen.methods.learned import Mode, Moment
+from maskgen.methods.learned import Mode, StepContext
 from maskgen.methods.learned.adaptive_sparse import AdaptiveLinear, AdaptiveSparse
 from tests.maskgen.methods.learned.adaptive import IN, OUT, PATTERN, attach, magnitude, random
 
@@ -38,7 +38,7 @@ def test_the_mask_is_refreshed_on_its_days_only(refresh_every: int, settle: floa
     for at in range(60):
         layer.weight.data = random(OUT, IN, seed=at + 1)
         before_OI = layer.mask().clone()
-        method.before_step({"a": layer}, Moment(at, 60))
+        method.before_step({"a": layer}, StepContext(at, 60))
         if not torch.equal(layer.mask(), before_OI):
             assert torch.equal(layer.mask(), magnitude(layer.weight))
             refreshed.append(at)
@@ -53,9 +53,9 @@ def train(method: AdaptiveSparse, steps: int, seed: int = 0, prior_OI: Tensor | 
     optimizer = method.optimizer({"a": layer}, [], 3e-3)
     states = []
     for at in range(steps):
-        layer.moment = Moment(at, steps)
+        layer.context = StepContext(at, steps)
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - at / steps)
-        method.before_step({"a": layer}, layer.moment)
+        method.before_step({"a": layer}, layer.context)
         x_TI = random(64, IN, seed=1000 + at)
         (layer(x_TI) - layer.bias.detach() - x_TI @ target_OI.T).square().mean().backward()
         optimizer.step()
@@ -138,7 +138,7 @@ def test_slorb_trains_and_is_not_started_again_by_a_refresh() -> None:
     assert layer.out is not None
     before_OK = layer.out.clone()
     layer.weight.data = random(OUT, IN, seed=9)
-    method.before_step({"a": layer}, Moment(0, 40))
+    method.before_step({"a": layer}, StepContext(0, 40))
     assert torch.equal(layer.mask(), magnitude(layer.weight)) and torch.equal(layer.out, before_OK)
 
 

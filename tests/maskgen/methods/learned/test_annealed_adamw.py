@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskgen.methods.learned import Moment, Site
+from maskgen.methods.learned import StepContext, TargetLayer
 from maskgen.methods.learned.adaptive_sparse import AdaptiveLinear, AdaptiveSparse, AnnealedAdamW
 from tests.maskgen.methods.learned.adaptive import IN, OUT, PATTERN, attach, random, step
 
@@ -89,7 +89,7 @@ def test_lambda_rises_linearly_and_stays() -> None:
     layer = attach(AdaptiveSparse(masked_decay=8e-4, ramp=0.25))
     decays = []
     for at in (0, 10, 20, 25, 26, 99):
-        layer.moment = Moment(at, 100)
+        layer.context = StepContext(at, 100)
         decays.append(layer.decay())
     assert decays == pytest.approx([0.0, 3.2e-4, 6.4e-4, 8e-4, 8e-4, 8e-4])
 
@@ -118,7 +118,7 @@ def test_a_resumed_run_ends_with_the_same_bits() -> None:
 
     def run(layer: AdaptiveLinear, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for at in steps:
-            method.before_step({"a": layer}, Moment(at, 12))
+            method.before_step({"a": layer}, StepContext(at, 12))
             assert layer.out is not None
             layer.out.grad = gradients[at][:, : IN // 16].clone()
             step(layer, optimizer, gradients[at], at, 12)
@@ -158,7 +158,7 @@ def test_a_shard_takes_the_step_of_its_rows() -> None:
     def build(weight_OI: Tensor) -> tuple[AdaptiveLinear, AnnealedAdamW]:
         linear = nn.Linear(IN, 9, bias=False)
         linear.weight = nn.Parameter(whole_OI.clone())
-        layer = AdaptiveLinear(Site(0, "a", linear, PATTERN), method)
+        layer = AdaptiveLinear(TargetLayer(0, "a", linear, PATTERN), method)
         layer.weight = nn.Parameter(weight_OI)
         return layer, AnnealedAdamW([layer.weight], [layer], 1e-2, weight_decay=0.1)
 
@@ -170,7 +170,7 @@ def test_a_shard_takes_the_step_of_its_rows() -> None:
     for at in range(1, 4):
         gradient_OI = random(9, IN, seed=at)
         step(layer, optimizer, gradient_OI, at, 4)
-        part.moment = layer.moment
+        part.context = layer.context
         part.weight.grad = shard(gradient_OI)
         part_optimizer.step()
     assert isinstance(part.weight, DTensor)

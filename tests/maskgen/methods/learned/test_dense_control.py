@@ -8,7 +8,7 @@ from torch import nn
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Mode, Moment, Result, Site
+from maskgen.methods.learned import Mode, Result, StepContext, TargetLayer
 from maskgen.methods.learned.dense_control import DenseControl
 
 
@@ -18,7 +18,7 @@ def test_it_is_plain_adamw_on_the_dense_layer() -> None:
     twin, twin_norm = nn.Linear(16, 8), nn.Parameter(torch.ones(16))
     twin.load_state_dict(linear.state_dict())
     linear.requires_grad_(False)
-    layer = method.attach(Site(0, "a", linear, NMPattern(2, 4)), torch.Generator())
+    layer = method.attach(TargetLayer(0, "a", linear, NMPattern(2, 4)), torch.Generator())
     assert layer is not None
     layers = {"a": layer}
     optimizer = method.optimizer(layers, [norm], 1e-2)
@@ -28,13 +28,13 @@ def test_it_is_plain_adamw_on_the_dense_layer() -> None:
     )  # fmt: skip
     for step in range(5):
         x = torch.randn(12, 16, generator=torch.Generator().manual_seed(step))
-        method.before_step(layers, Moment(step, 5))
+        method.before_step(layers, StepContext(step, 5))
         layer(x * norm).square().mean().backward()
         twin(x * twin_norm).square().mean().backward()
         for each in (optimizer, peer):
             each.step()
             each.zero_grad()
-        method.after_step(layers, Moment(step, 5), 1e-2)
+        method.after_step(layers, StepContext(step, 5), 1e-2)
         twin.bias.grad = None
     assert torch.equal(layer.weight, twin.weight) and torch.equal(norm, twin_norm)
     assert not torch.equal(norm, torch.ones(16))
@@ -46,7 +46,7 @@ def test_it_is_plain_adamw_on_the_dense_layer() -> None:
 def test_the_answer_is_dense_and_says_so() -> None:
     method = DenseControl()
     assert (method.result, method.trains_weights, method.uses_prior) == (Result.DENSE, True, False)
-    layer = method.attach(Site(0, "a", nn.Linear(16, 8), NMPattern(2, 4)), torch.Generator())
+    layer = method.attach(TargetLayer(0, "a", nn.Linear(16, 8), NMPattern(2, 4)), torch.Generator())
     assert layer is not None
     solution = layer.solution()
     assert solution.weight is not None and torch.equal(solution.weight, layer.weight)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import create
-from maskgen.methods.learned import Mode, Moment, Site
+from maskgen.methods.learned import Mode, StepContext, TargetLayer
 from maskgen.methods.learned.maskllm import FORMS, Draw, MaskLLM, MaskLLMLinear, SoftLinear
 from maskgen.numerics import chunks
 
@@ -52,7 +52,7 @@ def layer(seed: int = 0, out: int = 6, inputs: int = 16, prior: Tensor | None = 
         linear.weight.copy_(torch.randn(out, inputs, generator=generator(seed)))
         linear.bias.copy_(torch.randn(out, generator=generator(seed + 1)))
     linear.requires_grad_(False)
-    made = MaskLLM(**options).attach(Site(3, "up", linear, TWO_FOUR, prior), generator(seed))
+    made = MaskLLM(**options).attach(TargetLayer(3, "up", linear, TWO_FOUR, prior), generator(seed))
     assert isinstance(made, MaskLLMLinear)
     return made
 
@@ -230,9 +230,9 @@ def test_recomputation_sees_the_same_noise() -> None:
     gradients = []
     for wrapped in (False, True):
         one = layer()
-        one.moment = Moment(2, 10, 77)
+        one.context = StepContext(2, 10, 77)
         y = checkpoint(one, x, use_reentrant=False) if wrapped else one(x)
-        penalty = MaskLLM().regulariser({"up": one}, one.moment)
+        penalty = MaskLLM().regulariser({"up": one}, one.context)
         (y.square().sum() + penalty).backward()
         gradients.append(one.logits.grad)
     assert torch.equal(*gradients)
@@ -248,7 +248,7 @@ def test_a_backward_pass_leaves_no_graph_behind(wrapped: bool, reward: float, mo
     for passes in (1, 2):
         block = nn.Sequential(one, nn.GELU())  # recomputation stops at the last tensor that is needed
         y = checkpoint(block, x, use_reentrant=False) if wrapped else block(x)
-        penalty = one.method.regulariser({"up": one}, one.moment)
+        penalty = one.method.regulariser({"up": one}, one.context)
         (y.sum() + (penalty or 0)).backward()
         del block, y, penalty
         gc.collect()
@@ -259,7 +259,7 @@ def test_the_backward_pass_belongs_to_the_moment_of_its_forward_pass() -> None:
     x = torch.randn(4, 16, generator=generator())
     one, other = layer(), layer()
     y, expected = one(x), other(x)
-    one.moment = Moment(5, 10, 123)
+    one.context = StepContext(5, 10, 123)
     y.square().sum().backward()
     expected.square().sum().backward()
     assert torch.equal(one.logits.grad, other.logits.grad)
@@ -271,7 +271,7 @@ def test_noise_differs_by_seed_and_by_layer() -> None:
     other.index = 4
     first = one(x)
     assert torch.equal(first, one(x)) and not torch.equal(first, other(x))
-    one.moment = Moment(0, 1, 99)
+    one.context = StepContext(0, 1, 99)
     assert not torch.equal(first, one(x))
 
 

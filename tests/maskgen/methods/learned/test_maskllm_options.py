@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Layers, LearnedLinear, Moment, Site
+from maskgen.methods.learned import Layers, LearnedLinear, StepContext, TargetLayer
 from maskgen.methods.learned.maskllm import MaskLLM, MaskLLMLinear
 from maskgen.numerics.adamw import CompactAdamW
 from tests.maskgen.methods.learned.test_maskllm import TWO_FOUR, each_form, each_pattern, generator, layer
@@ -26,7 +26,7 @@ def prior_of(pattern: NMPattern, rows: int, groups: int) -> Tensor:
 def attached(method: MaskLLM, prior_OI: Tensor | None, pattern: NMPattern, seed: int = 0) -> MaskLLMLinear:
     shape = (8, 8 * pattern.m) if prior_OI is None else prior_OI.shape
     linear = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
-    made = method.attach(Site(0, "up", linear, pattern, prior_OI), generator(seed))
+    made = method.attach(TargetLayer(0, "up", linear, pattern, prior_OI), generator(seed))
     assert isinstance(made, MaskLLMLinear)
     return made
 
@@ -84,33 +84,33 @@ def test_no_prior() -> None:
 
 def test_schedules() -> None:
     method = MaskLLM()
-    start, middle, end = (Moment(step, 11) for step in (0, 5, 10))
-    assert [method.scale(moment) for moment in (start, middle, end)] == pytest.approx([100, 300, 500])
-    assert [method.temperature(moment) for moment in (start, middle, end)] == pytest.approx([4, 0.2**0.5, 0.05])
+    start, middle, end = (StepContext(step, 11) for step in (0, 5, 10))
+    assert [method.scale(context) for context in (start, middle, end)] == pytest.approx([100, 300, 500])
+    assert [method.temperature(context) for context in (start, middle, end)] == pytest.approx([4, 0.2**0.5, 0.05])
     linear = MaskLLM(temperature_decay="linear", scale_growth="exponential", anneal=0.5)
-    assert linear.temperature(Moment(2, 9)) == pytest.approx(2.025)
-    assert linear.scale(Moment(2, 9)) == pytest.approx((100 * 500) ** 0.5)
-    assert linear.temperature(Moment(6, 9)) == 0.05 and linear.scale(Moment(6, 9)) == 500
-    assert method.temperature(Moment(0, 1)) == 4
+    assert linear.temperature(StepContext(2, 9)) == pytest.approx(2.025)
+    assert linear.scale(StepContext(2, 9)) == pytest.approx((100 * 500) ** 0.5)
+    assert linear.temperature(StepContext(6, 9)) == 0.05 and linear.scale(StepContext(6, 9)) == 500
+    assert method.temperature(StepContext(0, 1)) == 4
 
 
-def reward(method: MaskLLM, one: MaskLLMLinear, moment: Moment) -> float:
+def reward(method: MaskLLM, one: MaskLLMLinear, context: StepContext) -> float:
     one(torch.zeros(1, 16))
-    value = method.regulariser({"up": one}, moment)
+    value = method.regulariser({"up": one}, context)
     return 0.0 if value is None else float(value.detach())
 
 
 def test_the_reward_is_the_kept_energy_and_ends_at_zero() -> None:
     one = layer()
-    one.moment = Moment(0, 5)
+    one.context = StepContext(0, 5)
     noise = next(one.draw().chunks(one.logits))[1]
     kept = float((one.weight * one.draw().mask(one.logits.detach(), noise)).square().sum())
     dense = float(one.weight.square().sum())
-    assert reward(MaskLLM(weight_reward=2.0), one, Moment(0, 5)) == pytest.approx(-2 * kept / dense, rel=1e-5)
-    assert reward(MaskLLM(weight_reward=2.0), one, Moment(1, 5)) == pytest.approx(-1.5 * kept / dense, rel=1e-5)
-    assert reward(MaskLLM(weight_reward=1e-5, reward_form="sum"), one, Moment(0, 5)) == pytest.approx(-1e-5 * kept)
-    assert reward(MaskLLM(), one, Moment(4, 5)) == 0
-    assert MaskLLM(weight_reward=0.0).regulariser({"up": one}, Moment(0, 5)) is None
+    assert reward(MaskLLM(weight_reward=2.0), one, StepContext(0, 5)) == pytest.approx(-2 * kept / dense, rel=1e-5)
+    assert reward(MaskLLM(weight_reward=2.0), one, StepContext(1, 5)) == pytest.approx(-1.5 * kept / dense, rel=1e-5)
+    assert reward(MaskLLM(weight_reward=1e-5, reward_form="sum"), one, StepContext(0, 5)) == pytest.approx(-1e-5 * kept)
+    assert reward(MaskLLM(), one, StepContext(4, 5)) == 0
+    assert MaskLLM(weight_reward=0.0).regulariser({"up": one}, StepContext(0, 5)) is None
 
 
 def test_the_normalised_reward_divides_by_the_whole_model() -> None:
@@ -119,7 +119,7 @@ def test_the_normalised_reward_divides_by_the_whole_model() -> None:
         one(torch.zeros(1, 16))
     kept = sum(float(one.energy.detach()) for one in layers.values() if one.energy is not None)
     dense = sum(float(one.weight.square().sum()) for one in layers.values())
-    value = MaskLLM().regulariser(layers, Moment(0, 5))
+    value = MaskLLM().regulariser(layers, StepContext(0, 5))
     assert value is not None and float(value.detach()) == pytest.approx(-kept / dense, rel=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_the_reward_pulls_towards_the_largest_weights() -> None:
     """Nothing but the reward: descending its gradient raises the probability of the magnitude mask in every group."""
     one = layer(prior_strength=0.0)
     one(torch.zeros(1, 16))
-    MaskLLM().regulariser({"up": one}, Moment(0, 5)).backward()
+    MaskLLM().regulariser({"up": one}, StepContext(0, 5)).backward()
     stepped_OPG = -one.logits.grad
     best_OG = stepped_OPG.argmax(1)
     largest_OI = TWO_FOUR.mask_from_scores(one.weight.abs())
@@ -148,7 +148,7 @@ def learn(steps: int = 60, **options: Any) -> tuple[MaskLLMLinear, Tensor]:
     layers: Layers = {"up": one}
     optimizer = method.optimizer(layers, [], 0.02)
     for step in range(steps):
-        one.moment = Moment(step, steps, step)
+        one.context = StepContext(step, steps, step)
         optimizer.zero_grad()
         (one(x) - target).square().mean().backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Moment, Site
+from maskgen.methods.learned import StepContext, TargetLayer
 from maskgen.methods.learned.maskprune import MaskPrune, MaskPruneLinear, agreement, bottom_norm, marginal, prox
 from maskgen.numerics.unit_linear import sites
 from maskgen.numerics.units import NEURONS
@@ -91,8 +91,8 @@ def make(method: MaskPrune, **shape: int) -> tuple[dict[str, MaskPruneLinear], t
         for leaf, linear in linears.items():
             linear.requires_grad_(False)
             name = f"layers.{number}.mlp.{leaf}"
-            site = Site(len(layers), name, linear, NMPattern(2, 4), units=UNITS if leaf == NEURONS else None)
-            layers[name] = cast(MaskPruneLinear, method.attach(site, generator))
+            target = TargetLayer(len(layers), name, linear, NMPattern(2, 4), units=UNITS if leaf == NEURONS else None)
+            layers[name] = cast(MaskPruneLinear, method.attach(target, generator))
     optimizer = method.optimizer(layers, [], 1e-3)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -111,9 +111,9 @@ class Toy:
         self.history: list[Mapping[str, float]] = []
 
     def step(self, number: int) -> None:
-        moment = Moment(number, self.steps)
+        context = StepContext(number, self.steps)
         for layer in self.layers.values():
-            layer.moment = moment
+            layer.context = context
         loss = torch.zeros(())
         for name, layer in self.sites.items():
             noise_U = torch.randn(UNITS, generator=self.generator) * self.noise * self.costs[name]
@@ -122,7 +122,7 @@ class Toy:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            self.method.after_step(self.layers, moment, 1e-3)
+            self.method.after_step(self.layers, context, 1e-3)
         first = next(iter(self.sites.values()))
         bottom = max(float(bottom_norm(x.mask_U.detach(), x.excess)) for x in self.sites.values())
         duals = [float(x.y) for x in self.sites.values()]
@@ -145,10 +145,10 @@ class Toy:
 @pytest.mark.parametrize("init", ["taylor", "ones"])
 def test_the_ramp_removes_the_least_important(init: str) -> None:
     toy = Toy(init=init).run()
-    widths = [moment["s"] for moment in toy.history]
+    widths = [context["s"] for context in toy.history]
     assert widths == sorted(widths), "a ramp is monotone"
     assert widths[-1] == UNITS - KEPT
-    assert all(math.isfinite(moment["y"]) and moment["y"] < 1e3 for moment in toy.history)
+    assert all(math.isfinite(context["y"]) and context["y"] < 1e3 for context in toy.history)
     assert toy.lost() < 1.1
     before = toy.history[int(0.6 * toy.steps) - 2]["bottom"]
     assert before < 0.05 * (UNITS - KEPT), "the bottom has all but gone when it is cut"
@@ -164,13 +164,13 @@ def test_a_common_shrink_is_what_tells_masks_apart() -> None:
 def test_the_saddle_stays_bounded_and_ends_on_the_budget() -> None:
     """Minimax: s climbs to the target without passing it, z rests from the crossing on, all layers agree."""
     toy = Toy(budget="minimax", keep_ffn=0, keep_parameters=0.5, width_lr=0.02).run()
-    widths, duals = [moment["s"] for moment in toy.history], [moment["z"] for moment in toy.history]
+    widths, duals = [context["s"] for context in toy.history], [context["z"] for context in toy.history]
     assert max(widths) <= UNITS - KEPT
     assert widths[-1] == UNITS - KEPT
     crossing = next(number for number, width in enumerate(widths) if width == UNITS - KEPT)
     assert 20 < crossing < 0.6 * toy.steps, "by itself, before the selection settles"
     assert 0 < max(duals) == duals[crossing] == duals[-1]
-    assert all(moment["y"] < 1e3 for moment in toy.history)
+    assert all(context["y"] < 1e3 for context in toy.history)
     assert {int(kept_U.sum()) for kept_U in toy.method.kept_units(toy.layers).values()} == {KEPT}
     assert toy.lost() < 1.1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Mode, Moment, Site, proxsparse
+from maskgen.methods.learned import Mode, StepContext, TargetLayer, proxsparse
 from maskgen.methods.learned.proxsparse import ProxSparse, ProxSparseLinear, prox, reg0, reg24
 from tests.maskgen.training import corpus, session
 
@@ -157,7 +157,7 @@ def make_layer(method: ProxSparse, dtype: torch.dtype = torch.float32) -> tuple[
     with torch.no_grad():
         linear.weight.normal_(0, 0.1, generator=generator)
     linear.to(dtype).requires_grad_(False)
-    layer = method.attach(Site(0, "a", linear, PATTERN), generator)
+    layer = method.attach(TargetLayer(0, "a", linear, PATTERN), generator)
     assert isinstance(layer, ProxSparseLinear)
     layers = {"a": layer}
     return layers, method.optimizer(layers, [], 1e-3)
@@ -177,7 +177,7 @@ def test_a_run_that_is_too_short_says_so_once(steps: int, warns: bool, caplog: p
     layers, _ = make_layer(method)
     with caplog.at_level(logging.WARNING):
         for step in range(3):
-            method.before_step(layers, Moment(step, steps))
+            method.before_step(layers, StepContext(step, steps))
     assert len(caplog.records) == warns
     assert not warns or "raise method.strength" in caplog.text
 
@@ -187,7 +187,7 @@ def test_the_shrink_does_not_follow_the_learning_rate() -> None:
     layers, _ = make_layer(method)
     expected_OI = prox(layers["a"].learned.detach(), 0.9)
     with torch.no_grad():
-        method.after_step(layers, Moment(0, 10), lr=0.0)
+        method.after_step(layers, StepContext(0, 10), lr=0.0)
     assert torch.equal(layers["a"].learned, expected_OI)
     assert not torch.equal(expected_OI, layers["a"].weight)
 
@@ -221,7 +221,7 @@ def test_the_mask_is_learned_and_the_weights_stay(dtype: torch.dtype) -> None:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            method.after_step(layers, Moment(step, 40), lr=1e-3)
+            method.after_step(layers, StepContext(step, 40), lr=1e-3)
     PATTERN.check_mask(layer.mask())
     assert not torch.equal(layer.mask(), before_OI)
     assert layer.learned.dtype == torch.float32 and not torch.equal(layer.learned, original_OI.float())
@@ -234,13 +234,13 @@ def test_the_mask_is_learned_and_the_weights_stay(dtype: torch.dtype) -> None:
 
 
 def test_the_frozen_weight_penalty_reaches_the_gradient() -> None:
-    assert ProxSparse().regulariser({}, Moment(0, 10)) is None
+    assert ProxSparse().regulariser({}, StepContext(0, 10)) is None
     method = ProxSparse(lambda2=0.25)
     layers, _ = make_layer(method)
     layer = layers["a"]
     with torch.no_grad():
         layer.learned.mul_(0.7)
-    total = method.regulariser(layers, Moment(0, 10))
+    total = method.regulariser(layers, StepContext(0, 10))
     assert total is not None
     total.backward()
     learned_OI = layer.learned.detach().clone().requires_grad_()

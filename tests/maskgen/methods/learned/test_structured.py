@@ -10,7 +10,7 @@ from torch import nn
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods.learned import Moment, Site
+from maskgen.methods.learned import StepContext, TargetLayer
 from maskgen.methods.learned.structured import Structured, StructuredLinear, magnitude
 from maskgen.numerics.unit_linear import sites
 from maskgen.numerics.units import NEURONS
@@ -28,8 +28,8 @@ def make(**options: Any) -> tuple[Structured, dict[str, StructuredLinear], torch
     layers = {}
     for index, (leaf, linear) in enumerate(linears.items()):
         linear.requires_grad_(False)
-        site = Site(index, f"mlp.{leaf}", linear, NMPattern(2, 4), units=UNITS if leaf == NEURONS else None)
-        layers[site.name] = cast(StructuredLinear, method.attach(site, generator))
+        target = TargetLayer(index, f"mlp.{leaf}", linear, NMPattern(2, 4), units=UNITS if leaf == NEURONS else None)
+        layers[target.name] = cast(StructuredLinear, method.attach(target, generator))
     return method, layers, method.optimizer(layers, [], 1e-2)
 
 
@@ -37,16 +37,16 @@ def run(
     method: Structured, layers: dict[str, StructuredLinear], optimizer: torch.optim.Optimizer, slope_U: torch.Tensor
 ) -> list[int]:
     """Five steps with this gradient of the masks; how many masks are 1 after each."""
-    (site,) = sites(layers).values()
+    (target,) = sites(layers).values()
     ones = []
     for step in range(5):
         for layer in layers.values():
-            layer.moment = Moment(step, 5)
-        (site.mask_U * slope_U).sum().backward()
+            layer.context = StepContext(step, 5)
+        (target.mask_U * slope_U).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step(layers, Moment(step, 5), 1e-2)
-        ones.append(int((site.masks() == 1).sum()))
+        method.after_step(layers, StepContext(step, 5), 1e-2)
+        ones.append(int((target.masks() == 1).sum()))
     return ones
 
 
@@ -57,8 +57,8 @@ def test_taylor_keeps_the_steepest_whatever_their_sign() -> None:
     kept_U = method.kept_units(layers)["mlp.down_proj"]
     assert kept_U.sum() == KEPT
     assert slope_U[kept_U].abs().min() >= slope_U[~kept_U].abs().max()
-    (site,) = sites(layers).values()
-    assert set(site.masks().tolist()) == {0.0, 1.0}
+    (target,) = sites(layers).values()
+    assert set(target.masks().tolist()) == {0.0, 1.0}
 
 
 def test_magnitude_counts_all_weights_of_a_unit() -> None:

@@ -148,9 +148,10 @@ def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
     looks = [record for record in log if record["kind"] == "eval"]
     tokens, first, last = sum(record["tokens"] for record in steps), looks[0], looks[-1]
     dense = f"; dense {first['dense_perplexity']:.2f}" if "dense_perplexity" in first else ""
+    where = "GPU" if log[0]["hardware"]["device"].startswith("cuda") else "host"
     say(f"held-out perplexity {first['perplexity']:.2f} at the start -> {last['perplexity']:.2f}{dense}")
     say(
-        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak host memory "
+        f"  {len(steps)} steps, {tokens:,} tokens, {duration(last['elapsed_s'])}, peak memory of the {where} "
         f"{megabytes(max(record['peak_memory_bytes'] for record in steps))}"
     )
     say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")

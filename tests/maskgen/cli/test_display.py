@@ -50,10 +50,11 @@ def test_durations(seconds: float, text: str) -> None:
     assert display.duration(seconds) == text
 
 
-def test_the_last_words_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("device", "where"), [("cpu", "host"), ("cuda:0", "GPU")])
+def test_the_summary_of_a_training_run(capsys: pytest.CaptureFixture[str], device: str, where: str) -> None:
     last = dataclasses.replace(LOOK, step=2, perplexity=51.25, agreement=0.9, elapsed_s=125.0)
     log = [
-        {"kind": "header"},
+        {"kind": "header", "hardware": {"device": device}},
         {"kind": "eval", **dataclasses.asdict(LOOK)},
         {"kind": "step", **dataclasses.asdict(STEP)},
         {"kind": "step", **dataclasses.asdict(STEP)},
@@ -62,6 +63,6 @@ def test_the_last_words_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     display.print_training(log, Path("out/log.jsonl"))
     assert capsys.readouterr().out.splitlines() == [
         "held-out perplexity 54.60 at the start -> 51.25; dense 49.40",
-        "  2 steps, 8,192 tokens, 2:05, peak host memory 700.0 MB",
+        f"  2 steps, 8,192 tokens, 2:05, peak memory of the {where} 700.0 MB",
         "  90.00% of the mask is as it was at the start; log in out/log.jsonl",
     ]

@@ -16,13 +16,15 @@ Legend: S = windows, T = tokens of a window.
 
 from __future__ import annotations
 
-import re
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy_format
 from torch import Tensor
 
 from maskgen.core.digest import digest_tensors
@@ -40,11 +42,13 @@ _Ids = np.ndarray[Any, np.dtype[np.int32]]
 _ID_TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 _EXPECTED_IDS = "expected a one-dimensional little-endian array of uint16, int32 or int64"
 _NPY_HEADER_BYTES = 1 << 10
-_NPY = re.compile(
-    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
-    rb"\{'descr': '(?P<kind><u2|<i4|<i8)', 'fortran_order': False, 'shape': \((?P<count>[0-9]{1,18}),\), \} *\n",
-    re.DOTALL,
-)
+_NPY_HEADER_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+    (3, 0): npy_format.read_array_header_2_0,  # differs in how field names are encoded, and ids have none
+}
+_NPY_HEADER_ERRORS = (ValueError, TypeError, LookupError, SyntaxError, RecursionError, MemoryError, TokenError)
+"""What numpy raises for headers that are damaged or hostile."""
 
 
 def read_tokens(source: Path | str, tokenizer: Any) -> Tensor:
@@ -150,19 +154,32 @@ def _checked(arrays: Iterable[np.ndarray[Any, Any]], source: Path | str, vocabul
 
 
 def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    """Chunks of a `.npy` array. Its header is a Python literal; it is never parsed, only compared."""
+    """The ids of a `.npy` file, `CHUNK_IDS` at a time; `DataError` if it is damaged or holds anything else."""
     with sources.readable(path), path.open("rb") as file:
-        start = file.read(_NPY_HEADER_BYTES)
-        header = _NPY.match(start)
-        if header is None:
-            raise DataError(f"{path}: not a .npy file this release reads ({clip(start[:64])}); {_EXPECTED_IDS}")
-        kind, count = np.dtype(header["kind"].decode()), int(header["count"])
-        data_bytes = path.stat().st_size - header.end()
+        kind, count, start = _npy_header(path, file.read(_NPY_HEADER_BYTES))
+        data_bytes = path.stat().st_size - start
         if data_bytes != count * kind.itemsize:
             raise DataError(f"{path}: {data_bytes} bytes of data for {count} ids of {kind}; write it again")
-        file.seek(header.end())
+        file.seek(start)
         for done in range(0, count, CHUNK_IDS):
-            yield np.frombuffer(file.read(min(CHUNK_IDS, count - done) * kind.itemsize), dtype=kind)
+            yield np.fromfile(file, kind, min(CHUNK_IDS, count - done))
+
+
+def _npy_header(path: Path, content: bytes) -> tuple[np.dtype[Any], int, int]:
+    """Type and number of the ids of a `.npy` file that begins with `content`, and the byte at which they start.
+
+    numpy reads the header as a literal, which runs nothing; no array is made from it before its size is checked.
+    """
+    file = io.BytesIO(content)
+    try:
+        shape, _, kind = _NPY_HEADER_READERS[npy_format.read_magic(file)](file)
+    except _NPY_HEADER_ERRORS:
+        found = clip(content[:64])
+    else:
+        if kind.str in ("<u2", "<i4", "<i8") and len(shape) == 1 and shape[0] >= 0:
+            return kind, shape[0], file.tell()
+        found = f"{kind.str}, shape {clip(shape)}"
+    raise DataError(f"{path}: not a .npy file this release reads ({found}); {_EXPECTED_IDS}")
 
 
 def _safetensors_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:

@@ -193,6 +193,13 @@ def npy(header: str) -> bytes:
         npy("{'descr': '<i4', 'fortran_order': False, 'shape': 'x'}\n"),
         npy("__import__('os').abort()\n"),
         npy("(" * 3000 + "\n"),
+        npy("(" * 900 + "\n"),
+        npy("{'descr': [('x', '<i4')], 'fortran_order': False, 'shape': (1,), }\n"),
+        npy("{'descr': 'f4,(', 'fortran_order': False, 'shape': (1,), }\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1,), 'more': 1}\n"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1,), "),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff{'descr': '<i4'",
+        b"\x93NUMPY\x09\x00" + npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }\n")[8:],
     ],
 )
 def test_damaged_npy_files(tmp_path: Path, tokenizer: models.PreTrainedTokenizerFast, content: bytes) -> None:

@@ -1,15 +1,15 @@
 """The folder is the registry: one extension is one file, and its file name is its name in a recipe or a flag.
 
-It may be divided into folders, which are packages; a name is unique over all of them. There is no table to edit and
-nothing is imported before it is used. Names come from users and recipes, so a name is only ever compared with the
-files that exist; it never becomes a path.
+It may be divided into folders, which are packages; two files of one name, in whichever folders, are an error. There is
+no table to edit and nothing is imported before it is used. Names come from users and recipes, so a name is only ever
+compared with the files that exist; it never becomes a path.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +17,18 @@ from maskgen.core.errors import RecipeError, SparseError
 
 
 def names(package: ModuleType) -> list[str]:
-    """Names of the extensions in a package and its folders, sorted; files starting with `_` are helpers."""
+    """Names of the extensions in a package and its folders, sorted; files starting with `_` are helpers.
+
+    Raises `ImportError` when two files have one name.
+    """
     return sorted(_modules(package.__name__, package.__path__))
 
 
 def load(package: ModuleType, name: str, error: type[SparseError] = RecipeError) -> ModuleType:
-    """Import one extension; raises `error` listing the known names when there is none called `name`."""
+    """Import one extension; raises `error` listing the known names when there is none called `name`.
+
+    Raises `ImportError` when two files have one name, whichever name is asked for.
+    """
     known = _modules(package.__name__, package.__path__)
     if name not in known:
         kind = package.__name__.rpartition(".")[2]
@@ -33,12 +39,20 @@ def load(package: ModuleType, name: str, error: type[SparseError] = RecipeError)
 def _modules(package: str, paths: Sequence[str]) -> dict[str, str]:
     """Extension -> full module name. Packages are not imported to look into them."""
     found: dict[str, str] = {}
+    for name, module in _walk(package, paths):
+        if name in found:
+            raise ImportError(f"{found[name]} and {module} are both called {name!r} in a recipe or flag; rename one")
+        found[name] = module
+    return found
+
+
+def _walk(package: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(extension, full module name) of every file of a package and its folders, but for helpers."""
     for info in pkgutil.iter_modules(paths):
         module = f"{package}.{info.name}"
         if info.name.startswith("_"):
             continue
         if info.ispkg:
-            found |= _modules(module, [str(Path(path, info.name)) for path in paths])
+            yield from _walk(module, [str(Path(path, info.name)) for path in paths])
         else:
-            found[info.name] = module
-    return found
+            yield info.name, module

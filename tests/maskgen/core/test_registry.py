@@ -50,6 +50,21 @@ def test_a_folder_may_be_divided_into_folders(package: ModuleType) -> None:
     assert registry.load(package, "adam").NAME == "adam"
 
 
+@pytest.mark.parametrize("asked_for", ["adam", "wanda"])
+def test_two_files_of_one_name_are_an_error(package: ModuleType, asked_for: str) -> None:
+    for folder in ("first", "second"):
+        inner = Path(package.__path__[0], folder)
+        inner.mkdir()
+        for name in ("__init__", "adam" if folder == "second" else "ria"):
+            (inner / f"{name}.py").write_text("")
+    importlib.invalidate_caches()
+    message = r"some_extensions\.adam and some_extensions\.second\.adam are both called 'adam'"
+    with pytest.raises(ImportError, match=message):
+        registry.load(package, asked_for)
+    with pytest.raises(ImportError, match=message):
+        registry.names(package)
+
+
 @pytest.mark.parametrize("name", ["Adam", "adam.py", "", ".", "..outside", "../outside", "_helper", "__init__", "os"])
 def test_unknown_names_list_the_known(package: ModuleType, name: str) -> None:
     with pytest.raises(RecipeError, match=r"in some_extensions; expected one of \['adam', 'broken', 'wanda'\]"):

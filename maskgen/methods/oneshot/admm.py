@@ -7,13 +7,16 @@ minimiser that ignores the mask and a projection that knows nothing else, held t
     features to unit norm   n_j = sqrt(H_jj),  H~ = D^-1 H D^-1 + damp * mean(diag) * I,  W~ = W D,  D = diag(n)
     repeat                  Z  = (W~ + U) * M
                             U += W~ - Z
-                            W~ = (W~_0 H~ + rho (Z - U)) (H~ + rho I)^-1
+                            W~ = W~_0 + rho (Z - U - W~_0) (H~ + rho I)^-1
     at last                 W  = (W~ + U) * M  D^-1
 
+The paper writes the minimiser as (W~_0 H~ + rho (Z - U)) (H~ + rho I)^-1, which is the same W~. Only as a step away
+from W~_0 does it add no rounding where there is nothing to repair, and it needs one product less.
+
 Scaling features makes rho = 1 right for every layer, and makes the first |W~| Wanda's score. When the mask is to be
-chosen (`mask = "own"`), it is taken anew from |W~ + U| in each of the first `ramp` iterations, while sparsity rises as
-1 - (1 - t / ramp)^3 towards the pattern's: weights that compensate for others are not judged by their old values. What
-a group would keep in the end is never dropped on the way.
+chosen (`mask = "own"`), it is chosen again from |W~ + U| in each of the first `ramp` iterations, while sparsity rises
+as 1 - (1 - t / ramp)^3 towards the pattern's, so that a weight which compensates for dropped ones is judged by its new
+value. A weight that the pattern's own mask of these scores keeps is not dropped in that iteration.
 
 Deviation: the ramp ranks weights within their row, not within the whole matrix, because rows are separate problems; so
 scaling a row changes nothing. With `mask = "prior"` the mask is given, and this is the cheap repair after any method
@@ -79,7 +82,6 @@ class ADMM(LocalMethod):
         assert (prior_OI is not None) == self.uses_prior
         norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
         start_OI = weight_OI * norm_I
-        target_OI = start_OI @ hessian_II
         inverse_II = _inverse(hessian_II, self.rho)
         mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
         free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)
@@ -90,7 +92,7 @@ class ADMM(LocalMethod):
                 mask_OI = _ramped_mask(total_OI.abs() * alive_I, pattern, progress)
             kept_OI = total_OI * mask_OI
             dual_OI = total_OI - kept_OI
-            free_OI = (target_OI + self.rho * (kept_OI - dual_OI)) @ inverse_II
+            free_OI = start_OI + self.rho * (kept_OI - dual_OI - start_OI) @ inverse_II
         return Solution(mask_OI, (free_OI + dual_OI) / norm_I * mask_OI)
 
 

@@ -86,10 +86,17 @@ def test_nothing_to_repair_stays_as_it_is() -> None:
     weight_OI, x_TI = layer()
     mask_OI = random_mask(weight_OI, PATTERN)
     legal_OI = weight_OI * mask_OI
-    torch.testing.assert_close(repair(legal_OI, x_TI, mask_OI), legal_OI, atol=1e-5, rtol=1e-5)
+    scaled_and_back = {"atol": 0.0, "rtol": 2 * torch.finfo(torch.float32).eps}
+    torch.testing.assert_close(repair(legal_OI, x_TI, mask_OI), legal_OI, **scaled_and_back)
+    torch.testing.assert_close(repair(legal_OI, x_TI, mask_OI, iterations=500), legal_OI, **scaled_and_back)
+
+
+def test_inputs_that_are_not_correlated_let_no_weight_stand_in_for_another() -> None:
+    weight_OI, _ = layer()
+    mask_OI = random_mask(weight_OI, PATTERN)
     uncorrelated = Gram(torch.diag(torch.logspace(-2, 2, 32)), 7)
     solution = ADMM(mask="prior", iterations=200).solve(weight_OI, uncorrelated, PATTERN, mask_OI)
-    torch.testing.assert_close(solution.weight, legal_OI, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(solution.weight, weight_OI * mask_OI, atol=1e-5, rtol=1e-5)
 
 
 def test_scaling_rows_weights_and_features() -> None:

@@ -33,7 +33,8 @@ from sparse_serve.bench.roofline import Panel, Point, Roof
 from sparse_serve.kernels import LinearSpec, choose, cpu
 from sparse_serve.plugin.dense import stock_linear
 from sparse_serve.runtime.errors import KernelError
-from sparse_serve.tuning.measure import processor, torch_dense
+from sparse_serve.runtime.machine import processor
+from sparse_serve.tuning.measure import torch_dense
 from sparse_serve.tuning.timing import Call, Times, interleaved
 
 PATTERN = NMPattern(2, 4)

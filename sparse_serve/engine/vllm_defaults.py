@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
+from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import SettingsError
 
 _GIB = 1 << 30
@@ -146,7 +147,7 @@ def set_common(environ: MutableMapping[str, str]) -> None:
 
 def set_cpu(environ: MutableMapping[str, str], ranks: int, eager: bool, cores: Sequence[int]) -> None:
     """Defaults for the CPU backend. `ranks`: tensor-parallel size; `cores`: ids we may run on."""
-    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_kv_cache_gib(_available_bytes())))
+    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_kv_cache_gib(machine.available_bytes())))
     if eager:
         environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if ranks == 1:
@@ -164,11 +165,3 @@ def share_out(cores: Sequence[int], ranks: int) -> str:
 def _kv_cache_gib(available_bytes: int) -> int:
     """A quarter of what is available: the weights and everybody else need the rest."""
     return max(1, min(_MAX_KV_CACHE_GIB, available_bytes // 4 // _GIB))
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    return 0

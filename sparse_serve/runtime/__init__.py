@@ -1,1 +1,1 @@
-"""What is true of every process of ours: its errors, its child processes, why it did not start."""
+"""What every process shares: errors, child processes, facts of the machine, the cache of measurements."""

@@ -13,11 +13,9 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from maskgen.core.errors import clip
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import FLOAT
 from sparse_serve.kernels import Kernel, LinearSpec
+from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.timing import Call, gpu_s, interleaved, wall_s
 
@@ -197,15 +196,8 @@ def _copies(spec: LinearSpec, packed: PackedTensor, candidates: int) -> int:
     """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
     most = _MOST_GPU_COPIES if spec.device_type == "cuda" else _MOST_COPIES
     wanted = min(most, max(2, -(-POOL_BYTES // packed.nbytes)))
-    free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else _host_bytes()
+    free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else machine.available_bytes()
     return max(1, min(wanted, free_bytes // 2 // (candidates * packed.dense_nbytes(spec.dtype))))
-
-
-def _host_bytes() -> int:
-    """Memory that the host can still give, where Linux says so."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
 
 
 def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
@@ -259,27 +251,6 @@ def _blaming(name: str, step: Callable[[], object]) -> None:
         step()
     except Exception as error:
         raise _Failed(name, error) from error
-
-
-def device_name(device_type: str) -> str:
-    """What a figure measured here is true for."""
-    return torch.cuda.get_device_name() if device_type == "cuda" else processor()
-
-
-def processor() -> str:
-    """The processor's name as the operating system has it, else its architecture."""
-    return _cpuinfo("model name") or platform.machine()
-
-
-def instructions() -> list[str]:
-    """The processor's vector and matrix instruction sets, where Linux tells: a name may stand for several."""
-    return sorted(flag for flag in _cpuinfo("flags").split() if flag.startswith(("avx", "amx", "fma", "f16c")))
-
-
-def _cpuinfo(key: str) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
 def random_weight(spec: LinearSpec) -> PackedTensor:

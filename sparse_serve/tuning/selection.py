@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,12 @@ import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.registry import names
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
-from sparse_serve.tuning import cache as machine_cache
+from sparse_serve.runtime import cache, machine
 from sparse_serve.tuning.dispatch import Plan, Step
 from sparse_serve.tuning.measure import (
     DENSE,
     MakeDense,
     Measurements,
-    device_name,
-    instructions,
     labels,
     measure,
     torch_dense,
@@ -185,7 +183,7 @@ def choice_for(
             spec.in_features,
             len(tokens),
         )
-        with machine_cache.bypass_cache() if ask is Ask.AGAIN else contextlib.nullcontext():
+        with cache.bypass_cache() if ask is Ask.AGAIN else contextlib.nullcontext():
             measured = measure(spec, candidates, tokens, dense)
         _keep(facts, measured)
     refused = {**refused, **measured.failed}
@@ -210,13 +208,13 @@ def _facts(spec: LinearSpec, candidates: Sequence[str]) -> dict[str, Any]:
         "candidates": sorted(candidates),
         "tokens": list(buckets_of(spec.device_type)),
         "code": _code_digest(),
-        "device": device_name(spec.device_type),
-        "host": [*instructions(), torch.get_num_threads()] if spec.device_type == "cpu" else None,
-        "versions": {"torch": str(torch.__version__), **{name: machine_cache.version(name) for name in _VERSIONS_OF}},
+        "device": machine.device_name(spec.device_type),
+        "host": [*machine.instructions(), torch.get_num_threads()] if spec.device_type == "cpu" else None,
+        "versions": {"torch": str(torch.__version__), **{name: machine.version(name) for name in _VERSIONS_OF}},
     }
 
 
-@cache
+@lru_cache
 def _code_digest() -> str:
     package = Path(__file__).parents[1]
     measuring = [package / name for name in ("tuning/measure.py", "tuning/timing.py", "plugin/dense.py")]
@@ -227,7 +225,7 @@ def _recall(facts: Mapping[str, Any]) -> Measurements | None:
     """What was measured before; None if nothing was, or if the file is not what `_keep` writes."""
     digest = digest_json(facts)
     if digest not in _measured:
-        stored = machine_cache.recall(KIND, facts)
+        stored = cache.recall(KIND, facts)
         try:
             seconds = {tokens: dict(stored["seconds"][str(tokens)]) for tokens in facts["tokens"]}
         except (KeyError, TypeError, ValueError):
@@ -247,4 +245,4 @@ def _keep(facts: Mapping[str, Any], measured: Measurements) -> None:
     _measured[digest_json(facts)] = measured
     if not measured.failed:
         seconds = {str(tokens): times for tokens, times in measured.seconds.items()}
-        machine_cache.keep(KIND, facts, {"seconds": seconds})
+        cache.keep(KIND, facts, {"seconds": seconds})

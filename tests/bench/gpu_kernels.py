@@ -28,13 +28,13 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from maskgen.core.files import read_json, write_json
+from sparse_serve.runtime.machine import version
 from tests.bench.gpu_kernels_table import lines
 from tests.bench.gpu_measure import DENSE_FP8, KERNELS, REPLAYING
 
@@ -86,15 +86,8 @@ def machine() -> dict[str, Any]:
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "versions": {"cuda": torch.version.cuda, **{name: _version(name) for name in PACKAGES}},
+        "versions": {"cuda": torch.version.cuda, **{name: version(name) for name in PACKAGES}},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def measure(size: str, tokens: str) -> dict[str, Any]:

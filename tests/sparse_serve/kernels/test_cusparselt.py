@@ -197,7 +197,7 @@ def test_an_installed_library_of_another_version_is_searched_again(
 ) -> None:
     cusparselt.prepare(packed_weight(16, 16))
     cusparselt._found.clear()
-    monkeypatch.setattr(cusparselt.machine_cache, "version", lambda package: "0.8.1")
+    monkeypatch.setattr(cusparselt.machine, "version", lambda package: "0.8.1")
     cusparselt.prepare(packed_weight(16, 16))
     assert library.searched == [*BUCKETS, *BUCKETS]
 

@@ -75,9 +75,9 @@ def test_fewer_copies_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> 
     spec = LinearSpec(64, 64, NMPattern(2, 4), torch.float32, "cpu")
     packed = random_weight(spec)
     assert measuring._copies(spec, packed, 2) == measuring._MOST_COPIES
-    monkeypatch.setattr(measuring, "_host_bytes", lambda: 6 * 2 * 2 * packed.dense_nbytes(torch.float32))
+    monkeypatch.setattr(measuring.machine, "available_bytes", lambda: 6 * 2 * 2 * packed.dense_nbytes(torch.float32))
     assert measuring._copies(spec, packed, 2) == 6
-    monkeypatch.setattr(measuring, "_host_bytes", lambda: 1)
+    monkeypatch.setattr(measuring.machine, "available_bytes", lambda: 1)
     assert measuring._copies(spec, packed, 2) == 1
 
 

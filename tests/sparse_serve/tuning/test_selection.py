@@ -102,7 +102,7 @@ def test_it_is_measured_once(measurements: list[LinearSpec], tmp_path: Path, mon
     choice_for(LinearSpec(64, 32, NMPattern(2, 4), torch.bfloat16, "cpu"))
     torch.set_num_threads(torch.get_num_threads() + 1)
     choice_for(SPEC)
-    monkeypatch.setattr(selection, "instructions", lambda: ["avx2"])
+    monkeypatch.setattr(selection.machine, "instructions", lambda: ["avx2"])
     choice_for(SPEC)
     assert len(measurements) == 5
     assert len(list((tmp_path / "cache" / "sparse-serve").rglob("*.json"))) == 4
@@ -136,15 +136,6 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert choice_for(SPEC).plan == choice_for(SPEC).plan == Plan.of("cpu")
     assert len(measurements) == 1, "a model has many layers of a kind"
-
-
-def test_a_person_without_a_home_is_served_too(measurements: list[LinearSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(selection.Path, "home", nowhere)
-    assert choice_for(SPEC).plan == Plan.of("cpu")
 
 
 def test_a_kernel_that_fails_when_measured_is_refused(

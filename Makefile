@@ -57,10 +57,11 @@ test: install ## run the whole CPU test suite [ARGS="-k name"]
 	@unset OMP_NUM_THREADS
 	HF_HUB_OFFLINE=1 exec "$$BIN/python" -m pytest tests $(ARGS)
 
-check: install ## lint, formatting, types
+check: install ## lint, formatting, types, which room imports which
 	@"$$BIN/ruff" check .
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
+	"$$BIN/lint-imports" --no-cache --no-logo
 
 gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON=python3] [ARGS="--out dir"]
 	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)

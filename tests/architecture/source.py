@@ -59,8 +59,7 @@ def imports(path: str) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
-            assert node.module is not None
+            assert node.module is not None, f"{path}:{node.lineno}: relative import"
             found.update(_module(node.module, alias.name) for alias in node.names)
     return found
 

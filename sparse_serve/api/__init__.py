@@ -1,54 +1,13 @@
-"""The APIs: every file here is one way into the engine, and the file's name is the API's name.
+"""The APIs of the server. A file is an API and its name is the API's name; `grpc_messages`, which translates for the
+gRPC APIs, and the generated `pb` are the two exceptions.
 
-An API module defines `create(server_context) -> Api`. The server walks each of them through the same life:
+An API's file defines `create(context: ServerContext) -> Api`, both of `sparse_serve.server.context`. The server calls:
 
     start    before the engine: answer at once, with "unavailable"
     serve    the engine is up: be able to take requests
     drain    tell health checks that this replica is leaving
     stop     end what still runs after `grace_s`, close
 
-An API takes what it needs from the `ServerContext`: the engine, the settings, the HTTP listener to mount on, and the
-`Admission`, which says whether requests are taken and counts those inside. APIs do not know each other.
+APIs do not import each other. What they need is in the `ServerContext`: the engine, the settings, the HTTP listener to
+mount on, and the `Admission`, which says whether requests are taken and counts those being answered.
 """
-
-from dataclasses import dataclass
-from typing import Protocol
-
-from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.server.admission import Admission
-from sparse_serve.server.listener import HttpListener
-from sparse_serve.server.settings import Settings
-
-
-@dataclass
-class ServerContext:
-    """What APIs share. `info` is set by the server when the engine has started."""
-
-    engine: Engine
-    settings: Settings
-    admission: Admission
-    listener: HttpListener
-    info: EngineInfo | None = None
-
-    def served(self) -> EngineInfo:
-        """`info`, when requests are being taken; else the error that says why not."""
-        self.admission.check()
-        assert self.info is not None
-        return self.info
-
-
-class Api(Protocol):
-    """One way in. The server calls the four methods once each, in this order."""
-
-    async def start(self) -> str:
-        """Begin to answer "unavailable". Returns `host:port` if the API listens itself, `""` if it is mounted on the
-        HTTP listener. Raises `PortInUseError`."""
-
-    async def serve(self) -> None:
-        """The engine is up (`ServerContext.info` is set): be able to take requests. Raises `ServeError`."""
-
-    async def drain(self) -> None:
-        """Tell health checks that this replica is leaving. `Admission` refuses new requests by itself."""
-
-    async def stop(self, grace_s: float) -> None:
-        """Give running requests `grace_s` seconds, cancel the rest, and close. Safe after a failed `start` too."""

@@ -21,11 +21,12 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sparse_serve.api import ServerContext, messages
+from sparse_serve.api import grpc_messages as messages
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import Chunk
 from sparse_serve.runtime.errors import Answer, PortInUseError, answer
+from sparse_serve.server.context import ServerContext
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _CLOSE_S = 0.5
@@ -37,23 +38,23 @@ _OPTIONS = [
 ]
 
 
-def create(server_context: ServerContext) -> "GrpcApi":
+def create(context: ServerContext) -> "GrpcApi":
     """The gRPC API, on a port of its own."""
-    return GrpcApi(server_context)
+    return GrpcApi(context)
 
 
 class GrpcApi:
     """Implements `Api`."""
 
-    def __init__(self, server_context: ServerContext) -> None:
-        self._server_context = server_context
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._service = GenerationService(server_context)
+        self._service = GenerationService(context)
 
     async def start(self) -> str:
         """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
-        settings = self._server_context.settings
+        settings = self._context.settings
         options = [*_OPTIONS, ("grpc.max_receive_message_length", settings.max_message_bytes)]
         server = grpc.aio.server(options=options)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
@@ -98,39 +99,38 @@ class GrpcApi:
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """The calls of `proto/sparse_serve/v1/generation.proto`."""
 
-    def __init__(self, server_context: ServerContext) -> None:
-        self._server_context = server_context
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self.stopping = False
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+    async def Generate(self, request: pb.GenerateRequest, call: Any) -> pb.GenerateResponse:
         """All of it at once."""
-        async with self._answering("Generate", context):
+        async with self._answering("Generate", call):
             chunks = [chunk async for chunk in self._generate(request)]
         return messages.whole_response(chunks)
 
-    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> None:
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""
-        async with self._answering("GenerateStream", context), contextlib.aclosing(self._generate(request)) as chunks:
+        async with self._answering("GenerateStream", call), contextlib.aclosing(self._generate(request)) as chunks:
             async for chunk in chunks:
-                await context.write(messages.stream_response(chunk))
+                await call.write(messages.stream_response(chunk))
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Any) -> pb.GetModelInfoResponse:
         """What is served."""
-        async with self._answering("GetModelInfo", context):
-            info = self._server_context.served()
+        async with self._answering("GetModelInfo", call):
+            info = self._context.served()
         return messages.model_info(info)
 
     async def _generate(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> AsyncGenerator[Chunk, None]:
-        server_context = self._server_context
-        checked = messages.read_request(request, server_context.served(), server_context.settings)
-        async with contextlib.aclosing(server_context.engine.generate(checked)) as chunks:
+        checked = messages.read_request(request, self._context.served(), self._context.settings)
+        async with contextlib.aclosing(self._context.engine.generate(checked)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     @contextlib.asynccontextmanager
-    async def _answering(self, method: str, context: Any) -> AsyncIterator[None]:
+    async def _answering(self, method: str, call: Any) -> AsyncIterator[None]:
         """Count a call, and end it with the status its exception stands for."""
-        with self._server_context.admission.request("grpc", method) as outcome:
+        with self._context.admission.request("grpc", method) as outcome:
             try:
                 yield
             except asyncio.CancelledError:
@@ -141,7 +141,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 reply = answer(error)
                 outcome.code = reply.grpc_code
                 code = grpc.StatusCode[reply.grpc_code]
-                await context.abort(code, reply.message, trailing_metadata=_details(code, reply))
+                await call.abort(code, reply.message, trailing_metadata=_details(code, reply))
 
 
 def _details(code: grpc.StatusCode, reply: Answer) -> tuple[tuple[str, bytes], ...]:

@@ -10,20 +10,20 @@ exit when the engine dies is a dummy: this process watches the engine itself, an
 import contextlib
 from types import SimpleNamespace
 
-from sparse_serve.api import ServerContext
 from sparse_serve.runtime.errors import EngineStartError
+from sparse_serve.server.context import ServerContext
 
 
-def create(server_context: ServerContext) -> "OpenAiApi":
+def create(context: ServerContext) -> "OpenAiApi":
     """The OpenAI API, mounted on the HTTP listener."""
-    return OpenAiApi(server_context)
+    return OpenAiApi(context)
 
 
 class OpenAiApi:
     """Implements `Api`."""
 
-    def __init__(self, server_context: ServerContext) -> None:
-        self._server_context = server_context
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self._lifespan = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
@@ -37,7 +37,7 @@ class OpenAiApi:
 
         from sparse_serve.engine.vllm_engine import VllmEngine
 
-        engine = self._server_context.engine
+        engine = self._context.engine
         if not isinstance(engine, VllmEngine) or engine.args is None:
             raise EngineStartError(f"the OpenAI API needs a started vLLM engine, not {type(engine).__name__}")
         tasks = await engine.client.get_supported_tasks()
@@ -45,7 +45,7 @@ class OpenAiApi:
         await init_app_state(engine.client, app.state, engine.args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-        self._server_context.listener.set_main(app)
+        self._context.listener.set_main(app)
 
     async def drain(self) -> None:
         """Nothing to do: the listener refuses new requests."""

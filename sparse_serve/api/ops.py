@@ -6,26 +6,26 @@ vLLM's own `/health` says less: it exists only once the model is loaded, and kno
 
 import dataclasses
 
-from sparse_serve.api import ServerContext
 from sparse_serve.server.admission import Phase
+from sparse_serve.server.context import ServerContext
 from sparse_serve.server.listener import Receive, Scope, Send, send_json
 
 
-def create(server_context: ServerContext) -> "OpsApi":
+def create(context: ServerContext) -> "OpsApi":
     """The API for operators, mounted on the HTTP listener."""
-    return OpsApi(server_context)
+    return OpsApi(context)
 
 
 class OpsApi:
     """Implements `Api`."""
 
-    def __init__(self, server_context: ServerContext) -> None:
-        self._server_context = server_context
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
 
     async def start(self) -> str:
         """Mount: these routes answer in every phase."""
-        self._server_context.listener.mount("/ready", self._ready)
-        self._server_context.listener.mount("/sparse-serve/info", self._info)
+        self._context.listener.mount("/ready", self._ready)
+        self._context.listener.mount("/sparse-serve/info", self._info)
         return ""
 
     async def serve(self) -> None:
@@ -38,16 +38,16 @@ class OpsApi:
         """Nothing to do: the routes go with the listener."""
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        admission = self._server_context.admission
+        admission = self._context.admission
         status = 200 if admission.phase is Phase.READY else 503
         await send_json(send, status, {"phase": admission.phase.value, "in_flight": admission.in_flight})
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        server_context = self._server_context
-        engine = None if server_context.info is None else dataclasses.asdict(server_context.info)
+        context = self._context
+        engine = None if context.info is None else dataclasses.asdict(context.info)
         body = {
-            "phase": server_context.admission.phase.value,
+            "phase": context.admission.phase.value,
             "engine": engine,
-            "settings": dataclasses.asdict(server_context.settings),
+            "settings": dataclasses.asdict(context.settings),
         }
         await send_json(send, 200, body)

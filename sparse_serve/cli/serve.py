@@ -21,9 +21,9 @@ from types import ModuleType
 
 from prometheus_client import CollectorRegistry
 
-from sparse_serve.api import Api, ServerContext
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.server.admission import Admission, Phase
+from sparse_serve.server.context import Api, ServerContext
 from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings

@@ -1,4 +1,4 @@
-"""Every file of `sparse_serve/api/` is an API: same constructor, same life, no knowledge of its siblings."""
+"""Every file of `sparse_serve/api/` is an API: same constructor, same life, no knowledge of the others."""
 
 import ast
 import inspect
@@ -10,14 +10,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sparse_serve import api
-from sparse_serve.api import Api, ServerContext
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.server.admission import Admission
+from sparse_serve.server.context import Api, ServerContext
 from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings
 
-NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in ("messages", "pb")]
+NOT_APIS = {"grpc_messages", "pb"}
+NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in NOT_APIS]
 LIFE = [name for name in vars(Api) if not name.startswith("_")]
 
 
@@ -26,19 +27,19 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     return import_module(f"sparse_serve.api.{request.param}")
 
 
-def server_context() -> ServerContext:
+def context() -> ServerContext:
     settings = Settings(http_port=0, grpc_port=0)
     admission = Admission(Metrics(CollectorRegistry()))
     return ServerContext(FakeEngine(), settings, admission, HttpListener(settings.host, 0, admission, 1024))
 
 
-def test_the_doors_are_known() -> None:
+def test_the_apis_are_known() -> None:
     assert {"grpc_v1", "http_openai", "ops"} <= set(NAMES)
     assert LIFE == ["start", "serve", "drain", "stop"]
 
 
-def test_create_makes_a_door(module: ModuleType) -> None:
-    api = module.create(server_context())
+def test_create_makes_an_api(module: ModuleType) -> None:
+    api = module.create(context())
     for name in LIFE:
         ours, contract = getattr(type(api), name), getattr(Api, name)
         assert inspect.iscoroutinefunction(ours), f"{name} is not async"
@@ -46,18 +47,18 @@ def test_create_makes_a_door(module: ModuleType) -> None:
         assert ours.__doc__
 
 
-async def test_a_door_that_never_served_can_be_closed(module: ModuleType) -> None:
+async def test_an_api_that_never_served_can_be_closed(module: ModuleType) -> None:
     """What happens when the engine does not start."""
-    never_started = module.create(server_context())
+    never_started = module.create(context())
     await never_started.stop(0.0)
-    started = module.create(server_context())
+    started = module.create(context())
     address = await started.start()
     assert address == "" or int(address.rpartition(":")[2]) > 0
     await started.stop(0.0)
     await started.stop(0.0)
 
 
-def test_doors_do_not_import_each_other(module: ModuleType) -> None:
+def test_apis_do_not_import_each_other(module: ModuleType) -> None:
     imported = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.ImportFrom):

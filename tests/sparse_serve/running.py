@@ -14,25 +14,26 @@ import grpc
 import httpx
 from prometheus_client import CollectorRegistry
 
-from sparse_serve.api import ServerContext, grpc_v1, ops
+from sparse_serve.api import grpc_v1, ops
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.cli.serve import Server
 from sparse_serve.engine import GenerateRequest, Sampling
 from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.server.context import ServerContext
 from sparse_serve.server.settings import Settings
 
 
 class EchoApi:
     """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was."""
 
-    def __init__(self, server_context: ServerContext) -> None:
-        self._server_context = server_context
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
 
     async def start(self) -> str:
         return ""
 
     async def serve(self) -> None:
-        self._server_context.listener.set_main(self._app)
+        self._context.listener.set_main(self._app)
 
     async def drain(self) -> None: ...
 
@@ -55,7 +56,7 @@ class EchoApi:
 
     async def _stream(self, body, send) -> None:
         request = GenerateRequest(body["prompt"], Sampling(max_tokens=body["max_tokens"]))
-        async with contextlib.aclosing(self._server_context.engine.generate(request)) as chunks:
+        async with contextlib.aclosing(self._context.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk.text.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})

@@ -89,7 +89,7 @@ def test_both_doors_stream_what_they_answer_at_once(server: Running) -> None:
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == whole.text
 
 
-def test_log_probabilities_agree_between_the_doors(server: Running) -> None:
+def test_log_probabilities_agree_between_the_apis(server: Running) -> None:
     over_grpc = server.stub.Generate(grpc_request(4, logprobs=2, prompt_logprobs=0))
     over_http = json.loads(server.get("/v1/completions", http_request(4, logprobs=2)))
     http_logprobs = over_http["choices"][0]["logprobs"]["token_logprobs"]
@@ -135,7 +135,7 @@ def test_chat_and_models_are_vllms_own(server: Running) -> None:
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_bad_requests_are_the_clients_fault_on_both_doors(server: Running) -> None:
+def test_bad_requests_are_the_clients_fault_on_both_apis(server: Running) -> None:
     long_text = pb.GenerateRequest(text=PROMPT * 200)
     for request, code in (
         (long_text, "INVALID_ARGUMENT"),

@@ -64,7 +64,7 @@ async def test_the_engine_is_described_by_metrics() -> None:
         assert server.metric("sparse_serve_weight_bytes", kind="dense_equivalent") == 1600
 
 
-async def test_stop_lets_running_requests_finish_on_both_doors_then_ends_with_0() -> None:
+async def test_stop_lets_running_requests_finish_on_both_apis_then_ends_with_0() -> None:
     async with running(FakeEngine(delay_s=0.03)) as server:
         over_grpc = server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=12)))
         body = {"prompt": "ab", "max_tokens": 12}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve.api import messages
+from sparse_serve.api import grpc_messages as messages
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import FinishReason, Sampling
 from sparse_serve.engine.fake import INFO

@@ -1,0 +1,43 @@
+"""What the server and its APIs know of each other: the context an API works in, and the life it goes through."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparse_serve.engine import Engine, EngineInfo
+from sparse_serve.server.admission import Admission
+from sparse_serve.server.listener import HttpListener
+from sparse_serve.server.settings import Settings
+
+
+@dataclass
+class ServerContext:
+    """What APIs share. `info` is set by the server when the engine has started."""
+
+    engine: Engine
+    settings: Settings
+    admission: Admission
+    listener: HttpListener
+    info: EngineInfo | None = None
+
+    def served(self) -> EngineInfo:
+        """`info`, when requests are being taken. Else raises `UnavailableError` or `EngineDiedError`, saying why."""
+        self.admission.check()
+        assert self.info is not None
+        return self.info
+
+
+class Api(Protocol):
+    """One API of the server, which calls the four methods once each, in this order."""
+
+    async def start(self) -> str:
+        """Begin to answer "unavailable". Returns `host:port` if the API listens itself, `""` if it is mounted on the
+        HTTP listener. Raises `PortInUseError`."""
+
+    async def serve(self) -> None:
+        """The engine is up (`ServerContext.info` is set): be able to take requests. Raises `ServeError`."""
+
+    async def drain(self) -> None:
+        """Tell health checks that this replica is leaving. `Admission` refuses new requests by itself."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Give running requests `grace_s` seconds, cancel the rest, and close. Safe after a failed `start` too."""

@@ -48,6 +48,6 @@ class OpsApi:
         body = {
             "phase": context.admission.phase.value,
             "engine": engine,
-            "settings": dataclasses.asdict(context.settings),
+            "settings": context.settings.model_dump(),
         }
         await send_json(send, 200, body)

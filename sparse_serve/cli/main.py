@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
 from sparse_serve.runtime import processes
-from sparse_serve.server.settings import Settings
 
 processes.follow()  # vLLM's spawned processes import this module before anything of vLLM
 
@@ -73,6 +72,8 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: list[str]) -> int:
+    from sparse_serve.cli import settings as settings_flags
+
     parser = argparse.ArgumentParser(
         prog="sparse-serve serve",
         usage="%(prog)s MODEL [flags]",
@@ -85,9 +86,9 @@ def _serve(arguments: list[str]) -> int:
         metavar="MODEL",
         help="directory of a sparse or dense checkpoint, or a Hugging Face model name; comes before vLLM's flags",
     )
-    Settings.add_arguments(parser)
+    settings_flags.add_arguments(parser)
     ours, vllm_flags = parser.parse_known_args(arguments)
-    settings = Settings.from_sources(vars(ours), os.environ)
+    settings = settings_flags.settings_of(ours)
 
     from prometheus_client import REGISTRY
 

@@ -1,19 +1,21 @@
 """Settings of the server: what is about this machine and this process, never about the model's results.
 
-One frozen dataclass; its fields are the flags, the environment variables and the defaults, each written once. The order
-of precedence is flag, then environment (`SPARSE_SERVE_<FIELD>`), then default. A value that does not parse, or an
-environment variable that looks like ours but names no field, is an error: a typo must not become a default.
+A field of `Settings` is a flag, an environment variable (`SPARSE_SERVE_<FIELD>`) and a default, each written once. A
+flag goes before the environment, which goes before the default. A value that does not parse, or an environment variable
+that looks like one of these but names no field, is an error: a typo must not become a default.
 
 One exception: Kubernetes describes a Service to every container of its namespace in variables named after it, and one
-called `sparse-serve`, or `sparse-serve-grpc`, gives them our prefix. They are told by their form and left alone.
+called `sparse-serve`, or `sparse-serve-grpc`, gives them the same prefix. They are recognised by their form and left
+alone.
 """
 
-import argparse
-import dataclasses
+import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from sparse_serve.runtime.errors import SettingsError
 
@@ -30,86 +32,95 @@ _KUBERNETES = re.compile(
 """`VARIABLE=value` as Kubernetes injects it for a Service; a plain `SPARSE_SERVE_PORT=8000` is somebody's mistake."""
 
 
-def _setting(default: Any, help_text: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text, "minimum": minimum, "maximum": maximum})
+class Settings(BaseSettings):
+    """How this process listens, drains and bounds requests.
 
+    `Settings(**flags)` fills in the rest from the environment and the defaults. Raises `SettingsError`, which names
+    the flag or the variable, its value, and what was expected.
+    """
 
-@dataclass(frozen=True)
-class Settings:
-    """How this process listens, drains and bounds requests."""
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    host: str = _setting("127.0.0.1", "address both APIs listen on; 0.0.0.0 for every network of this machine")
-    http_port: int = _setting(8000, "HTTP port (OpenAI API, metrics); 0 picks a free one", 0, 65535)
-    grpc_port: int = _setting(50051, "gRPC port; 0 picks a free one", 0, 65535)
-    drain_s: float = _setting(30.0, "seconds that running requests get to finish after SIGTERM or Ctrl-C", 0, 3600)
-    max_message_bytes: int = _setting(8 << 20, "largest request that is read, in bytes", 1024, 1 << 30)
-    max_stop: int = _setting(16, "most stop strings, and most stop token ids, of a gRPC request", 0, 1024)
-    max_stop_bytes: int = _setting(256, "longest stop string of a gRPC request, in bytes of UTF-8", 1, 1 << 16)
-    max_logprobs: int = _setting(20, "most top log-probabilities per position of a gRPC request", 0, 1024)
-    reflection: bool = _setting(True, "answer gRPC reflection, so that tools can list the services")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="address both APIs listen on; 0.0.0.0 for every network of this machine",
+    )
+    http_port: int = Field(8000, ge=0, le=65535, description="HTTP port (OpenAI API, metrics); 0 picks a free one")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    drain_s: float = Field(
+        30.0, ge=0, le=3600, description="seconds that running requests get to finish after SIGTERM or Ctrl-C"
+    )
+    max_message_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request that is read, in bytes")
+    max_stop: int = Field(
+        16, ge=0, le=1024, description="most stop strings, and most stop token ids, of a gRPC request"
+    )
+    max_stop_bytes: int = Field(
+        256, ge=1, le=1 << 16, description="longest stop string of a gRPC request, in bytes of UTF-8"
+    )
+    max_logprobs: int = Field(
+        20, ge=0, le=1024, description="most top log-probabilities per position of a gRPC request"
+    )
+    reflection: bool = Field(True, description="answer gRPC reflection, so that tools can list the services")
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+    def __init__(self, **flags: Any) -> None:
+        try:
+            super().__init__(**flags)
+        except ValidationError as error:
+            raise SettingsError(_in_one_line(error, flags)) from None
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add one flag per field. An absent flag stays absent from the namespace, so that it can be told from a
-        given one."""
-        group = parser.add_argument_group("settings", f"also read from the environment, as {ENV_PREFIX}<NAME>")
-        for field in dataclasses.fields(cls):
-            flag = "--" + field.name.replace("_", "-")
-            options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-            if isinstance(field.default, bool):
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                options |= {"metavar": type(field.default).__name__.upper(), "type": str}
-            group.add_argument(flag, help=f"{field.metadata['help']} (default: {field.default})", **options)
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment; no files."""
+        return init_settings, _Environment(settings_cls)
 
+    @field_validator("*", mode="before")
     @classmethod
-    def from_sources(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> "Settings":
-        """Build from parsed flags (`vars(namespace)`, other keys ignored) and the environment. Raises
-        `SettingsError`."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for variable, text in environ.items():
-            if not variable.startswith(ENV_PREFIX) or _KUBERNETES.fullmatch(f"{variable}={text}"):
-                continue
-            name = variable.removeprefix(ENV_PREFIX).lower()
-            if name not in fields:
-                known = ", ".join(ENV_PREFIX + known.upper() for known in fields)
-                raise SettingsError(f"environment variable {variable} is not a setting; known: {known}")
-            values[name] = _parse(fields[name], text, variable)
-        for name, value in flags.items():
-            if name in fields:
-                flag = "--" + name.replace("_", "-")
-                values[name] = _parse(fields[name], value, flag) if isinstance(value, str) else value
-        return cls(**values)
+    def _is_exact(cls, value: Any, info: ValidationInfo) -> Any:
+        """Text is parsed; anything else has to be of the field's type, where pydantic would take True for a port."""
+        assert info.field_name is not None
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
+            return value
+        raise ValueError("the type is another")
 
 
-_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+class _Environment(EnvSettingsSource):
+    """The environment, without what Kubernetes put there. Raises `SettingsError` for a variable that is no setting."""
+
+    def __call__(self) -> dict[str, Any]:
+        known = [ENV_PREFIX + name.upper() for name in self.settings_cls.model_fields]
+        for variable in os.environ:
+            is_meant = variable.upper().startswith(ENV_PREFIX) and not _is_of_kubernetes(variable)
+            if is_meant and variable.upper() not in known:
+                raise SettingsError(f"environment variable {variable} is not a setting; known: {', '.join(known)}")
+        return super().__call__()
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        value, key, is_complex = super().get_field_value(field, field_name)
+        return None if _is_of_kubernetes(ENV_PREFIX + field_name.upper()) else value, key, is_complex
 
 
-def _parse(field: "dataclasses.Field[Any]", text: str, source: str) -> Any:
-    kind: Callable[[str], Any] = type(field.default)
-    try:
-        return _BOOLEANS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise SettingsError(f"{source} is {text!r}; expected {_expectation(field)}") from None
+def _is_of_kubernetes(variable: str) -> bool:
+    return _KUBERNETES.fullmatch(f"{variable}={os.environ.get(variable, '')}") is not None
 
 
-def _check(field: "dataclasses.Field[Any]", value: Any) -> None:
-    minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
-    kind = type(field.default)
-    if kind is float and type(value) is int:
-        kind = int
-    in_range = type(value) is kind and (minimum is None or minimum <= value <= maximum)
-    if not in_range or value == "":
-        raise SettingsError(f"{field.name} is {value!r}; expected {_expectation(field)}")
-
-
-def _expectation(field: "dataclasses.Field[Any]") -> str:
-    minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
-    kind = {int: "an integer", float: "a number", bool: "true or false", str: "a host name or address"}
-    bounds = "" if minimum is None else f" from {minimum} to {maximum}"
-    return f"{kind[type(field.default)]}{bounds}"
+def _in_one_line(error: ValidationError, flags: dict[str, Any]) -> str:
+    """The first wrong value: where it is from, what it is, and what was expected."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    field = Settings.model_fields.get(name)
+    if field is None:
+        return f"{name} is not a setting; known: {', '.join(Settings.model_fields)}"
+    source = "--" + name.replace("_", "-") if name in flags else ENV_PREFIX + name.upper()
+    limits = {kind: getattr(rule, kind) for rule in field.metadata for kind in ("ge", "le") if hasattr(rule, kind)}
+    kinds: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a host name or address"}
+    bounds = f" from {limits['ge']} to {limits['le']}" if limits else ""
+    return f"{source} is {first['input']!r}; expected {kinds[field.annotation]}{bounds}"

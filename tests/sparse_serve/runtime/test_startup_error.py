@@ -61,4 +61,4 @@ def test_what_goes_wrong_with_listening_is_no_error(tmp_path: Path, monkeypatch:
 
 def test_settings_do_not_take_it_for_one_of_theirs() -> None:
     with listening():
-        Settings.from_sources({}, os.environ)
+        Settings()

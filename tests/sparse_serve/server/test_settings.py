@@ -1,17 +1,28 @@
 """Settings: one definition for flags, environment and defaults; nothing wrong passes silently."""
 
 import argparse
+import os
 
 import pytest
 
+from sparse_serve.cli.settings import add_arguments, settings_of
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.server.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith("SPARSE_SERVE_")]:
+        monkeypatch.delenv(variable)
+
+
 def from_flags(*flags: str, **environ: str) -> Settings:
     parser = argparse.ArgumentParser()
-    Settings.add_arguments(parser)
-    return Settings.from_sources(vars(parser.parse_args(flags)), environ)
+    add_arguments(parser)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environ.items():
+            patch.setenv(variable, value)
+        return settings_of(parser.parse_args(flags))
 
 
 def test_flags_beat_the_environment_which_beats_defaults() -> None:
@@ -35,10 +46,11 @@ def test_switches(word: str) -> None:
     ("flags", "environ", "message"),
     [
         (["--http-port", "x"], {}, r"--http-port is 'x'; expected an integer from 0 to 65535"),
-        (["--http-port", "65536"], {}, r"http_port is 65536; expected an integer from 0 to 65535"),
-        (["--drain-s", "nan"], {}, r"drain_s is nan; expected a number from 0 to 3600"),
-        (["--drain-s", "-1"], {}, r"drain_s is -1"),
-        (["--host", ""], {}, r"host is ''"),
+        (["--http-port", "65536"], {}, r"--http-port is '65536'; expected an integer from 0 to 65535"),
+        (["--drain-s", "nan"], {}, r"--drain-s is 'nan'; expected a number from 0 to 3600"),
+        (["--drain-s", "-1"], {}, r"--drain-s is '-1'"),
+        (["--host", ""], {}, r"--host is ''; expected a host name"),
+        ([], {"SPARSE_SERVE_MAX_STOP": "1025"}, r"SPARSE_SERVE_MAX_STOP is '1025'; expected an integer from 0 to 1024"),
         ([], {"SPARSE_SERVE_REFLECTION": "maybe"}, r"SPARSE_SERVE_REFLECTION is 'maybe'; expected true or false"),
         (
             [],
@@ -54,8 +66,8 @@ def test_wrong_values_are_errors_that_say_what_was_expected(flags: list[str], en
 
 def test_types_are_strict_from_python_too() -> None:
     assert Settings(drain_s=3).drain_s == 3
-    for wrong in ({"http_port": True}, {"http_port": 1.0}, {"reflection": 1}, {"host": None}):
-        with pytest.raises(SettingsError):
+    for wrong in ({"http_port": True}, {"http_port": 1.0}, {"reflection": 1}, {"host": None}, {"hots": "x"}):
+        with pytest.raises(SettingsError, match=f"{next(iter(wrong))[:4]}.* (is .*; expected|is not a setting; known)"):
             Settings(**wrong)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
     """Uint8 `[O, I/8]` to bool `[O, I]`; the inverse of `pack_bits`."""
     if bitmask.dtype != torch.uint8 or bitmask.ndim != 2:
         raise FormatError(f"bitmask {bitmask.dtype} {tuple(bitmask.shape)}: expected uint8 [O, I/8]")
+    if bitmask.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bitmask.numpy(), axis=1, bitorder="little").view(np.bool_))
     weights = torch.tensor([1 << position for position in range(8)], dtype=torch.uint8, device=bitmask.device)
     return (bitmask.unsqueeze(-1) & weights).ne(0).flatten(1)
 
@@ -217,8 +220,22 @@ def digest_bitmasks(pattern: NMPattern, bitmasks: Iterable[tuple[str, Tensor]]) 
 
 
 def check_bits(bitmask: Tensor, pattern: NMPattern, name: str) -> None:
-    """Raise `FormatError` unless every group of `pattern` has exactly `n` bits set. Workspace: 2 bytes a weight."""
+    """Raise `FormatError` unless every group of `pattern` has exactly `n` bits set.
+
+    Workspace: a byte per 8 weights where groups do not cross bytes and the bitmask is on the CPU, else 2 per weight.
+    """
+    is_matrix_on_cpu = bitmask.device.type == "cpu" and bitmask.dtype == torch.uint8 and bitmask.ndim == 2
+    if is_matrix_on_cpu and 8 % pattern.m == 0 and np.take(_legal_bytes(pattern), bitmask.numpy()).all():
+        return
     try:
         pattern.check_mask(unpack_bits(bitmask), name)
     except PatternError as error:
         raise FormatError(f"{error}; the file is damaged or was not written by maskgen") from None
+
+
+@cache
+def _legal_bytes(pattern: NMPattern) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Bool `[256]`: which bytes of a bitmask consist of groups with `n` bits set, for an `m` that divides 8."""
+    group = (1 << pattern.m) - 1
+    starts = range(0, 8, pattern.m)
+    return np.array([all((byte >> at & group).bit_count() == pattern.n for at in starts) for byte in range(256)])

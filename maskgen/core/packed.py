@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,11 @@ from maskgen.core.errors import FormatError, NumericalError, PatternError
 from maskgen.core.mask import check_bits, pack_bits, unpack_bits
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, FLOAT_DTYPES, check_codes, check_scale, from_codes, kind_of, to_codes
+
+_BYTES_AT_A_TIME = 1 << 15
+"""Bytes of a bitmask that are unpacked at a time on a CPU."""
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -184,11 +190,31 @@ class StoredLayer:
 def unpack(values: Tensor, bitmask: Tensor, scale: Tensor | None = None) -> Tensor:
     """Values `[O, I*n/m]`, bitmask `[O, I/8]` and scale `[O]`, or the same rows of all, to dense `[O, I]`.
 
-    +0 where pruned. In the values' dtype; with a scale, in float32.
+    +0 where pruned. In the values' dtype; with a scale, in float32. The bitmask must have as many bits set in each row
+    as there are values (`check_bits`).
     """
-    mask_OI = unpack_bits(bitmask)
     kept = values if scale is None else from_codes(values, scale)
+    if bitmask.device.type == "cpu":
+        return _unpack_on_cpu(kept, bitmask)
+    mask_OI = unpack_bits(bitmask)
     return torch.zeros(mask_OI.shape, dtype=kept.dtype, device=kept.device).masked_scatter_(mask_OI, kept)
+
+
+def _unpack_on_cpu(kept: Tensor, bitmask: Tensor) -> Tensor:
+    """`unpack` by numpy, some rows at a time, so that the index of their set bits stays in the cache.
+
+    torch's masked_scatter_ works in one thread too, but slower, and each operation before it starts and waits for all
+    threads of the process; with several processes on one machine those waits take most of the time.
+    """
+    dense_OI = torch.zeros(bitmask.shape[0], bitmask.shape[1] * 8, dtype=kept.dtype)
+    as_bits = _SAME_SIZE[kept.dtype.itemsize]  # numpy has no bfloat16, and numbers are only copied
+    source, target = kept.detach().view(as_bits).numpy(), dense_OI.view(as_bits).numpy()
+    step = max(1, _BYTES_AT_A_TIME // max(1, bitmask.shape[1]))
+    for start in range(0, bitmask.shape[0], step):
+        rows = slice(start, start + step)
+        index = np.flatnonzero(unpack_bits(bitmask[rows]).numpy())
+        target[rows].reshape(-1)[index] = source[rows].reshape(-1)
+    return dense_OI
 
 
 def check_shapes(values_shape: list[int], bitmask_shape: list[int], pattern: NMPattern, name: str) -> None:

@@ -70,6 +70,20 @@ def test_check_bits_finds_one_wrong_bit_among_many() -> None:
         check_bits(bitmask, TWO_FOUR, "q")
 
 
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:4", "3:4", "4:8", "3:16"])
+def test_check_bits_judges_every_byte_as_check_mask_does(pattern: str) -> None:
+    parsed = NMPattern.parse(pattern)
+    for byte in range(256):
+        bitmask = torch.tensor([[byte, 0b11]], dtype=torch.uint8)[:, : max(1, parsed.m // 8)]
+        try:
+            parsed.check_mask(unpack_bits(bitmask))
+        except PatternError:
+            with pytest.raises(FormatError, match="q: row 0"):
+                check_bits(bitmask, parsed, "q")
+        else:
+            check_bits(bitmask, parsed, "q")
+
+
 def test_groups_may_cross_bytes() -> None:
     pattern = NMPattern(3, 6)
     mask = pattern.mask_from_scores(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)))

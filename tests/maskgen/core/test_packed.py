@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskgen.core import packed as packed_module
 from maskgen.core.errors import FormatError, NumericalError, PatternError
 from maskgen.core.mask import pack_bits
-from maskgen.core.packed import Correction, PackedTensor, StoredLayer
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer, unpack
 from maskgen.core.pattern import NMPattern
 from tests.directories import TWO_FOUR, bits
 
@@ -45,6 +46,20 @@ def test_round_trip_is_bit_exact(pattern: NMPattern, dtype: torch.dtype, rows: i
     expected[~mask] = 0.0
     assert bits(packed.unpack()) == bits(expected)
     assert torch.equal(packed.mask(), mask)
+
+
+@pytest.mark.parametrize("bytes_at_a_time", [1, 7, 4096])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_unpacking_some_rows_at_a_time_is_torchs_masked_scatter(
+    pattern: NMPattern, bytes_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_module, "_BYTES_AT_A_TIME", bytes_at_a_time)
+    weight = random_weight(pattern, torch.bfloat16, rows=9)
+    packed = PackedTensor.pack(weight, random_mask(pattern, weight), pattern)
+    for rows in (slice(None), slice(2, 7)):
+        mask = packed.mask()[rows]
+        scattered = torch.zeros(mask.shape, dtype=weight.dtype).masked_scatter_(mask, packed.values[rows])
+        assert bits(unpack(packed.values[rows], packed.bitmask[rows])) == bits(scattered)
 
 
 def test_pruned_negative_weights_become_plus_zero_and_kept_minus_zero_stays() -> None:

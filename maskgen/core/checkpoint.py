@@ -135,6 +135,14 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def iterate_tensors(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
+    """Read every tensor of `headers`, with its name, one at a time, shard by shard."""
+    for path in sorted({header.path for header in headers.values()}):
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                yield name, file.get_tensor(name)
+
+
 def _read_shard_headers(shard: Path, headers: dict[str, TensorHeader]) -> None:
     with open_tensors(shard) as file:
         check_tensor_names(shard)

@@ -22,26 +22,24 @@ from torch import Tensor
 
 from maskgen.core import layout
 from maskgen.core.checkpoint import (
-    MISTRAL_CONFIG,
     VALUES_SUFFIX,
     WEIGHT_SUFFIX,
     SparseCheckpoint,
     TensorHeader,
+    iterate_tensors,
     read_headers,
 )
+from maskgen.core.companions import companion_files
 from maskgen.core.config import CONFIG_KEY, CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
-from maskgen.core.files import open_tensors, read_json
+from maskgen.core.files import read_json
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.sizes import check_dimensions
 from maskgen.core.values import FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Files that travel with a model: tokenizer, generation settings, chat template. Never code, never other weights."""
 
 Pack = Callable[[str, Tensor], StoredLayer]
 """Module name and dense weight `[O, I]` -> what to store of the layer."""
@@ -188,26 +186,6 @@ def load_masks(path: Path) -> MaskSet:
     if path.is_dir():
         return SparseCheckpoint.open(path).mask_set()
     return MaskSet.load(path)
-
-
-def companion_files(model_dir: Path) -> list[Path]:
-    """Tokenizer and settings files that go with the weights; configurations and weight indices are not among them."""
-    return sorted(
-        path
-        for path in model_dir.iterdir()
-        if path.is_file()
-        and path.suffix in _COPIED_SUFFIXES
-        and path.name not in ("config.json", MISTRAL_CONFIG)
-        and not path.name.endswith(".index.json")
-    )
-
-
-def iterate_tensors(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name, one at a time, shard by shard."""
-    for path in sorted({header.path for header in headers.values()}):
-        with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                yield name, file.get_tensor(name)
 
 
 def model_label(model_dir: Path) -> str:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, iterate_tensors, read_headers
 from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
-from maskgen.export.compress import iterate_tensors
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from maskgen.core import layout
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.companions import companion_files
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-from maskgen.export.compress import CompressReport, companion_files, walk
+from maskgen.export.compress import CompressReport, walk
 
 
 def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SHARD_BYTES) -> CompressReport:

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, iterate_tensors, read_headers
+from maskgen.core.companions import companion_files
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.errors import FormatError, ModelError, clip
 from maskgen.core.files import read_json
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-from maskgen.export.compress import companion_files, iterate_tensors
 from maskgen.hf.model import decoder_blocks
 from maskgen.numerics.units import FEEDS, HEADS, NEURONS, Shape, count_parameters, kind_of
 

@@ -23,13 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen.core.companions import SNAPSHOT_PATTERNS
 from maskgen.core.errors import ModelError, RecipeError, SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.hf import loader
 
 logger = logging.getLogger(__name__)
-
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 _HF_ERRORS = (
     OSError,
@@ -76,7 +75,7 @@ def resolve(source: str) -> Path:
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"{source}: not a directory; give a Hugging Face model directory or a hub id like org/name")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(SNAPSHOT_PATTERNS)))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{source}: neither a directory nor a hub model that can be downloaded: {_first_line(error)}"

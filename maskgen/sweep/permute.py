@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskgen.core.checkpoint import read_headers
+from maskgen.core.checkpoint import iterate_tensors, read_headers
+from maskgen.core.companions import companion_files
 from maskgen.core.errors import DataError, ModelError, NumericalError, RecipeError
 from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.data.tokens import check_window_tokens
-from maskgen.export.compress import companion_files, iterate_tensors
 from maskgen.hf import blocks
 from maskgen.hf.model import decoder_blocks, max_tokens, plan
 from maskgen.methods import ScoreMethod

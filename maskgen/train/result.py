@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, iterate_tensors, read_headers
+from maskgen.core.companions import companion_files
 from maskgen.core.config import SparseConfig
 from maskgen.core.errors import ModelError
 from maskgen.core.files import read_json
@@ -31,7 +32,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
 from maskgen.export import compress as compressor
 from maskgen.export import slice as slicer
-from maskgen.export.compress import CompressReport, companion_files, iterate_tensors
+from maskgen.export.compress import CompressReport
 from maskgen.methods.learned import Result
 from maskgen.train.checkpoints import trained_tensors
 from maskgen.train.step import Session

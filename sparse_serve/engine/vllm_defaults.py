@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen.core.companions import SNAPSHOT_PATTERNS
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import SettingsError
 
 _GIB = 1 << 30
 _MAX_KV_CACHE_GIB = 4
 _MAX_SEQUENCES = 128
-_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _REFUSED = {
     "port": "use --http-port",
     "uds": "this server listens on TCP",
@@ -97,7 +97,7 @@ def fetch_sparse(args: Namespace, environ: Mapping[str, str]) -> None:
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
     place = {"revision": args.revision, "cache_dir": args.download_dir}
-    patterns = [*_SNAPSHOT_FILES, "*.py"] if args.trust_remote_code else _SNAPSHOT_FILES
+    patterns = [*SNAPSHOT_PATTERNS, *(["*.py"] if args.trust_remote_code else [])]
     with _hub_errors(args.model):
         try:
             config = Path(hf_hub_download(args.model, "config.json", **place))

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
-from maskgen.export.compress import compress_masks, decompress, iterate_tensors
+from maskgen.export.compress import compress_masks, decompress
 from tests import models
 
 PROMPTS = [[5, 9, 17, 33, 65, 129, 7, 70], [200, 100, 50, 25], [300, 3, 30]]

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskgen.core.checkpoint import SparseCheckpoint, read_headers
+from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.errors import FormatError, ModelError, OutputExistsError
 from maskgen.export import slice as slicer
-from maskgen.export.compress import iterate_tensors
 from maskgen.hf import model as loader
 from maskgen.methods import create
 from maskgen.methods.learned import Mode

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from maskgen.core.checkpoint import SparseCheckpoint, read_headers
+from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, ModelError, NumericalError
-from maskgen.export.compress import iterate_tensors
 from maskgen.export.inspect import inspect
 from maskgen.hf import model as loader
 from maskgen.recipes.recipe import load

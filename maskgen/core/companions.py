@@ -1,0 +1,31 @@
+"""Which files of a Hugging Face directory belong to its weights, and go where they go.
+
+Tokenizer, generation settings and chat template are copied beside every checkpoint that is written, and downloaded with
+every model of the hub. Code is not among them, and neither are weights in other formats.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskgen.core.checkpoint import MISTRAL_CONFIG
+
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+SNAPSHOT_PATTERNS = ("*.safetensors", *("*" + suffix for suffix in _SUFFIXES))
+"""Names of the files to download of a model on the hub, as patterns for `huggingface_hub.snapshot_download`."""
+
+
+def companion_files(model_dir: Path) -> list[Path]:
+    """The files of `model_dir` to copy beside its weights when they are written in another form, sorted.
+
+    `config.json` and the index of the shards are not among them: whoever writes weights writes these too.
+    """
+    return sorted(
+        path
+        for path in model_dir.iterdir()
+        if path.is_file()
+        and path.suffix in _SUFFIXES
+        and path.name not in ("config.json", MISTRAL_CONFIG)
+        and not path.name.endswith(".index.json")
+    )

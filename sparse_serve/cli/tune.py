@@ -23,7 +23,8 @@ from maskgen.core.errors import FormatError
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime.errors import SettingsError
-from sparse_serve.tuning.selection import AUTO, Ask, Bucket, Choice, buckets_of, choice_for
+from sparse_serve.tuning.decision import Bucket
+from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

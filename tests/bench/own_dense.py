@@ -30,7 +30,7 @@ from maskgen.core.pattern import NMPattern
 from sparse_serve.kernels import LinearSpec, choose, cpu
 from sparse_serve.plugin.dense import stock_linear
 from sparse_serve.runtime.machine import processor
-from sparse_serve.tuning.measure import random_weight
+from sparse_serve.tuning.samples import random_weight
 from sparse_serve.tuning.timing import Call, interleaved
 from tests.bench.record import save
 

@@ -12,7 +12,7 @@ from maskgen.core.pattern import NMPattern
 from sparse_serve.kernels import LinearSpec, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.dispatch import Plan, Step
-from sparse_serve.tuning.measure import random_weight
+from sparse_serve.tuning.samples import random_weight
 
 SPEC = LinearSpec(48, 64, NMPattern(2, 4), torch.float32, "cpu")
 BOTH = Plan((Step(4, "reference"), Step(None, "cpu")))

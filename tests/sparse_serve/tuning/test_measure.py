@@ -15,13 +15,14 @@ from maskgen.core.pattern import NMPattern
 from sparse_serve.kernels import Kernel, LinearSpec, reference, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning import measure as measuring
-from sparse_serve.tuning.measure import DENSE, measure, random_weight
+from sparse_serve.tuning.measure import DENSE, measure
+from sparse_serve.tuning.samples import random_weight
 from sparse_serve.tuning.selection import TORCH
 
 
 @pytest.mark.parametrize("values", ["float", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_willing_kernels_and_dense_are_timed(values: str, dtype: torch.dtype) -> None:
+def test_all_kernels_that_support_the_layer_and_dense_are_timed(values: str, dtype: torch.dtype) -> None:
     spec = LinearSpec(200, 64, NMPattern(2, 4), dtype, "cpu", values)
     kernels, _ = supported(spec)
     state = torch.get_rng_state()
@@ -39,7 +40,7 @@ def test_the_random_weight_is_a_sparse_weight() -> None:
         assert packed.unpack().float().std(0).min() > 0
 
 
-def test_a_contender_that_fails_is_out_with_its_reason() -> None:
+def test_a_candidate_that_fails_is_out_with_its_reason() -> None:
     def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
         if len(x_TI) > 2:
             raise ValueError("too many")
@@ -54,7 +55,26 @@ def test_a_contender_that_fails_is_out_with_its_reason() -> None:
     assert "AttributeError" in found.failed["soon"]
 
 
-def test_a_contender_that_fails_while_the_others_run_is_out_too() -> None:
+def test_the_traceback_of_a_failure_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for each candidate and reason, however many layers meet it."""
+
+    def overflowing(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
+        raise OverflowError("in the depths of the kernel")
+
+    monkeypatch.setattr(measuring, "_logged", set())
+    kernels: Any = {name: SimpleNamespace(prepare=reference.prepare, linear=overflowing) for name in ("one", "two")}
+    for rows in (8, 16):
+        measure(LinearSpec(rows, 64, NMPattern(2, 4), torch.float32, "cpu"), kernels, (1, 3), TORCH)
+    assert [(record.levelname, record.args[0]) for record in caplog.records if record.args] == [  # type: ignore[index]
+        ("WARNING", "one"),
+        ("WARNING", "two"),
+    ]
+    assert "in overflowing" in caplog.text and "OverflowError: in the depths of the kernel" in caplog.text
+
+
+def test_a_candidate_that_fails_while_the_others_run_is_out_too() -> None:
     calls = 0
 
     def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:

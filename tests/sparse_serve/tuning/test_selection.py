@@ -1,69 +1,29 @@
-"""Which kernels are chosen from what was measured, and that it is measured once."""
+"""A layer's kernel is chosen by what was measured, and that is measured once for the same layer, machine and code."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maskgen.core.pattern import NMPattern
-from sparse_serve.kernels import LinearSpec, supported
+from maskgen.core.registry import names
+from sparse_serve import kernels
+from sparse_serve.kernels import LinearSpec, cpu, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning import selection
 from sparse_serve.tuning.dispatch import Plan
 from sparse_serve.tuning.measure import DENSE, Measurements
-from sparse_serve.tuning.selection import BUCKETS, SLACK, Ask, Bucket, choice_for, decide, plan_of
+from sparse_serve.tuning.selection import Ask, choice_for
 
 SPEC = LinearSpec(64, 32, NMPattern(2, 4), torch.float32, "cpu")
-
-
-def seconds(**times: list[float]) -> dict[int, dict[str, float]]:
-    return {tokens: {name: each[at] for name, each in times.items()} for at, tokens in enumerate((1, 16, 256))}
-
-
-def test_a_kernel_that_keeps_up_everywhere_beats_a_faster_one_that_does_not() -> None:
-    buckets = decide(seconds(dense=[1, 1, 1], steady=[0.9, 0.9, 0.99], wild=[0.1, 0.1, 1.2]))
-    assert buckets == (
-        Bucket(1, "steady", 0.9, 1 / 0.9),
-        Bucket(16, "steady", 0.9, 1 / 0.9),
-        Bucket(256, "steady", 0.99, 1 / 0.99),
-    )
-
-
-def test_of_those_that_keep_up_the_fastest_on_the_whole_is_taken_alone() -> None:
-    found = decide(seconds(dense=[1, 1, 1], few=[0.5, 0.5, 1.04], many=[0.9, 0.9, 0.8]))
-    assert {bucket.kernel for bucket in found} == {"few"}, "a second layout would cost memory, and nothing needs it"
-
-
-def test_two_kernels_where_no_one_keeps_up() -> None:
-    found = decide(seconds(dense=[1, 1, 1], few=[0.5, 0.6, 3], many=[2, 0.9, 0.7], none=[9, 9, 9]))
-    assert [bucket.kernel for bucket in found] == ["few", "few", "many"]
-    assert str(plan_of(found)) == "16=few,*=many"
-
-
-def test_the_least_bad_where_all_are_slower() -> None:
-    found = decide(seconds(dense=[1, 1, 1], slow=[2, 2, 2], slower=[3, 3, 1.99]))
-    assert {bucket.kernel for bucket in found} == {"slow"}, "a hundredth is no reason for a second layout"
-    assert selection.Choice(SPEC, plan_of(found), found).slower == [1, 16, 256]
-
-
-times = st.floats(1e-6, 1.0)
-
-
-@given(st.lists(st.tuples(times, times, times, times), min_size=len(BUCKETS), max_size=len(BUCKETS)))
-def test_never_behind_a_single_kernel_where_it_matters(rows: list[tuple[float, float, float, float]]) -> None:
-    measured = {
-        tokens: dict(zip((DENSE, "a", "b", "c"), row, strict=True)) for tokens, row in zip(BUCKETS, rows, strict=True)
-    }
-    worst = max(1 / bucket.speedup for bucket in decide(measured))
-    for name in "abc":
-        alone = max(row[name] / row[DENSE] for row in measured.values())
-        assert worst <= max(SLACK, alone) * (1 + 1e-9)
 
 
 @pytest.fixture
@@ -177,3 +137,47 @@ def test_what_is_told_about_a_choice(measurements: list[LinearSpec]) -> None:
     lone = str(choice_for(LinearSpec(64, 32, NMPattern(1, 4), torch.float16, "cpu")))
     assert lone.startswith("64x32 1:4 float16 is served by reference (not measured")
     assert "refused: cpu: pattern 1:4 is not 2:4" in lone
+
+
+def test_every_pattern_of_code_that_is_measured_matches() -> None:
+    package = Path(selection.__file__).parents[1]
+    found = selection.code_files()
+    assert len(set(found)) == len(found) and all(file.is_file() for file in found)
+    for pattern in selection.MEASURED_BY:
+        assert set(package.glob(pattern)) <= set(found)
+    assert {package / "kernels" / f"{name}.py" for name in names(kernels)} <= set(found)
+    native = find_spec(cpu.LIBRARY)
+    if native is None or native.origin is None:
+        pytest.skip("the native library is not built")
+    assert Path(native.origin) in found, "what is loaded is what is digested"
+
+
+def test_what_times_depend_on_is_all_that_measuring_imports() -> None:
+    """Every module of `tuning` that runs inside of `measure` is in MEASURED_BY, or old times would outlive it."""
+    seen, todo = set(), ["sparse_serve.tuning.measure"]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            tree = ast.parse(Path(str(find_spec(module).origin)).read_text("utf-8"))  # type: ignore[union-attr]
+            froms = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            todo += [name for name in froms if name.startswith("sparse_serve.tuning.")]
+    files = {f"tuning/{module.rpartition('.')[2]}.py" for module in seen}
+    assert files == {pattern for pattern in selection.MEASURED_BY if pattern.startswith("tuning/")}
+
+
+@pytest.mark.parametrize("gone", selection.MEASURED_BY)
+def test_code_that_is_not_where_it_was_is_an_error(gone: str, tmp_path: Path) -> None:
+    for pattern in selection.MEASURED_BY:
+        file = tmp_path / pattern.replace("*", "some")
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (tmp_path / "kernels/readme.txt").touch()
+    library = tmp_path / f"kernels/native{EXTENSION_SUFFIXES[0]}"
+    library.touch()
+    assert {file.name for file in selection.code_files(tmp_path)} == {
+        "some.py", "measure.py", "samples.py", "timing.py", "dense.py", library.name
+    }  # fmt: skip
+    (tmp_path / gone.replace("*", "some")).unlink()
+    with pytest.raises(KernelError, match=rf"{re.escape(str(tmp_path / gone))}: no such file.*MEASURED_BY"):
+        selection.code_files(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from sparse_serve.tuning.timing import Call, Times, interleaved, wall_s
 
 
-def test_contenders_take_turns_and_use_their_copies_in_turn() -> None:
+def test_candidates_take_turns_and_use_their_copies_in_turn() -> None:
     ran: list[str] = []
     calls = {name: [lambda word=f"{name}{copy}": ran.append(word) for copy in range(2)] for name in "ab"}
     times = interleaved(calls, budget_s=0.0, least=4)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.digest import digest_json
-from maskgen.core.errors import DataError, ModelError, NumericalError, PatternError, RecipeError
+from maskgen.core.errors import DataError, NumericalError, PatternError, RecipeError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.data.tokens import check_window_tokens, digest_tokens
@@ -37,6 +37,7 @@ from maskgen.hf.model import Plan, max_tokens, plan
 from maskgen.methods import LocalMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.observe import advance, observe
 from maskgen.sweep.workdir import WorkDir
 
 
@@ -67,46 +68,6 @@ class SweepReport:
     def s_per_million_weights(self) -> float:
         """Seconds of the whole sweep, forward passes included, per million weights in pruned layers."""
         return self.total_s / self.million_weights
-
-
-@dataclass
-class _Observer:
-    """Feeds the inputs of a block's target layers to the method, once per distinct tensor."""
-
-    method: LocalMethod
-    stats: dict[str, Any] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see(name, args[0])
-
-        return before
-
-    def end_of_batch(self) -> None:
-        """Forget this batch's inputs. They are held until here so that `is` cannot meet a recycled object."""
-        self.inputs.clear()
-
-    def take(self, name: str) -> Any:
-        """The statistics of `name`; given up when no other layer still waits for them."""
-        if name not in self.leaders:
-            raise NumericalError(
-                f"{name}: no calibration input ever reached this layer; give more text, or keep it dense with ignore"
-            )
-        leader = self.leaders.pop(name)
-        return self.stats[leader] if leader in self.leaders.values() else self.stats.pop(leader)
-
-    def _see(self, name: str, x: Tensor) -> None:
-        leader = next((other for other, seen in self.inputs.items() if seen is x), name)
-        if self.leaders.setdefault(name, leader) != leader:
-            raise ModelError(
-                f"{name}: shares its input with {self.leaders[name]} in one batch and with {leader} in another; "
-                "layers that are wired differently from batch to batch are not supported"
-            )
-        if leader == name:
-            self.inputs[name] = x
-            self.stats[name] = self.method.observe(self.stats.get(name), x.reshape(-1, x.shape[-1]))
 
 
 def run_digest(
@@ -193,43 +154,25 @@ class _Sweep:
             for name, packed in layers.items():
                 targets[name].weight.data = packed.unpack().to(self.device, blocks.COMPUTE_DTYPE)
             if self.recording is not None and index < self.last_to_solve:
-                self._advance(index, self.recording)
+                advance(block, index, self.recording, self.device)
         self._report(index, "block done")
 
     def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, PackedTensor]:
         targets = self.plan.targets[index]
-        observer = _Observer(self.method)
+        inputs = None
         if self.recording is not None and targets:
-            self._observe(index, self.recording, observer)
+            inputs = observe(self.method, targets, self.plan.blocks[index], index, self.recording, self.device)
+            self._report(index, "calibration inputs")
         layers = {}
         for name, linear in targets.items():
             started_s = time.perf_counter()
-            stats = observer.take(name) if self.recording is not None else None
+            stats = None if inputs is None else inputs.take(name)
             prior_OI = None if self.prior is None else self.prior(name).to(self.device)
             pattern, dtype = self.work.pattern, dtypes[name]
             layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
             self.solve_s[name] = time.perf_counter() - started_s
             self._report(index, name)
         return layers
-
-    def _observe(self, index: int, recording: blocks.Recording, observer: _Observer) -> None:
-        handles = [
-            linear.register_forward_pre_hook(observer.hook(name)) for name, linear in self.plan.targets[index].items()
-        ]
-        try:
-            for batch, hidden_BTD in enumerate(recording.hidden):
-                blocks.run(self.plan.blocks[index], hidden_BTD, recording.call(batch, index), self.device)
-                observer.end_of_batch()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._report(index, "calibration inputs")
-
-    def _advance(self, index: int, recording: blocks.Recording) -> None:
-        for batch, hidden_BTD in enumerate(recording.hidden):
-            call = recording.call(batch, index)
-            recording.hidden[batch] = blocks.run(self.plan.blocks[index], hidden_BTD, call, self.device)
-            blocks.check_finite(recording.hidden[batch], f"output of block {index}")
 
     def _report(self, block: int, what: str) -> None:
         if self.progress is not None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from maskgen.core.checkpoint import iterate_tensors, read_headers
 from maskgen.core.companions import companion_files
-from maskgen.core.errors import DataError, ModelError, NumericalError, RecipeError
+from maskgen.core.errors import DataError, ModelError, RecipeError
 from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
@@ -42,6 +42,7 @@ from maskgen.numerics.units import FEEDS, NEURONS, kind_of
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.arrange import Arrangement, arrange
 from maskgen.sweep.driver import Progress
+from maskgen.sweep.observe import observe
 
 PERMUTATION_FILE = "permutation.json"
 """Where a reordered model says what was moved, and why: recipe, base, data, and each order."""
@@ -173,12 +174,11 @@ class _Run:
     ) -> dict[str, Arrangement]:
         """Advance all batches past a float32 block, order its neurons, and see that it does what it did."""
         first_BTD, call = self.recording.hidden[0], self.recording.call(0, index)
-        stats = self._advance(index, block, sites)
+        inputs = observe(self.method, sites, block, index, self.recording, self.device, keep_outputs=True)
         found = {}
         for name, linear in sites.items():
-            if self.method.needs_data and name not in stats:
-                raise NumericalError(f"{name}: no calibration input ever reached this layer; give more text")
-            score_OI = self.method.score(linear.weight, stats.get(name))
+            stats = inputs.take(name) if self.method.needs_data else None
+            score_OI = self.method.score(linear.weight, stats)
             blocks.check_finite(score_OI, f"{name}: scores")
             found[name] = arrange(score_OI, self.pattern)
         orders = {name: one.order.to(self.device) for name, one in found.items()}
@@ -187,27 +187,6 @@ class _Run:
         again_BTD = blocks.run(block, first_BTD, call, self.device)
         _check_same(first_BTD, self.recording.hidden[0], again_BTD, block_name)
         return found
-
-    def _advance(self, index: int, block: nn.Module, sites: Mapping[str, nn.Linear]) -> dict[str, Any]:
-        """Run a block on all batches; the method's statistics of the inputs of its sites."""
-        stats: dict[str, Any] = {}
-
-        def observer(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                stats[name] = self.method.observe(stats.get(name), args[0].reshape(-1, args[0].shape[-1]))
-
-            return observe
-
-        handles = [linear.register_forward_pre_hook(observer(name)) for name, linear in sites.items()]
-        try:
-            for batch, hidden_BTD in enumerate(self.recording.hidden):
-                call = self.recording.call(batch, index)
-                self.recording.hidden[batch] = blocks.run(block, hidden_BTD, call, self.device)
-                blocks.check_finite(self.recording.hidden[batch], f"output of block {index}")
-        finally:
-            for handle in handles:
-                handle.remove()
-        return stats
 
 
 def _check_same(before_BTD: Tensor, expected_BTD: Tensor, found_BTD: Tensor, what: str) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgen.numerics.chunks import chunk_elements
+from maskgen.numerics.memory import chunk_elements
+from maskgen.numerics.shards import local
 
 SLOWEST_DECAY = 0.98
 """Largest b1, b2: a step must move a moment by more than twice what rounding can take back."""
@@ -70,7 +71,7 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
     rate, scale = lr / (1 - beta1**time), (1 - beta2**time) ** 0.5
     size = chunk_elements(parameter.device)
     tensors = (parameter, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"])
-    for p, g, mean, square in zip(*(_local(tensor).view(-1).split(size) for tensor in tensors), strict=True):
+    for p, g, mean, square in zip(*(local(tensor).view(-1).split(size) for tensor in tensors), strict=True):
         g = g.to(p.dtype)
         m = mean.to(p.dtype).lerp_(g, 1 - beta1)
         v = square.to(p.dtype).mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -78,9 +79,3 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
         square.copy_(v)
         p.mul_(1 - lr * group["weight_decay"])
         p.addcdiv_(m, v.sqrt_().div_(scale).add_(group["eps"]), value=-rate)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that is here; a plain tensor as it is."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from maskgen.methods.learned import LearnedLinear, Mode
-from maskgen.numerics.chunks import chunk_elements
+from maskgen.numerics.memory import chunk_elements
 
 NO_TARGET = -100
 """The target of a window's last token, whose successor is not known. Cutting it off would copy all logits."""

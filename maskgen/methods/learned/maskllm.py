@@ -50,8 +50,8 @@ from maskgen.core.errors import PatternError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer, learned_parameters
 from maskgen.numerics.adamw import CompactAdamW
-from maskgen.numerics.chunks import chunk_elements
 from maskgen.numerics.gumbel import gumbel
+from maskgen.numerics.memory import chunk_elements
 from maskgen.numerics.shards import full
 
 

@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
-from maskgen.numerics.chunks import chunk_elements
+from maskgen.numerics.memory import chunk_elements
 from maskgen.numerics.shards import full, local
 
 GROUP = 4

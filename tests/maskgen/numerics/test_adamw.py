@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskgen.numerics import chunks
+from maskgen.numerics import memory
 from maskgen.numerics.adamw import CompactAdamW
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -39,7 +39,7 @@ def test_follows_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (compact - exact).abs().mean() < 0.005 * moved
     assert (compact - exact).abs().max() < 0.05 * moved
     assert {value.dtype for key, value in optimizer.state[compact].items() if key != "step"} == {torch.bfloat16}
-    monkeypatch.setitem(chunks.ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(memory.ELEMENTS, "cpu", 64)
     assert torch.equal(run(CompactAdamW)[0], compact)
 
 

@@ -20,7 +20,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.methods import create
 from maskgen.methods.learned import Mode, StepContext, TargetLayer
 from maskgen.methods.learned.maskllm import FORMS, Draw, MaskLLM, MaskLLMLinear, SoftLinear
-from maskgen.numerics import chunks
+from maskgen.numerics import memory
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)]
 TWO_FOUR = NMPattern(2, 4)
@@ -137,7 +137,7 @@ def test_the_reservoir_draws_without_replacement() -> None:
 def test_chunks_do_not_change_the_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_OLG = logits_of(form, TWO_FOUR, rows=7)
     whole = [noise for _, noise in draw(form).chunks(logits_OLG)]
-    monkeypatch.setitem(chunks.ELEMENTS, "cpu", 60)
+    monkeypatch.setitem(memory.ELEMENTS, "cpu", 60)
     parts = list(draw(form).chunks(logits_OLG))
     assert len(whole) == 1 and len(parts) > 2
     assert torch.cat([torch.arange(7)[rows] for rows, _ in parts]).tolist() == list(range(7))
@@ -163,7 +163,7 @@ def naive(x: Tensor, logits_OLG: Tensor, weight_OI: Tensor, one: Draw) -> tuple[
 
 @each_form
 def test_output_and_gradients_equal_plain_autograd(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunks.ELEMENTS, "cpu", 60)
+    monkeypatch.setitem(memory.ELEMENTS, "cpu", 60)
     weight_OI = torch.randn(5, 20, generator=generator(2), dtype=torch.float64)
     direction = torch.randn(2, 3, 5, generator=generator(3), dtype=torch.float64)
     results = []

@@ -1,20 +1,21 @@
-"""An order of columns in which an N:M pattern keeps more.
+"""An order of the columns of a score matrix in which an N:M pattern keeps a larger sum of scores.
 
-Which columns share a group is an accident of training. Four strong ones in one group lose two of them, four weak ones
-keep two for nothing; dealt anew, so that strong and weak ones meet, the same pattern keeps more of the same scores.
-Two stages, both of the RIA paper:
+A pattern keeps the N best columns of each group of M neighbours. Four strong columns in one group lose two of them, and
+four weak ones keep two; with strong and weak columns mixed, the same pattern keeps more. Two stages, both of the RIA
+paper:
 
-    deal      columns by falling total score, to the M positions of the groups, every other position in reverse, so that
-              the strongest of one position meets the weakest of the next
-    refine    position by position, its G columns are assigned to the G groups anew while the other positions stay: a
-              linear assignment problem, solved exactly (among every `CHUNK` groups, since it takes G^3 operations)
+    start     columns sorted by total score fill position 0 of all groups, then position 1 in reverse order of groups,
+              then position 2, and so on, so that the strongest of one position is beside the weakest of the next
+    refine    for one position at a time, its G columns are assigned to the G groups while the other positions stay: a
+              linear assignment problem, solved exactly (within sets of `GROUPS_PER_CHUNK` groups: the time grows as
+              G^3)
 
-What column c is worth in group g needs only the N-th best of the other columns there, t: of the two the group keeps the
-larger, so over the rows o of the scores the gain is sum_o max(t_og, s_oc), and since max(a, b) = (a + b + |a - b|) / 2,
-all G x G of them are one matrix of L1 distances.
+The value of column c in group g depends only on t, the N-th best score of the other columns there: of the two the group
+keeps the larger. Over the rows o of the scores that is sum_o max(t_og, s_oc), and since max(a, b) =
+(a + b + |a - b|) / 2, all G x G values come from one matrix of L1 distances.
 
-Neither stage is allowed to lose: dealing is taken only where it beats the order that was there, and an assignment may
-always leave everything in place.
+The result is never worse than the order given: the start is used only if it keeps more, and an assignment may leave
+every column where it is.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024,
 section 3.2.
@@ -32,20 +33,23 @@ from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
 
-PASSES = 4
+MAX_PASSES = 4
 """Most passes over the positions."""
 
-ENOUGH = 1e-4
-"""Relative gain of a pass at which another one is not worth its time."""
+MIN_GAIN = 1e-4
+"""Passes end when one gains less than this, relative to the sum that is kept."""
 
-CHUNK = 256
-"""Groups that exchange columns with one another."""
+GROUPS_PER_CHUNK = 256
+"""How many groups exchange columns in one assignment problem."""
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """`order` `[I]`: which column stands in each place. The fraction of all scores that the pattern keeps, before and
-    after; `after` is never less."""
+    """An order of columns, and what it gains.
+
+    `order` `[I]` holds the old index of the column in each new place. `before` and `after` are the fractions of the sum
+    of all scores that the pattern keeps in the old and in the new order; `after` is never less.
+    """
 
     order: Tensor
     before: float
@@ -54,65 +58,65 @@ class Arrangement:
 
 @torch.no_grad()
 def arrange(score_OI: Tensor, pattern: NMPattern) -> Arrangement:
-    """An order of the columns in which `pattern` keeps more of the scores (float, finite, from 0 on).
+    """Find an order of the columns of `score_OI` (float, finite, not negative) in which `pattern` keeps more of them.
 
     Raises `PatternError` for a number of columns that the pattern does not go with.
     """
     pattern.check_columns(score_OI.shape[1])
-    score_OI = _of_order_one(score_OI)
+    score_OI = _scaled_to_one(score_OI)
     order_I = torch.arange(score_OI.shape[1], device=score_OI.device)
-    before = best = _kept(score_OI, order_I, pattern)
-    dealt_I = _deal(score_OI, pattern.m)
-    if (kept := _kept(score_OI, dealt_I, pattern)) > best:
-        order_I, best = dealt_I, kept
-    for _ in range(PASSES):
+    before = best = _kept_sum(score_OI, order_I, pattern)
+    start_I = _interleaved(score_OI, pattern.m)
+    if (kept := _kept_sum(score_OI, start_I, pattern)) > best:
+        order_I, best = start_I, kept
+    for _ in range(MAX_PASSES):
         refined_I = order_I
         for position in range(pattern.m):
             refined_I = _assign(score_OI, refined_I, position, pattern)
-        gain = _kept(score_OI, refined_I, pattern) - best
+        gain = _kept_sum(score_OI, refined_I, pattern) - best
         if gain <= 0:
             break
         order_I, best = refined_I, best + gain
-        if gain < ENOUGH * best:
+        if gain < MIN_GAIN * best:
             break
-    whole = float(score_OI.sum(dtype=torch.float64)) or 1.0
-    return Arrangement(order_I.cpu(), before / whole, best / whole)
+    total = float(score_OI.sum(dtype=torch.float64)) or 1.0
+    return Arrangement(order_I.cpu(), before / total, best / total)
 
 
-def _of_order_one(score_OI: Tensor) -> Tensor:
-    """Scores by a power of two, which rounds nothing, so that no sum of them overflows."""
+def _scaled_to_one(score_OI: Tensor) -> Tensor:
+    """The scores times a power of two, which rounds nothing, with the largest at most 1: no sum of them overflows."""
     return torch.ldexp(score_OI, -torch.frexp(score_OI.amax()).exponent)
 
 
-def _deal(score_OI: Tensor, m: int) -> Tensor:
-    """Columns by falling total, dealt in a snake to the positions of the groups."""
+def _interleaved(score_OI: Tensor, m: int) -> Tensor:
+    """The first stage: columns by falling total score, position by position, every other position in reverse."""
     ranked_MG = score_OI.sum(0, dtype=torch.float64).argsort(descending=True, stable=True).view(m, -1).clone()
     ranked_MG[1::2] = ranked_MG[1::2].flip(1)
     return ranked_MG.T.reshape(-1)
 
 
-def _kept(score_OI: Tensor, order_I: Tensor, pattern: NMPattern) -> float:
+def _kept_sum(score_OI: Tensor, order_I: Tensor, pattern: NMPattern) -> float:
     """The sum of all scores that `pattern` keeps in this order."""
     score_OGM = score_OI[:, order_I].unflatten(1, (-1, pattern.m))
     return float(score_OGM.topk(pattern.n, dim=2).values.sum(dtype=torch.float64))
 
 
 def _assign(score_OI: Tensor, order_I: Tensor, position: int, pattern: NMPattern) -> Tensor:
-    """The best exchange of the columns of one position among the groups."""
+    """The second stage for one position: the best assignment of its columns to the groups; the new order `[I]`."""
     order_GM = order_I.view(-1, pattern.m)
     others_I = order_GM[:, [place for place in range(pattern.m) if place != position]].reshape(-1)
     rival_GO = score_OI[:, others_I].unflatten(1, (-1, pattern.m - 1)).topk(pattern.n, dim=2).values[..., -1].T
     own_GO = score_OI[:, order_GM[:, position]].T
     result_GM = order_GM.clone()
-    chunks = -(-len(order_GM) // CHUNK)
+    chunks = -(-len(order_GM) // GROUPS_PER_CHUNK)
     for start in range(chunks):
-        mine = slice(start, None, chunks)  # every so many, because neighbours are alike once they are dealt
-        gain_GG = _gain(rival_GO[mine].contiguous(), own_GO[mine].contiguous())
+        members = slice(start, None, chunks)  # not neighbours: after the first stage these have like scores
+        gain_GG = _gain(rival_GO[members].contiguous(), own_GO[members].contiguous())
         chosen_G = torch.from_numpy(linear_sum_assignment(gain_GG.cpu().numpy(), maximize=True)[1])
-        result_GM[mine, position] = order_GM[mine, position][chosen_G.to(order_I.device)]
+        result_GM[members, position] = order_GM[members, position][chosen_G.to(order_I.device)]
     return result_GM.reshape(-1)
 
 
 def _gain(rival_GO: Tensor, own_GO: Tensor) -> Tensor:
-    """What the column of group c (second) would be worth in group g (first): sum_o max(t_og, s_oc)."""
+    """`[G, G]`: row g, column c is the value in group g of the column that group c has now: sum_o max(t_og, s_oc)."""
     return (rival_GO.sum(1)[:, None] + own_GO.sum(1) + torch.cdist(rival_GO, own_GO, p=1)) / 2

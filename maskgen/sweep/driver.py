@@ -1,14 +1,14 @@
-"""Driver 1: run a one-shot method over a model block by block, in constant memory.
+"""Run a one-shot method over a model block by block, in constant memory.
 
     embeddings -> [block 0] -> [block 1] -> ...        activations of all calibration windows stay in host memory
                   observe inputs of its linears (dense weights)
                   solve each linear, round to the stored dtype, prune
                   run again with the pruned weights -> inputs of the next block
 
-A block thus sees the errors its predecessors really make. Only the block at work is in float32 and on the device; the
-rest of the model keeps its dtype in host memory, so the peak is the dense model, one block's float32 copy with its
-statistics, and the activations. Linear layers that are fed the very same tensor (q, k and v; gate and up) share one set
-of statistics. A method that needs no data skips every forward pass.
+So the inputs of a block carry the errors that pruning the blocks before it really caused. Only the current block is in
+float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
+block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
+v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
 and ends with the same bits as an uninterrupted one.
@@ -43,7 +43,10 @@ from maskgen.sweep.workdir import WorkDir
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a sweep is: `block` of `blocks` (from 0), what was just finished, and for how long it ran."""
+    """How far a run is: it works on block number `block` (from 0) of `blocks`, and has just finished `what`.
+
+    `what` is "calibration inputs", the name of a layer, or "block done". `elapsed_s` counts from the start of the run.
+    """
 
     block: int
     blocks: int
@@ -54,7 +57,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep did and cost. `ignored` maps linear layers that stay dense to the reason."""
+    """What a sweep did and cost.
+
+    `targets` are the pruned layers by module name, `ignored` maps those that stay dense to the reason. `solve_s` has
+    the seconds spent on each layer solved in this process. `million_weights` counts the weights of the targets.
+    `resumed_blocks` were finished by an earlier process.
+    """
 
     targets: tuple[str, ...]
     ignored: Mapping[str, str]
@@ -73,7 +81,8 @@ class SweepReport:
 def run_digest(
     recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu", prior_digest: str | None = None
 ) -> str:
-    """What identifies a run: recipe, dense weights, calibration tokens, prior, and whose arithmetic made its bits."""
+    """Digest of everything that decides a run's bits: recipe, dense weights, calibration tokens, prior masks, the kind
+    of device and the version of torch."""
     data = None if windows is None else digest_tokens(windows)
     arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
     return digest_json(
@@ -141,7 +150,7 @@ class _Sweep:
     started_s: float = field(default_factory=time.perf_counter)
 
     def prune_block(self, index: int) -> None:
-        """Solve or load block `index`, put the pruned weights in, and advance the activations past it."""
+        """Solve block number `index` or load it, put its pruned weights in, and run it to get the next one's inputs."""
         block, targets = self.plan.blocks[index], self.plan.targets[index]
         dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
         with blocks.upcast(block, self.device):
@@ -203,7 +212,7 @@ def solve_layer(
 
 
 def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit: int | None) -> Tensor | None:
-    """The windows `method` is to see, checked: a mistake must not leave a work directory that outlives it."""
+    """The windows to observe, checked before a work directory is made; None if the method needs no data."""
     if not method.needs_data:
         return None
     if windows is None:

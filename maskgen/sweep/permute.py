@@ -2,13 +2,13 @@
 
     down_proj(act(gate_proj(x)) * up_proj(x)):   columns of down_proj, rows (and biases) of gate_proj and up_proj
 
-What comes out is a stock dense directory: any recipe prunes it, learned ones too, any engine serves it, and nothing is
-gathered at run time. Scores are a one-shot method's (`ScoreMethod`), the order is `maskgen.sweep.arrange`'s; blocks are
-run one by one, dense, as in a sweep. Neurons are the only inputs of a pruned layer whose order concerns nobody outside
-of their block and is free inside of it; those of other layers stay where they are.
+The result is an ordinary dense model directory: any recipe can prune it, any engine can serve it, and serving it costs
+nothing more, because weights are moved, not activations. The scores are those of a one-shot method (`ScoreMethod`), the
+order is found by `maskgen.sweep.arrange`, and blocks are run one by one, dense, as in a sweep. Only hidden neurons are
+reordered: the inputs of every other pruned layer are also read by layers outside of their block, or belong to heads.
 
-Each block is run again in its new order, in float32, and what it adds to every token has to be what it was; else
-nothing is written.
+Each block is run again in its new order, in float32. If what it adds to any token has changed by more than rounding,
+that is an error and nothing is written.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
 
@@ -45,31 +45,32 @@ from maskgen.sweep.driver import Progress
 from maskgen.sweep.observe import observe
 
 PERMUTATION_FILE = "permutation.json"
-"""Where a reordered model says what was moved, and why: recipe, base, data, and each order."""
+"""File in a reordered model that holds each layer's order, and the digests of recipe, base model and data."""
 
 PROBE_TOKENS = 16
-"""With how many tokens blocks are checked where a method needs no data."""
+"""How many tokens blocks are checked with if the method needs no calibration text."""
 
 TOLERANCE, ROUNDING = 1e-3, 1e-5
-"""How much may change of what a block adds to a token, and of the token, for float32's rounding; both by L2 norm."""
+"""Most change of a block's output for one token, by L2 norm: the first times the norm of what the block adds to the
+token, plus the second times the norm of the output. Both leave room for float32's rounding only."""
 
 
 @dataclass(frozen=True)
 class PermuteReport:
-    """The arrangement of each `down_proj` by name, and what was written."""
+    """The new order of each FFN's neurons, by the name of its `down_proj`, and the bytes of weights written."""
 
     arrangements: Mapping[str, Arrangement]
     total_bytes: int
 
     @property
     def kept(self) -> tuple[float, float]:
-        """Fraction of its scores that a layer keeps, before and after, mean over layers."""
-        found = self.arrangements.values()
-        return mean(one.before for one in found), mean(one.after for one in found)
+        """Fraction of the scores that the pattern keeps, before and after, mean over layers."""
+        arrangements = self.arrangements.values()
+        return mean(one.before for one in arrangements), mean(one.after for one in arrangements)
 
 
 def score_method(recipe: Recipe) -> ScoreMethod:
-    """The method of a recipe that has scores; `RecipeError` for others."""
+    """The method of `recipe`; `RecipeError` if it is none that gives every weight a score (`ScoreMethod`)."""
     method = recipe.build_method()
     if not isinstance(method, ScoreMethod):
         raise RecipeError(
@@ -87,15 +88,19 @@ def find(
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Arrangement]:
-    """An order for the neurons of every FFN that `recipe` prunes, by name of its `down_proj`; applied to `model`.
+    """Find an order for the neurons of every FFN that `recipe` prunes, and bring `model` into it.
 
-    `windows_ST` are calibration tokens, or None for a method that needs none. Raises `RecipeError`, `DataError`,
-    `NumericalError`, and `ModelError`: no such FFN, or not the same function afterwards.
+    `windows_ST` are calibration tokens, or None for a method that needs none. Returns the orders by the name of each
+    `down_proj`. Raises `RecipeError` (the method has no scores), `DataError` (calibration text), `NumericalError`
+    (NaN, or a layer that no input reached), and `ModelError`: there is no such FFN, or a block computes something else
+    in its new order.
     """
     method, todo, started_s = score_method(recipe), plan(model, recipe.pattern, recipe.ignore), time.perf_counter()
     prefix, _ = decoder_blocks(model)
-    sites = [{name: linear for name, linear in block.items() if kind_of(name) == NEURONS} for block in todo.targets]
-    if not any(sites):
+    ffn_outputs = [
+        {name: linear for name, linear in block.items() if kind_of(name) == NEURONS} for block in todo.targets
+    ]
+    if not any(ffn_outputs):
         raise ModelError(
             f"{type(model).__name__}: no block has a {NEURONS} that this recipe prunes; only neurons between "
             f"{' or '.join(FEEDS[NEURONS])} and {NEURONS} can be reordered"
@@ -106,7 +111,7 @@ def find(
     arrangements: dict[str, Arrangement] = {}
     for index, block in enumerate(todo.blocks):
         with blocks.upcast(block, run.device):
-            arrangements |= run.reorder(index, block, f"{prefix}.{index}", sites[index])
+            arrangements |= run.reorder(index, block, f"{prefix}.{index}", ffn_outputs[index])
         if progress is not None:
             elapsed_s = time.perf_counter() - started_s
             progress(Progress(index, len(todo.blocks), "block done", elapsed_s, peak_rss_bytes()))
@@ -122,22 +127,26 @@ def write(
 ) -> PermuteReport:
     """Write the model of `model_dir` with its neurons in the order of `arrangements`, one tensor at a time.
 
-    `provenance` is written beside the weights. Raises `OutputExistsError`; then nothing is left behind.
+    `provenance` is a JSON object written to `PERMUTATION_FILE` with the orders. Raises `OutputExistsError`; then
+    nothing is left behind.
     """
-    orders = {name: found.order for name, found in arrangements.items()}
+    orders = {name: arrangement.order for name, arrangement in arrangements.items()}
     layers = {
-        name: {"before": found.before, "after": found.after, "order": found.order.tolist()}
-        for name, found in arrangements.items()
+        name: {"before": arrangement.before, "after": arrangement.after, "order": arrangement.order.tolist()}
+        for name, arrangement in arrangements.items()
     }
     config, extra = read_json(model_dir / "config.json"), {PERMUTATION_FILE: {**provenance, "layers": layers}}
     with CheckpointWriter(out_dir, config, companion_files(model_dir), extra, shard_bytes) as writer:
         for name, tensor in iterate_tensors(read_headers(model_dir)):
-            writer.add(name, moved(name, tensor, orders))
+            writer.add(name, reordered(name, tensor, orders))
     return PermuteReport(arrangements, writer.total_bytes)
 
 
-def moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
-    """A tensor of the model, by its full name, with neurons in the order of `orders` (`[I]` by `down_proj`)."""
+def reordered(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
+    """The tensor called `name` in the model, with its neurons in the new order; as it is if it has none of them.
+
+    `orders` maps the names of `down_proj` layers to the old index of the neuron in each new place, `[I]`.
+    """
     module, _, parameter = name.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     if module in orders and parameter == "weight":
@@ -149,7 +158,7 @@ def moved(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
 
 
 def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: Tensor | None) -> Tensor:
-    """The tokens that blocks are run on, `[S, T]`: those given, or a few, to check blocks with."""
+    """The tokens that blocks are run on, `[S, T]`: the calibration windows, or `PROBE_TOKENS` if none are needed."""
     limit = max_tokens(model)
     if method.needs_data:
         if windows_ST is None:
@@ -162,7 +171,7 @@ def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: 
 
 @dataclass(frozen=True)
 class _Run:
-    """One pass over a model; `recording.hidden` goes from block to block."""
+    """One pass over a model; `recording.hidden` holds the inputs of the block that comes next."""
 
     method: ScoreMethod
     pattern: NMPattern
@@ -170,28 +179,32 @@ class _Run:
     device: torch.device
 
     def reorder(
-        self, index: int, block: nn.Module, block_name: str, sites: Mapping[str, nn.Linear]
+        self, index: int, block: nn.Module, block_name: str, ffn_outputs: Mapping[str, nn.Linear]
     ) -> dict[str, Arrangement]:
-        """Advance all batches past a float32 block, order its neurons, and see that it does what it did."""
+        """Run a float32 block on all batches, reorder its neurons, and check that its first output stays the same."""
         first_BTD, call = self.recording.hidden[0], self.recording.call(0, index)
-        inputs = observe(self.method, sites, block, index, self.recording, self.device, keep_outputs=True)
-        found = {}
-        for name, linear in sites.items():
+        inputs = observe(self.method, ffn_outputs, block, index, self.recording, self.device, keep_outputs=True)
+        arrangements = {}
+        for name, linear in ffn_outputs.items():
             stats = inputs.take(name) if self.method.needs_data else None
             score_OI = self.method.score(linear.weight, stats)
             blocks.check_finite(score_OI, f"{name}: scores")
-            found[name] = arrange(score_OI, self.pattern)
-        orders = {name: one.order.to(self.device) for name, one in found.items()}
+            arrangements[name] = arrange(score_OI, self.pattern)
+        orders = {name: one.order.to(self.device) for name, one in arrangements.items()}
         for name, parameter in block.named_parameters():
-            parameter.data = moved(f"{block_name}.{name}", parameter.data, orders)
+            parameter.data = reordered(f"{block_name}.{name}", parameter.data, orders)
         again_BTD = blocks.run(block, first_BTD, call, self.device)
         _check_same(first_BTD, self.recording.hidden[0], again_BTD, block_name)
-        return found
+        return arrangements
 
 
-def _check_same(before_BTD: Tensor, expected_BTD: Tensor, found_BTD: Tensor, what: str) -> None:
-    """Token by token, by what the block adds to it: a few huge tokens, or a huge residual stream, hide nothing."""
-    difference_BT = (expected_BTD - found_BTD).norm(dim=-1)
+def _check_same(before_BTD: Tensor, expected_BTD: Tensor, reordered_BTD: Tensor, what: str) -> None:
+    """Raise `ModelError` if a block's output has changed by more than rounding.
+
+    Tokens are compared one by one, relative to what the block adds to each: neither a few huge tokens nor a huge
+    residual stream can hide a difference.
+    """
+    difference_BT = (expected_BTD - reordered_BTD).norm(dim=-1)
     added_BT = (expected_BTD - before_BTD).norm(dim=-1)
     if not bool((difference_BT <= TOLERANCE * added_BT + ROUNDING * expected_BTD.norm(dim=-1)).all()):
         worst = float((difference_BT / added_BT.clamp_min(1e-30)).max())

@@ -1,8 +1,9 @@
 """The work directory of a sweep: one file per finished block, so that a killed run continues where it stopped.
 
 `block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, written under a temporary name,
-flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (digest over recipe, base
-weights, data and what computes); another run is refused rather than mixed in.
+flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (the digest of recipe,
+base weights, data, kind of device and version of torch); a different run raises an error instead of mixing its blocks
+in.
 """
 
 from __future__ import annotations
@@ -32,57 +33,59 @@ from maskgen.core.pattern import NMPattern
 
 _RUN_FILE = "run.json"
 _KEPT_FILE = "kept"
-"""There when the run is finished and its caller asked for the directory: no leftover of a clean-up cut short."""
+"""Marks the directory of a finished run whose caller asked to keep it, so that it is not taken for a clean-up that was
+interrupted."""
 TOKENS_FOLDER = "tokens"
-"""Where in it the token cache of `data.corpus` is: named by content, so it may be there before the run is known."""
+"""Folder of `data.corpus`'s token cache. Its files are named by content, so it may exist before the run is known."""
 
 
 def work_dir(out_dir: Path) -> Path:
-    """Where a run that writes `out_dir` keeps what it has done so far."""
+    """The work directory of a run that writes `out_dir`: its sibling `<name>.work`."""
     return out_dir.with_name(out_dir.name + ".work")
 
 
 def finish(path: Path, keep: bool) -> None:
-    """The run of this directory has its result: delete the directory, or mark it as wanted.
+    """To be called when the run of this directory has its result: delete the directory, or with `keep` mark it as kept.
 
-    What is being deleted has another name, so that what is left of it, should the process be killed, is nobody else's.
+    It is renamed before it is deleted: if the process is killed meanwhile, what is left has a name no run uses.
     """
     if keep:
         write_json(path / _KEPT_FILE, {})
         return
-    doomed = _doomed(path)
-    shutil.rmtree(doomed, ignore_errors=True)
-    with suppress(OSError):  # the result is there; the same command does what was left
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    removed = _removal_name(path)
+    shutil.rmtree(removed, ignore_errors=True)
+    with suppress(OSError):  # the result is there; running the command again deletes the rest
+        path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether `path`, of a run with a result, was about to be deleted when its process was killed."""
-    return _doomed(path).exists() or ((path / _RUN_FILE).is_file() and not (path / _KEPT_FILE).exists())
+    """Whether `path`, the work directory of a run that has a result, should have been deleted, but its process was
+    killed before."""
+    return _removal_name(path).exists() or ((path / _RUN_FILE).is_file() and not (path / _KEPT_FILE).exists())
 
 
-def _doomed(path: Path) -> Path:
+def _removal_name(path: Path) -> Path:
     return path.with_name(path.name + ".removing")
 
 
 class WorkDir:
-    """Finished blocks of the run `run_digest`. Opening makes the directory, or continues one of the same run.
+    """The finished blocks of one run, on disk. A new directory is made; one of the same run is continued.
 
-    Raises `OutputExistsError` when `path` holds anything else.
+    `run_digest` identifies the run. Raises `OutputExistsError` when `path` holds anything else.
     """
 
     def __init__(self, path: Path, run_digest: str, pattern: NMPattern) -> None:
         self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
         self._file_of: dict[str, Path] = {}
-        claim(self.path, run_digest)
+        reserve_for_run(self.path, run_digest)
 
     def has(self, block: int) -> bool:
         """Whether block number `block` is finished."""
         return self._path(block).is_file()
 
     def save(self, block: int, layers: Mapping[str, PackedTensor]) -> None:
-        """Record a finished block, atomically."""
+        """Write block number `block`, atomically; `layers` are its packed layers by module name."""
         tensors = {}
         for name, packed in layers.items():
             tensors[name + VALUES_SUFFIX] = packed.values.cpu().contiguous()
@@ -94,12 +97,15 @@ class WorkDir:
         self._file_of.update(dict.fromkeys(layers, path))
 
     def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedTensor]:
-        """Read a finished block back, verified against its layers' shapes; `FormatError` names a damaged file."""
+        """Read a finished block: its packed layers by module name.
+
+        `shapes` are the shapes `(O, I)` of the layers the block must hold. `FormatError` names a damaged file.
+        """
         path = self._path(block)
         with open_tensors(path) as file:
-            metadata, found = file.metadata() or {}, set(file.keys())
+            metadata, names = file.metadata() or {}, set(file.keys())
         expected = {name + suffix for name in shapes for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX)}
-        if metadata.get("run") != self.run_digest or found != expected:
+        if metadata.get("run") != self.run_digest or names != expected:
             raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")
         self._file_of.update(dict.fromkeys(shapes, path))
         layers = {name: self.packed(name) for name in shapes}
@@ -110,13 +116,13 @@ class WorkDir:
         return layers
 
     def packed(self, name: str) -> PackedTensor:
-        """One finished layer."""
+        """Read one layer of a block that was saved or loaded before; `KeyError` for any other name."""
         with open_tensors(self._file_of[name]) as file:
             values, bitmask = file.get_tensor(name + VALUES_SUFFIX), file.get_tensor(name + BITMASK_SUFFIX)
         return PackedTensor(values, bitmask, self.pattern)
 
     def mask_set(self, base_digest: str, recipe_digest: str) -> MaskSet:
-        """The masks of every finished layer."""
+        """The masks of every layer that was saved or loaded, with the digests of base weights and recipe."""
         bitmasks = {}
         for name, path in self._file_of.items():
             with open_tensors(path) as file:
@@ -127,8 +133,11 @@ class WorkDir:
         return self.path / f"block-{block:05d}.safetensors"
 
 
-def claim(path: Path, run_digest: str) -> None:
-    """Make `path` the directory of the run `run_digest`, or find that it is; `OutputExistsError` if it is not."""
+def reserve_for_run(path: Path, run_digest: str) -> None:
+    """Make the work directory `path` for the run `run_digest`, or check that it is this run's.
+
+    Raises `OutputExistsError` if it belongs to another run or is no work directory.
+    """
     run_file = path / _RUN_FILE
     if not path.exists() or (path.is_dir() and _holds_only_leftovers(path)):
         write_json(run_file, {"run": run_digest})
@@ -141,7 +150,7 @@ def claim(path: Path, run_digest: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep a claimed directory to this process; `OutputExistsError` if another one is at work in it."""
+    """Lock a work directory for this process; `OutputExistsError` if another process is at work in it."""
     descriptor = os.open(path / _RUN_FILE, os.O_RDONLY)
     try:
         try:
@@ -154,5 +163,5 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _holds_only_leftovers(path: Path) -> bool:
-    """A process killed before `run.json` was whole leaves its temporary name behind, and nothing worth keeping."""
+    """Whether nothing but temporary files and the token cache is there: what a process killed at its start leaves."""
     return all(is_temporary(entry) or entry.name == TOKENS_FOLDER for entry in path.iterdir())

@@ -39,7 +39,7 @@ from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import sweep
-from maskgen.sweep.workdir import TOKENS_FOLDER, claim, locked, work_dir
+from maskgen.sweep.workdir import TOKENS_FOLDER, locked, reserve_for_run, work_dir
 from maskgen.train import result as export
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
@@ -92,7 +92,7 @@ def learn(args: argparse.Namespace, wanted: Recipe, model_dir: Path, label: str,
                 }
                 arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
                 run_digest = digest_json({**digests, **arithmetic})
-                claim(work, run_digest)
+                reserve_for_run(work, run_digest)
                 if group.first:
                     held.enter_context(locked(work))
                 prior = given

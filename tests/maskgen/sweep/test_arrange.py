@@ -49,7 +49,7 @@ def test_strong_columns_part() -> None:
 
 def test_columns_are_dealt_in_a_snake() -> None:
     total_I = torch.tensor([3.0, 7, 1, 5, 8, 2, 6, 4, 12, 11, 10, 9])
-    dealt = total_I[arranger._deal(total_I[None], 4)]
+    dealt = total_I[arranger._interleaved(total_I[None], 4)]
     assert dealt.view(3, 4).tolist() == [[12, 7, 6, 1], [11, 8, 5, 2], [10, 9, 4, 3]]
 
 
@@ -57,8 +57,8 @@ def test_each_stage_and_a_second_pass_can_gain(monkeypatch: pytest.MonkeyPatch) 
     score_OI = torch.rand(64, 128, generator=torch.Generator().manual_seed(0)) ** 2
     score_OI *= torch.rand(128, generator=torch.Generator().manual_seed(1))
     after = []
-    for passes in (0, 1, arranger.PASSES):
-        monkeypatch.setattr(arranger, "PASSES", passes)
+    for passes in (0, 1, arranger.MAX_PASSES):
+        monkeypatch.setattr(arranger, "MAX_PASSES", passes)
         after.append(arrange(score_OI, NMPattern(2, 4)).after)
     assert arrange(score_OI, NMPattern(2, 4)).before < after[0] < after[1] < after[2]
 
@@ -66,7 +66,7 @@ def test_each_stage_and_a_second_pass_can_gain(monkeypatch: pytest.MonkeyPatch) 
 def test_chunks_exchange_among_themselves_and_lose_little(monkeypatch: pytest.MonkeyPatch) -> None:
     score_OI = torch.rand(64, 128, generator=torch.Generator().manual_seed(0)) ** 2
     whole = arrange(score_OI, NMPattern(2, 4))
-    monkeypatch.setattr(arranger, "CHUNK", 12)
+    monkeypatch.setattr(arranger, "GROUPS_PER_CHUNK", 12)
     parts = arrange(score_OI, NMPattern(2, 4))
     assert parts.order.sort().values.equal(torch.arange(128))
     assert whole.before < parts.after and parts.after - whole.before > 0.7 * (whole.after - whole.before)

@@ -14,7 +14,7 @@ from torch import nn
 
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.sweep.driver import Progress, run_digest
-from maskgen.sweep.workdir import TOKENS_FOLDER, WorkDir, claim
+from maskgen.sweep.workdir import TOKENS_FOLDER, WorkDir, reserve_for_run
 from tests import models
 from tests.maskgen.sweeping import BASE, recipe, run, windows
 
@@ -150,7 +150,7 @@ def test_a_block_file_of_another_run_is_not_taken(tmp_path: Path) -> None:
 
 def test_a_token_cache_may_be_there_before_the_run_is_known(tmp_path: Path) -> None:
     (tmp_path / "work" / TOKENS_FOLDER).mkdir(parents=True)
-    claim(tmp_path / "work", BASE)
-    claim(tmp_path / "work", BASE)
+    reserve_for_run(tmp_path / "work", BASE)
+    reserve_for_run(tmp_path / "work", BASE)
     with pytest.raises(OutputExistsError, match="another run"):
-        claim(tmp_path / "work", "sha256:" + "c" * 64)
+        reserve_for_run(tmp_path / "work", "sha256:" + "c" * 64)

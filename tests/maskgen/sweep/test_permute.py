@@ -157,7 +157,7 @@ def test_tensors_of_another_kind_are_copied() -> None:
     order = torch.tensor([3, 1, 2, 0])
     for name in ("x.gate_proj.scale", "x.up_proj.lora_A", "x.down_proj.bias", "x.norm.weight", "y.up_proj.weight"):
         tensor = torch.arange(8.0).view(4, 2)
-        assert permute.moved(name, tensor, {"x.down_proj": order}) is tensor
+        assert permute.reordered(name, tensor, {"x.down_proj": order}) is tensor
 
 
 def test_a_directory_that_will_be_refused_is_refused_first(

@@ -39,9 +39,10 @@ help: ## show this list
 
 serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
+	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
 	if [[ -z $$MODEL ]] || ! grep -qs sparse_nm "$$MODEL/config.json"; then
-	  if [[ -z $$MODEL || -z $$DATA ]]; then maskgen demo --out "$$DEMO"; fi
+	  if [[ -z $$MODEL || -z $$DATA ]]; then phase 'demo model' maskgen demo --out "$$DEMO"; fi
 	  if [[ -n $$MODEL && -z $$DATA ]]; then
 	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
 	  fi
@@ -49,8 +50,9 @@ serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id]
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
 	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml maskgen/recipes/*.toml maskgen/methods/*.py maskgen/methods/*/*.py; } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}")--$$(basename "$$RECIPE" .toml)--$$key
-	  [[ -d $$checkpoint ]] || maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
+	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
 	fi
+	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
 
 test: install ## run the whole CPU test suite [ARGS="-k name"]
@@ -103,6 +105,7 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	if [[ $(EXTRA) == cuda ]]; then
 	  pip install -e '.[cuda,dev]'
 	else
+	  echo "== environment"
 	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 3.7 GB, a few minutes)"
 	  pip install --quiet --no-deps "$$(grep ^torch== $(LOCK))" || {
 	    echo "error: the package index in use has no $$(grep ^torch== $(LOCK)). Choose Linux, Pip, CPU on PyTorch's 'Get started' page" >&2
@@ -112,4 +115,5 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	  pip install --quiet --no-deps -r $(LOCK)
 	  SPARSE_SERVE_NATIVE=required pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	fi
+	echo "   environment: $$SECONDS s"
 	touch $@

@@ -1,1 +1,4 @@
-"""`sparse-serve bench`: how fast sparse is, against dense, on this machine."""
+"""How fast and how small sparse is, against dense, on this machine.
+
+`kernels.run` times linear layers, `serve.run` two models behind a server, `survey.survey` the layers of a checkpoint.
+"""

@@ -1,4 +1,6 @@
-"""`sparse-serve bench kernels`: is a sparse linear layer faster than the dense one, at every number of tokens?
+"""Is a sparse linear layer faster than the dense one, at every number of tokens?
+
+    results = run(KernelsRequest(shapes=((4096, 4096),), tokens=(1, 64)))
 
 For each shape and number of tokens, in one interleaved run (`timing`): torch's dense linear, the dense linear that vLLM
 would run, every kernel that does not refuse, with values in the activations' dtype and in 8 bits, and with one token a
@@ -11,18 +13,16 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import sparse_serve.kernels as folder
-from maskgen.core.files import write_json
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
@@ -36,6 +36,8 @@ from sparse_serve.runtime.errors import KernelError
 from sparse_serve.runtime.machine import processor
 from sparse_serve.tuning.measure import torch_dense
 from sparse_serve.tuning.timing import Call, Times, interleaved
+
+Positive = Annotated[int, Field(ge=1)]
 
 PATTERN = NMPattern(2, 4)
 DENSE = ("dense torch", "dense vllm")
@@ -76,32 +78,63 @@ class Result:
         return 2 * self.tokens * self.out_features * self.in_features
 
 
-def main(args: argparse.Namespace) -> int:
-    """Measure, print a table per shape, write JSON and plot. Returns 0."""
-    if args.plot:
-        roofline.check(args.plot)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype, results = getattr(torch, args.dtype), []
-    for shape in args.shapes:
-        candidates, of_shape = _candidates(shape, dtype, args.with_reference), []
-        for tokens in args.tokens:
-            of_shape.append(_measure(candidates, shape, tokens, dtype, args.seconds))
-            Console(stderr=True).print(f"{shape[0]}x{shape[1]}, {tokens} tokens: {of_shape[-1].rounds} rounds")
-        Console().print(table(of_shape))
-        results += of_shape
-    isa = cpu.isa() if hasattr(torch.ops.sparse_serve_cpu, "isa") else None
-    settings = {"dtype": args.dtype, "threads": torch.get_num_threads(), "isa": isa}
-    if args.json:
-        write_json(args.json, {**facts(), **settings, "results": [asdict(result) for result in results]})
-    if args.plot:
-        facts_shown = [args.dtype, f"threads: {torch.get_num_threads()}", *([] if isa is None else [isa])]
-        title = f"2:4 against dense linear layers on {processor()} ({', '.join(facts_shown)})"
-        roofline.roofline(panels(results), roof(results), title, args.plot)
-    return 0
+class KernelsRequest(BaseModel):
+    """What to time. `shapes` are `(out features, in features)`, `seconds` the time for each shape and number of tokens.
+
+    `threads=None` leaves torch's number as it is. Raises `pydantic.ValidationError` for a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shapes: tuple[tuple[Positive, Positive], ...] = ((14336, 4096), (4096, 4096))
+    tokens: tuple[Positive, ...] = (1, 4, 16, 64, 256)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    threads: Positive | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    with_reference: bool = False
 
 
-def _candidates(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool) -> dict[str, Candidate]:
+def run(
+    request: KernelsRequest,
+    on_result: Callable[[Result], None] = lambda result: None,
+    on_refusal: Callable[[KernelError], None] = lambda error: None,
+) -> list[Result]:
+    """Time every candidate on every shape and number of tokens.
+
+    `on_result` is called as each result is there, `on_refusal` for a kernel that cannot serve a shape, with its reason.
+    """
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    dtype, results = getattr(torch, request.dtype), []
+    for shape in request.shapes:
+        candidates = _candidates(shape, dtype, request.with_reference, on_refusal)
+        for tokens in request.tokens:
+            results.append(_measure(candidates, shape, tokens, dtype, request.seconds))
+            on_result(results[-1])
+    return results
+
+
+def record(request: KernelsRequest, results: Sequence[Result]) -> dict[str, Any]:
+    """What a result file holds: settings, versions, machine and every figure."""
+    settings = {"dtype": request.dtype, "threads": torch.get_num_threads(), "isa": _isa()}
+    return {**facts(), **settings, "results": [asdict(result) for result in results]}
+
+
+def plot(request: KernelsRequest, results: Sequence[Result], file: Path) -> None:
+    """Draw a roofline to `file`; its suffix is one of `roofline.FORMATS`."""
+    shown = [request.dtype, f"threads: {torch.get_num_threads()}", *filter(None, [_isa()])]
+    title = f"2:4 against dense linear layers on {processor()} ({', '.join(shown)})"
+    roofline.roofline(panels(results), roof(results), title, file)
+
+
+def _isa() -> str | None:
+    """The instruction set of the CPU kernel, if it is there."""
+    return cpu.isa() if hasattr(torch.ops.sparse_serve_cpu, "isa") else None
+
+
+def _candidates(
+    shape: tuple[int, int], dtype: torch.dtype, with_reference: bool, on_refusal: Callable[[KernelError], None]
+) -> dict[str, Candidate]:
     """Everything to compare on one shape `(O, I)`, by name."""
     out_features, in_features = shape
     weight_OI = torch.randn(out_features, in_features).mul_(in_features**-0.5).to(dtype)
@@ -116,7 +149,7 @@ def _candidates(shape: tuple[int, int], dtype: torch.dtype, with_reference: bool
             try:
                 kernel = choose(spec, name)
             except KernelError as error:
-                Console(stderr=True).print(f"not measured: {error}", markup=False)
+                on_refusal(error)
                 continue
             if name == "reference" and not with_reference:
                 continue
@@ -169,29 +202,6 @@ def of_byte_limit(times: Times, weight_bytes: Mapping[str, int]) -> dict[str, fl
         for name, size in weight_bytes.items()
         if name != READ
     }
-
-
-def table(results: Sequence[Result]) -> Table:
-    """One shape: a section per number of tokens, a line per candidate; speedups below 1 in red."""
-    shown = Table(title=f"{results[0].out_features} x {results[0].in_features}", box=box.SIMPLE_HEAD)
-    for name in ("tokens", "layer", "ms", "over\ntorch", "over\nvllm", "over the\nfaster", "of byte\nlimit"):
-        shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
-    for result in results:
-        first = str(result.tokens)
-        for name, median_s in result.median_s.items():
-            ratios = [result.speedup_over[dense].get(name) for dense in DENSE] + [result.speedup.get(name)]
-            limit = result.of_byte_limit.get(name)
-            share = "" if limit is None else f"{100 * limit:.0f} %"
-            shown.add_row(first, name, f"{median_s * 1e3:.3f}", *map(_ratio, ratios), share)
-            first = ""
-        shown.add_section()
-    return shown
-
-
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"[red]{value:.2f}x[/red]" if value < 1 else f"{value:.2f}x"
 
 
 def panels(results: Sequence[Result]) -> list[Panel]:

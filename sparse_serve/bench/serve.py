@@ -1,4 +1,7 @@
-"""`sparse-serve bench serve`: is a sparse model faster to its clients than its dense base?
+"""Is a sparse model faster to its clients than its dense base?
+
+    runs = run(ServeRequest(dense="DENSE", sparse="SPARSE"))
+    compare(runs)
 
 Load comes from vLLM's own `vllm bench serve`, on random prompts of about the same length, with as many requests under
 way as there are clients. A round serves both models, one after the other: two servers on one machine would take
@@ -12,21 +15,18 @@ with it the prompt.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, Field
 
-from maskgen.core.files import read_json, write_json
+from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
 from sparse_serve.bench.record import facts
 from sparse_serve.runtime import processes
@@ -44,6 +44,8 @@ class Metric:
     title: str
     more_is_better: bool
 
+
+Positive = Annotated[int, Field(ge=1)]
 
 METRICS = (
     Metric("decode_tokens_per_s", "decode, tokens/s", True),
@@ -80,23 +82,50 @@ class Comparison:
         return statistics.median(self.ratios)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Measure, print the table, write JSON. Returns 0; raises `BenchError` when a server or a run fails."""
-    directories = {"dense": args.dense, "sparse": args.sparse}
-    check(args.dense, args.sparse)
+class ServeRequest(BaseModel):
+    """Which two models, under which loads. Raises `pydantic.ValidationError` for a value out of range.
+
+    Each of `clients` is a load: so many clients, each with `requests` requests one after the other. `vllm_flags` go to
+    both servers. Every round serves both models.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Path
+    sparse: Path
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    clients: tuple[Positive, ...] = (1, 8)
+    requests: Positive = 4
+    input_tokens: Positive = 128
+    output_tokens: Annotated[int, Field(ge=2)] = 128
+    rounds: Positive = 3
+    vllm_flags: tuple[str, ...] = ()
+
+
+def run(request: ServeRequest, on_progress: Callable[[str], None] = lambda text: None) -> list[Run]:
+    """Serve both models in turn and put them under load; takes minutes. Raises `BenchError` when a server or a run
+    fails, `SettingsError` if the two are not a dense and a sparse form of one model."""
+    check(request.dense, request.sparse)
     processes.lead()  # servers end with this process however it ends
-    flags = ["--dtype", args.dtype, "--no-enable-prefix-caching", *args.vllm_flags]
-    loads = [Load(clients, args.requests, args.input_tokens, args.output_tokens) for clients in args.clients]
+    directories = {"dense": request.dense, "sparse": request.sparse}
+    flags = ["--dtype", request.dtype, "--no-enable-prefix-caching", *request.vllm_flags]
+    loads = [
+        Load(clients, request.requests, request.input_tokens, request.output_tokens) for clients in request.clients
+    ]
     runs: list[Run] = []
     with temporary() as work_dir:
-        for number in range(args.rounds):
+        for number in range(request.rounds):
             for model in MODELS if number % 2 == 0 else MODELS[::-1]:
-                runs += _serve(model, number, directories[model], flags, loads, work_dir)
-    compared = compare(runs)
-    Console().print(table(compared))
-    if args.json:
-        write_json(args.json, {**facts(), **_settings(args), **_results(runs, compared)})
-    return 0
+                on_progress(f"round {number + 1}: starting the {model} server")
+                with serving(directories[model], flags, work_dir) as url:
+                    for load in loads:
+                        vllm = bench_serve(url, directories[model], load, number, work_dir)
+                        runs.append(Run(model, number, load.clients, figures(vllm, load.clients), vllm))
+                        decode = runs[-1].figures["decode_tokens_per_s"]
+                        on_progress(
+                            f"round {number + 1}: {model}, clients: {load.clients}, {decode:.1f} tokens/s decoding"
+                        )
+    return runs
 
 
 @contextmanager
@@ -111,21 +140,6 @@ def temporary() -> Iterator[Path]:
     finally:
         if not is_wanted:
             shutil.rmtree(path)
-
-
-def _serve(
-    model: str, number: int, directory: Path, flags: Sequence[str], loads: Sequence[Load], work_dir: Path
-) -> list[Run]:
-    """Start the server of one model and put it under each load."""
-    say, runs = Console(stderr=True).print, []
-    say(f"round {number + 1}: starting the {model} server")
-    with serving(directory, flags, work_dir) as url:
-        for load in loads:
-            vllm = bench_serve(url, directory, load, number, work_dir)
-            runs.append(Run(model, number, load.clients, figures(vllm, load.clients), vllm))
-            decode = runs[-1].figures["decode_tokens_per_s"]
-            say(f"round {number + 1}: {model}, clients: {load.clients}, {decode:.1f} tokens/s decoding")
-    return runs
 
 
 def check(dense_dir: Path, sparse_dir: Path) -> None:
@@ -167,40 +181,14 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     return compared
 
 
-def table(compared: Sequence[Comparison]) -> Table:
-    """A section per number of clients; where sparse is worse its ratio is red."""
-    rounds = len(compared[0].ratios)
-    title = f"a sparse model served against its dense base (rounds: {rounds})"
-    shown = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in ("clients", "", "dense", "sparse", "better", "by round"):
-        shown.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
-    for row in compared:
-        is_first = row.metric == METRICS[0]
-        ratio = f"{row.ratio:.2f}x"
-        lowest, highest = min(row.ratios), max(row.ratios)
-        shown.add_row(
-            str(row.clients) if is_first else "",
-            row.metric.title,
-            f"{row.dense:.1f}",
-            f"{row.sparse:.1f}",
-            f"[red]{ratio}[/red]" if row.ratio < 1 else ratio,
-            f"{lowest:.2f} to {highest:.2f}" if rounds > 1 else "",
-            end_section=row.metric == METRICS[-1],
-        )
-    return shown
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def record(request: ServeRequest, runs: Sequence[Run]) -> dict[str, Any]:
+    """What a result file holds: settings, versions, machine, comparisons and every figure of every run."""
     names = ("dtype", "requests", "input_tokens", "output_tokens", "rounds", "vllm_flags")
     return {
-        "model": args.dense.resolve().name,
-        "config": read_json(args.dense / "config.json"),
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def _results(runs: Sequence[Run], compared: Sequence[Comparison]) -> dict[str, Any]:
-    return {
+        **facts(),
+        "model": request.dense.resolve().name,
+        "config": read_json(request.dense / "config.json"),
+        **{name: getattr(request, name) for name in names},
         "results": [
             {
                 "clients": row.clients,
@@ -210,7 +198,7 @@ def _results(runs: Sequence[Run], compared: Sequence[Comparison]) -> dict[str, A
                 "ratio": row.ratio,
                 "ratios": row.ratios,
             }
-            for row in compared
+            for row in compare(runs)
         ],
         "runs": [vars(run) for run in runs],
     }

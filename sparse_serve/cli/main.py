@@ -1,14 +1,12 @@
 """The command line: `sparse-serve serve | generate | bench | tune | doctor | gate`.
 
-A verb's module is imported when the verb is used, so that `--help` answers in a fraction of a second.
+Each verb is the file of its name in this folder, with `add_arguments(parser)` and `main(args) -> exit code`. It is
+imported when it is used, so that `--help` answers in a fraction of a second.
 """
 
 import argparse
-import asyncio
 import importlib
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,20 +16,15 @@ from sparse_serve.runtime import processes
 processes.follow()  # vLLM's spawned processes import this module before anything of vLLM
 
 _VERBS = {
-    "serve": ("sparse_serve.cli.main", "serve a checkpoint over HTTP (OpenAI API) and gRPC"),
-    "generate": ("sparse_serve.cli.generate", "send one prompt to a running server over gRPC"),
-    "bench": ("sparse_serve.bench.flags", "time sparse layers and models against dense ones on this machine"),
-    "tune": ("sparse_serve.cli.tune", "measure which kernel is best for each layer, and remember it for the server"),
-    "doctor": (
-        "sparse_serve.cli.doctor",
-        "is a checkpoint sound, which kernels serve it, is it faster and smaller here?",
-    ),
-    "gate": ("sparse_serve.gate.run", "prove that a sparse checkpoint is good enough to replace its dense base"),
+    "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",
+    "generate": "send one prompt to a running server over gRPC",
+    "bench": "time sparse layers and models against dense ones on this machine",
+    "tune": "measure which kernel is best for each layer, and remember it for the server",
+    "doctor": "is a checkpoint sound, which kernels serve it, is it faster and smaller here?",
+    "gate": "prove that a sparse checkpoint is good enough to replace its dense base",
 }
-_TOOLS = ("bench", "tune", "doctor")
-_SERVE_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:
---max-model-len 4096, --tensor-parallel-size 2, --dtype float32, ...
-`python -m sparse_serve.cli.vllm serve --help=all` lists them."""
+_TAKES_VLLMS_FLAGS = ("serve",)
+_USES_VLLMS_LAYERS = ("bench", "tune", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,74 +46,24 @@ def _run(arguments: list[str]) -> int:
     if verb not in _VERBS:
         _top_parser().parse_args(arguments or ["--help"])
         return 0
-    if verb in _TOOLS:
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # they borrow a layer of vLLM's, and print tables
-    module = importlib.import_module(_VERBS[verb][0])
-    if verb == "serve":
-        return _serve(arguments[1:])
-    parser = argparse.ArgumentParser(prog=f"sparse-serve {verb}", description=_VERBS[verb][1])
+    if verb in _USES_VLLMS_LAYERS:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # what it logs on the way would stand between the tables
+    module = importlib.import_module(f"sparse_serve.cli.{verb}")
+    parser = argparse.ArgumentParser(prog=f"sparse-serve {verb}", description=_VERBS[verb], allow_abbrev=False)
     module.add_arguments(parser)
-    return int(module.main(parser.parse_args(arguments[1:])))
+    args, others = parser.parse_known_args(arguments[1:])
+    args.others = others
+    if others and verb not in _TAKES_VLLMS_FLAGS:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return int(module.main(args))
 
 
 def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparse-serve", description="Serve N:M sparse language models on vLLM.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, (_, description) in _VERBS.items():
+    for name, description in _VERBS.items():
         verbs.add_parser(name, help=description)
     return parser
-
-
-def _serve(arguments: list[str]) -> int:
-    from sparse_serve.cli import settings as settings_flags
-
-    parser = argparse.ArgumentParser(
-        prog="sparse-serve serve",
-        usage="%(prog)s MODEL [flags]",
-        description=_VERBS["serve"][1],
-        epilog=_SERVE_EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="directory of a sparse or dense checkpoint, or a Hugging Face model name; comes before vLLM's flags",
-    )
-    settings_flags.add_arguments(parser)
-    ours, vllm_flags = parser.parse_known_args(arguments)
-    settings = settings_flags.settings_of(ours)
-
-    from prometheus_client import REGISTRY
-
-    from sparse_serve.api import grpc_v1, http_openai, ops
-    from sparse_serve.cli.serve import Server
-    from sparse_serve.engine.vllm_engine import VllmEngine
-
-    engine = VllmEngine(ours.model, vllm_flags, settings.drain_s)
-
-    async def run() -> int:
-        server = Server(engine, settings, [ops, http_openai, grpc_v1], REGISTRY, _announce)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.stop)
-        try:
-            return await server.run()
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-                # all is closed; another signal must not turn the exit code into a failure
-                signal.signal(number, signal.SIG_IGN)
-
-    code = asyncio.run(run())
-    if engine.is_loading:
-        # stopped in the middle of a download, say, whose threads Python would wait for
-        logging.shutdown()
-        os._exit(code)
-    return code
-
-
-def _announce(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,142 +1,126 @@
-"""The process: one engine, its APIs, and their life from the first bound port to the last freed one.
+"""`sparse-serve serve MODEL`: an OpenAI API over HTTP and a gRPC API, on vLLM.
 
-    bind the ports      a clash is known at once; every API answers "unavailable" from here on
-    start the engine    tens of seconds; a signal now ends it
-    serve               APIs attach to the engine, ready is set last, the banner is printed
-    drain               on `stop` (a signal): not ready, refuse new requests, wait for running ones up to `drain_s`
-    stop                APIs, then the HTTP port, then the engine
-
-The exit code is 0 after a signal, 1 if the engine died. A second signal changes nothing: what could be hurried has a
-time limit already, and an impatient kill is what leaves processes behind.
+Prints when the engine starts, what to call once it is ready, what is slower than it should be, and how it ends. All
+else goes to a log file (`terminal`), or is printed too with `--verbose`.
 """
 
+import argparse
 import asyncio
 import json
 import logging
+import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from prometheus_client import CollectorRegistry
-
-from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.server.admission import Admission, Phase
-from sparse_serve.server.context import Api, ServerContext
-from sparse_serve.server.listener import HttpListener
-from sparse_serve.server.metrics import Metrics
+from maskgen.core.errors import SparseError
+from sparse_serve.cli import settings as settings_flags
+from sparse_serve.cli import terminal
+from sparse_serve.cli.terminal import Terminal
+from sparse_serve.engine import Engine, EngineInfo, KernelChoice
+from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Server, Stopped
 from sparse_serve.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_WATCH_S = 0.25
-_FAIL_S = 2.0
-_ENGINE_STOP_S = 5.0
+_EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:
+--max-model-len 4096, --tensor-parallel-size 2, --dtype float32, ...
+`python -m sparse_serve.cli.vllm serve --help=all` lists them."""
+
+_REFERENCE = "reference"
+_NOISE = 1.05
+"""What two measurements of the same thing may differ by."""
 
 
-class Server:
-    """One engine behind the given APIs. `run` once."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        settings: Settings,
-        apis: Sequence[ModuleType],
-        registry: CollectorRegistry,
-        announce: Callable[[str], None],
-    ) -> None:
-        self._metrics = Metrics(registry)
-        admission = Admission(self._metrics)
-        listener = HttpListener(settings.host, settings.http_port, admission, settings.max_message_bytes)
-        self.server_context = ServerContext(engine, settings, admission, listener)
-        self._apis: list[Api] = [module.create(self.server_context) for module in apis]
-        self._announce = announce
-        self._stopping = asyncio.Event()
-
-    async def run(self) -> int:
-        """Serve until `stop` is called or the engine dies. Returns the exit code; raises what kept it from starting."""
-        try:
-            addresses = await self._listen()
-            info = await self._start_engine()
-            if info is None:
-                logger.info("stopped while starting")
-                return 0
-            await self._open(info, addresses)
-            return await self._until_the_end()
-        finally:
-            await self._close()
-
-    def stop(self) -> None:
-        """Drain and end, from the event loop's thread. Calling it again changes nothing."""
-        self._stopping.set()
-
-    async def _listen(self) -> dict[str, str]:
-        http = await self.server_context.listener.start()
-        grpc = [await api.start() for api in self._apis]
-        return {"http": http, "grpc": next(filter(None, grpc), "")}
-
-    async def _start_engine(self) -> EngineInfo | None:
-        """The started engine's info, or None when `stop` came first."""
-        starting = asyncio.create_task(self.server_context.engine.start())
-        stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if starting.done():
-            return starting.result()
-        await self.server_context.engine.stop(0.0)
-        # what still runs in the start thread, a download say, may end when it likes
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        return None
-
-    async def _open(self, info: EngineInfo, addresses: dict[str, str]) -> None:
-        server_context = self.server_context
-        server_context.info = info
-        self._metrics.show(info)
-        for api in self._apis:
-            await api.serve()
-        server_context.admission.phase = Phase.READY
-        self._announce(banner(info, addresses["http"], addresses["grpc"]))
-
-    async def _until_the_end(self) -> int:
-        server_context = self.server_context
-        while not self._stopping.is_set() and not server_context.engine.died:
-            try:
-                await asyncio.wait_for(self._stopping.wait(), _WATCH_S)
-            except TimeoutError:
-                continue
-        # a Ctrl-C reaches the engine process too, which then ends by itself: that is no death
-        died = server_context.engine.died and not self._stopping.is_set()
-        server_context.admission.phase = Phase.DEAD if died else Phase.DRAINING
-        for api in self._apis:
-            await api.drain()
-        if died:
-            logger.error("the engine has died; going down")
-            await server_context.admission.wait_idle(_FAIL_S)
-            return 1
-        await self._drain()
-        return 0
-
-    async def _drain(self) -> None:
-        admission, drain_s = self.server_context.admission, self.server_context.settings.drain_s
-        logger.info("draining: %d requests get up to %g s", admission.in_flight, drain_s)
-        if not await admission.wait_idle(drain_s):
-            logger.warning("%d requests did not finish in %g s and are cut off", admission.in_flight, drain_s)
-
-    async def _close(self) -> None:
-        """Stop everything that was started, whatever state it is in, and whatever fails on the way."""
-        closers = [api.stop(0.0) for api in reversed(self._apis)]
-        closers.insert(0, self.server_context.listener.stop(0.0))
-        closers.append(self.server_context.engine.stop(_ENGINE_STOP_S))
-        for closer in closers:
-            try:
-                await closer
-            except Exception:
-                logger.exception("while stopping")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sparse-serve serve`, without vLLM's."""
+    parser.usage, parser.epilog = "%(prog)s MODEL [flags]", _EPILOG
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory of a sparse or dense checkpoint, or a Hugging Face model name; comes before vLLM's flags",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print the log of vLLM and the server, write no file")
+    settings_flags.add_arguments(parser)
 
 
-def banner(info: EngineInfo, http: str, grpc: str) -> str:
+def main(args: argparse.Namespace) -> int:
+    """Serve until a signal comes; `args.others` are vLLM's flags. Returns 0, 1 if the engine died, 2 for bad input."""
+    settings = settings_flags.settings_of(args)
+
+    from sparse_serve.engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(args.model, args.others, settings.drain_s)
+    shown = terminal.plain() if args.verbose else terminal.redirected()
+    hint = f"\nlog: {shown.log}" if shown.log else ""
+    try:
+        code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
+    except (SparseError, OSError) as error:
+        shown.note(f"sparse-serve: error: {error}{hint}")
+        return 2
+    except Exception as error:
+        logger.exception("the server failed")
+        shown.note(f"sparse-serve: error: {type(error).__name__}: {error}{hint}")
+        return 1
+    if engine.is_loading:
+        # stopped in the middle of a download, say, whose threads Python would wait for
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event], None]) -> int:
+    from prometheus_client import REGISTRY
+
+    from sparse_serve.api import grpc_v1, http_openai, ops
+
+    server = Server(engine, settings, [ops, http_openai, grpc_v1], REGISTRY, on_event)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    try:
+        return await server.run()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            # all is closed; another signal must not turn the exit code into a failure
+            signal.signal(number, signal.SIG_IGN)
+
+
+class Reporter:
+    """Words for the server's events. Called in the order they happen."""
+
+    def __init__(self, shown: Terminal, model: str) -> None:
+        self._shown, self._model = shown, model
+        self._started_s = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Print one event."""
+        match event:
+            case Listening():
+                where = f"; log: {self._shown.log} (--verbose prints it)" if self._shown.log else ""
+                self._shown.note(f"starting the engine on {self._model}{where}")
+            case Ready(info, http, grpc):
+                self._shown.note(f"started in {time.monotonic() - self._started_s:.1f} s")
+                self._shown.say(ready_block(info, http, grpc))
+                for warning in warnings(info):
+                    self._shown.note(f"warning: {warning}")
+            case Draining(requests, limit_s):
+                running = f"{requests} running request{'s' * (requests != 1)} (up to {limit_s:g} s)"
+                self._shown.note(f"stopping: waiting for {running}" if requests else "stopping")
+            case CutOff(requests, limit_s):
+                self._shown.note(f"{requests} request{'s' * (requests != 1)} did not finish in {limit_s:g} s: cut off")
+            case EngineDied():
+                where = f"; log: {self._shown.log}" if self._shown.log else ""
+                self._shown.note(f"sparse-serve: error: the engine has died{where}")
+            case Stopped():
+                self._shown.note("stopped")
+
+
+def ready_block(info: EngineInfo, http: str, grpc: str) -> str:
     """What a person wants to read and paste once the server is up."""
     share = f"{info.sparse_layers} sparse layers" if info.sparse_layers else "a dense model"
     body = json.dumps({"model": info.model, "prompt": "Hello", "max_tokens": 16})
@@ -151,6 +135,25 @@ ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
         {shlex.join(generate)}
   see   {shlex.join(["curl", f"http://{http}/metrics"])}
 """
+
+
+def warnings(info: EngineInfo) -> list[str]:
+    """What is slower than a dense model would be, a line each: layers on the last-resort kernel, and as measured."""
+    lines = []
+    if unaided := info.kernels.get(_REFERENCE, 0):
+        lines.append(f"{unaided} of {info.sparse_layers} sparse layers run on the slow kernel `{_REFERENCE}`")
+    slower = [choice for choice in info.choices if choice.speedup * _NOISE < 1]
+    if slower:
+        worst = min(slower, key=lambda choice: choice.speedup)
+        lines.append(
+            f"slower than dense for {_tokens(slower)} tokens in a step, at worst {worst.speedup:.2f}x (a layer of "
+            f"{worst.out_features}x{worst.in_features}, {worst.tokens} tokens)"
+        )
+    return [f"{line}; `sparse-serve doctor` says more" for line in lines]
+
+
+def _tokens(choices: Sequence[KernelChoice]) -> str:
+    return ", ".join(map(str, sorted({choice.tokens for choice in choices})))
 
 
 def _this_command() -> list[str]:

@@ -91,7 +91,7 @@ class VllmEngine:
                 if isinstance(error, SparseError) or not isinstance(error, Exception):
                     raise
                 logger.exception("vLLM did not start")
-                why = heard() or f"{_last_line(error)}; the log above says more"
+                why = heard() or f"{_last_line(error)}; the log says more"
                 raise EngineStartError(f"the engine did not start: {why}") from None
 
     def _load(self) -> None:

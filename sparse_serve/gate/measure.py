@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,6 @@ class Request:
     dtype: str
 
 
-def measure(model_dir: Path, request: Request, make_engine: MakeEngine, work_dir: Path) -> Measured:
-    """Measure one model both ways. Raises `GateError` when either stack cannot."""
-    offline, windows = measure_offline(model_dir, request, work_dir)
-    return asyncio.run(_measure_served(make_engine(model_dir), offline, windows))
-
-
 def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
     """Run `maskgen eval`; returns its result and the windows it scored."""
     result_path, windows_path = work_dir / f"{model_dir.name}.json", work_dir / f"{model_dir.name}.windows.json"
@@ -65,7 +60,18 @@ def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[
     return offline, [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
 
 
-async def _measure_served(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
+def measure_served(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
+    """Start the engine, score the windows, stop it. Works inside of a running event loop too (a notebook's)."""
+    scoring = _score(engine, offline, windows)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(scoring)
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(asyncio.run, scoring).result()
+
+
+async def _score(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
     try:
         info = await engine.start()
         logger.info("%s: scoring %d windows through the engine", info.model, len(windows))
@@ -85,7 +91,7 @@ async def score_windows(engine: Engine, windows: list[Window], protocol: Protoco
             logprobs = (await engine.score(window.ids))[window.first_scored - 1 :]
         nll = -math.fsum(logprobs) / len(logprobs)
         if not math.isfinite(nll):
-            raise GateError(f"the engine's mean log-probability of a window is {-nll}; try --dtype float32")
+            raise GateError(f"the engine's mean log-probability of a window is {-nll}; try dtype float32")
         return nll
 
     nll = await asyncio.gather(*map(score, windows))

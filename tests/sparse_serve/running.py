@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry
 
 from sparse_serve.api import grpc_v1, ops
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
-from sparse_serve.cli.serve import Server
 from sparse_serve.engine import GenerateRequest, Sampling
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.server.context import ServerContext
+from sparse_serve.server.lifecycle import Event, Listening, Ready, Server
 from sparse_serve.server.settings import Settings
 
 
@@ -75,11 +75,19 @@ class Running:
     task: "asyncio.Task[int]"
     http: httpx.AsyncClient
     channel: grpc.aio.Channel
-    banners: list[str]
+    events: list[Event]
 
     @property
     def stub(self) -> generation_pb2_grpc.GenerationServiceStub:
         return generation_pb2_grpc.GenerationServiceStub(self.channel)
+
+    @property
+    def grpc_address(self) -> str:
+        return next(event.grpc for event in self.events if isinstance(event, Listening))
+
+    @property
+    def is_ready(self) -> bool:
+        return any(isinstance(event, Ready) for event in self.events)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -95,26 +103,21 @@ class Running:
 async def running(engine: FakeEngine | None = None, ready: bool = True, **settings) -> AsyncIterator[Running]:
     """A server on free ports, ready unless told otherwise; stopped at the end."""
     engine = engine or FakeEngine()
-    registry, banners, addresses = CollectorRegistry(), [], {}
+    registry, events = CollectorRegistry(), []
     options = Settings(**{"http_port": 0, "grpc_port": 0, "drain_s": 5.0} | settings)
-    server = Server(engine, options, [ops, grpc_v1, ECHO], registry, banners.append)
-    listen = server._listen
-
-    async def listen_and_tell() -> dict[str, str]:
-        addresses.update(await listen())
-        return addresses
-
-    server._listen = listen_and_tell
+    server = Server(engine, options, [ops, grpc_v1, ECHO], registry, events.append)
     task = asyncio.create_task(server.run())
+    wanted = Ready if ready else Listening
     async with asyncio.timeout(10):
-        while not (banners if ready else addresses) and not task.done():
+        while not any(isinstance(event, wanted) for event in events) and not task.done():
             await asyncio.sleep(0.005)
     if task.done():
         task.result()
+    (listening,) = [event for event in events if isinstance(event, Listening)]
     async with (
-        httpx.AsyncClient(base_url=f"http://{addresses['http']}", timeout=10) as http,
-        grpc.aio.insecure_channel(addresses["grpc"]) as channel,
+        httpx.AsyncClient(base_url=f"http://{listening.http}", timeout=10) as http,
+        grpc.aio.insecure_channel(listening.grpc) as channel,
     ):
-        yield Running(server, engine, registry, task, http, channel, banners)
+        yield Running(server, engine, registry, task, http, channel, events)
         server.stop()
         await asyncio.wait_for(task, 15)

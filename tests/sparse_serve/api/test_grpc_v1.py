@@ -173,7 +173,7 @@ async def test_health_follows_the_phase(service: str) -> None:
         assert await health_of(server, service) == NOT_SERVING
         error = await failure(server.stub.Generate(text_request()))
         assert (error.code(), "starting" in error.details()) == (grpc.StatusCode.UNAVAILABLE, True)
-        await server.until(lambda: server.banners)
+        await server.until(lambda: server.is_ready)
         assert await health_of(server, service) == SERVING
         server.engine.delay_s = 0.05
         call = server.stub.Generate(text_request(max_tokens=10))

@@ -8,7 +8,7 @@ async def test_ready_follows_the_phase() -> None:
     async with running(FakeEngine(start_s=0.2), ready=False) as server:
         response = await server.http.get("/ready")
         assert (response.status_code, response.json()["phase"]) == (503, "starting")
-        await server.until(lambda: server.banners)
+        await server.until(lambda: server.is_ready)
         assert (await server.http.get("/ready")).status_code == 200
         server.engine.delay_s = 0.05
         async with server.http.stream("POST", "/v1/completions", json={"prompt": "ab", "max_tokens": 10}):
@@ -21,7 +21,7 @@ async def test_ready_follows_the_phase() -> None:
 async def test_info_shows_engine_and_settings_once_started() -> None:
     async with running(FakeEngine(start_s=0.2), ready=False, max_stop=5) as server:
         assert (await server.http.get("/sparse-serve/info")).json()["engine"] is None
-        await server.until(lambda: server.banners)
+        await server.until(lambda: server.is_ready)
         info = (await server.http.get("/sparse-serve/info")).json()
     assert info["engine"]["kernels"] == {"reference": 2, "cpu": 1}
     assert info["settings"]["max_stop"] == 5

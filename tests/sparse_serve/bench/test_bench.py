@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparse_serve.bench import flags, record, roofline
 from sparse_serve.bench import kernels as bench_kernels
+from sparse_serve.bench import record, roofline
 from sparse_serve.bench.kernels import DENSE, READ, Result
 from sparse_serve.bench.roofline import Panel, Point, Roof
+from sparse_serve.cli import bench as cli_bench
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.tuning.timing import Times
 
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    flags.add_arguments(parser)
+    cli_bench.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -98,7 +99,7 @@ def results() -> list[Result]:
 
 def test_the_table_has_every_ratio_and_shows_where_dense_wins() -> None:
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(bench_kernels.table(results()))
+    console.print(cli_bench.kernels_table(results()))
     shown = console.export_text(styles=True)
     line = next(line for line in shown.splitlines() if " cpu " in line)
     assert re.sub(r"\x1b\[[0-9;]*m", "", line).split() == ["cpu", "0.000", "1.00x", "0.50x", "0.50x", "25", "%"]

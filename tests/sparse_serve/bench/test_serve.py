@@ -16,7 +16,8 @@ from rich.console import Console
 
 from sparse_serve.bench import load, serve
 from sparse_serve.bench.load import Load, incomplete, serving
-from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures, table
+from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures
+from sparse_serve.cli.bench import serve_table
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
 
@@ -65,7 +66,7 @@ def test_ratios_are_within_rounds_and_above_one_where_sparse_is_better() -> None
 def test_the_table_has_a_section_per_load_and_shows_where_sparse_is_worse() -> None:
     runs = [run(model, 0, clients, 10.0 * (1 + MODELS.index(model))) for clients in (1, 8) for model in MODELS]
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(table(compare(runs)))
+    console.print(serve_table(compare(runs)))
     plain = console.export_text(clear=False)
     lines = [line.split() for line in plain.splitlines() if "decode" in line]
     assert lines == [

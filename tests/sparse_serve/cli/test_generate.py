@@ -9,8 +9,7 @@ from tests.sparse_serve.running import Running, running
 
 
 async def generate(server: Running, *flags: str) -> int:
-    address = server.banners[0].split("--address ")[1].split()[0]
-    return await asyncio.to_thread(cli.main, ["generate", "--address", address, *flags, "abc"])
+    return await asyncio.to_thread(cli.main, ["generate", "--address", server.grpc_address, *flags, "abc"])
 
 
 async def test_the_answer_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

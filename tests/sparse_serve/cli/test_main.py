@@ -26,7 +26,7 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
     assert all(verb in run.stdout for verb in ("serve", "generate", "gate"))
 
 
-@pytest.mark.parametrize("verb", ["generate", "gate"])
+@pytest.mark.parametrize("verb", ["generate", "gate", "bench", "tune", "doctor"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([verb, "--help"])
@@ -72,10 +72,10 @@ def test_wrong_input_is_one_line_and_code_2(
 
 
 def gate_stub(monkeypatch: pytest.MonkeyPatch, main: object) -> None:
-    gate = ModuleType("sparse_serve.gate.run")
+    gate = ModuleType("sparse_serve.cli.gate")
     gate.add_arguments = lambda parser: parser.add_argument("--dense")  # type: ignore[attr-defined]
     gate.main = main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sparse_serve.gate.run", gate)
+    monkeypatch.setitem(sys.modules, "sparse_serve.cli.gate", gate)
 
 
 def test_gate_gets_its_arguments_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def load(engine):
 
 vllm_engine.VllmEngine._load = load
 vllm_engine._KILL_AFTER_S = 0.1
-sys.exit(cli.main(["serve", sys.argv[1], "--http-port=0", "--grpc-port=0"]))
+sys.exit(cli.main(["serve", sys.argv[1], "--verbose", "--http-port=0", "--grpc-port=0"]))
 """
 
 

@@ -1,38 +1,28 @@
-"""The life of the process: start, ready, drain, death; with a fake engine."""
+"""What `sparse-serve serve` prints: few lines, commands that can be pasted, warnings, and everything else to a file."""
 
-import asyncio
 import dataclasses
 import json
-import logging
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-import grpc
-import httpx
 import pytest
 
-from sparse_serve.api.pb.v1 import generation_pb2 as pb
-from sparse_serve.cli.serve import banner
-from sparse_serve.engine.fake import INFO, FakeEngine
-from sparse_serve.runtime.errors import EngineStartError, PortInUseError
-from tests.sparse_serve.running import running
+from sparse_serve.cli import terminal
+from sparse_serve.cli.serve import Reporter, ready_block, warnings
+from sparse_serve.cli.terminal import Terminal
+from sparse_serve.engine import KernelChoice
+from sparse_serve.engine.fake import INFO
+from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Stopped
 
-
-async def test_the_banner_comes_last_and_its_addresses_are_real() -> None:
-    async with running() as server:
-        (banner,) = server.banners
-        assert str(server.http.base_url) in banner
-        assert "3 sparse layers" in banner
-        address = banner.split("--address ")[1].split()[0]
-        async with grpc.aio.insecure_channel(address) as channel:
-            await channel.channel_ready()
-        assert server.metric("sparse_serve_ready") == 1
+LOG = Path("/logs/serve.log")
 
 
 def printed(*start: str, model: str = "fake", grpc: str = "127.0.0.1:2") -> list[str]:
-    """The words of the banner's line that starts with these, as a shell reads it."""
-    lines = banner(dataclasses.replace(INFO, model=model), "127.0.0.1:1", grpc).splitlines()
+    """The words of the ready block's line that starts with these, as a shell reads it."""
+    lines = ready_block(dataclasses.replace(INFO, model=model), "127.0.0.1:1", grpc).splitlines()
     (words,) = [shlex.split(line) for line in lines if shlex.join(start) in line]
     return words
 
@@ -53,95 +43,76 @@ def test_the_printed_command_needs_no_path(tmp_path: Path, monkeypatch: pytest.M
     assert words[:4] == [str(folder / "sparse-serve"), "generate", "--address", "[::1]:2"]
 
 
-async def test_the_engine_is_described_by_metrics() -> None:
-    async with running() as server:
-        assert server.metric("sparse_serve_sparse_layers", kernel="reference") == 2
-        assert server.metric("sparse_serve_sparse_layers", kernel="cpu") == 1
-        labels = {"out_features": "64", "in_features": "32", "values": "float", "tokens": "4", "kernel": "cpu"}
-        assert server.metric("sparse_serve_kernel_speedup", **labels) == 1.5
-        assert server.metric("sparse_serve_dense_layers") == 1
-        assert server.metric("sparse_serve_weight_bytes", kind="resident") == 900
-        assert server.metric("sparse_serve_weight_bytes", kind="dense_equivalent") == 1600
+def said(capsys: pytest.CaptureFixture[str], *events: Event) -> tuple[str, str]:
+    report = Reporter(Terminal(sys.stdout, sys.stderr, LOG), "DIR")
+    for event in events:
+        report(event)
+    return capsys.readouterr()
 
 
-async def test_stop_lets_running_requests_finish_on_both_apis_then_ends_with_0() -> None:
-    async with running(FakeEngine(delay_s=0.03)) as server:
-        over_grpc = server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=12)))
-        body = {"prompt": "ab", "max_tokens": 12}
-        over_http = asyncio.create_task(server.http.post("/v1/completions", json=body))
-        await server.until(lambda: server.engine.unfinished == 2)
-        server.server.stop()
-        server.server.stop()
-        assert (await over_grpc).text == (await over_http).text == "ab" * 6
-        assert await server.task == 0
-    assert server.engine.stopped and server.engine.aborted == []
+def test_a_start_and_a_quiet_end_are_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    fast = dataclasses.replace(INFO, kernels={"cpu": 3})
+    listening = Listening("127.0.0.1:1", "127.0.0.1:2")
+    out, err = said(capsys, listening, Ready(fast, "127.0.0.1:1", "127.0.0.1:2"), Draining(0, 30), Stopped())
+    assert out.startswith("\nready: fake (3 sparse layers")
+    start, started, stopping, stopped = err.splitlines()
+    assert "DIR" in start and str(LOG) in start and "--verbose" in start
+    assert started.startswith("started in ")
+    assert (stopping, stopped) == ("stopping", "stopped")
+    assert len((out + err).splitlines()) <= 13
 
 
-async def test_requests_that_do_not_finish_in_time_are_cut_off() -> None:
-    async with running(FakeEngine(delay_s=0.05), drain_s=0.2) as server:
-        call = server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=4000)))
-        body = {"prompt": "ab", "max_tokens": 4000}
-        over_http = asyncio.create_task(server.http.post("/v1/completions", json=body))
-        await server.until(lambda: server.engine.unfinished == 2)
-        server.server.stop()
-        with pytest.raises(grpc.aio.AioRpcError):
-            await call
-        with pytest.raises(httpx.HTTPError):
-            await over_http
-        async with asyncio.timeout(4):
-            assert await server.task == 0
-    assert len(server.engine.aborted) == 2
-    assert server.metric("sparse_serve_cancelled_total", api="grpc") == 0, "the client did not cancel"
+def test_requests_that_are_waited_for_or_cut_off_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, Draining(2, 30), CutOff(1, 30), EngineDied())[1].splitlines() == [
+        "stopping: waiting for 2 running requests (up to 30 s)",
+        "1 request did not finish in 30 s: cut off",
+        f"sparse-serve: error: the engine has died; log: {LOG}",
+    ]
 
 
-async def test_stop_during_the_start_ends_with_0_and_no_engine() -> None:
-    """Even if the start never ends: a fake engine's goes on after its `stop`, as a download does."""
-    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
-        server.server.stop()
-        async with asyncio.timeout(5):
-            assert await server.task == 0
-    assert server.engine.stopped and not server.banners
+def test_what_is_slower_than_dense_is_a_line_each() -> None:
+    speedups = {1: 2.0, 4: 0.97, 16: 0.8}
+    choices = tuple(KernelChoice(64, 32, "float", tokens, "cpu", speed) for tokens, speed in speedups.items())
+    assert warnings(dataclasses.replace(INFO, kernels={"cpu": 3}, choices=choices)) == [
+        "slower than dense for 16 tokens in a step, at worst 0.80x (a layer of 64x32, 16 tokens); "
+        "`sparse-serve doctor` says more"
+    ]
+    assert warnings(dataclasses.replace(INFO, kernels={"reference": 2, "cpu": 1}, choices=())) == [
+        "2 of 3 sparse layers run on the slow kernel `reference`; `sparse-serve doctor` says more"
+    ]
+    assert warnings(dataclasses.replace(INFO, kernels={"cpu": 3}, choices=choices[:2])) == []
 
 
-async def test_an_engine_that_does_not_start_closes_everything() -> None:
-    engine = FakeEngine(start_error=EngineStartError("no memory"))
-    with pytest.raises(EngineStartError, match="no memory"):
-        async with running(engine):
-            pass
-    assert engine.stopped
+REDIRECT = """
+import logging, os, subprocess, sys
+from pathlib import Path
+from sparse_serve.cli import terminal
+shown = terminal.redirected(Path(sys.argv[1]))
+shown.say("for the person")
+shown.note("a note")
+print("printed")
+os.write(2, b"from C++\\n")
+subprocess.run([sys.executable, "-c", "import os; os.write(1, b'from a child\\\\n')"])
+"""
 
 
-async def test_a_dead_engine_ends_the_process_with_1() -> None:
-    async with running(FakeEngine(delay_s=0.02)) as server:
-        call = server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=4000)))
-        await server.until(lambda: server.engine.unfinished == 1)
-        server.engine.die()
-        with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
-            await call
-        assert await server.task == 1
-    assert server.engine.stopped
+def test_everything_but_our_lines_goes_to_the_file(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", REDIRECT, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("for the person\n", "a note\n")
+    (log,) = tmp_path.iterdir()
+    assert {"printed", "from C++", "from a child"} == set(log.read_text().splitlines())
 
 
-async def test_a_taken_grpc_port_stops_the_start_before_the_engine() -> None:
-    async with running() as first:
-        port = int(first.banners[0].split("--address 127.0.0.1:")[1].split()[0])
-        engine = FakeEngine()
-        with pytest.raises(PortInUseError, match=rf"127.0.0.1:{port}.*--grpc-port"):
-            async with running(engine, grpc_port=port):
-                pass
-        assert not engine.started
+def test_old_logs_go_and_a_living_processes_stay(tmp_path: Path) -> None:
+    mine = tmp_path / f"serve-20200101-000000-{os.getpid()}.log"
+    others = [tmp_path / f"serve-20200102-{at:06}-{2**22 + 1}.log" for at in range(25)]
+    for file in (mine, *others):
+        file.touch()
+    terminal._prune(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [mine, *others[-20:]]
 
 
-async def test_one_part_that_fails_to_stop_does_not_keep_the_others_running(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def broken(grace_s: float) -> None:
-        raise RuntimeError("stuck")
-
-    async with running() as server:
-        monkeypatch.setattr(server.server.server_context.listener, "stop", broken)
-        server.server.stop()
-        assert await server.task == 0
-        await type(server.server.server_context.listener).stop(server.server.server_context.listener, 0.0)
-    assert server.engine.stopped
-    assert any(record.levelno == logging.ERROR and record.exc_info for record in caplog.records)
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert terminal.redirected(tmp_path / "file").log is None
+    assert "no log file, so the log is printed: " in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from maskgen.core.perplexity import Protocol, digest_windows
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.gate.measure import Request, measure_offline, score_windows
-from sparse_serve.gate.run import default_window, stored_dtype
+from sparse_serve.gate.runner import default_window, stored_dtype
 from sparse_serve.runtime.errors import GateError, SettingsError
 
 
@@ -54,5 +54,5 @@ def test_default_window(config: dict, window: int) -> None:
 def test_stored_dtype_reads_both_spellings_and_refuses_others() -> None:
     assert stored_dtype({"dtype": "float32"}) == "float32"
     assert stored_dtype({"torch_dtype": "bfloat16"}) == "bfloat16"
-    with pytest.raises(SettingsError, match="'int8'; give --dtype"):
+    with pytest.raises(SettingsError, match="'int8'; give a dtype"):
         stored_dtype({"dtype": "int8"})

@@ -5,67 +5,84 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from sparse_serve.gate import run
+from sparse_serve import gate
+from sparse_serve.cli import gate as cli_gate
+from sparse_serve.cli.main import main
+from sparse_serve.gate import runner
 from sparse_serve.gate.report import Limits
+from sparse_serve.gate.request import GateRequest
 from sparse_serve.runtime.errors import SettingsError
 from tests.directories import dense_dir, sparse_dir
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> Any:
-    """`arguments(**changes)` -> parsed flags for a good pair of models."""
+def pair(tmp_path: Path) -> dict[str, Path]:
+    """The required fields of a request for a good pair of models."""
     (tmp_path / "data.txt").write_text("text")
-    dense, sparse = dense_dir(tmp_path / "dense"), sparse_dir(tmp_path / "sparse")
-
-    def make(**changes: Any) -> argparse.Namespace:
-        parser = argparse.ArgumentParser()
-        run.add_arguments(parser)
-        flags = ["--dense", dense, "--sparse", sparse, "--data", tmp_path / "data.txt", "--out", tmp_path / "out"]
-        args = parser.parse_args(list(map(str, flags)))
-        for name, value in changes.items():
-            setattr(args, name, value)
-        return args
-
-    return make
+    return {
+        "dense": dense_dir(tmp_path / "dense"),
+        "sparse": sparse_dir(tmp_path / "sparse"),
+        "data": tmp_path / "data.txt",
+    }
 
 
-def test_a_good_pair_is_planned(arguments: Any) -> None:
-    todo = run.plan(arguments(window=16))
+def command(pair: dict[str, Path], *more: str) -> list[str]:
+    return ["gate", *(word for name, path in pair.items() for word in (f"--{name}", str(path))), *more]
+
+
+def test_a_good_pair_is_planned(pair: dict[str, Path]) -> None:
+    todo = runner.plan(GateRequest(**pair, window_tokens=16))
     assert todo.request.dtype == "bfloat16"
     assert todo.request.protocol.window_tokens == 16
     assert todo.limits == Limits(parity_tolerance=0.01)
-    assert run.provenance(todo)["base_matches"] is True
+    assert runner.provenance(todo)["base_matches"] is True
 
 
-def test_another_base_is_refused_unless_allowed(arguments: Any, tmp_path: Path) -> None:
-    other = dense_dir(tmp_path / "other", seed=1)
-    with pytest.raises(SettingsError, match="was made from another model than --dense"):
-        run.plan(arguments(dense=other))
-    todo = run.plan(arguments(dense=other, allow_other_base=True))
-    assert run.provenance(todo)["base_matches"] is False
+def test_flags_are_the_request_with_its_defaults(pair: dict[str, Path]) -> None:
+    parser = argparse.ArgumentParser()
+    cli_gate.add_arguments(parser)
+    flags = parser.parse_args(command(pair)[1:])
+    assert GateRequest(**{name: getattr(flags, name) for name in GateRequest.model_fields}) == GateRequest(**pair)
+
+
+def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path: Path) -> None:
+    other = pair | {"dense": dense_dir(tmp_path / "other", seed=1)}
+    with pytest.raises(SettingsError, match=r"was made from another model than .*allow_other_base"):
+        gate.run(GateRequest(**other))
+    todo = runner.plan(GateRequest(**other, allow_other_base=True))
+    assert runner.provenance(todo)["base_matches"] is False
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("flags", "message"),
     [
-        ({"alpha": 0.5}, r"--alpha 0\.5: expected a number between 0\.0 and 0\.5"),
-        ({"alpha": float("nan")}, "--alpha nan"),
-        ({"max_ppl_increase": float("inf")}, "--max-ppl-increase inf"),
-        ({"parity_tolerance": -1.0}, "--parity-tolerance -1"),
-        ({"data": Path("nowhere.txt")}, "--data nowhere.txt: no such file"),
+        (["--alpha", "0.5"], "--alpha 0.5: input should be less than 0.5"),
+        (["--alpha", "nan"], "--alpha nan: "),
+        (["--max-ppl-increase", "inf"], "--max-ppl-increase inf: "),
+        (["--parity-tolerance", "-1"], "--parity-tolerance -1.0: input should be greater than 0"),
+        (["--data", "nowhere.txt"], "data nowhere.txt: no such file"),
     ],
 )
-def test_wrong_flags_are_refused_at_once(arguments: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        run.main(arguments(**changes))
+def test_wrong_flags_are_refused_at_once(
+    pair: dict[str, Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(pair, *flags)) == 2
+    assert f"sparse-serve: error: {message}" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_a_regression(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{"alpha": 0.7}, {"dtype": "int8"}, {"windows": 3}])
+def test_a_request_checks_itself(pair: dict[str, Path], changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        GateRequest(**pair, **changes)
+
+
+def test_a_bug_is_not_a_regression(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Python would exit with 1, which means a measured regression."""
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **options: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(run, "gate", broken)
-    assert run.main(arguments()) == 3
+    monkeypatch.setattr(runner, "run", broken)
+    assert main(command(pair)) == 3

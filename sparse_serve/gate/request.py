@@ -1,0 +1,52 @@
+"""What the gate is asked: which two models, on which text, and how much worse the sparse one may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparse_serve.gate.report import Limits
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+_DEFAULTS = Limits()
+
+
+class GateRequest(BaseModel):
+    """May `sparse` replace `dense`? Raises `pydantic.ValidationError` for a value out of range or an unknown field.
+
+    `dense` and `sparse` are model directories, `data` is held-out text (`.txt`, or `.jsonl` with a field `text`).
+    `dtype` is what both stacks compute in, by default the checkpoint's. `window_tokens` is the length of the windows
+    perplexity is measured on, by default 2048 or half the model's context if that is less; `max_windows` measures only
+    the first so many. For the limits see `sparse_serve.gate.report.Limits`; `parity_tolerance=None` is 0.001 in float32
+    and 0.01 in 16 bits. `allow_other_base` compares although `sparse` was not made from `dense`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Path
+    sparse: Path
+    data: Path
+    dtype: DType | None = None
+    window_tokens: int | None = None
+    max_windows: int | None = None
+    max_ppl_increase: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = _DEFAULTS.max_ppl_increase
+    parity_tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    alpha: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = _DEFAULTS.alpha
+    allow_other_base: bool = False
+
+
+@dataclass(frozen=True)
+class GateStep:
+    """One of the gate's `steps` measurements begins: `number` counts from 1, `what` says which model on which stack."""
+
+    number: int
+    steps: int
+    what: str
+
+
+OnStep = Callable[[GateStep], None]

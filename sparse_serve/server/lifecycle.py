@@ -1,0 +1,192 @@
+"""The server's life: one engine and its APIs, from the first bound port to the last freed one.
+
+    bind the ports      a taken port is known at once; every API answers "unavailable" from here on
+    start the engine    tens of seconds; `stop` ends it
+    serve               APIs are connected to the engine, `Ready` comes last
+    drain               after `stop`: refuse new requests, wait up to `drain_s` for running ones
+    stop                APIs, then the HTTP port, then the engine
+
+Each step is told to a callback as an `Event`; the command line prints them. A second `stop` changes nothing: every wait
+has a time limit already, and killing in a hurry is what leaves processes behind.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from prometheus_client import CollectorRegistry
+
+from sparse_serve.engine import Engine, EngineInfo
+from sparse_serve.server.admission import Admission, Phase
+from sparse_serve.server.context import Api, ServerContext
+from sparse_serve.server.listener import HttpListener
+from sparse_serve.server.metrics import Metrics
+from sparse_serve.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S = 0.25
+_FAIL_S = 2.0
+_ENGINE_STOP_S = 5.0
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The ports are bound: `host:port` of HTTP and of gRPC. The engine starts now."""
+
+    http: str
+    grpc: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Requests are taken."""
+
+    info: EngineInfo
+    http: str
+    grpc: str
+
+
+@dataclass(frozen=True)
+class Draining:
+    """No new request is taken; those running, `requests` of them, get `limit_s` seconds."""
+
+    requests: int
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """The time is up for so many requests."""
+
+    requests: int
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class EngineDied:
+    """The engine is gone without having been asked; the server ends."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """All is closed, after `stop` or after the engine died."""
+
+
+Event = Listening | Ready | Draining | CutOff | EngineDied | Stopped
+
+
+class Server:
+    """One engine behind the given APIs, modules of `sparse_serve.api`. `run` once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        apis: Sequence[ModuleType],
+        registry: CollectorRegistry,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._metrics = Metrics(registry)
+        admission = Admission(self._metrics)
+        listener = HttpListener(settings.host, settings.http_port, admission, settings.max_message_bytes)
+        self.context = ServerContext(engine, settings, admission, listener)
+        self._apis: list[Api] = [module.create(self.context) for module in apis]
+        self._tell = on_event
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until `stop` is called or the engine dies.
+
+        Returns the exit code: 0 after `stop`, 1 if the engine died. Raises what kept it from starting
+        (`PortInUseError`, `EngineStartError`, `SettingsError`), with everything closed.
+        """
+        try:
+            code = await self._live()
+        finally:
+            await self._close()
+        self._tell(Stopped())
+        return code
+
+    def stop(self) -> None:
+        """Drain and end; call it in the event loop's thread. Calling it again changes nothing."""
+        self._stopping.set()
+
+    async def _live(self) -> int:
+        listening = await self._listen()
+        self._tell(listening)
+        info = await self._start_engine()
+        if info is None:
+            logger.info("stopped while starting")
+            return 0
+        await self._open(info, listening)
+        return await self._until_the_end()
+
+    async def _listen(self) -> Listening:
+        http = await self.context.listener.start()
+        grpc = [await api.start() for api in self._apis]
+        return Listening(http, next(filter(None, grpc), ""))
+
+    async def _start_engine(self) -> EngineInfo | None:
+        """The started engine's info, or None when `stop` came first."""
+        starting = asyncio.create_task(self.context.engine.start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if starting.done():
+            return starting.result()
+        await self.context.engine.stop(0.0)
+        # what still runs in the start thread, a download say, may end when it likes
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return None
+
+    async def _open(self, info: EngineInfo, listening: Listening) -> None:
+        context = self.context
+        context.info = info
+        self._metrics.show(info)
+        for api in self._apis:
+            await api.serve()
+        context.admission.phase = Phase.READY
+        self._tell(Ready(info, listening.http, listening.grpc))
+
+    async def _until_the_end(self) -> int:
+        context = self.context
+        while not self._stopping.is_set() and not context.engine.died:
+            try:
+                await asyncio.wait_for(self._stopping.wait(), _WATCH_S)
+            except TimeoutError:
+                continue
+        # a Ctrl-C reaches the engine process too, which then ends by itself: that is no death
+        died = context.engine.died and not self._stopping.is_set()
+        context.admission.phase = Phase.DEAD if died else Phase.DRAINING
+        for api in self._apis:
+            await api.drain()
+        if died:
+            logger.error("the engine has died; going down")
+            self._tell(EngineDied())
+            await context.admission.wait_idle(_FAIL_S)
+            return 1
+        await self._drain()
+        return 0
+
+    async def _drain(self) -> None:
+        admission, drain_s = self.context.admission, self.context.settings.drain_s
+        logger.info("draining: %d requests get up to %g s", admission.in_flight, drain_s)
+        self._tell(Draining(admission.in_flight, drain_s))
+        if not await admission.wait_idle(drain_s):
+            logger.warning("%d requests did not finish in %g s and are cut off", admission.in_flight, drain_s)
+            self._tell(CutOff(admission.in_flight, drain_s))
+
+    async def _close(self) -> None:
+        """Stop everything that was started, whatever state it is in, and whatever fails on the way."""
+        closers = [api.stop(0.0) for api in reversed(self._apis)]
+        closers.insert(0, self.context.listener.stop(0.0))
+        closers.append(self.context.engine.stop(_ENGINE_STOP_S))
+        for closer in closers:
+            try:
+                await closer
+            except Exception:
+                logger.exception("while stopping")

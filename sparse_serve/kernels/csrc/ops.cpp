@@ -3,7 +3,10 @@
 //     sparse_serve_cpu::pack(values, bitmask) -> uint8 [bytes]             the blocks of layout.h
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
-//     sparse_serve_cpu::isa() -> int       what is best here: 0 portable, 1 AVX2, 2 AVX-512 with bfloat16
+//     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
+//
+// `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
+// say what was given and what was expected.
 //
 // `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell.
 #include <sys/mman.h>
@@ -16,8 +19,10 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "isa.h"
 #include "share.h"
 
 namespace sparse24 {
@@ -28,20 +33,13 @@ using torch::stable::Tensor;
 
 constexpr int64_t kWorthAThread = 1 << 17;  // products below which a second thread costs more than it brings
 
-int64_t isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512bf16");
-  return avx512 ? 2 : avx2 ? 1 : 0;
-#else
-  return 0;
-#endif
-}
+int64_t isa() { return best_isa(); }
 
 Run runner(int64_t wanted) {
+  const int64_t best = best_isa();
+  const std::string refusal = isa_refusal(wanted, best);
+  STD_TORCH_CHECK(refusal.empty(), refusal);
+  if (wanted < 0) wanted = best;
 #if defined(__x86_64__)
   if (wanted == 2) return avx512::run;
   if (wanted == 1) return avx2::run;
@@ -49,19 +47,33 @@ Run runner(int64_t wanted) {
   return portable::run;
 }
 
+// A tensor in an error: `Float [3, 256]`, as C++ names the type.
+std::string text(const Tensor& tensor) {
+  std::string sizes;
+  for (int64_t size : tensor.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  const char* strided = tensor.is_contiguous() ? "" : ", not contiguous";
+  return std::string(torch::headeronly::toString(tensor.scalar_type())) + " [" + sizes + "]" + strided;
+}
+
 Values values_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return Values::kBFloat16;
   if (type == ScalarType::Float) return Values::kFloat32;
   if (type == ScalarType::Half) return Values::kFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Char, "values must be bfloat16, float16, float32 or int8");
+  STD_TORCH_CHECK(type == ScalarType::Char, "values are ", type, ", expected BFloat16, Half, Float or Char");
   return Values::kInt8;
 }
 
 Floats floats_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return Floats::kBFloat16;
   if (type == ScalarType::Half) return Floats::kFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Float, "x must be bfloat16, float16 or float32");
+  STD_TORCH_CHECK(type == ScalarType::Float, "x is ", type, ", expected BFloat16, Half or Float");
   return Floats::kFloat32;
+}
+
+// `tensor`, called `name`, is of `type` and contiguous with `rows` numbers.
+void check_per_row(const Tensor& tensor, const char* name, ScalarType type, int64_t rows) {
+  STD_TORCH_CHECK(tensor.numel() == rows && tensor.scalar_type() == type && tensor.is_contiguous(), name, " is ",
+                  text(tensor), ", expected contiguous ", type, " [", rows, "]");
 }
 
 // 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine. Not for less than
@@ -76,11 +88,12 @@ void advise_huge_pages(void* start, int64_t bytes) {
 
 Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
   const Values kind = values_of(values.scalar_type());
-  STD_TORCH_CHECK(values.dim() == 2 && bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte,
-                  "values must be [rows, columns / 2], bitmask uint8 [rows, columns / 8]");
+  STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
+                  "bitmask is ", text(bitmask), ", expected contiguous Byte [rows, columns / 8]");
   const int64_t rows = bitmask.size(0), columns = bitmask.size(1) * 8, parts = column_blocks(columns);
-  STD_TORCH_CHECK(values.size(0) == rows && values.size(1) * 2 == columns, "values and bitmask do not fit together");
-  STD_TORCH_CHECK(values.is_contiguous() && bitmask.is_contiguous(), "values and bitmask must be contiguous");
+  const bool fits = values.dim() == 2 && values.size(0) == rows && values.size(1) * 2 == columns;
+  STD_TORCH_CHECK(fits && values.is_contiguous(), "values are ", text(values), ", expected contiguous [", rows, ", ",
+                  columns / 2, "], as the bitmask is ", text(bitmask));
   const int64_t bytes = row_blocks(rows) * parts * block_bytes(kind);
   Tensor out = torch::stable::new_empty(bitmask, {bytes});
   uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
@@ -96,20 +109,19 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
 Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& bias, int64_t wanted) {
   const Tensor x = torch::stable::contiguous(input);
-  STD_TORCH_CHECK(form.dim() == 3 && x.dim() > 0 && x.size(x.dim() - 1) == form.size(2),
-                  "the last dimension of x must be the weight's columns");
+  const Run run = runner(wanted);
+  STD_TORCH_CHECK(form.dim() == 3, "form is ", text(form), ", expected [rows, 0, columns]");
   const int64_t rows = form.size(0), columns = form.size(2);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
+                  "]: the weight is [", rows, ", ", columns, "]");
   const Values kind = values_of(form.scalar_type());
-  STD_TORCH_CHECK(row_blocks(rows) * column_blocks(columns) * block_bytes(kind) == blocks.numel() &&
-                      blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
-                  "blocks are not of the form given");
-  STD_TORCH_CHECK((!bias || (bias->numel() == rows && bias->is_contiguous())) &&
-                      (!scale || (scale->numel() == rows && scale->is_contiguous() &&
-                                   scale->scalar_type() == ScalarType::Float)) &&
-                      (scale || kind != Values::kInt8),
-                  "x, bias or scale is not as expected");
+  const int64_t bytes = row_blocks(rows) * column_blocks(columns) * block_bytes(kind);
+  STD_TORCH_CHECK(blocks.numel() == bytes && blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
+                  "blocks are ", text(blocks), ", expected contiguous Byte [", bytes, "] for a form of ", text(form));
   const Floats of_x = floats_of(x.scalar_type());
-  STD_TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
+  if (bias) check_per_row(*bias, "bias", x.scalar_type(), rows);
+  if (scale) check_per_row(*scale, "scale", ScalarType::Float, rows);
+  STD_TORCH_CHECK(scale || kind != Values::kInt8, "scale is missing, expected Float [", rows, "]: values are Char");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
   Tensor y = torch::stable::new_empty(x, shape);
@@ -118,7 +130,6 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   const Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
                   y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
                   bias ? bias->const_data_ptr() : nullptr, of_x};
-  const Run run = runner(wanted < 0 ? isa() : wanted);
   const int64_t worth = ceil_div(tokens * columns * rows, kWorthAThread);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(tokens, rows, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -129,6 +140,8 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
 
 // Every byte once, in order, by all threads: what a weight costs to read and nothing else.
 int64_t read(const Tensor& bytes) {
+  STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.is_contiguous(), "bytes are ", text(bytes),
+                  ", expected contiguous Byte");
   const uint64_t* words = static_cast<const uint64_t*>(bytes.const_data_ptr());
   std::atomic<uint64_t> all{0};
   torch::stable::parallel_for(0, bytes.numel() / 64, 1 << 12, [&](int64_t first, int64_t last) {

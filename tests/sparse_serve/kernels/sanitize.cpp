@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "activations.h"  // its conversions are compared with torch's in test_cpu.py
+#include "isa.h"
 #include "share.h"
 
 using namespace sparse24;
@@ -118,17 +119,35 @@ int check_shares(int64_t tokens, int64_t rows, int64_t threads) {
   return wrong;
 }
 
+// Code for a set that a processor lacks would end the process with an illegal instruction: it has to be refused.
+int check_refusals() {
+  int wrong = 0;
+  for (int64_t best = 0; best < kIsaCount; ++best) {
+    for (int64_t wanted : {-3, -2, -1, 0, 1, 2, 3, 99}) {
+      const std::string refusal = isa_refusal(wanted, best);
+      bool right = refusal.empty() == (wanted >= -1 && wanted <= best);
+      if (!refusal.empty()) {
+        right = right && refusal.find("isa is " + std::to_string(wanted)) == 0;
+        right = right && refusal.find("expected -1 (the best here) or 0 to " + std::to_string(best)) != std::string::npos;
+        right = right && (refusal.find("which this processor lacks") != std::string::npos) == (wanted >= 0 && wanted < kIsaCount);
+      }
+      if (!right) std::printf("isa %ld of %ld: '%s'\n", long(wanted), long(best), refusal.c_str()), ++wrong;
+    }
+  }
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
   struct { const char* name; Run run; bool here; } isas[] = {
       {"portable", portable::run, true},
 #if defined(__x86_64__)
-      {"avx2", avx2::run, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
-      {"avx512", avx512::run, __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16")},
+      {"avx2", avx2::run, best_isa() >= 1},
+      {"avx512", avx512::run, best_isa() >= 2},
 #endif
   };
-  int wrong = 0, checked = 0;
+  int wrong = check_refusals(), checked = 0;
   for (int64_t tokens : {1, 7, 31, 32, 63, 64, 127, 128, 129, 135, 160, 200, 257}) {
     for (int64_t rows : {16, 300, 512, 576, 1153, 4096}) {
       for (int64_t threads : {1, 2, 3, 5, 16, 32}) wrong += check_shares(tokens, rows, threads), ++checked;

@@ -10,7 +10,8 @@ A candidate that cannot be captured or is wrong is reported with its error, neve
 8-bit values bfloat16 ones and has no row for them: the work is the same.
 
 Every shape is measured in a process of its own (`gpu_measure`), and the JSON file is written after each: a crash costs
-what was not measured yet. A shape whose process died is tried again without the candidate that was at work.
+what was not measured yet. A shape whose process died is tried again without the candidate that was at work; what that
+one was measured at before stays, so its times and the dense layer's may be of two processes.
 
 At a few numbers of tokens the clock on the wall times the same calls made one by one by the host, and in a replayed
 graph. What the first takes longer is the host's work; for `cusparselt` that is mostly the library's plan, which torch
@@ -27,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,16 @@ import torch
 from maskgen.core.files import read_json, write_json
 from sparse_serve.runtime.machine import version
 from tests.bench.gpu_kernels_table import lines
-from tests.bench.gpu_measure import DENSE_FP8, KERNELS, REPLAYING
+from tests.bench.gpu_measure import DENSE_FP8, KERNELS
 
 SHAPES = "qkv=6144x4096,o=4096x4096,gate_up=28672x4096,down=4096x14336"
 TOKENS = "1,4,8,16,32,64,128,512,2048,8192"
 PACKAGES = ("torch", "triton", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12", "transformers")
+MEASURE = (sys.executable, "-m", "tests.bench.gpu_measure")
 LIMIT_S = 90.0
-"""Of one shape."""
+"""Of one try at one shape."""
+STARTING = "starting"
+"""Who crashed, if nothing was written yet."""
 
 
 def main() -> int:
@@ -90,32 +95,40 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(size: str, tokens: str) -> dict[str, Any]:
-    """What `gpu_measure` found of one shape, tried again without whoever crashed it."""
+def measure(size: str, tokens: str, command: Sequence[str] = MEASURE) -> dict[str, Any]:
+    """What `command` (`gpu_measure`) found of one shape, all its tries together; who crashed one is in `failed`."""
+    found: dict[str, Any] = {"failed": {}, "bytes": {}, "graph_s": {}, "wall_s": {}, "splits_s": {}}
     crashed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "shape.json"
         while True:
-            command = [sys.executable, "-m", "tests.bench.gpu_measure", size, "--to", str(file), "--tokens", tokens]
-            ended = run([*command, "--without", ",".join(crashed)])
-            found = (
-                read_json(file)
-                if file.exists()
-                else {"failed": {}, "bytes": {}, "graph_s": {}, "wall_s": {}, "splits_s": {}}
-            )
-            culprit = found.pop("doing", REPLAYING)
+            file = Path(folder) / f"{len(crashed)}.json"  # a try that dies at its start must not show the last one's
+            ended = run([*command, size, "--to", str(file), "--tokens", tokens, "--without", ",".join(crashed)])
+            latest = read_json(file) if file.exists() else {}
+            culprit = latest.pop("doing", STARTING)
+            found = _merged(found, latest)
             if ended is None:
                 break
+            can_do_without = culprit in (*KERNELS, DENSE_FP8) and culprit not in crashed
             crashed[culprit] = ended
-            if culprit not in (*KERNELS, DENSE_FP8):
+            if not can_do_without:
                 break
     for table in ("graph_s", "wall_s"):
-        found[table] = {int(count): times for count, times in found[table].items()}
-    found["splits_s"] = {
-        name: {int(count): times for count, times in counts.items()} for name, counts in found["splits_s"].items()
-    }
+        found[table] = _by_number(found[table])
+    found["splits_s"] = {name: _by_number(counts) for name, counts in found["splits_s"].items()}
     found["failed"].update(crashed)
     return found
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new`, and what only `old` has, in dictionaries within dictionaries too."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _by_number(table: dict[str, Any]) -> dict[int, Any]:
+    """Keys of JSON are text."""
+    return {int(count): table[count] for count in sorted(table, key=int)}
 
 
 def run(command: list[str]) -> str | None:

@@ -43,7 +43,7 @@ DENSE_FP8 = "dense fp8"
 MOST_TOKENS = {"skinny": 512}
 """Beyond this a kernel is only slow."""
 SPLIT_TOKENS, SPLITS = (1, 8, 16, 32), [(wide, warps) for wide in (1, 2, 4) for warps in (1, 2, 4, 8)]
-SPLIT_CONTENDERS = ("skinny", "skinny int8")
+SPLIT_CANDIDATES = ("skinny", "skinny int8")
 WALL_TOKENS, WALL_ROUNDS, WALL_REPEATS = (1, 64, 512), 9, 8
 REPLAYS, L2_TIMES = 25, 3.2
 REPLAYING = "replaying"
@@ -125,7 +125,7 @@ def measure_shape(rows: int, columns: int, tokens: list[int], without: list[str]
                 name: (wall(eager) / len(layers[name].calls), wall(graph) / len(layers[name].calls))
                 for name, (eager, graph) in runs.items()
             }
-    for name in SPLIT_CONTENDERS:
+    for name in SPLIT_CANDIDATES:
         if name in layers:
             progress.doing(f"{name} splits")
             found["splits_s"][name] = {count: splits(layers[name].tensors, count, columns) for count in SPLIT_TOKENS}

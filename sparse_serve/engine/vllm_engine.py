@@ -115,7 +115,7 @@ class VllmEngine:
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
             raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
-        # the first of this server's own that the engine process reads; see `processes`
+        # vLLM runs no hook in its engine process until that has talked to the server, but it unpickles this first
         config.follow = processes.Follow()
         self._check_wanted()
         self.client = AsyncLLM.from_vllm_config(
@@ -202,7 +202,11 @@ class VllmEngine:
 
 
 def parse(command: Sequence[str], drain_s: float) -> Namespace:
-    """vLLM's own parser on vLLM's own flags, with our defaults. Raises `SettingsError`."""
+    """vLLM's flags, read by vLLM's own parser, with this server's defaults. Raises `SettingsError`.
+
+    vLLM offers its flags as an argparse parser only, and its application and configuration take the namespace that
+    comes out of it: hence argparse outside of the cli rooms.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser

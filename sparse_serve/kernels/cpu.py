@@ -10,19 +10,18 @@ are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with 
 Activations are turned into tables, 3 or 4 times their size, in a cache. Threads share rows, and of many tokens those
 too (`share.h`).
 
-Arithmetic. Half of the products of a dense linear are left, and what a product costs beside itself decides. Two ways,
-of the same products in the same order (`linear.h`, `many.h`):
+Arithmetic. Half of the products of a dense linear are left, so what else a product takes decides the speed. There are
+two ways to make the same products in the same order (`linear.h`, `many.h`):
 
     rows in lanes      16 rows at once: 1 load of weights, and per token 1 permute that picks 16 pairs of inputs from a
                        table of 6 by the codes, 1 product of pairs (vdpbf16ps; without it 2 permutes, 2 multiply-adds)
     tokens in lanes    64 tokens at once: the code of a row is the address of 64 ready pairs; per 16 tokens 1 product
                        with an operand from memory, and per 64 tokens 1 broadcast of two values
 
-A Zen 4 core makes one 512-bit product per cycle, 0.27 ns. A permute goes through one of the same pipes: 0.37 ns
-together; a 64-byte operand from the cache beside each product: 0.375 ns, on their own in a loop. A dense kernel needs
-two products: 0.54 ns. So with many tokens either way can be 1.45x as fast as a dense kernel at full speed, and no
-more; this one is at 0.44 ns. AVX-512 with bfloat16 and AVX2 (rows in lanes only) are chosen when the library is loaded;
-VNNI and AMX are not used, since they would have activations rounded to int8 or whole tiles decompressed.
+A dense kernel needs two products where this one needs a product and either a permute, which the processor makes in the
+same place, or an operand from the cache; so with many tokens it can be less than twice as fast (docs/kernels.md has
+times). AVX-512 with bfloat16 and AVX2 (rows in lanes only) are chosen when the library is loaded; VNNI and AMX are not
+used, since they would have activations rounded to int8 or whole tiles decompressed.
 
 Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16
 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32 takes part,

@@ -184,7 +184,8 @@ def test_all_loads_of_a_chunk_are_16_bytes_wide_and_come_before_its_products(
     report = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"STACK:(\d+)", report) == ["0"], "registers spill"
     assert "FTZ" not in report, "codes are expanded by way of subnormal floats"
-    assert int(re.findall(r"REG:(\d+)", report)[0]) <= (64 if tokens == 1 else 65536 // (32 * warps))
+    # With one token bytes in flight are all, so 7 programs of 4 warps are to fit a multiprocessor; else one has to.
+    assert int(re.findall(r"REG:(\d+)", report)[0]) <= (72 if tokens == 1 else 65536 // (32 * warps))
     loads_and_products = re.findall(r"LDG\.E\.EF\.128|LDG\.E\.128|HMMA\.SP|LDG\.E ", report)
     kinds = [kind for kind in loads_and_products if kind != "LDG.E.128"]
     if constants["EXPAND"]:

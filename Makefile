@@ -26,11 +26,13 @@ LOCK := deploy/locks/cpu.txt
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO := $(CACHE)/demo-v1
 BIN := $(abspath $(VENV))/bin
+# What torch 2.11 brings on GPU machines; the environment's own Triton is another.
+GPU_TRITON := 3.6.0
 # A GPU machine may have a Python with torch, and nothing that would have to be installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
 
-.PHONY: help serve test check gpu quality proto demo install clean
+.PHONY: help serve test check compiled gpu quality proto demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -64,6 +66,17 @@ check: install ## lint, formatting, types, which room imports which
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
 	"$$BIN/lint-imports" --no-cache --no-logo
+
+compiled: install ## test what the Triton of GPU machines makes of the GPU kernel; no GPU needed (once: 190 MB)
+	@triton=$(abspath $(VENV))/triton-$(GPU_TRITON)
+	if [[ ! -d $$triton ]]; then
+	  rm -rf "$$triton.part"
+	  "$$BIN/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$$triton.part" "triton==$(GPU_TRITON)"
+	  mv "$$triton.part" "$$triton"
+	fi
+	export PYTHONPATH=$$triton HF_HUB_OFFLINE=1
+	"$$BIN/python" -c 'import sys, triton; sys.exit(triton.__version__ != "$(GPU_TRITON)" and f"error: Triton is {triton.__version__}, expected $(GPU_TRITON)")'
+	exec "$$BIN/python" -m pytest -q tests/sparse_serve/kernels/test_skinny_compiled.py $(ARGS)
 
 gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON=python3] [ARGS="--out dir"]
 	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)

@@ -62,7 +62,7 @@ def show(found: Survey) -> None:
         cells = [_cell(bucket, len(choice.plan.kernels) > 1) for bucket in choice.buckets] or ["-"] * len(tokens)
         shape, kernels = f"{spec.out_features}x{spec.in_features}", "+".join(choice.plan.kernels)
         table.add_row(f"{len(names)} {last}", shape, kernels, *cells)
-        reasons.update(choice.refused)
+        reasons.update(choice.unsupported)
     console = Console(highlight=False)
     console.print(table)
     if len(found.measured) < len(found.choices):

@@ -2,15 +2,15 @@
 
 A kernel is one file of this folder; its name is the file's name. It offers three things:
 
-    unsupported_reason(spec) -> str | None                      why it cannot serve this layer here, or None if it can
-    prepare(packed) -> dict[str, Tensor]            its private layout, built once at load; never stored on disk
-    linear(x_TI, tensors, bias_O) -> y_TO           y = x W^T + b, as a torch custom op with a fake implementation
+    unsupported_reason(spec) -> str | None    why it cannot serve this layer on this machine, or None if it can
+    prepare(packed) -> dict[str, Tensor]      its own layout of the weight, built once at load; never stored on disk
+    linear(x_TI, tensors, bias_O) -> y_TO     y = x W^T + b, as a torch custom op with a fake implementation
 
-The layout a kernel wants (index nibbles, swizzles, a vendor's blob) is its own matter; what it receives is always the
-stored form: values and bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row.
-A kernel that supports a layer takes any number of tokens; which one is fast at which number is measured
-(`sparse_serve.tuning.selection`), so a kernel never says how good it is. One asked for by name that refuses is an error
-with its reason: there is no silent fallback, so nobody benchmarks the wrong thing.
+Whatever layout a kernel wants (index nibbles, swizzles, a vendor's blob), it is given the stored form: values and
+bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row. A kernel that supports a
+layer takes any number of tokens; which one is fast at which number is measured (`sparse_serve.tuning.selection`), so a
+kernel does not say how good it is. If one that a person asked for by name does not support a layer, that is an error
+with its reason and never another kernel, so nobody measures the wrong one.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -37,7 +37,7 @@ CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What a kernel must know to accept or refuse a layer: shape per rank, pattern, activation dtype and device.
+    """What a kernel must know of a layer to support it or not: shape per rank, pattern, activation dtype and device.
 
     `values` is how the weight's values are stored: `float` (then in `dtype`), `int8` or `fp8_e4m3`.
     """
@@ -79,7 +79,7 @@ def supported(spec: LinearSpec) -> tuple[dict[str, Kernel], dict[str, str]]:
 
 
 def choose(spec: LinearSpec, name: str) -> Kernel:
-    """The kernel called `name`. Raises `KernelError` with its reason if it refuses, or if there is none."""
+    """The kernel `name`. Raises `KernelError` if there is none, or if it does not support `spec`, with its reason."""
     kernel = cast(Kernel, load(_folder, name, KernelError))
     reason = kernel.unsupported_reason(spec)
     if reason is not None:
@@ -88,12 +88,12 @@ def choose(spec: LinearSpec, name: str) -> Kernel:
 
 
 def every_reason(*cases: tuple[bool, str]) -> str | None:
-    """All reasons that hold, so that a person who mends one does not meet the next; None if none does."""
+    """All reasons of `(holds, reason)` that hold, in one text: a person can mend them at once. None if none holds."""
     return ", ".join(reason for holds, reason in cases if holds) or None
 
 
-def sparse_core_refusal(spec: LinearSpec, dtypes: Collection[torch.dtype]) -> str | None:
-    """What a kernel for NVIDIA's sparse tensor cores asks first: their maker, 2:4, and activations of `dtypes`."""
+def sparse_core_unsupported_reason(spec: LinearSpec, dtypes: Collection[torch.dtype]) -> str | None:
+    """Why `spec` is nothing for NVIDIA's sparse tensor cores: another device, not 2:4, activations not of `dtypes`."""
     is_nvidia = spec.device_type == "cuda" and torch.version.hip is None
     return every_reason(
         (not is_nvidia, f"device {spec.device_type} is not an NVIDIA GPU"),
@@ -102,8 +102,8 @@ def sparse_core_refusal(spec: LinearSpec, dtypes: Collection[torch.dtype]) -> st
     )
 
 
-def capability_refusal() -> str | None:
-    """What it asks last, because the answer comes from the GPU: is it too old for them?"""
+def capability_unsupported_reason() -> str | None:
+    """Why the GPU in use has no sparse tensor cores. To be asked last: only here the GPU itself is asked."""
     capability = torch.cuda.get_device_capability()
     too_old = f"compute capability {capability} is below {CAPABILITY}: no sparse tensor cores"
     return too_old if capability < CAPABILITY else None

@@ -7,10 +7,10 @@ for a moment: one layer at a time, the peak is the compressed model plus one den
 Values stored in 8 bits become bfloat16 numbers when the weight is prepared: code times scale, rounded, the weight that
 `reference` multiplies by too. In memory they are then 0.5625 of the dense bytes and not 0.3125: they cost what bfloat16
 values cost. The library's own 8-bit products would round activations to 8 bits as well. The codes themselves, exact in
-bfloat16, and their scales as a vector alpha would round nothing, but torch skips its own test of that with 16-bit
-weights ("cuSPARSELt v0.6.x does not support bfloat/float16 alpha scaling", test/test_sparse_semi_structured.py);
-scaling the result afterwards is one more pass over it, one more rounding, and the bias on top. `prepare` is not told
-the dtype of the activations, so with float16 ones 8-bit values are refused.
+bfloat16, and their scales as a vector alpha would round nothing, but the library does not take such a vector with
+bfloat16 weights (0.8.0 on an H200: `cusparselt_alpha_per_row` in tests/bench/results/gpu-kernels--*.json). Scaling the
+result afterwards is one more pass over it, one more rounding, and then the bias. `prepare` is not told the dtype of
+the activations, so 8-bit values are not supported with float16 ones.
 
 Product. The library computes weight times columns. The activations enter as a transposed view, which it reads in place,
 and it writes the result transposed back, so nothing is copied, except that it wants a multiple of 8 tokens: others are
@@ -19,15 +19,15 @@ feature.
 
 Algorithms. For each shape the library has dozens, and the first is often far from the best. `prepare` searches once for
 every shape, at several numbers of tokens, by running them, and keeps what it found in the user's cache, for this GPU
-and this version of the library; `linear` takes the one of the bucket its tokens fall in, and
-the library's first where nothing was searched. The search runs without a bias and at the bucket's largest number of
-tokens; where the library refuses what it found for another number or with a bias, its first algorithm is taken for that
-number of tokens from then on, and a warning says so once. Nothing is ever measured in `linear`, which therefore never
-stops the host and can be captured in a CUDA graph.
+and this version of the library. `linear` takes the algorithm of the bucket that its tokens fall in, and the library's
+first where nothing was searched. The search runs without a bias and at the bucket's largest number of tokens; where the
+library refuses what it found for another number or with a bias, its first algorithm is taken for that number of tokens
+from then on, and a warning says so once. `linear` measures nothing, so it never stops the host and can be captured in a
+CUDA graph.
 
-Cost. torch builds the library's plan anew in every call, 50 to 200 microseconds of the host's time, which a CUDA graph
+Cost. torch builds the library's plan again in every call, 50 to 200 microseconds of the host's time, which a CUDA graph
 hides; calls made one by one are slower than the GPU below some hundreds of tokens. `make gpu` measures what that costs
-on a machine; plans kept across calls would need the library without torch.
+on a machine. To keep plans across calls the library would have to be called without torch.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -43,7 +43,7 @@ from torch.nn.functional import pad
 
 from maskgen.core.packed import PackedTensor, unpack
 from maskgen.core.values import FLOAT, from_codes
-from sparse_serve.kernels import LinearSpec, capability_refusal, sparse_core_refusal
+from sparse_serve.kernels import LinearSpec, capability_unsupported_reason, sparse_core_unsupported_reason
 from sparse_serve.runtime import cache, machine
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
@@ -90,7 +90,7 @@ _refused: set[tuple[Problem, int]] = set()
 
 def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16, of a shape the library takes, on an NVIDIA GPU that has sparse tensor cores."""
-    reason = sparse_core_refusal(spec, _DTYPES)
+    reason = sparse_core_unsupported_reason(spec, _DTYPES)
     if reason is not None:
         return reason
     if spec.values != FLOAT and spec.dtype != EXPANDED:
@@ -101,7 +101,7 @@ def unsupported_reason(spec: LinearSpec) -> str | None:
         return "this torch was built without cuSPARSELt"
     if spec.dtype == torch.float16 and any(map(_is_broken, _LIBRARIES)):
         return f"cuSPARSELt {BROKEN_FLOAT16} crashes the GPU's context with float16; install another version"
-    return capability_refusal()
+    return capability_unsupported_reason()
 
 
 def _is_broken(package: str) -> bool:

@@ -87,18 +87,18 @@ class Choice:
     """How a kind of layer is served.
 
     `plan` says which kernel at which number of tokens, `buckets` the times that led to it (empty if nothing was
-    measured), and `refused` why each other kernel cannot serve the layer, by name.
+    measured), and `unsupported` why each other kernel cannot serve the layer, by name.
     """
 
     spec: LinearSpec
     plan: Plan
     buckets: tuple[Bucket, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_last_resort(self) -> bool:
         """Whether nothing faster than `FALLBACK` supports the layer; it is slower than dense, and was not measured."""
-        return bool(self.refused) and self.plan.kernels == (FALLBACK,)
+        return bool(self.unsupported) and self.plan.kernels == (FALLBACK,)
 
     @property
     def slower(self) -> list[int]:
@@ -110,11 +110,11 @@ class Choice:
         what = f"{spec.out_features}x{spec.in_features} {spec.pattern} {str(spec.dtype).removeprefix('torch.')}"
         values = "" if spec.values == "float" else f" {spec.values} values"
         found = ", ".join(f"{bucket.tokens}: {bucket.kernel} {bucket.speedup:.2f}x" for bucket in self.buckets)
-        why = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+        why = "; ".join(f"{name}: {reason}" for name, reason in self.unsupported.items())
         return (
             f"{what}{values} is served by {'+'.join(self.plan.kernels)}"
             + (f" (tokens: kernel, speed against dense: {found})" if found else " (not measured: no other was there)")
-            + (f"; refused: {why}" if why else "")
+            + (f"; unsupported: {why}" if why else "")
         )
 
 
@@ -134,12 +134,12 @@ def choice_for(
     if wanted != AUTO:
         choose(spec, wanted)
         return Choice(spec, Plan.of(wanted))
-    kernels, refused = supported(spec)
+    kernels, unsupported = supported(spec)
     if not kernels:
-        raise no_kernel(spec, refused)
+        raise no_kernel(spec, unsupported)
     fast = {name: kernel for name, kernel in kernels.items() if name != FALLBACK}
     if not fast and ask is Ask.IF_UNKNOWN:
-        return Choice(spec, Plan.of(FALLBACK), refused=refused)
+        return Choice(spec, Plan.of(FALLBACK), unsupported=unsupported)
     candidates = fast or kernels
     facts = _facts(spec, [*candidates, *labels(dense)])
     tokens = buckets_of(spec.device_type)
@@ -155,13 +155,13 @@ def choice_for(
         with cache.bypass_cache() if ask is Ask.AGAIN else contextlib.nullcontext():
             measured = measure(spec, candidates, tokens, dense)
         _keep(facts, measured)
-    refused = {**refused, **measured.failed}
+    unsupported = {**unsupported, **measured.failed}
     if set(measured.failed) >= set(candidates):
         if FALLBACK not in kernels or FALLBACK in measured.failed:
-            raise no_kernel(spec, refused)
-        return Choice(spec, Plan.of(FALLBACK), refused=refused)
+            raise no_kernel(spec, unsupported)
+        return Choice(spec, Plan.of(FALLBACK), unsupported=unsupported)
     buckets = decide(measured.seconds, LAYOUTS.get(spec.device_type, 1))
-    return Choice(spec, plan_of(buckets), buckets, refused)
+    return Choice(spec, plan_of(buckets), buckets, unsupported)
 
 
 def _facts(spec: LinearSpec, candidates: Sequence[str]) -> dict[str, Any]:

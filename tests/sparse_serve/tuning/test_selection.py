@@ -108,7 +108,7 @@ def test_a_kernel_that_fails_when_measured_is_refused(
     found = choice_for(SPEC)
     forget()
     assert found.plan == Plan.of("reference")
-    assert found.refused["cpu"] == "failed: out of luck"
+    assert found.unsupported["cpu"] == "failed: out of luck"
     run: list[LinearSpec] = []
     monkeypatch.setattr(selection, "measure", lambda spec, *rest: run.append(spec) or failing(spec, *rest))
     assert choice_for(SPEC) == choice_for(SPEC) == found
@@ -136,7 +136,7 @@ def test_what_is_told_about_a_choice(measurements: list[LinearSpec]) -> None:
     assert text.startswith("64x32 2:4 float32 is served by cpu (tokens: kernel, speed against dense: 1: cpu 2.00x, 4:")
     lone = str(choice_for(LinearSpec(64, 32, NMPattern(1, 4), torch.float16, "cpu")))
     assert lone.startswith("64x32 1:4 float16 is served by reference (not measured")
-    assert "refused: cpu: pattern 1:4 is not 2:4" in lone
+    assert "unsupported: cpu: pattern 1:4 is not 2:4" in lone
 
 
 def test_every_pattern_of_code_that_is_measured_matches() -> None:

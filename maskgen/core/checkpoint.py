@@ -115,6 +115,14 @@ def is_sparse_checkpoint(path: Path | str) -> bool:
     return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
+def read_dense_config(model_dir: Path) -> dict[str, Any]:
+    """`config.json` of a dense model directory; `FormatError` if it says that weights are sparse or quantised."""
+    hf_config = read_json(model_dir / "config.json")
+    if CONFIG_KEY in hf_config:
+        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
+    return hf_config
+
+
 def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Headers of every tensor of a Hugging Face safetensors directory, dense or sparse; nothing else is read."""
     index_path = path / INDEX_NAME

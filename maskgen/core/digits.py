@@ -1,4 +1,4 @@
-"""Patterns as digits: the smallest simple form of an N:M mask, for files of which a model may have many.
+"""Masks as digits: a compact form of N:M masks for mask files, of which one model may have many.
 
 A group of m columns follows one of P = C(m, n) patterns (6 for 2:4), so its index in `NMPattern.candidates` is a digit
 of base P, and k = floor(log_P 256) digits fit a byte. Three for 2:4: 0.667 bit a weight, where log2(6) / 4 = 0.646 is
@@ -30,9 +30,9 @@ def digits_per_byte(pattern: NMPattern) -> int:
 def pack_digits(mask_OI: Tensor, pattern: NMPattern) -> Tensor:
     """A legal bool mask `[O, I]` to uint8 `[ceil(N / k)]`, for patterns with `digits_per_byte`.
 
-    Where the columns c_0 < c_1 < ... are kept, sum_i C(m - 1 - c_i, n - i) candidates come after: one table look-up per
-    column, no loop over groups, and nothing above 255. Workspace: 8 bytes a group. Raises `PatternError` for a mask
-    that does not follow the pattern, which has no digits.
+    A group that keeps the columns c_0 < c_1 < ... has sum_i C(m - 1 - c_i, n - i) candidates after it in the list: that
+    is one table look-up per column, without a loop over groups, and every number fits uint8. Workspace: 8 bytes a
+    group. Raises `PatternError` for a mask that does not follow the pattern, which has no digits.
     """
     pattern.check_mask(mask_OI)
     per_byte, n, m = digits_per_byte(pattern), pattern.n, pattern.m

@@ -52,7 +52,7 @@ def suffixes(config: SparseConfig) -> tuple[str, ...]:
 
 
 def form_of(correction: Correction | None, in_features: int) -> CorrectionForm | None:
-    """What the manifest says about a correction like this one, of a layer with `in_features` inputs."""
+    """The form of `correction`, of a layer with `in_features` inputs, as the manifest states it; None without one."""
     if correction is None:
         return None
     return CorrectionForm(in_features // correction.out.shape[1], FIXED if correction.pool is None else TRAINED)
@@ -72,7 +72,8 @@ def tensors(layer: StoredLayer) -> dict[str, Tensor]:
 
 
 def layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
-    """A layer from its tensors; `read` is asked for each suffix that `config` implies."""
+    """Make a layer from its tensors; `read` is called with each suffix that `config` implies and returns that
+    tensor."""
     found = {suffix: read(suffix) for suffix in suffixes(config)}
     packed = PackedTensor(found[VALUES_SUFFIX], found[BITMASK_SUFFIX], config.pattern, found.get(SCALE_SUFFIX))
     if OUT_SUFFIX not in found:

@@ -1,8 +1,8 @@
 """Perplexity, with its protocol stated; the same windows offline and through a server.
 
 Windows of `window_tokens` tokens are cut every `stride_tokens`; in each, the tokens not yet scored by the window
-before are scored given everything before them in the window. The result is `exp(mean over windows of the window's mean
-negative log-likelihood)`. The default (stride = window) is the non-overlapping protocol of the pruning literature:
+before are scored, each given all tokens before it in the window. The result is `exp(mean over windows of the window's
+mean negative log-likelihood)`. The default (stride = window) is the non-overlapping protocol of the pruning literature:
 every window scores its last `window_tokens - 1` tokens and a trailing partial window is dropped. With `bos`, a
 beginning-of-sequence token is put in front of each window (inside `window_tokens`), so its first text token counts.
 

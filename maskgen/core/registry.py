@@ -1,8 +1,9 @@
-"""The folder is the registry: one extension is one file, and its file name is its name in a recipe or a flag.
+"""Finds extensions (methods, kernels, checks) by name: each is one file in a folder, and called what its file is
+called.
 
-It may be divided into folders, which are packages; two files of one name, in whichever folders, are an error. There is
-no table to edit and nothing is imported before it is used. Names come from users and recipes, so a name is only ever
-compared with the files that exist; it never becomes a path.
+The folder may be divided into folders, which are packages; two files of one name, in whichever folders, are an error.
+There is no table to edit and nothing is imported before it is used. Names come from users and recipes, so a name is
+only ever compared with the files that exist; it never becomes a path.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class _Section:
         raise FormatError(f"{self.where}{key} {clip(size)} is not a dimension of any stored tensor")
 
     def _may_be_unused(self, key: str, size: int) -> bool:
-        """Mixtures of experts keep the size of the dense layer they do not have."""
+        """Mixtures of experts state the size of a dense layer that they do not have."""
         if key != "intermediate_size" or self.config.get("moe_intermediate_size") is None:
             return False
         hidden = self.config.get("hidden_size")

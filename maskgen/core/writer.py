@@ -2,8 +2,8 @@
 
 Tensors are added one at a time and leave memory when their shard is full, so the peak is one shard. Everything goes
 into a hidden sibling directory that becomes the real one by a single rename after all of it is on disk: a writer that
-is killed leaves `.<name>.partial` behind, never a directory that opens. The next writer of the same output clears the
-leftovers; a lock keeps two live writers apart.
+is killed leaves `.<name>.partial` behind, never a directory that opens. The next writer of the same output deletes it;
+a lock makes sure that two running writers never share it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class CheckpointWriter:
             raise OutputExistsError(f"{self.out_dir} exists; remove it or choose another output directory")
 
     def _acquire(self) -> bool:
-        """Lock the hidden directory. False if a live writer has it, or had it and renamed it while we looked."""
+        """Lock the hidden directory. False if another writer has it, or renamed it between our opening and locking
+        it."""
         with contextlib.ExitStack() as undo:
             try:
                 self._partial.mkdir(parents=True, exist_ok=True)

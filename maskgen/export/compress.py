@@ -27,13 +27,13 @@ from maskgen.core.checkpoint import (
     SparseCheckpoint,
     TensorHeader,
     iterate_tensors,
+    read_dense_config,
     read_headers,
 )
 from maskgen.core.companions import companion_files
 from maskgen.core.config import CONFIG_KEY, CorrectionForm, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
-from maskgen.core.files import read_json
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
@@ -68,9 +68,10 @@ def compress_masks(
     shard_bytes: int = SHARD_BYTES,
     values: str = FLOAT,
 ) -> CompressReport:
-    """Apply masks to the dense model they were made for; `values` is how the kept ones are stored.
+    """Write the dense model of `model_dir` with masks applied as a sparse checkpoint.
 
-    Raises `FormatError` when the mask set belongs to other weights: masks are only valid for the weights they saw.
+    `ignored` are the linear layers that stay dense; `values` is how kept weights are stored (`float`, `int8`,
+    `fp8_e4m3`). Raises `FormatError` when the masks were made for other weights, and whatever `compress` raises.
     """
     base_digest = digest_weights(model_dir)
     if base_digest != masks.base_digest:
@@ -141,15 +142,13 @@ def check_source(
     ignored: Iterable[str],
     reserved: tuple[str, ...] = (VALUES_SUFFIX, BITMASK_SUFFIX),
 ) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
-    """Everything about a dense directory that could make `compress` refuse it, found without reading a weight.
+    """Check everything about a dense model directory that `compress` depends on, without reading a weight.
 
-    `reserved` are suffixes of names that packed weights need for themselves. Returns its `config.json` and its headers.
-    Raises `FormatError` and `ModelError`.
+    `targets` are the layers to be sparse and `ignored` those to stay dense, `reserved` the suffixes of tensor names
+    that packed weights need. Returns the directory's `config.json` and tensor headers. Raises `FormatError` and
+    `ModelError`.
     """
-    hf_config = read_json(model_dir / "config.json")
-    if CONFIG_KEY in hf_config:
-        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
-    headers = read_headers(model_dir)
+    hf_config, headers = read_dense_config(model_dir), read_headers(model_dir)
     check_dimensions(model_dir, hf_config, {name: header.shape for name, header in headers.items()})
     _check_targets(model_dir, pattern, targets, headers)
     for module in ignored:
@@ -173,7 +172,7 @@ def decompress(sparse_dir: Path, out_dir: Path, shard_bytes: int = SHARD_BYTES) 
     checkpoint = SparseCheckpoint.open(sparse_dir)
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != CONFIG_KEY}
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
-        for name, module in walk(checkpoint):
+        for name, module in stored_modules(checkpoint):
             if module is None:
                 writer.add(name, checkpoint.tensor(name))
             else:
@@ -189,12 +188,13 @@ def load_masks(path: Path) -> MaskSet:
 
 
 def model_label(model_dir: Path) -> str:
-    """A label for people that does not leak the directory it was read from."""
+    """The name of the model's directory, without the path to it, as a label for people."""
     return model_dir.resolve().name or "model"
 
 
-def walk(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, str | None]]:
-    """Every stored tensor once: (name, None) for those of no target, and (name of its values, module) per target."""
+def stored_modules(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, str | None]]:
+    """(name, None) for each stored tensor that belongs to no target, and (name of its values, module) for each
+    target."""
     own, targets = layout.suffixes(checkpoint.config), set(checkpoint.config.targets)
     for name in checkpoint.headers:
         module, _, suffix = name.rpartition(".")
@@ -231,7 +231,7 @@ def _check_others(
 
 
 def _stored(module: str, weight_OI: Tensor, layer: StoredLayer, config: SparseConfig) -> StoredLayer:
-    """What is written of a layer: checked against the weight it replaces and the manifest, and quantised."""
+    """The layer as it is written: checked against the weight it replaces and the manifest, and quantised."""
     packed = layer.packed
     if packed.shape != tuple(weight_OI.shape) or packed.values.dtype != weight_OI.dtype:
         raise ModelError(

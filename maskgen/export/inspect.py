@@ -1,8 +1,7 @@
-"""What is in this directory, really? Layer by layer: is it N:M, and how many bytes does it take?
+"""Reports about a model directory: for every layer, whether it follows an N:M pattern and how many bytes it takes.
 
-Answers the first two questions of anybody who was handed a "sparse" model: zeros in a dense file save nothing, and a
-single group with three non-zeros keeps a layer off the sparse kernels. Works on sparse checkpoints (verified in full)
-and on ordinary Hugging Face directories, without loading the model.
+Zeros in a dense file save nothing, and a single group with three non-zeros keeps a layer off the sparse kernels. Works
+on sparse checkpoints (verified in full) and on ordinary Hugging Face directories, without loading the model.
 
 Legend: O = out features, I = in features.
 """
@@ -25,9 +24,11 @@ from maskgen.core.values import FLOAT
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One weight matrix. `follows` = no group of `m` columns has more than `n` non-zeros; `zeros` is a fraction.
+    """One weight matrix `[out_features, in_features]`.
 
-    `stored_bytes` include scales and a correction; the latter alone are `correction_bytes`.
+    `stored` is "packed" or "dense". `follows` says whether no group of `m` columns has more than `n` non-zeros. `zeros`
+    is the fraction of zeros. `dense_bytes` is what the dense weight takes, `stored_bytes` what is stored of it, scales
+    and correction included; `correction_bytes` is the part of the correction.
     """
 
     name: str
@@ -45,7 +46,8 @@ class LayerReport:
 class InspectReport:
     """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases).
 
-    `values` is how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
+    `pattern` is what layers are compared with. `compressed` says whether the directory is a sparse checkpoint, and then
+    `values` how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
     """
 
     path: str
@@ -66,7 +68,11 @@ class InspectReport:
 
 
 def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
-    """Read every matrix of a directory. `pattern` is what a dense directory is checked against (default 2:4)."""
+    """Read every weight matrix of a model directory and report on it.
+
+    `pattern` is what the layers of a dense directory are compared with (default 2:4); a sparse checkpoint has its own.
+    Raises `FormatError` for a damaged directory.
+    """
     if is_sparse_checkpoint(path):
         return _inspect_sparse(SparseCheckpoint.open(path))
     pattern = pattern or NMPattern(2, 4)

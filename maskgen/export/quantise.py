@@ -18,7 +18,7 @@ from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-from maskgen.export.compress import CompressReport, walk
+from maskgen.export.compress import CompressReport, stored_modules
 
 
 def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SHARD_BYTES) -> CompressReport:
@@ -37,7 +37,7 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
     hf_config = {**checkpoint.hf_config, CONFIG_KEY: config.to_dict()}
     sizes = {"dense": 0, "packed": 0}
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
-        for name, module in walk(checkpoint):
+        for name, module in stored_modules(checkpoint):
             if module is None:
                 writer.add(name, checkpoint.tensor(name))
                 continue

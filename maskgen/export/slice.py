@@ -1,9 +1,9 @@
-"""Structured masks -> a smaller dense model: a stock Hugging Face directory that any engine serves unchanged.
+"""Structured masks -> a smaller dense model: an ordinary Hugging Face directory that any engine serves unchanged.
 
-Units (see `maskgen.numerics.units`) are cut out for good: columns of the attention and FFN outputs, rows of what feeds
+Units (see `maskgen.numerics.units`) are removed: columns of the attention and FFN outputs, rows of what feeds
 them, biases with the rows. Norms of single heads (Qwen3) have the size of a head, which stays. Since every layer keeps
-as many units, three numbers of `config.json` say it all: heads, key-value heads and the FFN width; `head_dim` is
-written out, because the hidden size over the number of heads no longer gives it.
+the same number of units, only three numbers of `config.json` change: heads, key-value heads and the FFN width;
+`head_dim` is written out, because the hidden size over the number of heads no longer gives it.
 
 Writing streams, one tensor at a time, and is atomic. Any recipe for sparse weights can then be run on the result.
 
@@ -19,14 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, iterate_tensors, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, iterate_tensors, read_dense_config, read_headers
 from maskgen.core.companions import companion_files
-from maskgen.core.config import CONFIG_KEY
-from maskgen.core.errors import FormatError, ModelError, clip
+from maskgen.core.errors import ModelError, clip
 from maskgen.core.files import read_json
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.hf.model import decoder_blocks
-from maskgen.numerics.units import FEEDS, HEADS, NEURONS, Shape, count_parameters, kind_of
+from maskgen.numerics.units import FEEDS, HEADS, NEURONS, LinearShape, count_parameters, kind_of
 
 PROJECTIONS = {*FEEDS, *FEEDS[HEADS], *FEEDS[NEURONS]}
 """Last parts of the names of a block's linear layers."""
@@ -40,7 +39,8 @@ EVEN_HEADS = ("llama",)
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What is left: units of every layer by kind, and parameters of the blocks' linear layers before and after."""
+    """What a smaller model has: units of each layer by kind, parameters of its blocks' linear layers before and after,
+    and bytes of weights."""
 
     keep: Mapping[str, int]
     parameters_before: int
@@ -54,7 +54,7 @@ class ShrinkReport:
 
 
 def units(model: nn.Module) -> dict[str, int]:
-    """The sites of a model and how many units each has: key-value groups, hidden neurons.
+    """How many units (key-value groups, hidden neurons) each site of a model has, by module name.
 
     Raises `ModelError` unless every block is made of exactly the projections of Llama, Qwen2, Qwen3 or Mistral.
     """
@@ -95,9 +95,7 @@ def write(
     what the model stores. `extra` maps names of further JSON files to their values. Raises `ModelError` when layers
     would differ or the architecture cannot have these widths, `OutputExistsError`; then nothing is left behind.
     """
-    hf_config, headers = read_json(model_dir / "config.json"), read_headers(model_dir)
-    if CONFIG_KEY in hf_config:
-        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
+    hf_config, headers = read_dense_config(model_dir), read_headers(model_dir)
     keep = _widths(kept_units)
     shapes = _shapes(headers)
     counted = count_parameters(shapes, {site: len(kept_U) for site, kept_U in kept_units.items()})
@@ -118,17 +116,17 @@ def write(
 
 
 def check(model_dir: Path, kept_units: Mapping[str, Tensor]) -> None:
-    """Raise the `ModelError` of `write` for numbers of units that no engine could load; nothing is written."""
+    """Raise `ModelError` if `write` would, for numbers of units that no engine could load; nothing is written."""
     _config(read_json(model_dir / "config.json"), _widths(kept_units))
 
 
-def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, Shape]:
+def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, LinearShape]:
     """The linear layers of the blocks, by module name."""
     shapes = {}
     for name, header in headers.items():
         module = name.removesuffix(WEIGHT_SUFFIX)
         if module != name and kind_of(module) in PROJECTIONS:
-            shapes[module] = Shape(header.shape[0], header.shape[1], module + ".bias" in headers)
+            shapes[module] = LinearShape(header.shape[0], header.shape[1], module + ".bias" in headers)
     return shapes
 
 
@@ -164,7 +162,7 @@ def _config(hf_config: Mapping[str, Any], keep: Mapping[str, int]) -> dict[str, 
 
 
 def _cut(name: str, tensor: Tensor, kept_units: Mapping[str, Tensor]) -> Tensor:
-    """The part of one stored tensor that stays."""
+    """The rows or columns of one stored tensor that stay."""
     module, _, parameter = name.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     if leaf in FEEDS and parameter == "weight" and module in kept_units:

@@ -1,12 +1,12 @@
 """Running one decoder block at a time, outside of the model it belongs to.
 
-What a model passes to its blocks besides the hidden states (masks, positions, rotary embeddings, per-layer variants of
-them) is its own business. So it is recorded, not rebuilt: the model runs once per batch with every block replaced by a
-stub that notes its arguments and passes the hidden states on, and stops at the last block. Everything before the blocks
-runs in the model's own dtype, as it will in production; what the blocks receive is then cast to float32.
+A model passes more to its blocks than the hidden states: masks, positions, rotary embeddings, per-layer variants of
+them. These arguments are recorded, not computed here: the model runs once per batch with every block replaced by a stub
+that notes its arguments and returns the hidden states as they are, and stops at the last block. Everything before the
+blocks runs in the model's own dtype, as it will in production; what the blocks receive is then cast to float32.
 
-The recorded arguments depend on the shape of a batch only, so one recording per batch size serves all batches; a model
-whose blocks also receive something derived from the tokens is detected and refused.
+The recorded arguments depend on the shape of a batch only, so one recording per batch size is enough for all batches; a
+model whose blocks also receive something derived from the tokens is detected, and raises an error.
 
 Legend: B = batch, T = tokens, D = hidden size.
 """
@@ -29,8 +29,8 @@ _PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Call:
-    """Arguments of one block call, without the hidden states."""
+class BlockCall:
+    """The arguments of one call of a block, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -38,16 +38,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Recording:
-    """What the first block receives, and how every block is called.
+    """The inputs of a block for every batch, and the arguments that every block is called with.
 
-    `hidden[i]` is the float32 input `[B, T, D]` of batch i, on the CPU; `calls[B][j]` the call of block j.
+    `hidden[i]` is the float32 input `[B, T, D]` of batch i, on the CPU: that of the first block when recorded, and of a
+    later one when the outputs of the blocks before it have been put there. `calls[B][j]` are the arguments of block j
+    for a batch of B windows.
     """
 
     hidden: list[Tensor]
-    calls: dict[int, list[Call]]
+    calls: dict[int, list[BlockCall]]
 
-    def call(self, batch: int, block: int) -> Call:
-        """How block number `block` is called on batch number `batch`."""
+    def call(self, batch: int, block: int) -> BlockCall:
+        """The arguments of block number `block` for batch number `batch`."""
         return self.calls[self.hidden[batch].shape[0]][block]
 
 
@@ -56,7 +58,11 @@ class _LastBlockReached(Exception):
 
 
 def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> Recording:
-    """Run everything before the blocks on token batches `[B, T]`. Raises `ModelError`, `NumericalError`."""
+    """Run the part of `model` before its `blocks` on batches of token ids `[B, T]`, and record what the blocks receive.
+
+    Raises `ModelError` for a model whose blocks cannot be run one by one, `NumericalError` if the embeddings are not
+    finite.
+    """
     as_output = _output_shape(model, blocks, batches[0][:1, :_PROBE_TOKENS])
     recording = Recording([], {})
     for ids_BT in batches:
@@ -73,8 +79,8 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tens
     return recording
 
 
-def run(block: nn.Module, hidden_BTD: Tensor, call: Call, device: torch.device) -> Tensor:
-    """Run a float32 block that is on `device`; hidden states come from the CPU and return to it."""
+def run(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.device) -> Tensor:
+    """The output `[B, T, D]` of a float32 block that is on `device`, for an input on the CPU; it is on the CPU, too."""
     args, kwargs = (_cast(part, device) for part in (call.args, call.kwargs))
     output = block(hidden_BTD.to(device), *args, **kwargs)
     return _first(output).to("cpu")
@@ -84,20 +90,20 @@ def run(block: nn.Module, hidden_BTD: Tensor, call: Call, device: torch.device) 
 def upcast(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Hold a block in float32 on `device`; on exit its tensors return to their own dtypes and device.
 
-    Parameters may be replaced meanwhile by values that their own dtype represents exactly. They are written back into
-    the storage they came from: it may be a mapped file, whose pages would otherwise stay beside the new ones.
+    Parameters may be replaced meanwhile, by values that their own dtype represents exactly. They are written back to
+    their old storage: that may be a mapped file, whose pages would otherwise stay in memory beside the new tensors.
     """
     tensors = dict([*block.named_parameters(), *block.named_buffers()])
-    homes = {name: tensor.data for name, tensor in tensors.items()}
+    originals = {name: tensor.data for name, tensor in tensors.items()}
     try:
         for tensor in tensors.values():
             tensor.data = _cast(tensor.data, device)
         yield
     finally:
         for name, tensor in tensors.items():
-            if tensor.data_ptr() != homes[name].data_ptr():
-                homes[name].copy_(tensor.data)
-            tensor.data = homes[name]
+            if tensor.data_ptr() != originals[name].data_ptr():
+                originals[name].copy_(tensor.data)
+            tensor.data = originals[name]
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -107,7 +113,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def _output_shape(model: nn.Module, blocks: Sequence[nn.Module], ids_BT: Tensor) -> Callable[[Tensor], Any]:
-    """How to dress hidden states as a block's output: some architectures return a tensor, some a tuple."""
+    """How to make a block's output of hidden states: some architectures return a tensor, some a tuple."""
     outputs: list[Any] = []
 
     def run_and_stop(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -127,14 +133,14 @@ def _output_shape(model: nn.Module, blocks: Sequence[nn.Module], ids_BT: Tensor)
 
 def _record_batch(
     model: nn.Module, blocks: Sequence[nn.Module], ids_BT: Tensor, as_output: Callable[[Tensor], Any]
-) -> tuple[Tensor, list[Call]]:
+) -> tuple[Tensor, list[BlockCall]]:
     inputs: list[Tensor] = []
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
 
     def stub(*args: Any, **kwargs: Any) -> Any:
         hidden_BTD = args[0] if args else kwargs.pop("hidden_states")
         inputs.append(hidden_BTD)
-        calls.append(Call(args[1:], kwargs))
+        calls.append(BlockCall(args[1:], kwargs))
         if len(calls) == len(blocks):
             raise _LastBlockReached
         return as_output(hidden_BTD)

@@ -7,11 +7,11 @@ evaluates the same function, exactly so when it is loaded in float32, and with t
 bfloat16 (a server keeps both terms apart and rounds them separately).
 
 Without this hook transformers only warns about an unknown `quant_method` and fills every target layer with random
-numbers, so strictness is the point of this file:
+numbers. So this file is strict:
 
-* the directory is verified like any other reader does it (`SparseCheckpoint.open`), before a weight is read;
-* checkpoint names go through the model's own renamings first; a model weight with no tensor, or a tensor with no place
-  in the model, is a `FormatError` instead of the usual warning;
+* the directory is verified by `SparseCheckpoint.open`, before a weight is read;
+* checkpoint names go through the model's own renamings first; a model weight with no tensor, or a tensor that is
+  no weight of the model, is a `FormatError` instead of the usual warning;
 * shapes are compared after loading, because transformers skips that check for quantized models.
 
 `register()` puts two classes into transformers' tables for `quant_method: sparse_nm`; it is idempotent, and nothing
@@ -50,7 +50,8 @@ def register() -> None:
 
 
 class _HfSparseConfig(QuantizationConfigMixin):
-    """`SparseConfig` in the shape transformers wants. `dequantize` makes it forget the config after loading."""
+    """`SparseConfig` as transformers expects it. `dequantize` makes transformers drop it from the config after
+    loading."""
 
     quant_method = QUANT_METHOD
     dequantize = True
@@ -83,7 +84,7 @@ class _Unpack(ConversionOps):
 
 
 class _SparseLoader(HfQuantizer):
-    """The four moments of transformers' loading that matter here, in the order they are called."""
+    """The methods of a quantizer that transformers calls while it loads a model, in that order."""
 
     quantization_config: _HfSparseConfig
     _checkpoint: SparseCheckpoint
@@ -139,7 +140,8 @@ class _SparseLoader(HfQuantizer):
 def _check_names(
     checkpoint: SparseCheckpoint, model: Any, expected: Mapping[str, Tensor], conversions: list[Any]
 ) -> None:
-    """Run the loader's own renaming over the checkpoint's names; every model weight must be met, and nothing else."""
+    """`FormatError` unless the checkpoint's names, renamed by transformers, are exactly those of the model's
+    weights."""
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     provided: set[str] = set()
@@ -162,7 +164,7 @@ def _check_names(
 
 
 def _targets(renamed: str, source: str | None, converters: list[Any]) -> list[str]:
-    """Model tensors that one checkpoint tensor ends up in: several when the model splits a fused weight."""
+    """Names of the model tensors made from one checkpoint tensor: several when the model splits a fused weight."""
     if source is None:
         return [renamed]
     converter = next(converter for converter in converters if source in converter.source_patterns)
@@ -171,7 +173,7 @@ def _targets(renamed: str, source: str | None, converters: list[Any]) -> list[st
 
 
 def _pattern(suffix: str) -> str:
-    """The regular expression transformers knows one of our tensors by."""
+    """The regular expression by which transformers finds tensors with this suffix."""
     return re.escape(suffix) + "$"
 
 

@@ -45,15 +45,15 @@ _HF_ERRORS = (
 """What transformers is known to raise for configurations and weights it cannot use."""
 
 OUTSIDE = "outside the decoder blocks"
-"""Why embeddings' projections and `lm_head` stay dense."""
+"""The reason why linear layers such as `lm_head` stay dense."""
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections of one module that vLLM serves as one layer: sparse together or dense together."""
+"""Projections that vLLM serves as one layer: all of them are sparse, or all of them dense."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will touch.
+    """Which layers of a model a run prunes.
 
     `blocks` are the decoder blocks in order, `targets[i]` the prunable layers of block i by full module name, and
     `ignored` every other `nn.Linear` of the model with the reason it stays dense.
@@ -131,13 +131,13 @@ def linear_names(path: Path) -> list[str]:
 
 
 def quiet() -> None:
-    """Silence transformers' progress bars and advice; for command lines, whose output is their own."""
+    """Turn off progress bars and warnings of transformers, for command lines with an output of their own."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
 
 
 def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = ()) -> Plan:
-    """Decide which layers `pattern` is applied to; `ignore` are fnmatch patterns on full module names.
+    """Decide which layers are pruned; `ignore` are fnmatch patterns of full names of layers that stay dense.
 
     Raises `ModelError` when there are no decoder blocks or nothing is left to prune, `RecipeError` for an ignore
     pattern that matches no linear layer.
@@ -158,13 +158,13 @@ def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = ()) -> Pl
             ignored[name] = reason
     if not any(targets):
         raise ModelError(f"nothing to prune with pattern {pattern}: {ignored}")
-    _refuse_half_fused({name for block in targets for name in block}, ignored)
+    _check_fused({name for block in targets for name in block}, ignored)
     return Plan(list(blocks), targets, ignored)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the decoder's list of blocks; `ModelError` unless there is exactly one candidate."""
-    _refuse_conv1d(model)
+    _check_no_conv1d(model)
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
@@ -224,7 +224,7 @@ def _reason_to_keep_dense(
     return None
 
 
-def _refuse_half_fused(targets: Set[str], ignored: Iterable[str]) -> None:
+def _check_fused(targets: Set[str], ignored: Iterable[str]) -> None:
     for name in ignored:
         parent, _, leaf = name.rpartition(".")
         for group in FUSED:
@@ -237,7 +237,7 @@ def _refuse_half_fused(targets: Set[str], ignored: Iterable[str]) -> None:
                 )
 
 
-def _refuse_conv1d(model: nn.Module) -> None:
+def _check_no_conv1d(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ == "Conv1D":
             raise ModelError(

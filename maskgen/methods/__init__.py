@@ -1,13 +1,14 @@
-"""Pruning methods, and what a layer-local one is: it watches a linear layer's inputs, then solves that layer.
+"""Pruning methods: the base classes of all of them and of the one-shot ones, and how a recipe's method is built.
 
-One method per file, in `oneshot/` if it solves a layer at a time and in `learned/` if it trains; the file name is the
-method's name in a recipe, and it exports `METHOD`. A method sees tensors: it imports `maskgen.methods`,
-`maskgen.numerics`, `maskgen.core`, torch and the standard library, never a sibling.
+There is one method per file, in `oneshot/` if it prunes one layer after the other and in `learned/` if it trains the
+whole model; the file name is the method's name in a recipe, and the file exports its class as `METHOD`. A method works
+on tensors only: it imports `maskgen.methods`, `maskgen.numerics`, `maskgen.core`, torch and the standard library, never
+another method. It does not load, move, save, print or parse anything.
 
-A method scores or solves. It never loads, moves, saves, prints or parses: `maskgen.sweep.driver` hands it float32
-tensors on whatever device they live on and takes a `Solution` back. Its options are the fields of its (frozen)
-dataclass, so they exist once, are validated when the recipe is read, and are written into every artefact through the
-recipe's digest.
+A one-shot method gets a layer's float32 weight and what it wanted to know of the layer's inputs from
+`maskgen.sweep.driver`, on whatever device they are, and returns a `Solution`. The options of a method are the fields of
+its (frozen) dataclass: they are checked when the recipe is read, and are part of the recipe's digest, which is written
+into every result.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -31,7 +32,11 @@ from maskgen.core.pattern import NMPattern
 
 @dataclass(frozen=True)
 class Solution:
-    """The answer for one layer: a bool mask `[O, I]` (True = kept), and new weights if the method changed them."""
+    """What a method returns for one layer.
+
+    `mask` is bool `[O, I]`, True where a weight is kept. `weight` `[O, I]` holds the new weights if the method changed
+    them, else None. `correction` is a small dense term to add to the layer's output, or None.
+    """
 
     mask: Tensor
     weight: Tensor | None = None
@@ -40,58 +45,65 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method:
-    """What every method is: a frozen dataclass of options. See `LocalMethod` and `learned.LearnedMethod`."""
+    """Base of all methods: a frozen dataclass whose fields are the options."""
 
     def check_pattern(self, pattern: NMPattern) -> None:
-        """Raise `RecipeError` if these options do not go with `pattern`; asked when the recipe is read."""
+        """Raise `RecipeError` if `pattern` cannot be had with these options. Called when a recipe is read."""
 
 
 @dataclass(frozen=True)
 class LocalMethod(Method, ABC):
-    """Base of the one-shot methods. `needs_data=False` lets the driver skip every forward pass."""
+    """Base of the one-shot methods, which prune one layer after the other.
+
+    `needs_data` says whether the method looks at the inputs of layers; if not, no calibration text is read and no
+    forward pass is run.
+    """
 
     needs_data: ClassVar[bool] = True
 
     @property
     def uses_prior(self) -> bool:
-        """Whether these options ask the driver for a mask to start from."""
+        """Whether `solve` needs a mask to start from, with these options."""
         return False
 
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
-        """Fold float32 calibration inputs `[T, I]` into `stats` (None at first) and return the new `stats`.
+        """Add a batch of a layer's float32 inputs `[T, I]` to its statistics and return them.
 
-        `stats` may be updated in place. Layers that are fed the same tensor share one `stats`.
+        `stats` is whatever the last call returned, None in the first, and may be updated in place. Layers that receive
+        the same tensor share one `stats`.
         """
         return stats
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Choose what stays of a float32 weight `[O, I]`. None of the tensors may be changed.
+        """Prune one layer: choose which entries of its float32 weight `[O, I]` stay, and perhaps change these.
 
-        `prior_OI` is a legal bool mask `[O, I]` for methods with `uses_prior`, and None for all others.
-        Raises `NumericalError` when the layer's statistics cannot be used.
+        `stats` is what `observe` returned last. `prior_OI` is a bool mask `[O, I]` that follows the pattern for methods
+        with `uses_prior`, and None for all others. No argument may be changed. Raises `NumericalError` when the
+        statistics cannot be used.
         """
 
 
 class ScoreMethod(LocalMethod):
-    """A method that gives every entry a score of its own and keeps the largest of each group.
+    """A one-shot method that gives every weight a score and keeps the weights with the highest scores of each group.
 
-    Since a score does not depend on the groups, `maskgen.sweep.permute` can use it to choose what stands in them.
+    The score of a weight does not depend on its group, so `maskgen.sweep.permute` can use it to choose the groups.
     """
 
     @abstractmethod
     def score(self, weight_OI: Tensor, stats: Any) -> Tensor:
-        """What each entry of a float32 weight is worth, `[O, I]`, from 0 on. Nothing may be changed."""
+        """The score of each entry of a float32 weight, `[O, I]`, not negative. No argument may be changed."""
 
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Mask by score; no weight is changed."""
+        """The mask of the highest scores; weights stay as they are."""
         return Solution(pattern.mask_from_scores(self.score(weight_OI, stats)))
 
 
 def create(name: str, options: Mapping[str, Any]) -> Method:
-    """Build the method `name` from recipe options; `RecipeError` lists what is known.
+    """Build the method called `name` with `options`, as a recipe states them.
 
-    Whole numbers are accepted where a float is expected; nothing else is converted.
+    Whole numbers are accepted where a float is expected; nothing else is converted. Raises `RecipeError` for a name or
+    an option that does not exist, listing those that do, and for a value of the wrong type or out of range.
     """
     method = registry.load(maskgen.methods, name, RecipeError).METHOD
     fields = {field.name: field for field in dataclasses.fields(method)}

@@ -5,8 +5,8 @@
 
 The arithmetic is float32, in chunks, and only what is kept between steps is rounded. That is safe as long as a step
 moves a moment by more than bfloat16's half unit in the last place (0.2 to 0.4 %): with b1 = 0.9 and b2 = 0.95 even a
-gradient of zero moves them by 10 and 5 %, so neither can get stuck. With the usual b2 = 0.999, v could: it is refused.
-The parameters themselves stay as they are, in float32.
+gradient of zero moves them by 10 and 5 %, so neither can get stuck. With the usual b2 = 0.999, v could, so that raises
+an error. The parameters themselves stay as they are, in float32.
 
 Sources: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 """
@@ -23,7 +23,7 @@ from maskgen.numerics.memory import chunk_elements
 from maskgen.numerics.shards import local
 
 SLOWEST_DECAY = 0.98
-"""Largest b1, b2: a step must move a moment by more than twice what rounding can take back."""
+"""Largest b1 and b2: one step must change a moment by more than twice its rounding error."""
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -42,7 +42,7 @@ class CompactAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimiser's, which however gives every state the dtype of its parameter."""
+        """Load a state; the base class would give the moments the dtype of their parameter, so they are cast back."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):

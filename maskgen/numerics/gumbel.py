@@ -1,8 +1,8 @@
-"""Gumbel noise that can be drawn again from its seed, and cheaply.
+"""Gumbel noise from 16 random bits a number: fast, and the same again for the same seed.
 
 A Gumbel number is -log(-log u) of a uniform u. Here u is the middle of one of 2^16 equal parts of [0, 1], chosen by 16
-random bits, so that the two logarithms become one look-up in a table of 65,536 numbers: three times as fast, and there
-is no u = 0 to guard against. The numbers end at -2.5 and 11.8; one of 65,536 exact ones would lie beyond.
+random bits, so that the two logarithms become one look-up in a table of 65,536 numbers: three times as fast, and u is
+never 0. The numbers lie between -2.5 and 11.8; of exact Gumbel numbers, one in 65,536 lies outside.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BITS = 16
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Noise of `shape` on the generator's device; 64 random bits make four numbers."""
+    """Gumbel noise of `shape` and `dtype`, on the device of `generator`."""
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
     bits.random_(-(1 << 63), None, generator=generator)

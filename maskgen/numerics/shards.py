@@ -1,7 +1,7 @@
-"""Parameters that are split by rows over processes (FSDP), seen from one of them.
+"""Parameters that are split by rows over processes (FSDP): the rows of this process, and the whole again.
 
 N:M groups run along columns and shards along rows, so a shard holds whole groups: a mask, a proximal map or an
-optimiser works on local rows as on the whole matrix, and only needs to find them.
+optimiser can work on the rows of one process as on the whole matrix.
 
 Legend: O = out features, I = in features.
 """
@@ -23,7 +23,8 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def rows_of(parameter: Tensor, whole_OI: Tensor) -> Tensor:
-    """The rows of `whole_OI`, which every process holds, that go with `local(parameter)`. Nothing is sent."""
+    """The rows of `whole_OI`, which every process holds, that belong to `local(parameter)`. No process sends
+    anything."""
     if not isinstance(parameter, DTensor):
         return whole_OI
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -1,7 +1,7 @@
-"""What one-shot methods remember of a layer's inputs, and the factorisation they have in common.
+"""Statistics that one-shot methods keep of a layer's inputs, and the factorisation of their Hessian.
 
 `add_squares` keeps the diagonal of X^T X (Wanda, RIA), `add_gram` all of it (SparseGPT, ADMM). Both sum over tokens in
-float32 whatever the model's dtype, fold in one batch at a time, and update in place. TF32 must stay off (torch's
+float32 whatever the model's dtype, add one batch at a time, and update in place. TF32 must stay off (torch's
 default): a Gram matrix with ten bits is not positive definite.
 
 Legend: T = tokens, I = in features.
@@ -21,20 +21,21 @@ _MAX_RETRY_DAMP = 0.1
 
 @dataclass
 class Gram:
-    """Float32 sum of x x^T over `tokens` tokens, `[I, I]`."""
+    """The Gram matrix of a layer's inputs: `sum_II` is the float32 sum of x x^T over `tokens` tokens."""
 
     sum_II: Tensor
     tokens: int
 
 
 def add_squares(stats: Tensor | None, x_TI: Tensor) -> Tensor:
-    """Float32 sum of squares per input feature `[I]`."""
+    """Add the inputs `x_TI` to the float32 sums of squares per input feature, `[I]` (None at first), and return
+    these."""
     square_I = x_TI.square().sum(0)
     return square_I if stats is None else stats.add_(square_I)
 
 
 def add_gram(stats: Gram | None, x_TI: Tensor) -> Gram:
-    """Gram matrix of the inputs."""
+    """Add the inputs `x_TI` to their Gram matrix (None at first), and return it."""
     if stats is None:
         size = x_TI.shape[1]
         stats = Gram(torch.zeros(size, size, dtype=torch.float32, device=x_TI.device), 0)
@@ -50,9 +51,10 @@ def cholesky(matrix_II: Tensor) -> Tensor | None:
 
 
 def damped_cholesky(matrix_II: Tensor, damp: float) -> Tensor:
-    """Lower triangular L with L L^T = A + damp * mean(diag A) * I; more damping when the factorisation fails.
+    """Lower triangular L with L L^T = A + damp * mean(diag A) * I, for a Hessian A `[I, I]`.
 
-    Raises `NumericalError` when A, a Hessian, cannot be factorised with any damping up to a tenth (or to `damp`).
+    If that fails, it is tried with more damping, up to a tenth of the mean diagonal (or `damp`, if that is more); then
+    `NumericalError` is raised.
     """
     mean = matrix_II.diagonal().mean()
     damps = _damps(damp)
@@ -69,7 +71,7 @@ def damped_cholesky(matrix_II: Tensor, damp: float) -> Tensor:
 
 
 def _damps(damp: float) -> list[float]:
-    """What to try: `damp`, then ten times more each time up to `_MAX_RETRY_DAMP`; only `damp` if it is that or more."""
+    """The dampings to try in turn: `damp`, then ten times the last one, up to `_MAX_RETRY_DAMP`."""
     damps = [damp]
     while damps[-1] < _MAX_RETRY_DAMP:
         more = damps[-1] * 10

@@ -1,8 +1,8 @@
-"""Units of structured pruning: key-value groups and hidden neurons, as many in every layer.
+"""Units of structured pruning, which are key-value groups and hidden neurons; every layer keeps the same number.
 
 A *site* is a linear layer whose input falls into units: equal runs of columns. An attention output has one unit per
-key-value group (that group's value, seen by all query heads that share it), so the ratio of query to key-value heads
-never changes; an FFN output has one per hidden neuron. Taking a unit away takes those columns of the site and the rows
+key-value group (with all query heads that share its key and value), so the ratio of query to key-value heads never
+changes; an FFN output has one per hidden neuron. Removing a unit removes its columns of the site and the rows
 of the layers that feed it, which stand beside the site in its parent module:
 
     o_proj     columns of the group    q_proj rows of its query heads, k_proj and v_proj rows of its one head
@@ -29,14 +29,14 @@ HEADS, NEURONS = "o_proj", "down_proj"
 """The two kinds of sites, by the last part of their names."""
 
 FEEDS = {HEADS: ("q_proj", "k_proj", "v_proj"), NEURONS: ("gate_proj", "up_proj")}
-"""Kind of site -> the layers beside it that lose rows when it loses columns."""
+"""UnitKind of site -> the layers beside it that lose rows when it loses columns."""
 
 MIN_COLUMNS_PER_RANK = 16
-"""Least multiple of FFN columns on each tensor-parallel rank that GPU kernels are at home with."""
+"""The FFN columns of each tensor-parallel rank are a multiple of this, which GPU kernels need to be fast."""
 
 
-class Shape(NamedTuple):
-    """What one linear layer stores."""
+class LinearShape(NamedTuple):
+    """Sizes of a linear layer, and whether it has a bias."""
 
     out_features: int
     in_features: int
@@ -44,15 +44,16 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of weight and bias."""
+        """Number of parameters, weight and bias."""
         return self.out_features * (self.in_features + self.biased)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """The sites of one kind: `layers` of them with `units` each; one unit of one layer holds `cost` parameters.
+class UnitKind:
+    """All sites of one kind: there are `layers` of them with `units` units each.
 
-    `heads_per_unit` is 1 for neurons. `hidden` is the width the site writes to.
+    Removing a unit from one layer removes `cost` parameters. `heads_per_unit` is the number of query heads of a
+    key-value group, and 1 for neurons. `hidden` is the number of output features of the site.
     """
 
     units: int
@@ -64,10 +65,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """All `parameters` of the linear layers inside the blocks, and what can be taken from them, by kind."""
+    """Number of `parameters` of the linear layers of all blocks, and the units that can be removed, by kind."""
 
     parameters: int
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, UnitKind]
 
     def fraction(self, keep: Mapping[str, float]) -> float:
         """R: the fraction of the parameters left when `keep[kind]` units stay in every layer."""
@@ -76,7 +77,12 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Budget:
-    """How small the model becomes: a fraction of its parameters, or explicit widths (0: follow from the fraction)."""
+    """How small a model is to become.
+
+    `keep_parameters` is the fraction of parameters to keep. `keep_kv_groups` and `keep_ffn` are explicit widths, 0 to
+    derive them from the fraction. Widths must suit `tensor_parallel` ranks, FFN widths be multiples of `ffn_multiple`,
+    and with `heads_divide_hidden` the number of heads must divide the hidden size.
+    """
 
     keep_parameters: float
     keep_kv_groups: int
@@ -87,7 +93,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: object) -> Budget:
-        """The budget among the options of a method, which have the same names."""
+        """The budget in the options of a method, whose fields have the same names."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
@@ -102,16 +108,17 @@ class Budget:
 
 
 def kind_of(site: str) -> str:
-    """The kind of a site, from its module name."""
+    """The kind of a site, which is the last part of its module name."""
     return site.rpartition(".")[2]
 
 
-def count_parameters(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> ParameterCount:
-    """Count the linear layers of the blocks, given by name, whose sites have `units`.
+def count_parameters(shapes: Mapping[str, LinearShape], units: Mapping[str, int]) -> ParameterCount:
+    """Count the parameters of the linear layers of all blocks.
 
-    Raises `ModelError` when layers of one kind differ or a layer that feeds a site is missing.
+    `shapes` maps module names to layers, `units` the names of the sites to their number of units. Raises `ModelError`
+    when layers of one kind differ or a layer that feeds a site is missing.
     """
-    found: dict[str, set[Kind]] = {}
+    found: dict[str, set[UnitKind]] = {}
     for site, count in units.items():
         parent, _, kind = site.rpartition(".")
         feeds = [shapes.get(f"{parent}.{leaf}") for leaf in FEEDS[kind]]
@@ -123,7 +130,7 @@ def count_parameters(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> P
         cost = shapes[site].out_features * shapes[site].in_features + sum(row.parameters for row in rows)
         heads = rows[0].out_features // rows[1].out_features
         layers = sum(kind_of(name) == kind for name in units)
-        found.setdefault(kind, set()).add(Kind(count, layers, cost // count, heads, shapes[site].out_features))
+        found.setdefault(kind, set()).add(UnitKind(count, layers, cost // count, heads, shapes[site].out_features))
     for kind, variants in found.items():
         if len(variants) > 1:
             raise ModelError(
@@ -132,16 +139,18 @@ def count_parameters(shapes: Mapping[str, Shape], units: Mapping[str, int]) -> P
     return ParameterCount(sum(shape.parameters for shape in shapes.values()), {k: v.pop() for k, v in found.items()})
 
 
-def resolve(counted: ParameterCount, budget: Budget, groups: float | None = None) -> dict[str, int]:
-    """Units to keep in every layer, by kind: whole numbers that an engine can serve.
+def resolve_widths(counted: ParameterCount, budget: Budget, kv_groups: float | None = None) -> dict[str, int]:
+    """How many units to keep in every layer, by kind, so that the budget is met and an engine can serve the widths.
 
-    Heads keep their share of the budget, rounded up to what may be split; the FFN takes the rest, rounded down, so the
-    model is never larger than asked for. `groups` is how many key-value groups one would like to keep (by default
-    their share of the budget). Raises `RecipeError` when that cannot be done.
+    The number of key-value groups is `kv_groups` (by default the fraction `budget.keep_parameters` of them), rounded up
+    to a number that can be split over ranks; the FFN width follows from the rest of the budget, rounded down, so the
+    model is never larger than asked for. Raises `RecipeError` if no such widths exist.
     """
     keep = {}
     if (heads := counted.kinds.get(HEADS)) is not None:
-        keep[HEADS] = _keep_heads(heads, budget, budget.keep_parameters * heads.units if groups is None else groups)
+        keep[HEADS] = _keep_heads(
+            heads, budget, budget.keep_parameters * heads.units if kv_groups is None else kv_groups
+        )
     elif budget.keep_kv_groups:
         raise RecipeError("method.keep_kv_groups: heads of this architecture cannot be removed; leave it at 0")
     neurons = counted.kinds[NEURONS]
@@ -165,7 +174,9 @@ def resolve(counted: ParameterCount, budget: Budget, groups: float | None = None
     return keep
 
 
-def _keep_heads(heads: Kind, budget: Budget, wanted: float) -> int:
+def _keep_heads(heads: UnitKind, budget: Budget, least_groups: float) -> int:
+    """The smallest number of key-value groups from `least_groups` on that an engine can serve."""
+
     def servable(groups: int) -> bool:
         queries, ranks = groups * heads.heads_per_unit, budget.tensor_parallel
         divides = not budget.heads_divide_hidden or heads.hidden % queries == 0
@@ -181,11 +192,11 @@ def _keep_heads(heads: Kind, budget: Budget, wanted: float) -> int:
                 f"{budget.tensor_parallel} ranks; heads_divide_hidden={budget.heads_divide_hidden})"
             )
         return budget.keep_kv_groups
-    return next(groups for groups in allowed if groups >= wanted - 1e-6)
+    return next(groups for groups in allowed if groups >= least_groups - 1e-6)
 
 
-def top(score_U: Tensor, keep: int) -> Tensor:
-    """Bool `[U]`: the `keep` units of the highest score; of equal ones the first."""
+def top_units(score_U: Tensor, keep: int) -> Tensor:
+    """Bool `[U]`, True for the `keep` units with the highest scores; of equal ones the first are taken."""
     kept_U = torch.zeros_like(score_U, dtype=torch.bool)
     kept_U[score_U.sort(descending=True, stable=True).indices[:keep]] = True
     return kept_U

@@ -27,10 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskgen.core.checkpoint import iterate_tensors, read_headers
+from maskgen.core.checkpoint import iterate_tensors, read_dense_config, read_headers
 from maskgen.core.companions import companion_files
 from maskgen.core.errors import DataError, ModelError, RecipeError
-from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.data.tokens import check_window_tokens
@@ -135,7 +134,7 @@ def write(
         name: {"before": arrangement.before, "after": arrangement.after, "order": arrangement.order.tolist()}
         for name, arrangement in arrangements.items()
     }
-    config, extra = read_json(model_dir / "config.json"), {PERMUTATION_FILE: {**provenance, "layers": layers}}
+    config, extra = read_dense_config(model_dir), {PERMUTATION_FILE: {**provenance, "layers": layers}}
     with CheckpointWriter(out_dir, config, companion_files(model_dir), extra, shard_bytes) as writer:
         for name, tensor in iterate_tensors(read_headers(model_dir)):
             writer.add(name, reordered(name, tensor, orders))

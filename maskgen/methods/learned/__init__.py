@@ -1,16 +1,16 @@
-"""What a learned method is: it replaces linear layers by ones whose sparsity can be trained, and reads the answer back.
+"""Base classes of the learned methods: they replace linear layers by trainable ones, and read a mask off these later.
 
-`maskgen.train.step` owns the loop, the data, the loss and the optimiser's clock; a method owns the arithmetic of one
-layer. Every target becomes a `LearnedLinear` that computes one of three things:
+`maskgen.train` has the loop, the data, the loss and the learning rate; a method has the arithmetic of one layer. Every
+target layer becomes a `LearnedLinear`, which computes one of three things:
 
-    TRAIN   the relaxed layer that gradients flow through (soft masks, straight-through masks, ...)
-    HARD    the layer as it would be exported now: what is evaluated and what is served
-    DENSE   the layer as it was given: the teacher, when the weights are frozen, at no cost in memory
+    TRAIN   the layer that is trained: with a soft mask, say, through which gradients flow
+    HARD    the layer as it would be exported now: it is evaluated, and served in the end
+    DENSE   the layer as it was before: the teacher of a distillation, which takes no memory if weights are frozen
 
-Time and randomness are arguments: a `StepContext` says which step it is, and its `noise_seed` is the only source of
-noise, so that a run that was killed and resumed draws the same numbers, and a backward pass can draw them again
-instead of keeping them. What a layer or an optimiser must remember from step to step is a parameter, a persistent
-buffer or a tensor of the optimiser's state: these are what a checkpoint holds.
+Step number and randomness are arguments: a `StepContext` says which step it is, and its `noise_seed` is the only source
+of noise. So a run that was killed and resumed draws the same numbers, and a backward pass can draw them again instead
+of keeping them. What a layer or an optimiser needs from one step in the next is a parameter, a persistent buffer or a
+tensor of the optimiser's state, because these are what a training checkpoint holds.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -40,7 +40,11 @@ class Mode(Enum):
 
 
 class Result(Enum):
-    """What a run writes: a sparse checkpoint, a dense model, or a dense model with fewer heads and neurons."""
+    """What a training run writes in the end.
+
+    SPARSE is a sparse checkpoint, DENSE a dense model of the same size, SLICED a dense model with fewer heads and
+    hidden neurons.
+    """
 
     SPARSE = "sparse"
     DENSE = "dense"
@@ -49,7 +53,11 @@ class Result(Enum):
 
 @dataclass(frozen=True)
 class StepContext:
-    """When it is: `step` of `steps`, counted from 0. `noise_seed` differs from step to step and sample to sample."""
+    """Which step of a training run is computed: number `step`, counted from 0, of `steps`.
+
+    `noise_seed` is the seed of all random numbers of the step. It is another one in every step, and for every sample of
+    a batch that gets noise of its own.
+    """
 
     step: int
     steps: int
@@ -57,17 +65,18 @@ class StepContext:
 
     @property
     def progress(self) -> float:
-        """0 in the first step, 1 in the last."""
+        """How far the run is: 0 in the first step, 1 in the last."""
         return self.step / max(1, self.steps - 1)
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One layer a method may replace.
+    """A linear layer that a method may replace.
 
-    `index` numbers the layers of the model. `prior_OI` is a bool mask to start from, or None. `units` says into how
-    many equal runs of columns the input of this layer divides when whole heads or neurons are pruned (key-value groups
-    for an attention output, hidden width for an FFN output), and is None for every other layer.
+    `index` is its number among the target layers of the model, `name` its module name. `prior_OI` is a bool mask
+    `[O, I]` to start from, or None. `units` matters to methods that remove whole heads or hidden neurons: into how many
+    equal ranges its input columns divide, which is the number of key-value groups for an attention output and the
+    hidden width for an FFN output; None for every other layer.
     """
 
     index: int
@@ -79,10 +88,10 @@ class TargetLayer:
 
 
 class LearnedLinear(nn.Module, ABC):
-    """Takes the place of one `nn.Linear` while its sparsity is learned. Subclasses add what is learned.
+    """Takes the place of one `nn.Linear` during training. Subclasses add the parameters that are learned.
 
-    `weight` `[O, I]` and `bias` `[O]` are the parameters of the layer replaced, under their old names. `mode` is what
-    `forward` computes.
+    `weight` `[O, I]` and `bias` `[O]` are the parameters of the replaced layer, under their old names. `mode` says what
+    `forward` computes. `context` is the current step; the training loop sets both.
     """
 
     context: StepContext
@@ -97,7 +106,7 @@ class LearnedLinear(nn.Module, ABC):
         self.mode = Mode.TRAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., I] -> [..., O]`, by `mode`."""
+        """`[..., I] -> [..., O]`, as `mode` says."""
         if self.mode is Mode.DENSE:
             return dense_linear(x, self.weight, self.bias)
         if self.mode is Mode.HARD:
@@ -105,24 +114,30 @@ class LearnedLinear(nn.Module, ABC):
         return self.train_forward(x)
 
     def hard_forward(self, x: Tensor) -> Tensor:
-        """The layer as it would be exported now. No mask is kept between passes: a byte per weight would add up."""
+        """The layer as it would be exported now, `[..., I] -> [..., O]`.
+
+        The mask is computed in every pass, not kept: a byte for each weight of a model is too much.
+        """
         return dense_linear(x, self.weight * self.mask(), self.bias)
 
     @abstractmethod
     def train_forward(self, x: Tensor) -> Tensor:
-        """The relaxed layer at `self.context`; differentiable in everything that is learned."""
+        """The layer that is trained, `[..., I] -> [..., O]`, in the step `self.context`.
+
+        Differentiable in `x` and in every parameter that is learned.
+        """
 
     @abstractmethod
     def mask(self) -> Tensor:
         """The bool mask `[O, I]` that would be exported now."""
 
     def solution(self) -> Solution:
-        """The answer for this layer. Methods that change weights or add a correction override it."""
+        """What would be exported of this layer now. Methods that change weights or add a correction override it."""
         return Solution(self.mask())
 
 
 class _Masked(torch.autograd.Function):
-    """(m * W) x + b for fixed m, W, b. The backward pass makes m * W again: a product kept per layer would add up."""
+    """(m * W) x + b for fixed m, W, b. The backward pass computes m * W again instead of keeping it for each layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -136,7 +151,7 @@ class _Masked(torch.autograd.Function):
 
 
 class FixedLinear(LearnedLinear):
-    """A layer that keeps the mask it was given while others learn; its TRAIN forward is the HARD one."""
+    """A layer whose mask is fixed to its prior while other layers learn theirs: TRAIN and HARD compute the same."""
 
     def __init__(self, target: TargetLayer) -> None:
         super().__init__(target)
@@ -144,12 +159,12 @@ class FixedLinear(LearnedLinear):
         self.register_buffer("kept_OI", target.prior_OI, persistent=False)
 
     def train_forward(self, x: Tensor) -> Tensor:
-        """(m * W) x + b, m * W made anew in each pass, backward too: no second copy of the weights stays."""
+        """(m * W) x + b. m * W is computed again in each pass, backward too, so no second copy of the weights stays."""
         y: Tensor = _Masked.apply(x, self.weight, self.get_buffer("kept_OI"), self.bias)
         return y
 
     def mask(self) -> Tensor:
-        """The mask given."""
+        """The prior."""
         return self.get_buffer("kept_OI")
 
 
@@ -159,10 +174,10 @@ Layers = Mapping[str, LearnedLinear]
 
 @dataclass(frozen=True)
 class LearnedMethod(Method, ABC):
-    """Base of the methods that learn end to end. Options are the fields of the (frozen) dataclass, as in `LocalMethod`.
+    """Base of the methods that train the whole model with its loss.
 
-    `trains_weights` decides who the teacher is (the same tensors without masks, or a frozen copy) and what the result
-    may be compared with.
+    `trains_weights` says whether weights change: if so, the teacher of a distillation is a frozen copy of the model,
+    else the same tensors without masks. `result` is what a run writes.
     """
 
     trains_weights: ClassVar[bool] = False
@@ -170,32 +185,36 @@ class LearnedMethod(Method, ABC):
 
     @property
     def uses_prior(self) -> bool:
-        """Whether these options ask the driver for a mask to start from."""
+        """Whether target layers need a mask to start from, with these options."""
         return False
 
     @abstractmethod
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
-        """The layer that takes the place of `target.linear`, or None to leave it as it is.
+        """The layer that takes the place of `target.linear`, or None to leave that where it is.
 
-        What is to be trained has `requires_grad`; everything else of the model is frozen by the driver beforehand.
+        All parameters of the model are frozen before; those to be trained must get `requires_grad`. `generator` is for
+        random initial values.
         """
 
     @abstractmethod
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """The optimiser of what is learned in `layers` and of `others` (norms, embeddings; often none)."""
+        """The optimiser of the learned parameters of `layers` and of `others` (norms and embeddings, often none)."""
 
     def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
-        """A scalar added to the loss of every micro-batch, or None. Asked after the forward pass."""
+        """A scalar to add to the loss of every micro-batch, or None. Called after the forward pass."""
         return None
 
     def before_step(self, layers: Layers, context: StepContext) -> None:
-        """Called once per optimiser step before its first forward pass (refresh a mask, say)."""
+        """Called once per optimiser step, before its first forward pass: to choose a new mask, say."""
 
     def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
-        """Called once per optimiser step after it (a proximal map, say), without gradients; `lr` is the step's."""
+        """Called once per optimiser step, after it and without gradients: to apply a proximal map, say.
+
+        `lr` is the learning rate of the step.
+        """
 
     def kept_units(self, layers: Layers) -> Mapping[str, Tensor]:
-        """For `Result.SLICED`: which units stay, bool `[units]` by name, of every layer with `TargetLayer.units`."""
+        """For `Result.SLICED`: which units stay, bool `[units]`, by name of every layer with `TargetLayer.units`."""
         return {}
 
 

@@ -96,7 +96,7 @@ class AdaptiveLinear(LearnedLinear):
             self.pool = nn.Parameter(runs_K.repeat_interleave(segment, dim=1))
 
     def decay(self) -> float:
-        """lambda at this moment."""
+        """lambda in the current step."""
         return self.method.masked_decay * min(1.0, self.context.step / max(1.0, self.method.ramp * self.context.steps))
 
     def magnitude_mask(self) -> Tensor:
@@ -112,7 +112,7 @@ class AdaptiveLinear(LearnedLinear):
         return self._corrected(x, super().hard_forward(x))
 
     def mask(self) -> Tensor:
-        """The mask in force, which is the one to export."""
+        """The current mask, which is the one to export."""
         return self.kept_OI.clone()
 
     def solution(self) -> Solution:
@@ -135,9 +135,9 @@ class AdaptiveLinear(LearnedLinear):
 
 
 class AnnealedAdamW(torch.optim.Optimizer):
-    """The update of the module docstring; `layers` are asked for the mask and decay of their `weight` at each step.
+    """The update of the module docstring, for the `weight` of each of `layers`, with its current mask and decay.
 
-    Parameters that are not some layer's `weight` take AdamW steps. Sharded parameters are updated row by local row.
+    All other parameters take plain AdamW steps. Of sharded parameters each process updates the rows it holds.
     """
 
     def __init__(
@@ -187,7 +187,10 @@ class AnnealedAdamW(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class AdaptiveSparse(LearnedMethod):
-    """`masked_decay`: lambda after its rise; `ramp`, `settle`: fractions of the steps; `slorb_segment`: k or 0."""
+    """Options. `masked_decay` is lambda after its rise, which takes the fraction `ramp` of the steps.
+
+    The mask stays the same in the last `settle` of the steps (a fraction). `slorb_segment` is k, or 0 for no SLoRB.
+    """
 
     trains_weights: ClassVar[bool] = True
 
@@ -220,7 +223,7 @@ class AdaptiveSparse(LearnedMethod):
 
     @property
     def uses_prior(self) -> bool:
-        """With `mask = "prior"` the weights adapt to a mask that stays."""
+        """Whether `mask` is "prior": then the weights are trained under that mask, which stays."""
         return self.mask == "prior"
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
@@ -229,12 +232,12 @@ class AdaptiveSparse(LearnedMethod):
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """`AnnealedAdamW` of everything."""
-        mine = _layers(layers)
-        parameters = [item for layer in mine for item in (layer.weight, layer.out, layer.pool) if item is not None]
-        return AnnealedAdamW([*parameters, *others], mine, lr, self.weight_decay, self.second_moment == "raw")
+        targets = _layers(layers)
+        parameters = [item for layer in targets for item in (layer.weight, layer.out, layer.pool) if item is not None]
+        return AnnealedAdamW([*parameters, *others], targets, lr, self.weight_decay, self.second_moment == "raw")
 
     def before_step(self, layers: Layers, context: StepContext) -> None:
-        """Refresh the masks every `refresh_every` steps, until they settle. S stays what it has become."""
+        """Choose the masks again every `refresh_every` steps, but not in the last `settle` of them. S is not reset."""
         if self.uses_prior or context.step % self.refresh_every or context.step >= (1 - self.settle) * context.steps:
             return
         for layer in _layers(layers):

@@ -7,9 +7,9 @@ large weights, without which the gradients of what is pruned vanish and the mask
     y_p  = softmax_p( (kappa pi_p + gumbel_p) / tau )        M = sum_p y_p S_p: in [0, 1], n per group
     loss = L(x; W * M) - lambda |W * M|^2 / |W|^2            |.|^2 summed over the whole model
 
-kappa grows (100 -> 500) and tau falls (4 -> 0.05), so that samples sharpen and settle; lambda falls linearly to 0 in
-the last step. What is exported and evaluated is argmax_p pi_p, ties going to the earlier pattern. A prior mask M0 puts
-the logits at pi_p = alpha sigma (<M0, S_p> - n^2 / m), for 2:4 one of alpha sigma (1, 0, -1) with counts (1, 4, 1).
+kappa grows (100 -> 500) and tau falls (4 -> 0.05), so that samples become hard and stop changing; lambda falls linearly
+to 0 in the last step. What is exported and evaluated is argmax_p pi_p, ties going to the earlier pattern. A prior mask
+M0 puts the logits at pi_p = alpha sigma (<M0, S_p> - n^2 / m), for 2:4 alpha sigma times 1, 0 or -1.
 
 Two compact forms give every column, not every pattern, a logit theta (4 for 2:4, two thirds of the memory):
 
@@ -56,8 +56,8 @@ from maskgen.numerics.shards import full
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One sample of a layer's soft mask: in which form, how sharp, with which noise. Nothing here changes later."""
+class MaskSample:
+    """How to draw one random soft mask of a layer: in which form, how sharp, and with which seed of the noise."""
 
     form: str
     pattern: NMPattern
@@ -67,7 +67,7 @@ class Draw:
     seed: int
 
     def chunks(self, logits_OLG: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of a chunk with their Gumbel noise `[o, P or m, G]`; the same every time it is asked."""
+        """Rows of each chunk and their Gumbel noise `[o, P or m, G]`; the same numbers in every call."""
         rows, _, groups = logits_OLG.shape
         device = logits_OLG.device
         planes = self.patterns_Pm.shape[1 if self.form == "reservoir" else 0]
@@ -78,33 +78,31 @@ class Draw:
             yield slice(start, start + size), gumbel(shape, generator, logits_OLG.dtype)
 
     def mask(self, logits_oLG: Tensor, noise: Tensor) -> Tensor:
-        """The soft mask `[o, I]`: differentiable in the logits."""
+        """The soft mask `[o, I]` of the rows of a chunk; differentiable in the logits."""
         mask_omG: Tensor = FORMS[self.form](self, logits_oLG, noise)
         return mask_omG.transpose(1, 2).flatten(1)
 
 
-def categorical(draw: Draw, logits_oPG: Tensor, noise_oPG: Tensor) -> Tensor:
-    """M `[o, m, G]` of one logit per pattern."""
-    keys_oPG = torch.add(noise_oPG, logits_oPG, alpha=draw.scale)
-    return draw.patterns_Pm.T @ torch.softmax(keys_oPG * (1 / draw.temperature), 1)
+def categorical(sample: MaskSample, logits_oPG: Tensor, noise_oPG: Tensor) -> Tensor:
+    """The soft mask `[o, m, G]` from one logit per pattern."""
+    keys_oPG = torch.add(noise_oPG, logits_oPG, alpha=sample.scale)
+    return sample.patterns_Pm.T @ torch.softmax(keys_oPG * (1 / sample.temperature), 1)
 
 
-def additive(draw: Draw, theta_omG: Tensor, noise_oPG: Tensor) -> Tensor:
-    """M `[o, m, G]` of patterns whose logit is the sum of their columns'."""
-    return categorical(draw, draw.patterns_Pm @ theta_omG, noise_oPG)
+def additive(sample: MaskSample, theta_omG: Tensor, noise_oPG: Tensor) -> Tensor:
+    """The soft mask `[o, m, G]` where a pattern's logit is the sum of its columns' logits."""
+    return categorical(sample, sample.patterns_Pm @ theta_omG, noise_oPG)
 
 
-def reservoir(draw: Draw, theta_omG: Tensor, noise_omG: Tensor) -> Tensor:
-    """M `[o, m, G]` of n columns drawn one after the other without replacement.
-
-    1 - mu is summed up, not subtracted: where it is lost to rounding, a column would be drawn twice.
-    """
-    keys_omG = torch.add(noise_omG, theta_omG, alpha=draw.scale)
-    others_mm = 1 - torch.eye(draw.pattern.m, dtype=keys_omG.dtype, device=keys_omG.device)
+def reservoir(sample: MaskSample, theta_omG: Tensor, noise_omG: Tensor) -> Tensor:
+    """The soft mask `[o, m, G]` of n columns drawn one after the other without replacement."""
+    keys_omG = torch.add(noise_omG, theta_omG, alpha=sample.scale)
+    # 1 - mu is the sum of the other columns, not a difference: rounding could make that 0 and draw a column twice.
+    others_mm = 1 - torch.eye(sample.pattern.m, dtype=keys_omG.dtype, device=keys_omG.device)
     tiny, mask_omG = torch.finfo(keys_omG.dtype).tiny, torch.zeros_like(keys_omG)
-    for _ in range(draw.pattern.n):
+    for _ in range(sample.pattern.n):
         largest_o1G = keys_omG.detach().amax(1, keepdim=True)
-        odds_omG = torch.exp((keys_omG - largest_o1G) * (1 / draw.temperature))
+        odds_omG = torch.exp((keys_omG - largest_o1G) * (1 / sample.temperature))
         total_o1G, rest_omG = odds_omG.sum(1, keepdim=True), others_mm @ odds_omG
         mask_omG = mask_omG + odds_omG / total_o1G
         log_rest_omG = (rest_omG.clamp_min(tiny) / total_o1G).log()
@@ -112,7 +110,7 @@ def reservoir(draw: Draw, theta_omG: Tensor, noise_omG: Tensor) -> Tensor:
     return mask_omG
 
 
-FORMS: dict[str, Callable[[Draw, Tensor, Tensor], Tensor]] = {
+FORMS: dict[str, Callable[[MaskSample, Tensor, Tensor], Tensor]] = {
     "categorical": categorical,
     "additive": additive,
     "reservoir": reservoir,
@@ -126,16 +124,18 @@ class SoftLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, logits_OLG: Tensor, weight_OI: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, logits_OLG: Tensor, weight_OI: Tensor, sample: MaskSample
+    ) -> tuple[Tensor, Tensor]:
         device = x.device.type
-        ctx.draw, ctx.x_dtype = draw, x.dtype
+        ctx.sample, ctx.x_dtype = sample, x.dtype
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
         ctx.save_for_backward(x, logits_OLG, weight_OI)
         with torch.autocast(device, enabled=False):
             masked_OI = torch.empty_like(weight_OI, dtype=x.dtype)
             energy = logits_OLG.new_zeros(())
-            for rows, noise in draw.chunks(logits_OLG):
-                masked_oI = weight_OI[rows] * draw.mask(logits_OLG[rows], noise)
+            for rows, noise in sample.chunks(logits_OLG):
+                masked_oI = weight_OI[rows] * sample.mask(logits_OLG[rows], noise)
                 masked_OI[rows] = masked_oI
                 energy += masked_oI.square_().sum()
             return dense_linear(x, masked_OI), energy
@@ -148,10 +148,10 @@ class SoftLinear(torch.autograd.Function):
             dmasked_OI = dy.flatten(0, -2).T @ x.flatten(0, -2)
             masked_OI = torch.empty_like(dmasked_OI)
             dlogits_OLG = torch.empty_like(logits_OLG)
-            for rows, noise in ctx.draw.chunks(logits_OLG):
+            for rows, noise in ctx.sample.chunks(logits_OLG):
                 with torch.enable_grad():
                     logits_oLG = logits_OLG[rows].detach().requires_grad_()
-                    masked_oI = weight_OI[rows] * ctx.draw.mask(logits_oLG, noise)
+                    masked_oI = weight_OI[rows] * ctx.sample.mask(logits_oLG, noise)
                 masked_OI[rows] = masked_oI.detach()
                 dmasked_oI = torch.addcmul(dmasked_OI[rows], 2 * denergy, masked_oI.detach())
                 (dlogits_OLG[rows],) = torch.autograd.grad(masked_oI, logits_oLG, dmasked_oI)
@@ -180,16 +180,16 @@ class MaskLLMLinear(LearnedLinear):
         self.dense_energy = float(torch.linalg.vector_norm(self.weight.detach(), dtype=torch.float32)) ** 2
         self.energy: Tensor | None = None
 
-    def draw(self) -> Draw:
-        """This moment's sample."""
+    def sample(self) -> MaskSample:
+        """The random mask of the current step."""
         method, context = self.method, self.context
         sharpness = method.scale(context), method.temperature(context)
         seed = derive_seed(context.noise_seed, self.index)
-        return Draw(method.logits, self.pattern, self.patterns_Pm, *sharpness, seed)
+        return MaskSample(method.logits, self.pattern, self.patterns_Pm, *sharpness, seed)
 
     def train_forward(self, x: Tensor) -> Tensor:
         """`[..., I] -> [..., O]` with the sampled mask; leaves |W * M|^2 in `energy` for the reward."""
-        y, energy = SoftLinear.apply(x, self.logits, self.weight, self.draw())
+        y, energy = SoftLinear.apply(x, self.logits, self.weight, self.sample())
         recomputing = torch._C._current_graph_task_id() != -1  # in a backward pass; energy would keep all of its block
         self.energy = None if recomputing else energy
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -217,7 +217,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 @dataclass(frozen=True)
 class MaskLLM(LearnedMethod):
-    """Options. `prior_strength` alpha and `init_std` sigma place the prior; 0 asks for none.
+    """Options. `prior_strength` (alpha) and `init_std` (sigma) say how far a prior moves the logits; 0 means no prior.
 
     `weight_reward` lambda is for the form `reward_form`: "normalised" by |W|^2, or the published "sum". Scale and
     temperature arrive at their ends after the fraction `anneal` of the steps. `moments`: dtype of AdamW's states.
@@ -252,7 +252,7 @@ class MaskLLM(LearnedMethod):
                 raise RecipeError(f"method.{name} {getattr(self, name)}: expected a finite number that is not negative")
 
     def check_pattern(self, pattern: NMPattern) -> None:
-        """The forms with a softmax over patterns need to enumerate them."""
+        """`RecipeError` for a pattern with too many candidates per group to enumerate."""
         try:
             pattern.candidates()
         except PatternError as error:
@@ -260,20 +260,20 @@ class MaskLLM(LearnedMethod):
 
     @property
     def uses_prior(self) -> bool:
-        """Whether there is a prior at all."""
+        """Whether logits start from a prior mask."""
         return self.prior_strength > 0
 
     def scale(self, context: StepContext) -> float:
-        """kappa."""
+        """kappa, the factor of the logits in this step."""
         return RAMPS[self.scale_growth](self.scale_start, self.scale_end, min(1.0, context.progress / self.anneal))
 
     def temperature(self, context: StepContext) -> float:
-        """tau."""
+        """tau, the temperature of the softmax in this step."""
         progress = min(1.0, context.progress / self.anneal)
         return RAMPS[self.temperature_decay](self.temperature_start, self.temperature_end, progress)
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear:
-        """A layer with logits."""
+        """A layer that learns logits beside its frozen weight."""
         return MaskLLMLinear(target, self, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -286,7 +286,7 @@ class MaskLLM(LearnedMethod):
         return torch.optim.AdamW(learned_parameters(layers), lr, fused=True, **options)
 
     def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
-        """-lambda times the weight energy that the samples of the last forward pass keep, which is let go of."""
+        """-lambda times |W * M|^2 of the last forward pass, summed over the layers; their `energy` becomes None."""
         ours = cast(Mapping[str, MaskLLMLinear], layers).values()
         energies = [layer.energy.to(torch.float32) for layer in ours if layer.energy is not None]
         for layer in ours:

@@ -59,7 +59,7 @@ from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.numerics.shards import full
 from maskgen.numerics.unit_linear import UnitLinear, add_taylor, make_optimizer, parameter_count_of, sites
-from maskgen.numerics.units import HEADS, Budget, ParameterCount, kind_of, resolve, top
+from maskgen.numerics.units import HEADS, Budget, ParameterCount, kind_of, resolve_widths, top_units
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def bottom_norm(mask_U: Tensor, removed: float) -> Tensor:
     return mask_U.square().sort().values[: math.ceil(removed)].sum()
 
 
-def marginal(mask_U: Tensor, removed: float) -> Tensor:
+def bottom_norm_slope(mask_U: Tensor, removed: float) -> Tensor:
     """d bottom_norm / d removed, straight through the ceiling: the next smallest square (0 when none is left)."""
     squares_U = mask_U.square().sort().values
     following = math.ceil(removed)
@@ -81,12 +81,12 @@ def marginal(mask_U: Tensor, removed: float) -> Tensor:
 
 def prox(mask_U: Tensor, removed: float, strength: float) -> Tensor:
     """argmin_v ||v - m||^2 / 2 + strength ||v||^2_bottom(ceil removed)."""
-    out = ~top(mask_U.abs(), len(mask_U) - math.ceil(removed))
+    out = ~top_units(mask_U.abs(), len(mask_U) - math.ceil(removed))
     return torch.where(out, mask_U / (1 + 2 * strength), mask_U)
 
 
 class MaskPruneLinear(UnitLinear, LearnedLinear):
-    """A frozen layer with an adapter and, at a site, masks and what the dynamics remember (saved with the run).
+    """A frozen layer with an adapter and, at a site, masks and the state of their optimisation (saved with the run).
 
     `y` is this layer's dual; `s` (units to remove) and `z` (dual of the budget) are equal in all layers of a kind.
     `mean_U` and `square` are running means of the masks' gradient and of its square.
@@ -110,24 +110,24 @@ class MaskPruneLinear(UnitLinear, LearnedLinear):
             self.register_buffer("square", torch.zeros((), device=self.weight.device))
 
     def solution(self) -> Solution:
-        """The merged weight, whose removed columns are zero."""
+        """The weight with masks and adapter merged in; the columns of removed units are zero."""
         return Solution(self.mask(), self.merged())
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Fold the gradient of one step into the running means."""
+        """Add the gradient of one step to the running means."""
         if self.mask_U.grad is not None:
             gradient_U = full(self.mask_U.grad)
             self.mean_U.lerp_(gradient_U, 1 - MOMENTUM)
             self.square.lerp_(gradient_U.square().mean(), 1 - MOMENTUM)
 
-    def pull(self) -> Tensor:
+    def normalised_gradient(self) -> Tensor:
         """<dL/dm> / rms_l `[U]`; 0 where the layer has had no gradient."""
         return self.mean_U / self.square.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
     @property
-    def excess(self) -> int:
-        """How many units this layer loses in the end."""
+    def units_to_remove(self) -> int:
+        """How many units are removed from this layer in the end."""
         return self.units - int(self.keep)
 
 
@@ -178,51 +178,51 @@ class MaskPrune(LearnedMethod):
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """Adam on the adapters and `others`; `after_step` moves the masks."""
-        mine = _mine(layers)
+        targets = _maskprune_layers(layers)
 
-        def look() -> None:
-            context = next(iter(mine.values())).context
+        def on_gradients() -> None:
+            context = next(iter(targets.values())).context
             if context.step < self._init_steps(context):
-                add_taylor(mine)
-            for layer in sites(mine).values():
+                add_taylor(targets)
+            for layer in sites(targets).values():
                 layer.observe()
 
-        return make_optimizer(mine, others, lr, Budget.of(self), look)
+        return make_optimizer(targets, others, lr, Budget.of(self), on_gradients)
 
     def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """Steps 2 to 4 of the module's list, with the step size eta = mask_lr * lr."""
-        mine, eta = sites(_mine(layers)), self.mask_lr * lr
+        targets, eta = sites(_maskprune_layers(layers)), self.mask_lr * lr
         if self.init == "taylor" and context.step < self._init_steps(context):
-            self._hold(mine, last=context.step + 1 == self._init_steps(context))
+            self._measure_importance(targets, last=context.step + 1 == self._init_steps(context))
             return
         settled = context.progress >= self.settle
-        arrived = settled and StepContext(context.step - 1, context.steps).progress < self.settle
+        settles_now = settled and StepContext(context.step - 1, context.steps).progress < self.settle
         self._move_widths(layers, context, settled)
-        for layer in mine.values():
-            removed, shrink = float(layer.s), 0.0 if settled or not layer.excess else self.shrink
+        for layer in targets.values():
+            removed, shrink = float(layer.s), 0.0 if settled or not layer.units_to_remove else self.shrink
             mask_U = layer.masks()
-            mask_U = mask_U - eta * (layer.pull() + 2 * shrink * mask_U)
+            mask_U = mask_U - eta * (layer.normalised_gradient() + 2 * shrink * mask_U)
             if settled:
-                layer.set_masks((torch.ones_like(mask_U) if arrived else mask_U) * layer.kept_U())
+                layer.set_masks((torch.ones_like(mask_U) if settles_now else mask_U) * layer.kept_U())
                 continue
             mask_U = prox(mask_U, removed, eta * (float(layer.y) + self.augmented))
             layer.y += self.dual_lr * bottom_norm(mask_U, removed) / layer.units
             layer.set_masks(mask_U)
-        if arrived:
-            logger.info("selection settled; agreement with the Taylor ranking: %s", agreement(layers))
+        if settles_now:
+            logger.info("selection settled; agreement with the Taylor ranking: %s", taylor_agreement(layers))
 
     def kept_units(self, layers: Layers) -> Mapping[str, Tensor]:
         """The units of the largest masks, as many in every layer."""
-        return {name: layer.kept_U() for name, layer in sites(_mine(layers)).items()}
+        return {name: layer.kept_U() for name, layer in sites(_maskprune_layers(layers)).items()}
 
     def _init_steps(self, context: StepContext) -> int:
         return math.ceil(self.init_until * context.steps)
 
-    def _hold(self, mine: Mapping[str, MaskPruneLinear], last: bool) -> None:
-        """Masks stay at 1 while their importance is measured; then the least important starts 1 - init_spread."""
-        for name, layer in mine.items():
+    def _measure_importance(self, targets: Mapping[str, MaskPruneLinear], last: bool) -> None:
+        """Keep masks at 1 while importance is measured; after that the least important starts at 1 - init_spread."""
+        for name, layer in targets.items():
             mask_U = torch.ones_like(layer.importance_U)
-            if last and layer.excess:
+            if last and layer.units_to_remove:
                 if not layer.importance_U.any():
                     raise NumericalError(
                         f"{name}: masks have no gradient, so their importance is unknown; with "
@@ -234,25 +234,25 @@ class MaskPrune(LearnedMethod):
 
     def _move_widths(self, layers: Layers, context: StepContext, settled: bool) -> None:
         """Step 3: the shared numbers of units to remove."""
-        mine = _mine(layers)
-        found = sites(mine)
+        targets = _maskprune_layers(layers)
+        site_layers = sites(targets)
         if self.budget == "minimax" and not settled:
-            self._descend(found, parameter_count_of(mine))
+            self._step_widths(site_layers, parameter_count_of(targets))
             return
         span = (context.progress - self.init_until) / (self.ramp_until - self.init_until)
         done = 1 - (1 - min(max(span, 0.0), 1.0)) ** 3
-        for layer in found.values():
-            layer.s.fill_(layer.excess * (1.0 if settled else done))
+        for layer in site_layers.values():
+            layer.s.fill_(layer.units_to_remove * (1.0 if settled else done))
 
-    def _descend(self, mine: Mapping[str, MaskPruneLinear], counted: ParameterCount) -> None:
+    def _step_widths(self, targets: Mapping[str, MaskPruneLinear], counted: ParameterCount) -> None:
         """One step of s and z by their gradients; at the first crossing of the budget both stay."""
-        if all(bool(layer.crossed) for layer in mine.values()):
+        if all(bool(layer.crossed) for layer in targets.values()):
             return
-        first = {kind: next(x for n, x in mine.items() if kind_of(n) == kind) for kind in counted.kinds}
+        first = {kind: next(x for n, x in targets.items() if kind_of(n) == kind) for kind in counted.kinds}
         removed, z = {kind: float(layer.s) for kind, layer in first.items()}, float(next(iter(first.values())).z)
         for kind, shape in counted.kinds.items():
-            members = [x for n, x in mine.items() if kind_of(n) == kind]
-            resist = sum(float(x.y * marginal(x.masks(), removed[kind])) for x in members) / len(members)
+            members = [x for n, x in targets.items() if kind_of(n) == kind]
+            resist = sum(float(x.y * bottom_norm_slope(x.masks(), removed[kind])) for x in members) / len(members)
             slope = shape.layers * shape.cost * shape.units / counted.parameters
             step = self.width_lr * shape.units * min(max(z * slope - resist, -1.0), 1.0)
             removed[kind] = min(max(removed[kind] + step, 0.0), shape.units - 1.0)
@@ -260,9 +260,9 @@ class MaskPrune(LearnedMethod):
         crossed = left <= self.keep_parameters
         keep = {kind: shape.units - removed[kind] for kind, shape in counted.kinds.items()}
         if crossed:
-            whole = resolve(counted, Budget.of(self), keep.get(HEADS))
+            whole = resolve_widths(counted, Budget.of(self), keep.get(HEADS))
             keep = {kind: float(count) for kind, count in whole.items()}
-        for name, layer in mine.items():
+        for name, layer in targets.items():
             kind = kind_of(name)
             layer.s.fill_(counted.kinds[kind].units - keep[kind])
             layer.z.fill_(max(0.0, z + self.budget_dual_lr * (left - self.keep_parameters)))
@@ -271,16 +271,16 @@ class MaskPrune(LearnedMethod):
                 layer.keep.fill_(int(keep[kind]))
 
 
-def agreement(layers: Layers) -> dict[str, float]:
-    """By kind of site: which fraction of the units kept would a Taylor ranking keep too?"""
+def taylor_agreement(layers: Layers) -> dict[str, float]:
+    """By kind of site, the fraction of the units kept that a Taylor ranking would keep too."""
     same: dict[str, list[float]] = {}
-    for name, layer in sites(_mine(layers)).items():
-        both_U = layer.kept_U() & top(layer.importance_U, int(layer.keep))
+    for name, layer in sites(_maskprune_layers(layers)).items():
+        both_U = layer.kept_U() & top_units(layer.importance_U, int(layer.keep))
         same.setdefault(kind_of(name), []).append(int(both_U.sum()) / int(layer.keep))
     return {kind: sum(values) / len(values) for kind, values in same.items()}
 
 
-def _mine(layers: Layers) -> Mapping[str, MaskPruneLinear]:
+def _maskprune_layers(layers: Layers) -> Mapping[str, MaskPruneLinear]:
     return cast(Mapping[str, MaskPruneLinear], layers)
 
 

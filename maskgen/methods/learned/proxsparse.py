@@ -1,4 +1,4 @@
-"""ProxSparse: let the loss and a penalty on third and fourth weights decide together which two of four stay.
+"""ProxSparse: train with a penalty on the third and fourth largest weight of each group; keep the two largest.
 
 The weights learn by proximal gradient descent on
 
@@ -87,7 +87,7 @@ def reg24(weight_OI: Tensor) -> Tensor:
 
 
 def reg0(weight_OI: Tensor, original_OI: Tensor, eps: float) -> Tensor:
-    """Reg0, a scalar: the price of a weight for being neither what it was nor 0."""
+    """Reg0, a scalar: the penalty on weights that are neither what they were nor 0."""
     sign_OI = torch.where(original_OI < 0, -1.0, 1.0)
     return (weight_OI / (original_OI + eps * sign_OI) * (weight_OI - original_OI)).square().sum()
 
@@ -107,7 +107,7 @@ def _chunk_groups(device: torch.device) -> int:
 
 
 def _prox_chunk(v_RG: Tensor, lambda1: float) -> Tensor:
-    """`prox` of groups that are columns, `[4, G]`: the cheap way where that is sure to be right."""
+    """`prox` of groups that are columns, `[4, G]`: by fixed point alone where the problem is convex."""
     z_RG = v_RG.abs().contiguous()
     w_RG = torch.empty_like(z_RG)
     convex_G = lambda1 * z_RG.amax(0) < CONVEX_BELOW
@@ -225,35 +225,35 @@ class ProxSparse(LearnedMethod):
             raise RecipeError("method.strength and method.lambda1 are both 0: nothing would become sparse; set one")
 
     def check_pattern(self, pattern: NMPattern) -> None:
-        """The penalty and its proximal map are those of 2:4."""
+        """`RecipeError` unless the pattern is 2:4, for which the penalty and its proximal map are defined."""
         if (pattern.n, pattern.m) != (2, 4):
             raise RecipeError(f"pattern {pattern}: proxsparse is defined for 2:4 only; set pattern = '2:4'")
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
-        """A layer with a float32 copy of the weights to learn on."""
+        """A layer that trains a float32 copy of its weight."""
         return ProxSparseLinear(target)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """AdamW without weight decay, and lambda1 by the rule from sigma of the weights as they were given."""
         if others:
             raise RecipeError("train.scope 'all': proxsparse serves the original model, masked; set it to 'targets'")
-        mine = _layers(layers)
-        sigma = math.sqrt(sum(layer.square_sum for layer in mine) / sum(layer.weight.numel() for layer in mine))
+        targets = _layers(layers)
+        sigma = math.sqrt(sum(layer.square_sum for layer in targets) / sum(layer.weight.numel() for layer in targets))
         lambda1 = self.lambda1 or self.strength * lr / sigma**2
-        for layer in mine:
+        for layer in targets:
             layer.lambda1, layer.sigma = lambda1, sigma
-        return torch.optim.AdamW([layer.learned for layer in mine], lr, weight_decay=0.0)
+        return torch.optim.AdamW([layer.learned for layer in targets], lr, weight_decay=0.0)
 
     def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
         """lambda2 Reg0, recomputed layer by layer in the backward pass."""
         if self.lambda2 == 0:
             return None
-        mine = _layers(layers)
-        terms = [checkpoint(reg0, layer.learned, layer.weight, self.eps, use_reentrant=False) for layer in mine]
+        targets = _layers(layers)
+        terms = [checkpoint(reg0, layer.learned, layer.weight, self.eps, use_reentrant=False) for layer in targets]
         return self.lambda2 * full(torch.stack(terms).sum())
 
     def before_step(self, layers: Layers, context: StepContext) -> None:
-        """Say once if the run is too short or too weak to end at 2:4."""
+        """Warn in the first step if the run is too short or the penalty too weak for groups to end at 2:4."""
         layer = _layers(layers)[0]
         rho = layer.lambda1 * context.steps * layer.sigma
         if context.step == 0 and rho < MIN_RHO:

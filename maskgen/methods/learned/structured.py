@@ -29,7 +29,7 @@ from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.numerics.shards import full
 from maskgen.numerics.unit_linear import UnitLinear, add_taylor, make_optimizer, sites
-from maskgen.numerics.units import FEEDS, Budget, top
+from maskgen.numerics.units import FEEDS, Budget, top_units
 
 
 class StructuredLinear(UnitLinear, LearnedLinear):
@@ -40,7 +40,7 @@ class StructuredLinear(UnitLinear, LearnedLinear):
         self.add_units(target.units, rank, generator)
 
     def solution(self) -> Solution:
-        """The merged weight, whose removed columns are zero."""
+        """The weight with masks and adapter merged in; the columns of removed units are zero."""
         return Solution(self.mask(), self.merged())
 
 
@@ -72,26 +72,26 @@ class Structured(LearnedMethod):
         return StructuredLinear(target, self.lora_rank, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Adam on the adapters and `others`, and a look at the masks' gradients while scores are taken."""
-        mine = cast(Mapping[str, StructuredLinear], layers)
+        """Adam on the adapters and `others`; in the scoring steps the masks' gradients are added to the scores."""
+        targets = cast(Mapping[str, StructuredLinear], layers)
 
-        def look() -> None:
-            if next(iter(mine.values())).context.step < self.score_steps:
-                add_taylor(mine)
+        def on_gradients() -> None:
+            if next(iter(targets.values())).context.step < self.score_steps:
+                add_taylor(targets)
 
-        return make_optimizer(mine, others, lr, Budget.of(self), look)
+        return make_optimizer(targets, others, lr, Budget.of(self), on_gradients)
 
     def after_step(self, layers: Layers, context: StepContext, lr: float) -> None:
         """At the end of the last scoring step (or of the run, if that is shorter), remove the lowest."""
         if context.step + 1 != min(self.score_steps, context.steps):
             return
-        mine = cast(Mapping[str, UnitLinear], layers)
-        for name, layer in sites(mine).items():
+        targets = cast(Mapping[str, UnitLinear], layers)
+        for name, layer in sites(targets).items():
             if self.score == "magnitude":
-                layer.importance_U.copy_(magnitude(name, mine))
+                layer.importance_U.copy_(magnitude(name, targets))
             elif not layer.importance_U.any():
                 raise NumericalError(f"{name}: masks have no gradient; lower train.distill_weight below 1")
-            layer.set_masks(top(layer.importance_U, int(layer.keep)).float())
+            layer.set_masks(top_units(layer.importance_U, int(layer.keep)).float())
 
     def kept_units(self, layers: Layers) -> Mapping[str, Tensor]:
         """The units whose mask is 1, as many in every layer."""

@@ -1,8 +1,8 @@
-"""ADMM: repair what pruning broke, by solving for the weights that stay; for any mask, or for one it chooses.
+"""ADMM: find the best values of the weights that stay, for a mask from elsewhere or for one chosen on the way.
 
 With a mask M fixed, the best weights of a row solve a least-squares problem: min over w on M of (w - w0)^T H (w - w0),
 H = X^T X. Exact solutions need one factorisation per row. ADMM needs one for all rows: it alternates between a
-minimiser that ignores the mask and a projection that knows nothing else, held together by a dual variable U.
+minimiser that ignores the mask and a projection onto the mask, and a dual variable U makes the two agree in the end.
 
     features to unit norm   n_j = sqrt(H_jj),  H~ = D^-1 H D^-1 + damp * mean(diag) * I,  W~ = W D,  D = diag(n)
     repeat                  Z  = (W~ + U) * M
@@ -46,9 +46,10 @@ from maskgen.numerics.statistics import Gram, add_gram, cholesky
 
 @dataclass(frozen=True)
 class ADMM(LocalMethod):
-    """`mask`: "own" chooses one during the first `ramp` of `iterations`, "prior" keeps the one that is given.
+    """`mask`: "own" chooses a mask during the first `ramp` of `iterations`, "prior" uses the one in `--prior`.
 
-    `damp`: fraction of the mean diagonal added to the Hessian; `rho`: how hard weights are pulled to the mask.
+    `damp`: this fraction of the Hessian's mean diagonal is added to it; `rho`: weight of the penalty on entries outside
+    of the mask, relative to the Hessian of unit features.
     """
 
     mask: str = "own"
@@ -70,7 +71,7 @@ class ADMM(LocalMethod):
 
     @property
     def uses_prior(self) -> bool:
-        """With `mask = "prior"`."""
+        """Whether `mask` is "prior"."""
         return self.mask == "prior"
 
     def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
@@ -78,7 +79,7 @@ class ADMM(LocalMethod):
         return add_gram(stats, x_TI)
 
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        """Mask and repaired weights (float32, zero where pruned)."""
+        """The mask and the repaired weights (float32, zero where pruned)."""
         assert (prior_OI is not None) == self.uses_prior
         norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
         start_OI = weight_OI * norm_I

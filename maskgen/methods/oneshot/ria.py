@@ -1,16 +1,16 @@
-"""RIA: a weight matters relative to the others of its row and of its column. One pass over data, no weight update.
+"""RIA: score a weight relative to the others of its row and of its column. One pass over data, no weight update.
 
-Magnitude and Wanda can empty whole channels whose weights are small throughout. Relative importance divides by what a
-channel has, on both of its ends, and takes the input's norm at a lower power than Wanda, because outlier features would
-otherwise decide every group:
+Magnitude and Wanda can prune all of a channel whose weights are small throughout. Relative importance divides a weight
+by the sum of its row and by that of its column. The norm of the input feature enters at a lower power than in Wanda,
+because features with huge values would otherwise decide every group:
 
     score = (|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * ||X_j||_2^a,   a = 1/2
 
 Sums run over the whole row (j) and the whole column (i), so rows are not independent: scaling one row changes every
-column's sum. A row or column of zeros has no say (its term is 0).
+column's sum. A row or column of zeros contributes 0.
 
-The paper goes on to permute input channels, so that no group holds four strong ones: `maskgen permute` does that before
-this method, or any other, runs.
+The paper also permutes input channels so that strong ones fall into different groups: `maskgen permute` does that, for
+this method or any other.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
 

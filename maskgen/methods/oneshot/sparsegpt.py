@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column and let the columns not yet visited absorb the error.
+"""SparseGPT: prune column by column, and change the columns that follow so that they make up for the error.
 
 The layer's squared output error on calibration data is ||(W - W') X||^2, a quadratic with Hessian H = (2/T) X^T X per
 row. Going left to right, dropping entry w_j costs w_j^2 / d_j^2, where d is the diagonal of U, the upper Cholesky
@@ -8,9 +8,9 @@ share U, so a sweep is I rank-one updates, done inside blocks of columns with on
 U comes from one factorisation: with the order of the columns reversed, H = R R^T with R upper triangular, and
 U = R^-1. That avoids factorising an explicit inverse, which is where float32 usually fails first.
 
-Features that were never active have H_jj = 0: their weights multiply nothing, so they are set to zero and drop first.
-The diagonal is damped by a fraction of its mean. `update=False` keeps the weights as they are and only takes the mask,
-scored on the original weights; that is the prior learned methods start from.
+Features that were never active have H_jj = 0: their weights multiply nothing, so they are set to zero and pruned first.
+The diagonal is damped by a fraction of its mean. With `update=False` only the mask is
+taken, scored on the original weights, which stay as they are: a prior for learned methods.
 
 Workspace: three float32 matrices `[I, I]` beside two of the weight's size.
 
@@ -34,7 +34,10 @@ from maskgen.numerics.statistics import Gram, add_gram, damped_cholesky
 
 @dataclass(frozen=True)
 class SparseGPT(LocalMethod):
-    """`damp`: fraction of the Hessian's mean diagonal added to it; `block`: columns updated together."""
+    """`damp`: this fraction of the Hessian's mean diagonal is added to it; `block`: columns updated together.
+
+    `update`: whether the weights that stay are changed, or only the mask is taken.
+    """
 
     damp: float = 0.01
     block: int = 128
@@ -51,7 +54,7 @@ class SparseGPT(LocalMethod):
         return add_gram(stats, x_TI)
 
     def check_pattern(self, pattern: NMPattern) -> None:
-        """Blocks hold whole groups."""
+        """`RecipeError` unless blocks consist of whole groups."""
         if self.block % pattern.m:
             raise RecipeError(
                 f"method.block {self.block}: not a multiple of {pattern.m}, the group size of pattern {pattern}"
@@ -80,7 +83,7 @@ def _inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
 
 
 def _sweep(weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern, block: int) -> Solution:
-    """Prune left to right; each group's columns are chosen on weights that already carry the errors before them."""
+    """Prune from left to right; each group is chosen on weights that already make up for the columns before it."""
     in_features = weight_OI.shape[1]
     weight_OI = weight_OI.clone()
     mask_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
@@ -96,10 +99,10 @@ def _sweep(weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern, block: int)
 
 
 def _sweep_block(weight_BO: Tensor, error_BO: Tensor, factor_BB: Tensor, pattern: NMPattern) -> Tensor:
-    """Prune one block in place and fill its scaled errors; returns the block's mask `[O, B]`.
+    """Prune one block in place and write its scaled errors to `error_BO`; returns the block's mask `[O, B]`.
 
-    The block is transposed so that a column of the weight is a row of memory. Inside a group errors are pushed on
-    column by column; the rest of the block takes them once per group.
+    The block is transposed so that a column of the weight is contiguous in memory. Within a group each column's error
+    changes the columns after it at once; the rest of the block is changed once per group.
     """
     diagonal_B = factor_BB.diagonal()
     masks = []

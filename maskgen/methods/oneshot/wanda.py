@@ -1,8 +1,8 @@
-"""Wanda: weigh each |w| by how large its input feature is. One pass over calibration data, no weight update.
+"""Wanda: multiply each |w| by the norm of its input feature. One pass over calibration data, no weight update.
 
-A weight matters as much as what it multiplies: score = |W_ij| * ||X_j||_2, the norm of input feature j over all
-calibration tokens. The sum of squares is kept in float32 whatever the model's dtype; any positive constant in front of
-the norms is irrelevant, so they are not divided by the number of tokens.
+A weight that multiplies a large input changes the output more: score = |W_ij| * ||X_j||_2, the norm of input feature j
+over all calibration tokens. The sum of squares is kept in float32 whatever the model's dtype; any positive constant in
+front of the norms is irrelevant, so they are not divided by the number of tokens.
 
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskgen.core.errors import ModelError, RecipeError
 from maskgen.numerics import units
-from maskgen.numerics.units import HEADS, NEURONS, Budget, ParameterCount, Shape, resolve, top
+from maskgen.numerics.units import HEADS, NEURONS, Budget, LinearShape, ParameterCount, resolve_widths, top_units
 
 DEFAULTS: dict[str, Any] = {
     "keep_parameters": 0.75,
@@ -27,12 +27,14 @@ def budget(**changes: Any) -> Budget:
     return Budget(**{**DEFAULTS, **changes})
 
 
-def shapes_of(layers: int, hidden: int, head: int, heads: int, groups: int, ffn: int, biased: bool) -> dict[str, Shape]:
+def shapes_of(
+    layers: int, hidden: int, head: int, heads: int, groups: int, ffn: int, biased: bool
+) -> dict[str, LinearShape]:
     """The linear layers of a Llama, by name."""
     rows = {"q_proj": heads * head, "k_proj": groups * head, "v_proj": groups * head}
-    block = {f"attn.{leaf}": Shape(out, hidden, biased) for leaf, out in rows.items()}
-    block |= {"attn.o_proj": Shape(hidden, heads * head, False), "mlp.down_proj": Shape(hidden, ffn, False)}
-    block |= {f"mlp.{leaf}": Shape(ffn, hidden, False) for leaf in ("gate_proj", "up_proj")}
+    block = {f"attn.{leaf}": LinearShape(out, hidden, biased) for leaf, out in rows.items()}
+    block |= {"attn.o_proj": LinearShape(hidden, heads * head, False), "mlp.down_proj": LinearShape(hidden, ffn, False)}
+    block |= {f"mlp.{leaf}": LinearShape(ffn, hidden, False) for leaf in ("gate_proj", "up_proj")}
     return {f"layers.{number}.{name}": shape for number in range(layers) for name, shape in block.items()}
 
 
@@ -75,7 +77,7 @@ def test_widths_stay_inside_the_budget_and_can_be_served(
         keep_parameters=keep_parameters, tensor_parallel=ranks, ffn_multiple=multiple, heads_divide_hidden=divide
     )
     for counted in (LLAMA_7B, QWEN):
-        keep = resolve(counted, asked)
+        keep = resolve_widths(counted, asked)
         heads = counted.kinds[HEADS]
         fraction = counted.fraction(keep)
         assert fraction <= keep_parameters + 1e-9
@@ -89,30 +91,30 @@ def test_widths_stay_inside_the_budget_and_can_be_served(
 
 
 def test_a_quarter_less_of_known_models() -> None:
-    assert resolve(REFERENCE, budget()) == {HEADS: 2, NEURONS: 512}
+    assert resolve_widths(REFERENCE, budget()) == {HEADS: 2, NEURONS: 512}
     assert REFERENCE.fraction({HEADS: 2, NEURONS: 512}) == 0.75
-    assert resolve(REFERENCE, budget(keep_kv_groups=1)) == {HEADS: 1, NEURONS: 640}
-    assert resolve(LLAMA_7B, budget(heads_divide_hidden=False))[HEADS] == 24
-    assert resolve(LLAMA_7B, budget())[HEADS] == 32, "transformers refuses 24 heads beside a hidden size of 4096"
+    assert resolve_widths(REFERENCE, budget(keep_kv_groups=1)) == {HEADS: 1, NEURONS: 640}
+    assert resolve_widths(LLAMA_7B, budget(heads_divide_hidden=False))[HEADS] == 24
+    assert resolve_widths(LLAMA_7B, budget())[HEADS] == 32, "transformers refuses 24 heads beside a hidden size of 4096"
 
 
 def test_explicit_widths_are_taken_or_refused() -> None:
-    assert resolve(REFERENCE, budget(keep_kv_groups=1, keep_ffn=256)) == {HEADS: 1, NEURONS: 256}
+    assert resolve_widths(REFERENCE, budget(keep_kv_groups=1, keep_ffn=256)) == {HEADS: 1, NEURONS: 256}
     for wrong in ({"keep_kv_groups": 3}, {"keep_ffn": 250}, {"keep_ffn": 1024}, {"keep_parameters": 0.1}):
         with pytest.raises(RecipeError, match="keep_"):
-            resolve(REFERENCE, budget(**wrong))
+            resolve_widths(REFERENCE, budget(**wrong))
     with pytest.raises(RecipeError, match="expected one of"):
-        resolve(LLAMA_7B, budget(keep_kv_groups=24))
+        resolve_widths(LLAMA_7B, budget(keep_kv_groups=24))
 
 
 def test_heads_that_cannot_go_leave_all_to_the_ffn() -> None:
     shapes = shapes_of(2, 256, 64, 4, 2, 768, True)
     counted = units.count_parameters(shapes, {name: 768 for name in shapes if name.endswith(NEURONS)})
-    keep = resolve(counted, budget())
+    keep = resolve_widths(counted, budget())
     assert keep == {NEURONS: 448}
     assert counted.fraction({NEURONS: 512}) > 0.75 > counted.fraction(keep), "biases of kept heads count, and stay"
     with pytest.raises(RecipeError, match="heads of this architecture"):
-        resolve(counted, budget(keep_kv_groups=1))
+        resolve_widths(counted, budget(keep_kv_groups=1))
 
 
 @pytest.mark.parametrize(
@@ -130,8 +132,8 @@ def test_a_layer_that_is_missing_or_different_is_named() -> None:
     with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj.*gate_proj"):
         units.count_parameters({name: shape for name, shape in shapes.items() if name != "layers.1.mlp.up_proj"}, sites)
     with pytest.raises(ModelError, match="uniform"):
-        units.count_parameters({**shapes, "layers.1.mlp.up_proj": Shape(32, 12, False)}, sites)
+        units.count_parameters({**shapes, "layers.1.mlp.up_proj": LinearShape(32, 12, False)}, sites)
 
 
 def test_the_first_of_equal_scores_stays() -> None:
-    assert top(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3).tolist() == [True, True, False, True]
+    assert top_units(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3).tolist() == [True, True, False, True]

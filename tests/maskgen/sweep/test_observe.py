@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.errors import ModelError, NumericalError
-from maskgen.hf.blocks import Call, Recording
+from maskgen.hf.blocks import BlockCall, Recording
 from maskgen.methods.oneshot.wanda import Wanda
 from maskgen.sweep.observe import advance, observe
 
@@ -49,7 +49,7 @@ shown: list[tuple[int, ...]] = []
 def recording() -> Recording:
     generator = torch.Generator().manual_seed(1)
     hidden = [torch.randn(size, 5, 8, generator=generator) for size in (3, 3, 2)]
-    return Recording(hidden, {size: [Call((), {})] for size in (3, 2)})
+    return Recording(hidden, {size: [BlockCall((), {})] for size in (3, 2)})
 
 
 def linears(block: Block) -> dict[str, nn.Linear]:

@@ -19,7 +19,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import create
 from maskgen.methods.learned import Mode, StepContext, TargetLayer
-from maskgen.methods.learned.maskllm import FORMS, Draw, MaskLLM, MaskLLMLinear, SoftLinear
+from maskgen.methods.learned.maskllm import FORMS, MaskLLM, MaskLLMLinear, MaskSample, SoftLinear
 from maskgen.numerics import memory
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)]
@@ -32,9 +32,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw(form: str = "categorical", pattern: NMPattern = TWO_FOUR, seed: int = 0, **changes: float) -> Draw:
+def draw(form: str = "categorical", pattern: NMPattern = TWO_FOUR, seed: int = 0, **changes: float) -> MaskSample:
     values: dict[str, Any] = {"scale": 1.0, "temperature": 1.0, **changes}
-    return Draw(form, pattern, pattern.candidates().double(), seed=seed, **values)
+    return MaskSample(form, pattern, pattern.candidates().double(), seed=seed, **values)
 
 
 def logits_of(form: str, pattern: NMPattern, rows: int = 3, groups: int = 5, seed: int = 1) -> Tensor:
@@ -42,7 +42,7 @@ def logits_of(form: str, pattern: NMPattern, rows: int = 3, groups: int = 5, see
     return torch.randn(rows, planes, groups, generator=generator(seed), dtype=torch.float64)
 
 
-def soft_mask(one: Draw, logits_OLG: Tensor) -> Tensor:
+def soft_mask(one: MaskSample, logits_OLG: Tensor) -> Tensor:
     return torch.cat([one.mask(logits_OLG[rows], noise) for rows, noise in one.chunks(logits_OLG)])
 
 
@@ -102,7 +102,7 @@ def test_equal_logits_keep_every_column_equally(form: str, temperature: float) -
     torch.testing.assert_close(mean_m, torch.full_like(mean_m, 0.5), atol=0.015, rtol=0)
 
 
-def chosen(one: Draw, logits_L: Tensor, samples: int = 20_000) -> list[int]:
+def chosen(one: MaskSample, logits_L: Tensor, samples: int = 20_000) -> list[int]:
     """How often each pattern is the sample's, over `samples` groups with the same logits."""
     logits_OLG = logits_L[None, :, None].expand(100, -1, samples // 100).contiguous()
     mask_NM = soft_mask(one, logits_OLG).reshape(-1, one.pattern.m).round().bool()
@@ -143,7 +143,7 @@ def test_chunks_do_not_change_the_layer(form: str, monkeypatch: pytest.MonkeyPat
     assert torch.cat([torch.arange(7)[rows] for rows, _ in parts]).tolist() == list(range(7))
 
 
-def naive(x: Tensor, logits_OLG: Tensor, weight_OI: Tensor, one: Draw) -> tuple[Tensor, Tensor]:
+def naive(x: Tensor, logits_OLG: Tensor, weight_OI: Tensor, one: MaskSample) -> tuple[Tensor, Tensor]:
     """The formulas as they stand, with everything kept for autograd."""
     noise = torch.cat([noise for _, noise in one.chunks(logits_OLG)])
     patterns_Pm = one.patterns_Pm
@@ -206,8 +206,8 @@ def test_products_follow_autocast_and_gradients_come_back_in_their_own_dtype() -
     y.float().square().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert one.logits.grad is not None and one.logits.grad.dtype == torch.float32
-    noise = next(one.draw().chunks(one.logits))[1]
-    masked_OI = one.weight.float() * one.draw().mask(one.logits.detach(), noise)
+    noise = next(one.sample().chunks(one.logits))[1]
+    masked_OI = one.weight.float() * one.sample().mask(one.logits.detach(), noise)
     expected = torch.nn.functional.linear(x.detach().bfloat16(), masked_OI.bfloat16(), one.bias)
     torch.testing.assert_close(y.detach(), expected)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
@@ -241,10 +241,10 @@ def test_recomputation_sees_the_same_noise() -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_a_backward_pass_leaves_no_graph_behind(wrapped: bool, reward: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pass, recomputed ones included, has its own `Draw`, which lives as long as the graph of the pass."""
+    """Every pass, recomputed ones included, has its own `MaskSample`, which lives as long as the graph of the pass."""
     one, x = layer(weight_reward=reward), torch.randn(4, 16, generator=generator()).requires_grad_()
-    draws, make = [], one.draw
-    monkeypatch.setattr(one, "draw", lambda: (draws.append(weakref.ref(made := make())), made)[1])
+    draws, make = [], one.sample
+    monkeypatch.setattr(one, "sample", lambda: (draws.append(weakref.ref(made := make())), made)[1])
     for passes in (1, 2):
         block = nn.Sequential(one, nn.GELU())  # recomputation stops at the last tensor that is needed
         y = checkpoint(block, x, use_reentrant=False) if wrapped else block(x)

@@ -69,7 +69,7 @@ def test_the_first_sample_leans_to_the_prior_as_published() -> None:
     prior_OI = prior_of(TWO_FOUR, 100, 100)
     one = attached(MaskLLM(), prior_OI, TWO_FOUR)
     logits_OPG = one.logits.detach()
-    mask_OI = torch.cat([one.draw().mask(logits_OPG[rows], noise) for rows, noise in one.draw().chunks(logits_OPG)])
+    mask_OI = torch.cat([one.sample().mask(logits_OPG[rows], noise) for rows, noise in one.sample().chunks(logits_OPG)])
     assert float(mask_OI[prior_OI].mean()) == pytest.approx(0.62, abs=0.01)
     assert float(mask_OI[~prior_OI].mean()) == pytest.approx(0.38, abs=0.01)
 
@@ -103,8 +103,8 @@ def reward(method: MaskLLM, one: MaskLLMLinear, context: StepContext) -> float:
 def test_the_reward_is_the_kept_energy_and_ends_at_zero() -> None:
     one = layer()
     one.context = StepContext(0, 5)
-    noise = next(one.draw().chunks(one.logits))[1]
-    kept = float((one.weight * one.draw().mask(one.logits.detach(), noise)).square().sum())
+    noise = next(one.sample().chunks(one.logits))[1]
+    kept = float((one.weight * one.sample().mask(one.logits.detach(), noise)).square().sum())
     dense = float(one.weight.square().sum())
     assert reward(MaskLLM(weight_reward=2.0), one, StepContext(0, 5)) == pytest.approx(-2 * kept / dense, rel=1e-5)
     assert reward(MaskLLM(weight_reward=2.0), one, StepContext(1, 5)) == pytest.approx(-1.5 * kept / dense, rel=1e-5)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import StepContext, TargetLayer
-from maskgen.methods.learned.maskprune import MaskPrune, MaskPruneLinear, agreement, bottom_norm, marginal, prox
+from maskgen.methods.learned.maskprune import (
+    MaskPrune,
+    MaskPruneLinear,
+    bottom_norm,
+    bottom_norm_slope,
+    prox,
+    taylor_agreement,
+)
 from maskgen.numerics.unit_linear import sites
 from maskgen.numerics.units import NEURONS
 
@@ -57,8 +64,8 @@ def test_the_gradients_of_the_bottom_norm(seed: int, removed: float) -> None:
     torch.testing.assert_close(mask_U.grad, wanted_U)
     whole = math.ceil(removed)
     one_more = bottom_norm(mask_U, whole + 1) - bottom_norm(mask_U, whole)
-    torch.testing.assert_close(marginal(mask_U, removed), one_more)
-    assert marginal(mask_U, 9) == 0
+    torch.testing.assert_close(bottom_norm_slope(mask_U, removed), one_more)
+    assert bottom_norm_slope(mask_U, 9) == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -124,7 +131,7 @@ class Toy:
         with torch.no_grad():
             self.method.after_step(self.layers, context, 1e-3)
         first = next(iter(self.sites.values()))
-        bottom = max(float(bottom_norm(x.mask_U.detach(), x.excess)) for x in self.sites.values())
+        bottom = max(float(bottom_norm(x.mask_U.detach(), x.units_to_remove)) for x in self.sites.values())
         duals = [float(x.y) for x in self.sites.values()]
         self.history.append({"s": float(first.s), "z": float(first.z), "y": max(duals), "bottom": bottom})
 
@@ -199,11 +206,11 @@ def test_the_selection_is_compared_with_a_taylor_ranking(caplog: pytest.LogCaptu
     toy = Toy(steps=60).run()
     (record,) = [record for record in caplog.records if "agreement with the Taylor ranking" in record.message]
     assert NEURONS in record.message
-    share = agreement(toy.layers)[NEURONS]
+    share = taylor_agreement(toy.layers)[NEURONS]
     assert 0.5 < share <= 1
     for layer in toy.sites.values():
         layer.set_masks(layer.importance_U)
-    assert agreement(toy.layers) == {NEURONS: 1.0}
+    assert taylor_agreement(toy.layers) == {NEURONS: 1.0}
 
 
 def test_no_gradient_at_masks_of_one_is_an_error() -> None:

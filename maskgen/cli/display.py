@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from maskgen.api.converting import PermuteResult
+from maskgen.api.events import Event, HeldOut, Listener, Scored, Stage, SweepProgress, TrainingStep
+from maskgen.api.measuring import EvaluateResult
+from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.export.compress import CompressReport
 from maskgen.export.inspect import InspectReport
 from maskgen.export.slice import ShrinkReport
 from maskgen.hf.model import OUTSIDE
-from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.driver import Progress, SweepReport
-from maskgen.sweep.permute import PermuteReport
-from maskgen.train.loop import EvalLog
-from maskgen.train.step import StepLog
+from maskgen.sweep.driver import SweepReport
+from maskgen.train.result import DenseReport, Written
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -34,8 +35,24 @@ def megabytes(size_bytes: int) -> str:
 
 
 @contextmanager
-def bar(quiet: bool = False) -> Iterator[ProgressBar]:
-    """A progress bar on stderr, or log lines where that is no terminal, or nothing at all."""
+def progress() -> Iterator[Listener]:
+    """A callback that shows events on stderr: as a bar, or as log lines where that is no terminal.
+
+    Nothing is drawn before the first event, so a process that is told of none draws nothing.
+    """
+    with ExitStack() as drawn:
+        shown: list[Shown] = []
+
+        def show(event: Event) -> None:
+            if not shown:
+                shown.append(Shown(drawn.enter_context(_bar())))
+            shown[0].show(event)
+
+        yield show
+
+
+@contextmanager
+def _bar() -> Iterator[ProgressBar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,7 +60,7 @@ def bar(quiet: bool = False) -> Iterator[ProgressBar]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True)
     if console.is_terminal:
         with ProgressBar(*columns, console=console, transient=True) as bar:
             yield bar
@@ -68,44 +85,50 @@ class _LogLines(ProgressBar):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def sweep_progress(bar: ProgressBar, task: TaskID, prefix: str = "") -> Callable[[Progress], None]:
-    """A sweep's callback that moves `bar`."""
+class Shown:
+    """One bar, and what was seen so far: where the loss is, where the masks are, how long it will take."""
 
-    def show(progress: Progress) -> None:
-        bar.update(
-            task,
-            description=f"{prefix}block {progress.block + 1}/{progress.blocks}",
-            completed=progress.block,
-            total=progress.blocks,
-            note=f"{progress.what}  peak memory {megabytes(progress.peak_rss_bytes)}",
-        )
+    def __init__(self, bar: ProgressBar) -> None:
+        self.bar, self.task = bar, bar.add_task("loading", total=None, note="")
+        self.prefix = ""
+        self.look: HeldOut | None = None
+        self.began: TrainingStep | None = None
 
-    return show
+    def show(self, event: Event) -> None:
+        """Move the bar."""
+        if isinstance(event, Stage):
+            self.prefix = f"{event.name}: " if event.name == "prior" else ""
+            self.bar.remove_task(self.task)  # a task that has a total keeps one
+            self.task = self.bar.add_task(event.name, total=None, note="")
+        elif isinstance(event, SweepProgress):
+            what = f"{self.prefix}block {event.block + 1}/{event.blocks}"
+            note = f"{event.what}  peak memory {megabytes(event.peak_rss_bytes)}"
+            self._update(what, event.block, event.blocks, note)
+        elif isinstance(event, TrainingStep):
+            self._update("training", event.step, event.steps, self._training(event))
+        elif isinstance(event, HeldOut):
+            self.look = event
+            self.bar.update(self.task, note=f"held-out perplexity {event.perplexity:.2f}")
+        elif isinstance(event, Scored):
+            self._update("scoring", event.done, event.windows, "")
+        else:
+            note = f"loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s  {event.remaining_s:.0f} s to go"
+            self._update("training", event.step, event.steps, note)
 
-
-def training_progress(bar: ProgressBar, task: TaskID) -> Callable[[StepLog | EvalLog], None]:
-    """A training run's callback that moves `bar`: where the loss is, where the masks are, how long it will take."""
-    seen: EvalLog | None = None
-    began: StepLog | None = None
-
-    def show(log: StepLog | EvalLog) -> None:
-        nonlocal seen, began
-        if isinstance(log, EvalLog):
-            seen = log
-            bar.update(task, note=f"held-out perplexity {log.perplexity:.2f}")
-            return
-        began = began or log
+    def _training(self, log: TrainingStep) -> str:
+        began = self.began = self.began or log
         step_s = (log.elapsed_s - began.elapsed_s) / max(1, log.step - began.step)
         parts = [f"loss {log.loss:.3f}"]
-        if seen is not None:
-            parts.append(f"held-out {seen.perplexity:.2f}, same {seen.agreement:.1%}, flipped {seen.flipped:.2%}")
+        if self.look is not None:
+            look = self.look
+            parts.append(f"held-out {look.perplexity:.2f}, same {look.agreement:.1%}, flipped {look.flipped:.2%}")
         if step_s:
             parts.append(f"{log.tokens / step_s:,.0f} tokens/s")
             parts.append(f"{duration((log.steps - log.step) * step_s)} to go")
-        parts.append(megabytes(log.peak_memory_bytes))
-        bar.update(task, description="training", completed=log.step, total=log.steps, note="  ".join(parts))
+        return "  ".join([*parts, megabytes(log.peak_memory_bytes)])
 
-    return show
+    def _update(self, what: str, done: int, total: int, note: str) -> None:
+        self.bar.update(self.task, description=what, completed=done, total=total, note=note)
 
 
 def duration(seconds: float) -> str:
@@ -119,8 +142,19 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_run(out: Path, report: SweepReport, written: CompressReport, peak_bytes: int) -> None:
-    """What a run did and cost; `peak_bytes` is the peak of all of it."""
+def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
+    """What a run did, what it wrote, and what to do with it."""
+    if isinstance(result, PruneResult):
+        _print_sweep(result.sweep, result.peak_memory_bytes)
+        print_compressed(result.out, result.written)
+    elif isinstance(result, LearnResult):
+        print_training(result.records, result.log)
+        _print_written(result.out, result.written)
+    else:
+        say(f"{result.out} is finished; what an earlier process had left of its work directory is removed")
+
+
+def _print_sweep(report: SweepReport, peak_bytes: int) -> None:
     say(
         f"pruned {len(report.targets)} layers, {report.million_weights:,.1f} M weights, in {report.total_s:.1f} s "
         f"({report.s_per_million_weights:.2f} s per M), peak memory {megabytes(peak_bytes)}"
@@ -130,7 +164,16 @@ def print_run(out: Path, report: SweepReport, written: CompressReport, peak_byte
     for name, why in report.ignored.items():
         if why != OUTSIDE:
             say(f"  kept dense: {name}: {why}")
-    print_compressed(out, written)
+
+
+def _print_written(out: Path, written: Written) -> None:
+    if isinstance(written, CompressReport):
+        print_compressed(out, written)
+    elif isinstance(written, DenseReport):
+        say(f"wrote {out}: dense, {megabytes(written.total_bytes)}")
+        say(f"next: maskgen eval {out} --data FILE")
+    else:
+        _print_shrunk(out, written)
 
 
 def print_compressed(out: Path, written: CompressReport) -> None:
@@ -157,18 +200,7 @@ def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:
     say(f"  {last['agreement']:.2%} of the mask is as it was at the start; log in {log_file}")
 
 
-def print_dense(out: Path, total_bytes: int) -> None:
-    """What was written, when nothing was pruned."""
-    say(f"wrote {out}: dense, {megabytes(total_bytes)}")
-    say(f"next: maskgen eval {out} --data FILE")
-
-
-def print_finished(out: Path) -> None:
-    """Of a run that had been finished before, but for its work directory."""
-    say(f"{out} is finished; what an earlier process had left of its work directory is removed")
-
-
-def print_shrunk(out: Path, written: ShrinkReport) -> None:
+def _print_shrunk(out: Path, written: ShrinkReport) -> None:
     """What was written, when whole heads and neurons were removed."""
     kept = ", ".join(f"{count} {kind}" for kind, count in written.keep.items())
     say(
@@ -178,8 +210,9 @@ def print_shrunk(out: Path, written: ShrinkReport) -> None:
     say(f"next: maskgen eval {out} --data FILE    or    maskgen run sparsegpt --model {out} --data FILE --out DIR")
 
 
-def print_permuted(out: Path, report: PermuteReport, recipe: Recipe) -> None:
+def print_permuted(result: PermuteResult) -> None:
     """What was written, when neurons changed places."""
+    out, report, recipe = result.out, result.report, result.recipe
     before, after = report.kept
     say(
         f"wrote {out}: the same function, neurons of {len(report.arrangements)} layers reordered, directory "
@@ -187,6 +220,14 @@ def print_permuted(out: Path, report: PermuteReport, recipe: Recipe) -> None:
     )
     say(f"  of the {recipe.method.name} scores there {recipe.pattern} keeps {before:.2%} -> {after:.2%}")
     say(f"next: maskgen run {recipe.method.name} --model {out} --data FILE --out DIR, or any other recipe")
+
+
+def print_evaluated(result: EvaluateResult) -> None:
+    """The perplexity, with its protocol."""
+    found = result.perplexity
+    scored = sum(found.scored_tokens_per_window)
+    say(f"perplexity {found.value:.4f}")
+    say(f"  {len(found.nll_per_window)} windows, {scored} scored tokens, {found.protocol.describe()}, {result.dtype}")
 
 
 def print_inspect(report: InspectReport) -> None:

@@ -4,6 +4,7 @@
      +-- PatternError       (ValueError)       an N:M pattern, or a mask that claims to follow one, is not legal
      +-- FormatError        (ValueError)       a file or directory is not what the format says: damaged or hostile
      +-- RecipeError        (ValueError)       a recipe or one of its options is wrong
+     +-- RequestError       (ValueError)       a field of a request to the Python interface is wrong
      +-- ModelError         (ValueError)       this model cannot be handled
      +-- DataError          (ValueError)       text or tokens are missing, malformed or too short
      +-- NumericalError     (ArithmeticError)  NaN or infinity where numbers were expected, a factorisation failed
@@ -11,6 +12,8 @@
 
 Each is also a standard exception, so callers that know nothing of us still catch the right thing. A message says what
 went wrong, the value, what was expected, and what to do next. Broken invariants of our own code are `assert`s.
+
+A field of a request is written in backticks (`prior`); the command line shows its flag in place of it.
 
 Values in messages often come from strangers, so they are quoted through `clip`: escaped, and never long.
 """
@@ -40,6 +43,10 @@ class FormatError(SparseError, ValueError):
 
 class RecipeError(SparseError, ValueError):
     """A recipe or one of its options is wrong."""
+
+
+class RequestError(SparseError, ValueError):
+    """A field of a request to the Python interface is wrong."""
 
 
 class ModelError(SparseError, ValueError):

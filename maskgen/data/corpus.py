@@ -93,11 +93,10 @@ class Corpus:
 def load_corpus(files: Sequence[Path | str], tokenizer: Any, spec: Training, cache_dir: Path | None = None) -> Corpus:
     """Read, tokenise and pack `files` (see `data.sources`), through the token cache in `cache_dir` if there is one.
 
-    `spec.window_tokens` must be settled. Raises `DataError`, and `OSError` when the cache cannot be written.
+    There are one or more files, and `spec.window_tokens` is settled. Raises `DataError`, and `OSError` when the cache
+    cannot be written.
     """
-    if not files:
-        raise DataError("no training text; give one or more files, or hf:org/name, with --data")
-    assert spec.window_tokens is not None
+    assert files and spec.window_tokens is not None
     streams = [
         read_tokens(file, tokenizer) if cache_dir is None else _cached_tokens(file, tokenizer, cache_dir)
         for file in files

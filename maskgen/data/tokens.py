@@ -76,9 +76,8 @@ def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
 def calibration_windows(
     files: Sequence[Path | str], tokenizer: Any, samples: int, window_tokens: int, generator: torch.Generator
 ) -> Tensor:
-    """Cut `samples` random windows from the sources, int64 `[S, T]`. `DataError` when one is shorter than that."""
-    if not files:
-        raise DataError("no calibration text; give one or more text or .jsonl files with --data")
+    """Cut `samples` random windows from one or more sources, int64 `[S, T]`. `DataError` when one is too short."""
+    assert files
     windows: list[Tensor] = [torch.empty(0)] * samples
     for number, file in enumerate(files):
         mine = range(number, samples, len(files))
@@ -97,12 +96,15 @@ def calibration_windows(
     return torch.stack(windows).long()
 
 
-def check_window_tokens(window_tokens: int, limit: int | None) -> None:
-    """`DataError` when a model that reads at most `limit` tokens (None: any number) cannot read such a window."""
-    if limit is not None and window_tokens > limit:
+def check_window_tokens(window_tokens: int | None, limit: int | None, section: str = "calibration") -> None:
+    """`DataError` when a model that reads at most `limit` tokens (None: any number) cannot read such a window.
+
+    `section` is the section of the recipe that sets the number.
+    """
+    if limit is not None and window_tokens is not None and window_tokens > limit:
         raise DataError(
-            f"calibration windows of {window_tokens} tokens, but the model reads at most {limit}; set "
-            f"calibration.window_tokens to {limit} or less, or leave it out"
+            f"{section}.window_tokens: windows of {window_tokens} tokens, but the model reads at most {limit}; set it "
+            f"to {limit} or less, or leave it out"
         )
 
 

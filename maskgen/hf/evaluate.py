@@ -38,11 +38,7 @@ def perplexity(
     """
     if batch < 1:
         raise DataError(f"batch {batch}: expected at least 1 window")
-    limit = max_tokens(model)
-    if limit is not None and protocol.window_tokens > limit:
-        raise DataError(
-            f"window of {protocol.window_tokens} tokens, but the model reads at most {limit}; lower --window"
-        )
+    check_window(protocol, max_tokens(model))
     windows = protocol.windows(ids, bos_id)
     nll: list[float] = []
     for group in _batches(windows, batch):
@@ -55,6 +51,14 @@ def perplexity(
         scored_tokens_per_window=[len(window.ids) - window.first_scored for window in windows],
         tokens_digest=digest_windows(windows),
     )
+
+
+def check_window(protocol: Protocol, limit: int | None) -> None:
+    """`DataError` when a model that reads at most `limit` tokens (None: any number) cannot read such windows."""
+    if limit is not None and protocol.window_tokens > limit:
+        raise DataError(
+            f"window of {protocol.window_tokens} tokens, but the model reads at most {limit}; lower `window_tokens`"
+        )
 
 
 def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
@@ -78,7 +82,7 @@ def _score(model: nn.Module, windows: list[Window]) -> list[float]:
         first = window.first_scored
         mean = float(_nll(logits_TV[first - 1 : -1], ids_T[first:]).mean())
         if not math.isfinite(mean):
-            raise NumericalError(f"the model's loss is {mean}; check its weights, or evaluate with --dtype float32")
+            raise NumericalError(f"the model's loss is {mean}; check its weights, or evaluate with `dtype` float32")
         means.append(mean)
     return means
 

@@ -42,7 +42,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
-import maskgen
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
@@ -201,7 +200,7 @@ def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
 
 
 def _folder() -> Any:
-    return resources.files(maskgen) / "recipes"
+    return resources.files("maskgen.recipes")
 
 
 def _read(source: str) -> str:

@@ -59,6 +59,13 @@ class Cadence:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What begins now: "loading", "prior" (masks to start from are made), "training", "writing"."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class EvalLog:
     """The model as it would be exported after `step` steps, on held-out text; losses in nats per token.
 

@@ -144,7 +144,7 @@ def joined(device: str, shard: bool) -> Iterator[Group]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if shard:
             raise RecipeError(
-                "--shard splits a run over processes; start it with torchrun --nproc-per-node N -m maskgen"
+                "`shard` splits a run over processes; start it with torchrun --nproc-per-node N -m maskgen"
             )
         yield Group(device=device)
         return

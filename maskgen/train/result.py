@@ -49,6 +49,36 @@ class Origin:
     pattern: NMPattern
 
 
+@dataclass(frozen=True)
+class DenseReport:
+    """What was written of a model that has no masks: bytes of all tensors."""
+
+    total_bytes: int
+
+
+Written = CompressReport | DenseReport | slicer.ShrinkReport
+
+
+def write(
+    session: Session,
+    origin: Origin,
+    out_dir: Path,
+    ignored: Iterable[str],
+    extra: Mapping[str, Any],
+    masks_out: Path | None = None,
+) -> Written:
+    """The result, by kind; its masks also to `masks_out`, for a method that has some."""
+    result = session.method.result
+    if result is Result.SPARSE:
+        masks, written = write_sparse(session, origin, out_dir, ignored, extra)
+        if masks_out is not None:
+            masks.save(masks_out)
+        return written
+    if result is Result.DENSE:
+        return write_dense(session, origin, out_dir, extra)
+    return write_sliced(session, origin, out_dir, extra)
+
+
 @torch.no_grad()
 def write_sparse(
     session: Session, origin: Origin, out_dir: Path, ignored: Iterable[str], extra: Mapping[str, Any]
@@ -84,8 +114,8 @@ def write_sparse(
 
 
 @torch.no_grad()
-def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> int:
-    """The model with its trained tensors in place of the stored ones, in the stored dtypes. Returns bytes written."""
+def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> DenseReport:
+    """The model with its trained tensors in place of the stored ones, in the stored dtypes."""
     headers = read_headers(origin.model_dir)
     others = _others(session, headers)
     hf_config = read_json(origin.model_dir / "config.json")
@@ -94,7 +124,7 @@ def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[
             layer = session.layers.get(name.removesuffix(WEIGHT_SUFFIX)) if name.endswith(WEIGHT_SUFFIX) else None
             solved = others.get(name) if layer is None else layer.solution().weight
             writer.add(name, stored if solved is None else solved.to("cpu", stored.dtype))
-    return writer.total_bytes
+    return DenseReport(writer.total_bytes)
 
 
 @torch.no_grad()

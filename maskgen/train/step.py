@@ -107,14 +107,14 @@ class Session:
         factor = schedule(self.spec, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self.set_moment(noise_sample=0)
+        self.set_context(noise_sample=0)
         with torch.no_grad():
             self.method.before_step(self.learning, self.context)
         windows_BT = corpus.batch(self.step, self.spec.batch)
         parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
         totals = torch.zeros(3, dtype=torch.float64)
         for number, (noise_sample, ids_BT) in enumerate(parts, 1):
-            self.set_moment(noise_sample)
+            self.set_context(noise_sample)
             with self.group.accumulating(self.runner, more=number < len(parts)):
                 totals += self._backward(ids_BT.to(self.device), len(ids_BT) / self.spec.batch)
         norm = self._clip()
@@ -132,10 +132,10 @@ class Session:
 
     @property
     def context(self) -> StepContext:
-        """The moment the layers are at."""
+        """Where the run is: what the layers are told of it."""
         return next(iter(self.layers.values())).context
 
-    def set_moment(self, noise_sample: int) -> None:
+    def set_context(self, noise_sample: int) -> None:
         """Tell every layer what time it is and which of the step's noise samples to draw."""
         seed = derive_seed(self.spec.seed, self.step, noise_sample)
         for layer in self.layers.values():

@@ -14,9 +14,9 @@ from pydoc_data.topics import topics
 
 import torch
 
-from maskgen.cli import demo
 from maskgen.cli import parser as cli
 from maskgen.hf import new_llama
+from maskgen.train import demo
 
 HEAD = 64
 

@@ -47,7 +47,7 @@ class ToyLinear(LearnedLinear):
         self.register_buffer("kept_OI", torch.ones_like(start_OI, dtype=torch.bool))
 
     def train_forward(self, x: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.moment.noise_seed, self.index))
+        generator = torch.Generator().manual_seed(derive_seed(self.context.noise_seed, self.index))
         noise_OI = torch.randn(self.score.shape, generator=generator) * self.method.noise
         soft_OI = (torch.sigmoid(5 * (self.score + noise_OI)) + self.kept_OI) / 2
         return dense_linear(x, (self.weight * soft_OI).to(x.dtype), self.bias)
@@ -79,11 +79,11 @@ class Toy(LearnedMethod):
         own = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
         return torch.optim.AdamW([{"params": own}, {"params": list(others), "lr": lr / 10}][: 1 + bool(others)], lr)
 
-    def regulariser(self, layers: Layers, moment: StepContext) -> Tensor | None:
+    def regulariser(self, layers: Layers, context: StepContext) -> Tensor | None:
         return self.penalty * sum(layer.score.square().mean() for layer in layers.values())
 
-    def before_step(self, layers: Layers, moment: StepContext) -> None:
-        if moment.step % self.refresh == 0:
+    def before_step(self, layers: Layers, context: StepContext) -> None:
+        if context.step % self.refresh == 0:
             for layer in layers.values():
                 layer.kept_OI.copy_(layer.mask())
 

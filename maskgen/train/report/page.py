@@ -16,7 +16,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-import maskgen
 from maskgen.core.errors import FormatError
 from maskgen.core.files import fsync_path, temporary_sibling
 from maskgen.train.report.plots import GLYPHS, MOST_BANDS, MOST_POINTS, curves
@@ -39,7 +38,7 @@ def write(sources: Sequence[Path], out: Path) -> int:
     Raises `FormatError` for what is no log, `OSError` for what cannot be read or written.
     """
     if out.resolve() in {find(source).resolve() for source in sources}:
-        raise FormatError(f"--out {out}: is one of the logs; choose another name")
+        raise FormatError(f"`out` {out}: is one of the logs; choose another name")
     try:
         page = render([load(source) for source in sources]).encode("utf-8", errors="replace")
     except RecursionError:
@@ -55,9 +54,7 @@ def write(sources: Sequence[Path], out: Path) -> int:
 def render(runs: Sequence[Run]) -> str:
     """The page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(
-        (resources.files(maskgen) / "train" / "report" / "report.html").read_text("utf-8")
-    )
+    template = environment.from_string((resources.files("maskgen.train.report") / "report.html").read_text("utf-8"))
     least = least_agreement(runs)
     return template.render(
         title=_title(runs),

@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from maskgen.api import measuring, pruning
+from maskgen.api.requests import EvaluateRequest
 from maskgen.cli import parser as cli
 from maskgen.cli import verbs
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
-from maskgen.core.perplexity import Protocol
 from maskgen.hf import model
-from maskgen.recipes.recipe import load
+from maskgen.recipes.recipe import RECIPE_FILE, load
 from tests import models
 from tests.directories import edit_config
 
@@ -53,8 +54,17 @@ def test_every_flag_is_explained_with_its_default() -> None:
             elif action.dest != "help":
                 assert action.help, (verb, action.dest)
         parser.format_help()
-    defaults = parsers["eval"].parse_args(["m", "--data", "f"])
-    assert Protocol(defaults.window, defaults.stride, defaults.bos, defaults.max_windows) == Protocol()
+
+
+def test_what_is_not_typed_is_left_to_the_request() -> None:
+    args = verb_parsers()["eval"].parse_args(["m", "--data", "f", "--window", "32"])
+    assert vars(args) == {"model": "m", "data": Path("f"), "window_tokens": 32}
+    assert verbs.request(EvaluateRequest, args) == EvaluateRequest(model="m", data="f", window_tokens=32)
+
+
+def test_errors_of_the_interface_name_the_flag_that_was_typed() -> None:
+    message = "`micro_batch` 0, `window_tokens`, `overrides` and `data`; not `self`, nor `maskgen run`"
+    assert cli.in_flags(message) == "--micro-batch 0, --window, --set and --data; not `self`, nor `maskgen run`"
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"]])
@@ -87,7 +97,7 @@ def test_run_eval_inspect_compress_decompress(
     checkpoint = SparseCheckpoint.open(out)
     wanted = load("wanda", [value for value in SMALL if value != "--set"])
     assert checkpoint.config.recipe_digest == wanted.digest()
-    assert json.loads((out / verbs.RECIPE_FILE).read_text()) == wanted.resolved()
+    assert json.loads((out / RECIPE_FILE).read_text()) == wanted.resolved()
     assert checkpoint.config.base_digest == digest_weights(dense)
     assert checkpoint.config.base_model == "model" and checkpoint.config.ignored == ("lm_head",)
     assert checkpoint.config.mask_digest == checkpoint.mask_set().digest() == MaskSet.load(masks).digest()
@@ -187,7 +197,7 @@ def test_mistakes_are_one_line_and_exit_2(
 def test_models_that_cannot_be_written_are_refused_before_the_work(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verbs, "sweep", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(pruning, "sweep", lambda *args: pytest.fail("the work began"))
     models.save_sparse(model_dir(), tmp_path / "sparse")
     code, _, errors = run(capsys, "run", "magnitude", "--model", tmp_path / "sparse", "--out", tmp_path / "o")
     assert code == 2 and "sparse: already sparse; start from the dense model" in errors
@@ -219,6 +229,6 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_demo_says_what_to_do_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verbs.demos, "build", lambda out, progress: out)
+    monkeypatch.setattr(measuring.demos, "build", lambda out, progress: out)
     code, text, _ = run(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 0 and f"--model {tmp_path}/demo/model --data {tmp_path}/demo/calibration.txt" in text

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from maskgen.api.requests import Codes
 from maskgen.cli import parser as cli
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import CorrectionForm
@@ -24,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 
 def test_the_parser_knows_every_code() -> None:
-    assert set(cli._CODES) == set(CODE_DTYPES)
+    assert set(get_args(Codes)) == set(CODE_DTYPES)
 
 
 @pytest.mark.parametrize("values", CODE_DTYPES)

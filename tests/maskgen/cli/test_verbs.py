@@ -13,11 +13,11 @@ import pytest
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from maskgen.cli import verbs
+from maskgen.api import pruning
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.pattern import NMPattern
 from maskgen.hf import model
-from maskgen.recipes.recipe import load
+from maskgen.recipes.recipe import RECIPE_FILE, load
 from tests import models
 from tests.directories import edit_config
 from tests.maskgen.cli.test_parser import SMALL, run
@@ -33,7 +33,7 @@ def test_shipped_recipes_run_as_they_are_on_a_short_model(
     code, _, errors = run(capsys, "run", name, "--model", model_dir(), "--data", text_file, "--out", out)
     assert (code, errors) == (0, "")
     settled = load(name).for_context(models.MAX_TOKENS)
-    stored = json.loads((out / verbs.RECIPE_FILE).read_text())
+    stored = json.loads((out / RECIPE_FILE).read_text())
     assert stored == settled.resolved() and stored["calibration"]["window_tokens"] == models.MAX_TOKENS
     assert SparseCheckpoint.open(out).config.recipe_digest == settled.digest()
 
@@ -74,7 +74,7 @@ def test_a_mixture_of_experts_without_dense_layers(tmp_path: Path, capsys: pytes
 def test_the_dense_model_is_gone_when_the_checkpoint_is_written(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_model, write, loaded = model.load, verbs.compressor.compress, []
+    load_model, write, loaded = model.load, pruning.compressor.compress, []
 
     def watched_load(*args: Any) -> nn.Module:
         dense = load_model(*args)
@@ -87,8 +87,8 @@ def test_the_dense_model_is_gone_when_the_checkpoint_is_written(
         return write(*args)
 
     monkeypatch.setattr(model, "load", watched_load)
-    monkeypatch.setattr(verbs.compressor, "compress", watched_write)
-    monkeypatch.setattr(verbs, "peak_rss_bytes", lambda: 123_456_700_000)
+    monkeypatch.setattr(pruning.compressor, "compress", watched_write)
+    monkeypatch.setattr(pruning, "peak_rss_bytes", lambda: 123_456_700_000)
     code, text, _ = run(capsys, "run", "magnitude", "--model", model_dir(), "--out", tmp_path / "out")
     assert code == 0 and "peak memory 123,456.7 MB" in text
 

@@ -10,6 +10,7 @@ KINDS = {
     errors.PatternError: ValueError,
     errors.FormatError: ValueError,
     errors.RecipeError: ValueError,
+    errors.RequestError: ValueError,
     errors.ModelError: ValueError,
     errors.DataError: ValueError,
     errors.NumericalError: ArithmeticError,

@@ -65,7 +65,7 @@ def test_progress_and_half_precision() -> None:
 @torch.no_grad()
 def test_errors() -> None:
     model = models.build("llama")
-    with pytest.raises(DataError, match="the model reads at most 128; lower --window"):
+    with pytest.raises(DataError, match="the model reads at most 128; lower `window_tokens`"):
         evaluate.perplexity(model, IDS * 9, Protocol(256))
     with pytest.raises(DataError, match="shorter than one window"):
         evaluate.perplexity(model, IDS[:10], Protocol(16))

@@ -108,7 +108,7 @@ def test_a_batch_that_cannot_be_divided(world: int, batch: int, samples: int) ->
 
 
 def test_sharding_needs_torchrun() -> None:
-    with pytest.raises(RecipeError, match=r"--shard .* torchrun"), joined("cpu", shard=True):
+    with pytest.raises(RecipeError, match=r"`shard` .* torchrun"), joined("cpu", shard=True):
         pass
 
 

@@ -21,6 +21,7 @@ from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe
 from maskgen.sweep import workdir
+from maskgen.train import prior
 from maskgen.train import run as learn
 from maskgen.train.log import LOG_FILE, read
 from tests import models
@@ -128,14 +129,14 @@ def prior_masks(dense: Path, pattern: str = "2:4") -> MaskSet:
 def test_a_given_prior_replaces_the_recipes(
     form: str, model_dir: ModelDir, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense, out, prior = model_dir(), tmp_path / "out", tmp_path / "prior.safetensors"
+    dense, out, given = model_dir(), tmp_path / "out", tmp_path / "prior.safetensors"
     masks = prior_masks(dense)
     if form == "file":
-        masks.save(prior)
+        masks.save(given)
     else:
-        compress.compress_masks(dense, masks, prior, ("lm_head",))
+        compress.compress_masks(dense, masks, given, ("lm_head",))
     own = tmp_path / "masks.safetensors"
-    argv = [*words("maskllm", dense, text_file, out), "--set", "train.lr=1e-9", "--prior", prior, "--masks-out", own]
+    argv = [*words("maskllm", dense, text_file, out), "--set", "train.lr=1e-9", "--prior", given, "--masks-out", own]
     assert run(capsys, *argv)[0] == 0
     header, first, *_ = read(out / LOG_FILE)
     assert header["digests"]["prior"] == masks.digest() and first["agreement"] == 1
@@ -160,8 +161,8 @@ def test_held_out_text_is_seen_by_nobody(
     model_dir: ModelDir, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     seen = []
-    swept = learn.sweep
-    monkeypatch.setattr(learn, "sweep", lambda *args: seen.append(args[2]) or swept(*args))
+    swept = prior.sweep
+    monkeypatch.setattr(prior, "sweep", lambda *args: seen.append(args[2]) or swept(*args))
     out = tmp_path / "out"
     argv = words("maskllm", model_dir(), text_file, out)
     assert run(capsys, *argv, "--set", "train.heldout_windows=600", "--set", "calibration.samples=200")[0] == 0
@@ -177,8 +178,8 @@ def test_held_out_text_is_seen_by_nobody(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["{bare}", "--data", "{text}"], "maskllm starts from a mask: give --prior FILE, or a [prior] section"),
-        (["maskllm"], "maskllm learns from text; give it with --data FILE"),
+        (["{bare}", "--data", "{text}"], "maskllm starts from a mask: give --prior, or a [prior] section"),
+        (["maskllm"], "maskllm learns from text; give it with --data"),
         (["maskllm", "--data", "{tmp}/no"], "no: cannot be read"),
         (["maskllm", "--data", "{text}", "--prior", "{text}"], "not a valid safetensors file"),
         (["maskllm", "--data", "{text}", "--prior", "{tmp}/no"], "no such file"),

@@ -25,7 +25,7 @@ ModelDir = Callable[..., Path]
 NURSERY = """
 import json, os, random, signal, sys, time
 import torch
-from maskgen.cli import parser as cli, verbs; from maskgen.train import run as learn
+from maskgen.cli import parser as cli, verbs
 
 def attempt(argv, kill_after_s):
     child = os.fork()
@@ -113,7 +113,7 @@ def test_killed_at_random_and_started_again(kind: str, model_dir: ModelDir, text
 
 @pytest.mark.parametrize("moment", ["before", "while"])
 def test_killed_while_it_cleans_up(
-    context: str,
+    moment: str,
     model_dir: ModelDir,
     text_file: Path,
     tmp_path: Path,
@@ -129,7 +129,7 @@ def test_killed_while_it_cleans_up(
     code, _, errors = run(capsys, *argv)
     assert code == 2 and "out exists; remove it" in errors, "its work directory was asked for: it is no leftover"
     assert (tmp_path / "out.work" / "run.json").is_file()
-    if context == "before":
+    if moment == "before":
         (tmp_path / "out.work" / "kept").unlink()
     else:
         (tmp_path / "out.work" / "run.json").unlink()

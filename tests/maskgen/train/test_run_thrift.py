@@ -19,6 +19,7 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.hf import model
+from maskgen.train import prior
 from maskgen.train import run as learn
 from maskgen.train.log import LOG_FILE, read
 from maskgen.train.parallel import ALONE, Group
@@ -29,6 +30,10 @@ from tests.maskgen.train.test_run import measured, settled, words
 
 ModelDir = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
+
+
+def ignore(event: object) -> None:
+    pass
 
 
 def refuse(*args: object) -> None:
@@ -168,21 +173,21 @@ def test_a_prior_is_made_once(
     argv = [*words("maskllm", dense, text_file, out), "--keep-work"]
     assert run(capsys, *argv)[0] == 0
     out.rename(tmp_path / "first")
-    monkeypatch.setattr(learn, "sweep", refuse)
+    monkeypatch.setattr(prior, "sweep", refuse)
     assert run(capsys, *argv)[0] == 0
     one, two = (read(path / LOG_FILE)[0]["digests"] for path in (tmp_path / "first", out))
     assert one == two
 
     wanted, work = settled("maskllm"), tmp_path / "out.work"
     corpus = learn.read_corpus(wanted, [text_file], dense, tmp_path / "cache")
-    masks = learn._prior(wanted, corpus, dense, work, one["base"], Group(1, 2))
+    masks = prior.make_prior(wanted, corpus, dense, work, one["base"], Group(1, 2), ignore)
     assert masks.digest() == one["prior"]
     with pytest.raises(FormatError, match="another model or by another recipe; delete it"):
-        learn._prior(wanted, corpus, dense, work, "sha256:" + "0" * 64, ALONE)
-    file = work / learn.PRIOR_FILE
+        prior.make_prior(wanted, corpus, dense, work, "sha256:" + "0" * 64, ALONE, ignore)
+    file = work / prior.PRIOR_FILE
     MaskSet(masks.pattern, masks.bitmasks, masks.base_digest, "sha256:" + "0" * 64).save(file)
     with pytest.raises(FormatError, match="another model or by another recipe; delete it"):
-        learn._prior(wanted, corpus, dense, work, one["base"], ALONE)
+        prior.make_prior(wanted, corpus, dense, work, one["base"], ALONE, ignore)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(FormatError, match=r"prior\.safetensors: .*; delete it to have it made again"):
-        learn._prior(wanted, corpus, dense, work, one["base"], Group(1, 2))
+        prior.make_prior(wanted, corpus, dense, work, one["base"], Group(1, 2), ignore)

@@ -32,14 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from maskgen.cli.demo_text import split, standard_documents
 from maskgen.core.digest import digest_bytes
 from maskgen.core.errors import DataError, OutputExistsError
 from maskgen.core.files import write_json
 from maskgen.core.perplexity import Protocol
+from maskgen.data.demo_text import split, standard_documents
 from maskgen.hf import evaluate, new_llama
 
 PROVENANCE_FILE = "demo.json"
@@ -84,8 +85,7 @@ class Progress:
 
 def default_dir() -> Path:
     """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v1` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparse-serve" / "demo-v1"
+    return user_cache_path("sparse-serve") / "demo-v1"
 
 
 def build(

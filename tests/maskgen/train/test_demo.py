@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskgen.cli import demo, demo_text
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, ModelError, OutputExistsError
+from maskgen.data import demo_text
 from maskgen.hf import new_llama
+from maskgen.train import demo
 
 WORDS = ("list", "class", "object", "method", "string", "module", "number", "value")
 DOCUMENTS = {

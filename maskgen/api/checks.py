@@ -1,0 +1,125 @@
+"""What is checked of a request before anything is loaded: each check stands here once.
+
+Messages name fields of the request in backticks; the command line shows its flags instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
+from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError
+from maskgen.core.mask import MaskSet
+from maskgen.data.tokens import check_window_tokens
+from maskgen.export.compress import model_label
+from maskgen.hf import model
+from maskgen.methods import LocalMethod
+from maskgen.methods.learned import LearnedMethod, Result
+from maskgen.recipes import recipe as recipes
+from maskgen.recipes.recipe import Recipe
+from maskgen.train.prior import load_prior
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request's recipe, settled for its dense model in `model_dir` (`label` for people), and where to compute."""
+
+    recipe: Recipe
+    model_dir: Path
+    label: str
+    device: str
+    prior: MaskSet | None = None
+
+
+def absent(*paths: Path | None) -> None:
+    """`OutputExistsError` for a place to write to that is taken."""
+    for path in paths:
+        if path is not None and path.exists():
+            raise OutputExistsError(f"{path} exists; remove it or choose another output")
+
+
+def usable_device(name: str | None) -> str:
+    """Where to compute: `name`, or a GPU if there is one. `RequestError` for a device that this machine lacks."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(f"`device` {name}: not usable here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def label(source: str, model_dir: Path) -> str:
+    """What people know a model by: a hub id, or the name of its directory."""
+    return model_label(model_dir) if Path(source).is_dir() else source
+
+
+def settled(request: PruneRequest | PermuteRequest, recipe: Recipe) -> Task:
+    """Find the device and the dense model, and settle the recipe for it."""
+    device, model_dir = usable_device(request.device), model.resolve(request.model)
+    if is_sparse_checkpoint(model_dir):
+        raise ModelError(f"{request.model}: already sparse; start from the dense model")
+    recipe = recipe.for_context(model.stored_max_tokens(model_dir))
+    return Task(recipe, model_dir, label(request.model, model_dir), device)
+
+
+def one_shot(request: PruneRequest, task: Task) -> Task:
+    """The task with its prior, when everything that a one-shot run needs is there."""
+    recipe = task.recipe
+    method = recipe.local_method()
+    prior = load_prior(request.prior, method.uses_prior, recipe)
+    if method.uses_prior and prior is None:
+        raise RecipeError(f"method {recipe.method.name} with these options needs masks to start from; give `prior`")
+    calibration(request, task)
+    return Task(recipe, task.model_dir, task.label, task.device, prior)
+
+
+def learned(request: LearnRequest, task: Task) -> Task:
+    """The task with its prior, when everything that a learned run needs is there."""
+    recipe, name = task.recipe, task.recipe.method.name
+    method = recipe.build_method()
+    assert isinstance(method, LearnedMethod) and recipe.train is not None
+    if request.masks_out is not None and method.result is not Result.SPARSE:
+        raise RecipeError(f"`masks_out` {request.masks_out}: {name} writes a dense model, without masks; leave it out")
+    prior = load_prior(request.prior, method.uses_prior, recipe)
+    if method.uses_prior and prior is None and recipe.prior is None:
+        raise RecipeError(f"{name} starts from a mask: give `prior`, or a [prior] section in the recipe")
+    if not request.data:
+        raise DataError(f"method {name} learns from text; give it with `data`")
+    limit = model.stored_max_tokens(task.model_dir)
+    check_window_tokens(recipe.train.window_tokens, limit, "train")
+    own = recipe.prior_recipe()
+    if method.uses_prior and prior is None and own is not None and own.local_method().needs_data:
+        check_window_tokens(recipe.calibration.window_tokens, limit)
+    return Task(recipe, task.model_dir, task.label, task.device, prior)
+
+
+def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:
+    """`DataError` when a one-shot method lacks text, or wants more of it at once than the model reads."""
+    if not task.recipe.local_method().needs_data:
+        return
+    if not request.data:
+        raise DataError(f"method {task.recipe.method.name} needs calibration text; give it with `data`")
+    section = task.recipe.calibration
+    check_window_tokens(section.window_tokens, model.stored_max_tokens(task.model_dir))
+
+
+def no_training_fields(request: LearnRequest, recipe: Recipe) -> None:
+    """`RecipeError` for a field that was set and that a one-shot method has no use for."""
+    for name in TRAINING_FIELDS:
+        if name in request.model_fields_set:
+            raise RecipeError(f"`{name}`: {recipe.method.name} is a one-shot method and does not train; leave it out")
+
+
+def load_recipe(request: PruneRequest | PermuteRequest) -> Recipe:
+    """The recipe that a request names, with its overrides."""
+    return recipes.load(request.recipe, request.overrides)
+
+
+def is_one_shot(recipe: Recipe) -> bool:
+    """Whether its method solves one layer at a time, and is not learned."""
+    return isinstance(recipe.build_method(), LocalMethod)

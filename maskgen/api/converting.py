@@ -1,0 +1,120 @@
+"""`permute`, `compress`, `quantise` and `decompress`: one model directory -> another."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from maskgen.api import checks
+from maskgen.api.checks import Task
+from maskgen.api.events import Listener, Stage, silent
+from maskgen.api.pruning import calibration_windows, load_checked
+from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.digest import digest_weights
+from maskgen.data import tokens
+from maskgen.export import compress as compressor
+from maskgen.export import quantise as quantiser
+from maskgen.export.compress import CompressReport
+from maskgen.hf import model
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep import permute as permuter
+from maskgen.sweep.arrange import Arrangement
+from maskgen.sweep.permute import PermuteReport
+
+
+@dataclass(frozen=True)
+class PermuteResult:
+    """A dense model in `out`, the recipe whose scores were used, and how the neurons were arranged."""
+
+    out: Path
+    recipe: Recipe
+    report: PermuteReport
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """A sparse checkpoint in `out`, and what was written."""
+
+    out: Path
+    written: CompressReport
+
+
+@dataclass(frozen=True)
+class DecompressResult:
+    """A dense model in `out`, of `total_bytes` of tensors.
+
+    With `folded`, the checkpoint had corrections: they are part of the weights now, which have no zeros left.
+    """
+
+    out: Path
+    total_bytes: int
+    folded: bool
+
+
+def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResult:
+    """Reorder hidden neurons so that masks keep more of the weights that matter; the function stays the same.
+
+    Raises `RecipeError` for a method without scores, `OutputExistsError`, `ModelError`, `DataError`, `RequestError`,
+    `NumericalError`.
+    """
+    recipe = checks.load_recipe(request)
+    permuter.score_method(recipe)
+    checks.absent(request.out)
+    task = checks.settled(request, recipe)
+    checks.calibration(request, task)
+    windows_ST = calibration_windows(request, task)
+    provenance = {
+        "recipe": task.recipe.resolved(),
+        "base_model": task.label,
+        "base_digest": digest_weights(task.model_dir),
+        "data_digest": None if windows_ST is None else tokens.digest_tokens(windows_ST),
+    }
+    arrangements = _arrange(task, windows_ST, progress)
+    gc.collect()
+    progress(Stage("writing"))
+    return PermuteResult(
+        request.out, task.recipe, permuter.write(task.model_dir, arrangements, request.out, provenance)
+    )
+
+
+def compress(request: CompressRequest) -> CompressResult:
+    """Apply existing masks to the dense model they were made for.
+
+    Raises `FormatError` when the masks are of other weights, `ModelError`, `OutputExistsError`.
+    """
+    checks.absent(request.out)
+    model_dir, masks = model.resolve(request.model), compressor.load_masks(request.masks)
+    ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
+    written = compressor.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
+    return CompressResult(request.out, written)
+
+
+def quantise(request: QuantiseRequest) -> CompressResult:
+    """Write a sparse checkpoint with float values again with 8-bit values; masks and corrections stay.
+
+    Raises `FormatError` when the values are quantised already, `OutputExistsError`.
+    """
+    checks.absent(request.out)
+    return CompressResult(request.out, quantiser.quantise(request.model, request.out, request.values))
+
+
+def decompress(request: DecompressRequest) -> DecompressResult:
+    """Write a sparse checkpoint as an ordinary dense model, zeros included, for other tools.
+
+    Raises `FormatError` for what is no sparse checkpoint, `OutputExistsError`.
+    """
+    checks.absent(request.out)
+    total_bytes = compressor.decompress(request.model, request.out)
+    config = SparseCheckpoint.open(request.model, verify_bits=False).config
+    return DecompressResult(request.out, total_bytes, config.correction is not None)
+
+
+def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:
+    """Load and order. The dense model lives in here only: what follows needs the memory, and not the model."""
+    progress(Stage("loading"))
+    return permuter.find(load_checked(task), task.recipe, windows_ST, task.device, progress)

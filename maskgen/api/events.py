@@ -1,0 +1,50 @@
+"""What the functions of `maskgen` tell of their progress: one event after another, given to a callback.
+
+Every event is a small frozen dataclass. A callback that is interested in some of them looks at their types:
+
+    def show(event):
+        if isinstance(event, maskgen.TrainingStep):
+            print(event.step, event.loss)
+
+A callback is called in the process and the thread that does the work; what it raises stops the work, which goes on
+from there when it is asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from maskgen.sweep.driver import Progress as SweepProgress
+from maskgen.train.demo import Progress as DemoProgress
+from maskgen.train.loop import EvalLog as HeldOut
+from maskgen.train.loop import Stage
+from maskgen.train.step import StepLog as TrainingStep
+
+__all__ = ["DemoProgress", "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`done` of `windows` windows of text have their perplexity."""
+
+    done: int
+    windows: int
+
+
+Event = Stage | SweepProgress | TrainingStep | HeldOut | Scored | DemoProgress
+"""
+`Stage`          something begins: loading the model, a prior, training, writing
+`SweepProgress`  a layer or a block of a one-shot run is done
+`TrainingStep`   an optimiser step is done
+`HeldOut`        the masks of now were evaluated on held-out text
+`Scored`         windows of an evaluation are done
+`DemoProgress`   a training step of the demo model is done
+"""
+
+Listener = Callable[[Event], None]
+"""What a caller passes to hear of progress."""
+
+
+def silent(event: Event) -> None:
+    """The default: nothing is shown."""

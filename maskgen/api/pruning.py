@@ -1,0 +1,228 @@
+"""`prune`, `learn` and `run`: a dense model, a recipe and text -> a checkpoint.
+
+A run that is stopped continues when it is asked for again: what is done is kept in OUT.work until the result is there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgen.api import checks
+from maskgen.api.checks import Task
+from maskgen.api.events import Listener, Stage, silent
+from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.config import SparseConfig
+from maskgen.core.digest import digest_weights
+from maskgen.core.errors import OutputExistsError, RecipeError
+from maskgen.core.files import read_json
+from maskgen.core.packed import StoredLayer
+from maskgen.data import tokens
+from maskgen.export import compress as compressor
+from maskgen.export.compress import CompressReport
+from maskgen.hf import model
+from maskgen.numerics.memory import peak_rss_bytes
+from maskgen.recipes.recipe import RECIPE_FILE, Recipe
+from maskgen.sweep.driver import SweepReport, sweep
+from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
+from maskgen.train.log import LOG_FILE
+from maskgen.train.loop import Cadence
+from maskgen.train.prior import check_base
+from maskgen.train.result import Written
+from maskgen.train.run import Job
+from maskgen.train.run import learn as train
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A checkpoint in `out`, what the sweep did and cost, and what was written.
+
+    `peak_memory_bytes` is the peak of this process's memory.
+    """
+
+    out: Path
+    sweep: SweepReport
+    written: CompressReport
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """A result in `out`, what was written, and the records of the training log (`maskgen.train.log`)."""
+
+    out: Path
+    written: Written
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def log(self) -> Path:
+        """The log beside the weights."""
+        return self.out / LOG_FILE
+
+
+@dataclass(frozen=True)
+class AlreadyFinished:
+    """The result in `out` is whole and of the same recipe; an earlier process was killed while it tidied up.
+
+    What it had left of its work directory is removed now.
+    """
+
+    out: Path
+
+
+def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | AlreadyFinished:
+    """Run a one-shot method over a dense model, block by block, and write a sparse checkpoint.
+
+    Raises `RecipeError` for a learned method, `OutputExistsError`, `ModelError`, `DataError`, `RequestError` (the
+    device) before anything is loaded; `NumericalError` and `OSError` while it works.
+    """
+    recipe = checks.load_recipe(request)
+    if not checks.is_one_shot(recipe):
+        raise RecipeError(f"{recipe.method.name} is a learned method; use learn, or run, with a LearnRequest")
+    task = _settled(request, recipe)
+    return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
+
+
+def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | AlreadyFinished | None:
+    """Train masks, weights or widths with a learned method, and write the result.
+
+    Under torchrun every process calls this; only the first one tells of its progress and returns a result, the others
+    None. Raises as `prune` does, and `RecipeError` for a one-shot method.
+    """
+    recipe = checks.load_recipe(request)
+    if checks.is_one_shot(recipe):
+        raise RecipeError(f"{recipe.method.name} is a one-shot method; use prune, or run")
+    task = _settled(request, recipe)
+    return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
+
+
+def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | LearnResult | AlreadyFinished | None:
+    """`prune` or `learn`, as the recipe's method wants it.
+
+    Raises what they do, and `RecipeError` for fields about training that were set for a one-shot method.
+    """
+    recipe = checks.load_recipe(request)
+    task = _settled(request, recipe)
+    if isinstance(task, AlreadyFinished):
+        return task
+    if not checks.is_one_shot(recipe):
+        return _learn(request, task, progress)
+    checks.no_training_fields(request, recipe)
+    return _prune(request, task, progress)
+
+
+def _settled(request: PruneRequest, recipe: Recipe) -> Task | AlreadyFinished:
+    """The task, unless its result is there already, and only the work directory is left to remove."""
+    work = work_dir(request.out)
+    cleaning_up = request.out.exists() and is_left_over(work) and not request.keep_work
+    if not cleaning_up:
+        checks.absent(request.out, request.masks_out)
+    task = checks.settled(request, recipe)
+    return _clean_up(request, task.recipe) if cleaning_up else task
+
+
+def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
+    """A run was killed when its result was there, whole, and its work directory was not gone yet: do what was left."""
+    made_with = request.out / RECIPE_FILE
+    if not made_with.is_file() or read_json(made_with) != recipe.resolved():
+        raise OutputExistsError(f"{request.out} exists, of another recipe; remove it or choose another output")
+    if request.masks_out is not None and not request.masks_out.exists():
+        SparseCheckpoint.open(request.out).mask_set().save(request.masks_out)
+    finish(work_dir(request.out), keep=False)
+    return AlreadyFinished(request.out)
+
+
+def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult:
+    task = checks.one_shot(request, task)
+    recipe = task.recipe
+    base_digest = digest_weights(task.model_dir)
+    check_base(task.prior, task.model_dir, base_digest)
+    windows_ST = calibration_windows(request, task)
+    report, work = _sweep(request.out, task, windows_ST, base_digest, progress)
+    gc.collect()
+    progress(Stage("writing"))
+    masks = work.mask_set(base_digest, recipe.digest())
+    config = SparseConfig(
+        pattern=recipe.pattern,
+        targets=masks.names,
+        ignored=tuple(report.ignored),
+        mask_digest=masks.digest(),
+        recipe_digest=recipe.digest(),
+        base_model=task.label,
+        base_digest=base_digest,
+    )
+    written = compressor.compress(
+        task.model_dir,
+        config,
+        lambda name, weight: StoredLayer(work.packed(name)),
+        request.out,
+        {RECIPE_FILE: recipe.resolved()},
+    )
+    if request.masks_out is not None:
+        masks.save(request.masks_out)
+    finish(work_dir(request.out), request.keep_work)
+    return PruneResult(request.out, report, written, peak_rss_bytes())
+
+
+def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
+    task = checks.learned(request, task)
+    job = Job(
+        recipe=task.recipe,
+        model_dir=task.model_dir,
+        label=task.label,
+        data=request.data,
+        out=request.out,
+        masks_out=request.masks_out,
+        prior=task.prior,
+        device=task.device,
+        cadence=Cadence(
+            request.micro_batch, request.eval_every or 0, request.checkpoint_every or 0, request.keep_checkpoints
+        ),
+        checkpoint_activations=request.checkpoint_activations,
+        shard=request.shard,
+    )
+    found = train(job, progress)
+    if found is None:
+        return None
+    finish(job.work, request.keep_work)
+    return LearnResult(request.out, found.written, found.records)
+
+
+def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> Tensor | None:
+    """Windows of calibration text `[S, T]` (windows, tokens), or None for a method that needs none."""
+    section = task.recipe.calibration
+    if not task.recipe.local_method().needs_data:
+        return None
+    assert section.window_tokens is not None
+    generator = torch.Generator().manual_seed(section.seed)
+    tokenizer = model.load_tokenizer(task.model_dir)
+    return tokens.calibration_windows(request.data, tokenizer, section.samples, section.window_tokens, generator)
+
+
+def load_checked(task: Task) -> torch.nn.Module:
+    """The dense model, when nothing about its directory will be refused in the end."""
+    loaded = model.load(task.model_dir)
+    plan = model.plan(loaded, task.recipe.pattern, task.recipe.ignore)
+    targets = [name for block in plan.targets for name in block]
+    compressor.check_source(task.model_dir, task.recipe.pattern, targets, plan.ignored)
+    return loaded
+
+
+def _sweep(
+    out: Path, task: Task, windows_ST: Tensor | None, base_digest: str, progress: Listener
+) -> tuple[SweepReport, WorkDir]:
+    """Load and sweep. The dense model lives in here only: what follows needs the memory, and not the model.
+
+    Some architectures refer to themselves, which only the collector undoes; the caller runs it.
+    """
+    masks, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
+    progress(Stage("loading"))
+    loaded = load_checked(task)
+    return sweep(loaded, task.recipe, windows_ST, work_dir(out), base_digest, task.device, progress, masks, digest)

@@ -1,0 +1,197 @@
+"""Requests: what the functions of `maskgen` can be asked for, one frozen model each.
+
+An unknown field, or a value that is not legal, is a `RequestError` that names the field. Defaults stand here and
+nowhere else; the command line reads them for its help, so this file imports neither torch nor transformers.
+
+Paths may be strings, and a single file may stand for a list of one. What decides a *result* is in the recipe; most
+fields here are about files and machines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from maskgen.core.errors import RequestError, clip
+
+Codes = Literal["int8", "fp8_e4m3"]
+"""How kept weights can be stored in 8 bits; the names are those of `maskgen.core.values`."""
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _several(value: Any) -> Any:
+    """One file for a list of one."""
+    return (value,) if isinstance(value, str | os.PathLike) else value
+
+
+def _overrides(value: Any) -> Any:
+    """`{"method.damp": 0.05}` -> `("method.damp=0.05",)`: JSON values of recipes are TOML, too."""
+    if isinstance(value, Mapping):
+        try:
+            return tuple(f"{key}={json.dumps(one, ensure_ascii=False, allow_nan=False)}" for key, one in value.items())
+        except TypeError as error:
+            raise ValueError(f"values must be numbers, strings, booleans or lists of them: {error}") from None
+    return _several(value)
+
+
+_Count = Annotated[int, Field(ge=1)]
+_Model = Annotated[str, BeforeValidator(_text)]
+_Files = Annotated[tuple[Path, ...], BeforeValidator(_several)]
+_Overrides = Annotated[tuple[str, ...], BeforeValidator(_overrides)]
+
+
+class Request(BaseModel):
+    """Base of every request: frozen, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    if not TYPE_CHECKING:  # type checkers see the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise RequestError(_explain(type(self), error)) from None
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first problem as one line."""
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return f"{kind.__name__}: no field {clip(name)}; known fields are {sorted(kind.model_fields)}"
+    if problem["type"] == "missing":
+        return f"`{name}` is missing from {kind.__name__}; give it"
+    return f"`{name}` {clip(problem['input'])}: {problem['msg'].lower()}"
+
+
+class _FromRecipe(Request):
+    """What starts from a recipe and a dense model.
+
+    `recipe` is the name of a shipped recipe or the path of a .toml file, and `overrides` changes values of it:
+    `{"method.damp": 0.05}`, or strings like "method.damp=0.05". `model` is a Hugging Face directory or a hub id, `data`
+    are files of text or token ids, or "hf:org/name" (see `maskgen.data.sources`). `out` is the directory to write; it
+    must not exist. `device` is where to compute: by default "cuda" if there is one, else "cpu".
+    """
+
+    recipe: str
+    model: _Model
+    out: Path
+    data: _Files = ()
+    overrides: _Overrides = ()
+    device: str | None = None
+
+
+class PruneRequest(_FromRecipe):
+    """A one-shot run. `prior` are masks to start from (a mask file or a sparse checkpoint of the same model).
+
+    `masks_out` is a file to write the masks to as well. With `keep_work` the directory OUT.work, from which a stopped
+    run continues, is kept after success.
+    """
+
+    prior: Path | None = None
+    masks_out: Path | None = None
+    keep_work: bool = False
+
+
+class LearnRequest(PruneRequest):
+    """A run of a learned method. The fields change how it goes, never what comes out.
+
+    `micro_batch` is windows per forward pass and bounds memory. `eval_every` is steps between looks at the held-out
+    perplexity of the masks (by default five looks a run), `checkpoint_every` steps between checkpoints (by default one
+    every five minutes), `keep_checkpoints` how many of the newest stay. `checkpoint_activations` computes activations
+    again in the backward pass: less memory, more time. `shard` splits a run started by torchrun over its processes
+    (FSDP2) instead of keeping a copy in each (DDP).
+    """
+
+    micro_batch: _Count = 8
+    eval_every: _Count | None = None
+    checkpoint_every: _Count | None = None
+    keep_checkpoints: _Count = 2
+    checkpoint_activations: bool = False
+    shard: bool = False
+
+
+TRAINING_FIELDS = tuple(name for name in LearnRequest.model_fields if name not in PruneRequest.model_fields)
+"""Fields that a one-shot method has no use for."""
+
+
+class PermuteRequest(_FromRecipe):
+    """Reorder a dense model's hidden neurons by the scores of `recipe`: "ria", "wanda" or "magnitude"."""
+
+
+class CompressRequest(Request):
+    """Apply `masks` (a mask file, or a sparse checkpoint) to the dense `model` they were made for.
+
+    `values` is how kept weights are stored: as they are ("float"), or as 8-bit codes with a scale per row.
+    """
+
+    model: _Model
+    masks: Path
+    out: Path
+    values: Literal["float"] | Codes = "float"
+
+
+class QuantiseRequest(Request):
+    """Write the sparse checkpoint `model`, which has float values, again with 8-bit ones."""
+
+    model: Path
+    out: Path
+    values: Codes
+
+
+class DecompressRequest(Request):
+    """Write the sparse checkpoint `model` as an ordinary dense one."""
+
+    model: Path
+    out: Path
+
+
+class EvaluateRequest(Request):
+    """Perplexity of `model` (directory or hub id, dense or sparse) on one source of text or token ids.
+
+    Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with the BOS
+    token in front if `bos`, and only the first `max_windows` are scored. `dtype` "auto" is the stored one. `batch`
+    windows share a forward pass.
+    """
+
+    model: _Model
+    data: Path
+    window_tokens: int = 2048
+    stride_tokens: int | None = None
+    bos: bool = False
+    max_windows: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch: _Count = 1
+    device: str | None = None
+
+
+class InspectRequest(Request):
+    """What the directory `model` holds; a dense one is compared with `pattern`."""
+
+    model: Path
+    pattern: str = "2:4"
+
+
+class ReportRequest(Request):
+    """Compare learned runs in one HTML page, `out`; an older page is replaced.
+
+    Each of `runs` is an output directory, the OUT.work of a run that is not finished, or a log file.
+    """
+
+    runs: Annotated[_Files, Field(min_length=1)]
+    out: Path = Path("report.html")
+
+
+class DemoRequest(Request):
+    """Make a small trained model and text in `out`; by default sparse-serve/demo-v1 in the user's cache directory."""
+
+    out: Path | None = None

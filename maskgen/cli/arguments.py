@@ -1,0 +1,299 @@
+"""The arguments of every verb. A flag has the name of the field it sets, in `maskgen.api.requests`.
+
+Defaults are there, too; a flag that is not typed is not in the namespace.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from maskgen.api.requests import (
+    Codes,
+    CompressRequest,
+    EvaluateRequest,
+    InspectRequest,
+    LearnRequest,
+    ReportRequest,
+    Request,
+)
+
+if TYPE_CHECKING:
+    _Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_CODES = get_args(Codes)
+
+SHORTER = {"overrides": "--set", "window_tokens": "--window", "stride_tokens": "--stride"}
+"""Flags that are shorter than the fields they set."""
+
+
+def add_verbs(verbs: _Verbs) -> None:
+    """All verbs, in the order of the help."""
+    _add_run(verbs)
+    _add_permute(verbs)
+    _add_compress(verbs)
+    _add_quantise(verbs)
+    _add_decompress(verbs)
+    _add_inspect(verbs)
+    _add_eval(verbs)
+    _add_demo(verbs)
+    _add_report(verbs)
+
+
+def _verb(verbs: _Verbs, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=f"{summary}. {details}", argument_default=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _default(kind: type[Request], name: str) -> str:
+    """For the end of a flag's help."""
+    return f"(default: {kind.model_fields[name].default})"
+
+
+def _add_run(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "run",
+        "prune a model with a recipe, one-shot or learned, and write the result",
+        "The result is a complete Hugging Face directory. A run that is stopped continues when started again with the "
+        "same arguments: what is done is kept in OUT.work until the result is written.",
+    )
+    _add_inputs(parser, "a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all)")
+    _add_training(parser)
+    parser.add_argument(
+        "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
+    )
+    parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
+
+
+def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
+    """What `run` and `permute` start from, and where they write."""
+    parser.add_argument("recipe", help=f"{recipes}, or the path of a .toml file")
+    parser.add_argument("--model", required=True, help="dense model: a Hugging Face directory, or a hub id (org/name)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help='calibration or training text: plain text, .jsonl or .parquet with a "text" field, token ids as .npy or '
+        ".safetensors, or hf:ORG/NAME[:CONFIG][:SPLIT]; several are mixed in equal parts (default: none; enough for "
+        "methods that need no data, such as magnitude)",
+    )
+    _add_out(parser)
+    parser.add_argument(
+        "--set",
+        action="append",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="change one recipe value, such as method.damp=0.05 or calibration.samples=64; repeatable (default: none)",
+    )
+    _add_device(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Flags of learned methods. They change how a run goes, never what comes out, but for `--prior`."""
+    group = parser.add_argument_group("learned methods")
+    group.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model) in place of "
+        "the recipe's [prior] (default: the recipe's)",
+    )
+    group.add_argument(
+        "--micro-batch",
+        type=_count,
+        metavar="WINDOWS",
+        help=f"windows per forward pass; bounds memory {_default(LearnRequest, 'micro_batch')}",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=_count,
+        metavar="STEPS",
+        help="steps between looks at the held-out perplexity of the masks (default: five looks a run)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=_count,
+        metavar="STEPS",
+        help="steps between checkpoints, from which a killed run goes on (default: one every five minutes)",
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=_count,
+        metavar="N",
+        help=f"newest checkpoints to keep {_default(LearnRequest, 'keep_checkpoints')}",
+    )
+    group.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, more time, the same result (default: no)",
+    )
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: split parameters, gradients and optimiser states over the processes (FSDP2) instead of "
+        "keeping a copy in each (DDP) (default: no)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _add_permute(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "permute",
+        "reorder a dense model's hidden neurons so that masks keep more of the weights that matter",
+        "The result is a dense model that computes the same function; prune it with any recipe of the same pattern.",
+    )
+    _add_inputs(parser, "whose scores: ria, wanda, magnitude")
+
+
+def _add_compress(verbs: _Verbs) -> None:
+    parser = _verb(verbs, "compress", "apply existing masks to the dense model they were made for")
+    parser.add_argument("model", help="dense model: a Hugging Face directory or a hub id")
+    parser.add_argument(
+        "masks", type=Path, help="a mask file from `run --masks-out`, or a sparse checkpoint to take masks from"
+    )
+    _add_out(parser)
+    parser.add_argument(
+        "--values",
+        choices=("float", *_CODES),
+        help="how kept weights are stored: as they are, or as 8-bit codes with a scale per row "
+        + _default(CompressRequest, "values"),
+    )
+
+
+def _add_quantise(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "quantise",
+        "write a sparse checkpoint again with kept weights of 8 bits",
+        "Masks, corrections and every other tensor stay as they are; pruned weights are exactly zero before and after.",
+    )
+    parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
+    parser.add_argument("--values", required=True, choices=_CODES, help="the code: integers, or floats of 8 bits")
+    _add_out(parser)
+
+
+def _add_decompress(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "decompress",
+        "write a sparse checkpoint as an ordinary dense one, zeros included, for other tools",
+        "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
+    )
+    parser.add_argument("model", type=Path, help="sparse checkpoint directory")
+    _add_out(parser)
+
+
+def _add_inspect(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "inspect",
+        "show what a model directory holds, layer by layer",
+        "Verifies a sparse checkpoint in full; tells whether the layers of a dense one follow a pattern.",
+    )
+    parser.add_argument("model", type=Path, help="model directory, dense or sparse")
+    parser.add_argument(
+        "--pattern", help=f"pattern to check a dense model against {_default(InspectRequest, 'pattern')}"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: table)")
+
+
+def _add_eval(verbs: _Verbs) -> None:
+    parser = _verb(verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated")
+    parser.add_argument("model", help="model directory, dense or sparse, or a hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help='text to score: plain text, .jsonl or .parquet with a "text" field, or token ids as .npy or .safetensors',
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        dest="window_tokens",
+        metavar="TOKENS",
+        help=f"tokens per window {_default(EvaluateRequest, 'window_tokens')}",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        dest="stride_tokens",
+        metavar="TOKENS",
+        help="tokens between windows (default: the window, so none overlap)",
+    )
+    parser.add_argument("--bos", action="store_true", help="start each window with the BOS token (default: no)")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="stop after this many windows (default: all)")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(EvaluateRequest.model_fields["dtype"].annotation),
+        help=f"dtype to run the model in; auto is the stored one {_default(EvaluateRequest, 'dtype')}",
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help=f"windows per forward pass {_default(EvaluateRequest, 'batch')}"
+    )
+    _add_device(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every window's loss (default: no)")
+    parser.add_argument(
+        "--windows-out",
+        type=Path,
+        metavar="FILE",
+        help="also write the token ids of every window, for a paired measurement elsewhere (default: no)",
+    )
+
+
+def _add_demo(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "demo",
+        "make a small trained model and text to try the other verbs on, offline and in minutes",
+        "A finished demo is found again, not made twice.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory to write (default: sparse-serve/demo-v1 in your cache directory)",
+    )
+
+
+def _add_report(verbs: _Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "report",
+        "compare learned runs, finished or not, in one HTML page",
+        "Curves, agreement by layer, perplexities and patterns; the page needs no network. Needs the extra `report`.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="output directory of `maskgen run`, the OUT.work of one that is running, or a log file",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"page to write; an older one is replaced {_default(ReportRequest, 'out')}",
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="where to compute, such as cpu or cuda:0 (default: cuda if available, else cpu)"
+    )

@@ -1,0 +1,113 @@
+"""The mask that a learned run starts from: one it is given, or one that the recipe's [prior] makes, once.
+
+Legend: S = windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import DataError, FormatError, RecipeError
+from maskgen.core.mask import MaskSet
+from maskgen.data.corpus import Corpus
+from maskgen.export.compress import load_masks
+from maskgen.hf import model
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.driver import Progress, sweep
+from maskgen.train.loop import Stage
+from maskgen.train.parallel import Group
+
+PRIOR_FILE = "prior.safetensors"
+"""In OUT.work: the masks that the recipe's [prior] made."""
+
+
+def load_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
+    """The masks of a file or a sparse checkpoint, if there is one; `check_base` compares them with the model.
+
+    Raises `RecipeError` if the method does not use masks to start from (`used`) or if their pattern is another one.
+    """
+    if path is None:
+        return None
+    if not used:
+        raise RecipeError(f"`prior` {path}: {wanted.method.name} with these options starts from no mask; leave it out")
+    masks = load_masks(path)
+    if masks.pattern != wanted.pattern:
+        raise RecipeError(f"`prior` {path}: its pattern is {masks.pattern}, the recipe's is {wanted.pattern}")
+    return masks
+
+
+def check_base(masks: MaskSet | None, model_dir: Path, base_digest: str) -> None:
+    """Raise `FormatError` if masks to start from were made for other weights than the model's."""
+    if masks is not None and masks.base_digest != base_digest:
+        raise FormatError(
+            f"`prior`: made for the weights {masks.base_digest}, but {model_dir} has {base_digest}; a mask is only "
+            "valid for the weights it was chosen for"
+        )
+
+
+def make_prior(
+    wanted: Recipe,
+    corpus: Corpus,
+    model_dir: Path,
+    work: Path,
+    base_digest: str,
+    group: Group,
+    progress: Callable[[Stage | Progress], None],
+) -> MaskSet:
+    """The masks of the recipe's [prior], made by process 0, or from the file of an earlier process.
+
+    Text held out from training is held out here, too. Raises `FormatError` for a file that is damaged or not of this
+    run, and whatever the sweep raises.
+    """
+    recipe, file = wanted.prior_recipe(), work / PRIOR_FILE
+    assert recipe is not None
+    if group.first and not file.exists():
+        progress(Stage("prior"))
+        _sweep(recipe, corpus, model_dir, work / "prior", base_digest, group.device, progress).save(file)
+        gc.collect()
+    try:
+        masks = MaskSet.load(file)
+    except FormatError as error:
+        raise FormatError(f"{error}; delete it to have it made again") from None
+    if (masks.base_digest, masks.recipe_digest) != (base_digest, recipe.digest()):
+        raise FormatError(f"{file}: made for another model or by another recipe; delete it to have it made again")
+    return masks
+
+
+def _sweep(
+    recipe: Recipe,
+    corpus: Corpus,
+    model_dir: Path,
+    work: Path,
+    base_digest: str,
+    device: str,
+    progress: Callable[[Progress], None],
+) -> MaskSet:
+    """Sweep a throw-away copy of the model."""
+    windows_ST = _calibration(recipe, corpus) if recipe.local_method().needs_data else None
+    _, blocks = sweep(model.load(model_dir), recipe, windows_ST, work, base_digest, device, progress)
+    return blocks.mask_set(base_digest, recipe.digest())
+
+
+def _calibration(recipe: Recipe, corpus: Corpus) -> Tensor:
+    """Windows `[S, T]` for the prior, cut from what is trained on; every file in turn."""
+    section = recipe.calibration
+    assert section.window_tokens is not None
+    generator = torch.Generator().manual_seed(section.seed)
+    windows = []
+    for sample in range(section.samples):
+        ids = corpus.files[sample % len(corpus.files)].flatten()
+        starts = len(ids) - section.window_tokens + 1
+        if starts < 1:
+            raise DataError(
+                f"a file has {len(ids)} tokens to train on, fewer than the {section.window_tokens} of a calibration "
+                "window; give more text, or lower calibration.window_tokens"
+            )
+        start = int(torch.randint(starts, (), generator=generator))
+        windows.append(ids[start : start + section.window_tokens])
+    return torch.stack(windows).long()

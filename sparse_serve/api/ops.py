@@ -6,9 +6,11 @@ vLLM's own `/health` says less: it exists only once the model is loaded, and kno
 
 import dataclasses
 
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
 from sparse_serve.server.admission import Phase
 from sparse_serve.server.context import ServerContext
-from sparse_serve.server.listener import Receive, Scope, Send, send_json
 
 
 def create(context: ServerContext) -> "OpsApi":
@@ -40,7 +42,8 @@ class OpsApi:
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         admission = self._context.admission
         status = 200 if admission.phase is Phase.READY else 503
-        await send_json(send, status, {"phase": admission.phase.value, "in_flight": admission.in_flight})
+        body = {"phase": admission.phase.value, "in_flight": admission.in_flight}
+        await JSONResponse(body, status)(scope, receive, send)
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
@@ -50,4 +53,4 @@ class OpsApi:
             "engine": engine,
             "settings": context.settings.model_dump(),
         }
-        await send_json(send, 200, body)
+        await JSONResponse(body)(scope, receive, send)

@@ -71,7 +71,9 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         logger.warning("the server did not end within %g s and is killed", _STOP_S)
     finally:
         if server.poll() is None:  # it hangs, or a second Ctrl-C says not to wait
-            processes.kill({server.pid} | processes.descendants(server.pid))
+            started = processes.descendants(server.pid)
+            server.kill()
+            processes.kill(started)
             server.wait()
 
 

@@ -11,9 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
-from sparse_serve.runtime import processes
-
-processes.follow()  # vLLM's spawned processes import this module before anything of vLLM
 
 _VERBS = {
     "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",

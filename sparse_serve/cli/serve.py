@@ -21,6 +21,7 @@ from sparse_serve.cli import settings as settings_flags
 from sparse_serve.cli import terminal
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
+from sparse_serve.runtime import processes
 from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Server, Stopped
 from sparse_serve.server.settings import Settings
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal comes; `args.others` are vLLM's flags. Returns 0, 1 if the engine died, 2 for bad input."""
     settings = settings_flags.settings_of(args)
-
+    processes.follow()  # a benchmark that started this server, if one did
     from sparse_serve.engine.vllm_engine import VllmEngine
 
     engine = VllmEngine(args.model, args.others, settings.drain_s)

@@ -1,35 +1,29 @@
 """`sparse-serve tune DIR`: measure now which kernel serves each kind of layer, so that no server start has to.
 
-A server measures what it does not find in the cache (`tuning.selection`); this fills the cache, for one rank, as the
-model's layers are in vLLM (query, key and value are one layer there), and shows what was found. Measure on a machine
-that does nothing else, and with as many threads as the server will have: figures of other numbers of threads are
-others.
+A server measures what it does not find in the cache; this fills the cache and shows what was found. Measure on a
+machine that does nothing else, and with as many threads as the server will have.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import FormatError
-from sparse_serve.kernels import LinearSpec
-from sparse_serve.plugin.dense import dense_layers
-from sparse_serve.runtime.errors import SettingsError
-from sparse_serve.tuning.decision import Bucket
-from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
+from sparse_serve.cli.request import from_flags
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    from sparse_serve.bench.survey import Survey
+    from sparse_serve.kernels import LinearSpec
+    from sparse_serve.tuning.decision import Bucket
 
-Kinds = dict[LinearSpec, dict[str, list[str]]]
-"""By what a kernel sees of them: layers as vLLM has and names them, and the checkpoint's layers each consists of."""
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,54 +35,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, keep, show. Returns 0."""
-    checkpoint = SparseCheckpoint.open(args.checkpoint, verify_bits=False)
-    kinds = kinds_of(checkpoint, args.dtype)
-    show(choices(kinds, args, Ask.AGAIN), kinds)
+    from sparse_serve.bench import survey
+
+    show(survey.tune(from_flags(survey.SurveyRequest, args), progress))
     return 0
 
 
-def kinds_of(checkpoint: SparseCheckpoint, dtype: str | None) -> Kinds:
-    """The kinds of sparse layers that a server of this checkpoint has, on a single rank."""
-    config, kinds = checkpoint.config, Kinds()
-    served = DTYPES[dtype] if dtype else checkpoint.weight_dtype(config.targets[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, parts in _served(checkpoint):
-        shapes = [checkpoint.headers[f"{part}.bitmask"].shape for part in parts]
-        spec = LinearSpec(
-            sum(rows for rows, _ in shapes), shapes[0][1] * 8, config.pattern, served, device, config.values
-        )
-        kinds.setdefault(spec, {})[name] = parts
-    return kinds
+def progress(kinds: list[LinearSpec]) -> Iterable[LinearSpec]:
+    """Go through `kinds` under a bar that disappears at the end."""
+    return track(kinds, "measuring kernels", console=Console(stderr=True), transient=True)
 
 
-def choices(kinds: Iterable[LinearSpec], args: argparse.Namespace, ask: Ask = Ask.ALWAYS) -> list[Choice]:
-    """One for each kind, measured where the cache does not know; a bar shows how far it is."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise SettingsError(f"--threads {args.threads}: expected 1 or more")
-        torch.set_num_threads(args.threads)
-    bar = track(list(kinds), "measuring kernels", console=Console(stderr=True), transient=True)
-    return [choice_for(spec, AUTO, dense_layers(spec.device_type), ask) for spec in bar]
-
-
-def show(found: Sequence[Choice], kinds: Kinds) -> None:
+def show(found: Survey) -> None:
     """A line per kind of layer: what serves how many tokens, and how much faster than dense that is."""
+    from sparse_serve.tuning.selection import buckets_of
+
     title = "speed against a dense layer, by number of tokens"
-    measured = buckets_of(next(iter(kinds)).device_type)
+    tokens = buckets_of(next(iter(found.kinds)).device_type)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("layers", "out x in", "kernel", *map(str, measured)):
+    for name in ("layers", "out x in", "kernel", *map(str, tokens)):
         table.add_column(name, justify="left" if name == "layers" else "right", no_wrap=True)
     reasons: dict[str, str] = {}
-    for choice in found:
-        names, spec = kinds[choice.spec], choice.spec
+    for choice in found.choices:
+        names, spec = found.kinds[choice.spec], choice.spec
         last = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-        cells = [_cell(bucket, len(choice.plan.kernels) > 1) for bucket in choice.buckets] or ["-"] * len(measured)
+        cells = [_cell(bucket, len(choice.plan.kernels) > 1) for bucket in choice.buckets] or ["-"] * len(tokens)
         shape, kernels = f"{spec.out_features}x{spec.in_features}", "+".join(choice.plan.kernels)
         table.add_row(f"{len(names)} {last}", shape, kernels, *cells)
         reasons.update(choice.unsupported)
     console = Console(highlight=False)
     console.print(table)
-    if not all(choice.buckets for choice in found):
+    if len(found.measured) < len(found.choices):
         console.print("  -: could not be measured")
     for name, reason in reasons.items():
         console.print(f"  {name} was left out: {reason}", markup=False)
@@ -97,25 +74,3 @@ def show(found: Sequence[Choice], kinds: Kinds) -> None:
 def _cell(bucket: Bucket, named: bool) -> str:
     colour = "red" if bucket.speedup < 1 else "default"
     return f"[{colour}]{bucket.speedup:.2f}[/{colour}]" + (f"\n{bucket.kernel}" if named else "")
-
-
-def _served(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, list[str]]]:
-    """Name in vLLM, and the checkpoint's layers that are in it; `FormatError` where vLLM would refuse too."""
-    from sparse_serve.plugin.fused import fused_layers  # seconds, which --help does not have
-
-    targets = set(checkpoint.config.targets)
-    fused = fused_layers(checkpoint.hf_config.get("architectures") or [])
-    whole = {part: (name, parts) for name, parts in fused.items() for part in parts}
-    done: set[str] = set()
-    for target in checkpoint.config.targets:
-        parent, _, leaf = target.rpartition(".")
-        name, leaves = whole.get(leaf, (leaf, [leaf]))
-        parts = [f"{parent}.{part}" for part in leaves]
-        if not set(parts) <= targets:
-            raise FormatError(
-                f"{parent}.{name} is one layer in vLLM, but of {parts} only {sorted(targets & set(parts))} are sparse; "
-                "make all of them sparse or none"
-            )
-        if parts[0] not in done:
-            done.update(parts)
-            yield f"{parent}.{name}", parts

@@ -1,9 +1,10 @@
-"""Which of vLLM's flags this server cannot honour, and what vLLM needs to be told that the user did not say.
+"""Which of vLLM's flags this server refuses, and the defaults it gives vLLM where the user says nothing.
 
-A sparse model of the hub is also brought here, as only what is in a directory can be verified before it is served.
+A sparse model of the hub is also downloaded here, as only what is in a directory can be verified before it is served.
 
-No vLLM import here. Most defaults are for machines without a GPU; each answers a way in which vLLM 0.32 fails there or
-is needlessly slow:
+No vLLM import here; `Namespace` is what vLLM's parser returns.
+
+Most defaults are for machines without a GPU; each answers a way in which vLLM 0.32 fails there or is needlessly slow:
 
 - it wants 92 % of the memory for its KV cache unless `VLLM_CPU_KVCACHE_SPACE` names an amount (whole GiB);
 - `--enforce-eager`: its compile cache is written but never read back, so every start would compile for 10 to 20 s;
@@ -29,16 +30,16 @@ _MAX_KV_CACHE_GIB = 4
 _MAX_SEQUENCES = 128
 _REFUSED = {
     "port": "use --http-port",
-    "uds": "this server listens on TCP",
-    "headless": "this server is the front end",
+    "uds": "this server listens on TCP; use --host and --http-port",
+    "headless": "this server always has its HTTP and gRPC APIs",
     "grpc": "the gRPC API is always open, see --grpc-port",
-    "grpc_port": "the gRPC API is ours",
+    "grpc_port": "this server has a gRPC API of its own, see --grpc-port",
     "api_key": "it would guard only a part of the HTTP API and nothing of gRPC; put a proxy in front",
     **dict.fromkeys(
         ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
         "it would encrypt the HTTP API only; put a proxy in front",
     ),
-    "worker_extension_cls": "the server needs its own to count sparse layers",
+    "worker_extension_cls": "the server uses it to count the sparse layers of each worker",
     "root_path": "the HTTP API's own routes would not follow; let the proxy strip the prefix",
     "api_server_count": "one process holds both APIs; run more replicas instead",
     **dict.fromkeys(
@@ -70,7 +71,7 @@ _REFUSED = {
         "this server has one engine; run more replicas behind a load balancer",
     ),
 }
-"""Flags of `vllm serve` that would be ignored here, or be half true, and what to do instead."""
+"""Flags of `vllm serve` that would have no effect here, or only on a part of the server, and what to do instead."""
 
 
 def check_model(model: str) -> None:
@@ -122,7 +123,7 @@ def _hub_errors(model: str) -> Iterator[None]:
 
 
 def check_flags(args: Namespace, defaults: Namespace, environ: Mapping[str, str]) -> None:
-    """Raise `SettingsError` for the first flag that would be ignored here, or be half true."""
+    """Raise `SettingsError` for the first flag that would have no effect here, or only on a part of the server."""
     for name, instead in _REFUSED.items():
         if getattr(args, name) != getattr(defaults, name):
             raise SettingsError(f"vLLM's --{name.replace('_', '-')} cannot be used here: {instead}")

@@ -27,13 +27,15 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, NoReturn
 
+import psutil
+
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
 from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
 from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
-from sparse_serve.runtime import machine, processes, startup_error
+from sparse_serve.runtime import machine, processes
 from sparse_serve.runtime.errors import (
     EngineDiedError,
     EngineStartError,
@@ -41,6 +43,7 @@ from sparse_serve.runtime.errors import (
     RequestError,
     SettingsError,
 )
+from sparse_serve.runtime.startup_error import collect_startup_error
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is waiting
                 loop.call_soon_threadsafe(_settle, loaded, error)
 
-        with startup_error.listening() as heard:
+        with collect_startup_error() as startup_error:
             self._thread = threading.Thread(target=load, name="engine-start", daemon=True)
             self._thread.start()
             try:
@@ -91,7 +94,7 @@ class VllmEngine:
                 if isinstance(error, SparseError) or not isinstance(error, Exception):
                     raise
                 logger.exception("vLLM did not start")
-                why = heard() or f"{_last_line(error)}; the log says more"
+                why = startup_error() or f"{_last_line(error)}; the log says more"
                 raise EngineStartError(f"the engine did not start: {why}") from None
 
     def _load(self) -> None:
@@ -112,6 +115,8 @@ class VllmEngine:
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
             raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
+        # vLLM runs no hook in its engine process until that has talked to the server, but it unpickles this first
+        config.follow = processes.Follow()
         self._check_wanted()
         self.client = AsyncLLM.from_vllm_config(
             vllm_config=config,
@@ -192,12 +197,16 @@ class VllmEngine:
             await asyncio.sleep(0.05)
         processes.kill(self._started())
 
-    def _started(self) -> set[int]:
+    def _started(self) -> set[psutil.Process]:
         return processes.descendants(os.getpid()) - self._others
 
 
 def parse(command: Sequence[str], drain_s: float) -> Namespace:
-    """vLLM's own parser on vLLM's own flags, with our defaults. Raises `SettingsError`."""
+    """vLLM's flags, read by vLLM's own parser, with this server's defaults. Raises `SettingsError`.
+
+    vLLM offers its flags as an argparse parser only, and its application and configuration take the namespace that
+    comes out of it: hence argparse outside of the cli rooms.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -6,7 +6,7 @@ engine core, each worker, the model inspector), so it must be cheap and idempote
 
 vLLM only logs a plugin that fails to load; the run then dies with "Unknown quantization method", which is loud enough.
 
-An engine process that `sparse-serve serve` started also learns here to end when that server is killed.
+A process of vLLM's that `sparse-serve serve` started is also made to end when that server is killed (`processes`).
 """
 
 import logging
@@ -17,7 +17,7 @@ def register() -> None:
     from sparse_serve.plugin import linear
     from sparse_serve.runtime import processes
 
-    if not logging.getLogger().handlers:  # a process of vLLM's, which prints only what is logged below its own name
+    if not logging.getLogger().handlers:  # a process of vLLM's own, which prints only loggers below "vllm"
         logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
     processes.follow()
     linear.register()

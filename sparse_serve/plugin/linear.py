@@ -18,7 +18,6 @@ Legend: T = tokens, O = out features, I = in features (per rank).
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ from maskgen.core.values import CODE_DTYPES, FLOAT
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.correction import LayerCorrection
 from sparse_serve.plugin.dense import dense_layers
-from sparse_serve.runtime import startup_error
+from sparse_serve.runtime import environment
+from sparse_serve.runtime.startup_error import record_startup_error
 from sparse_serve.tuning.dispatch import Bound
 from sparse_serve.tuning.selection import AUTO, Choice, choice_for
 
@@ -59,7 +59,6 @@ OPTIONS_KEY = "sparse_nm"
 """Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`."""
 
 _PLANS_KEY = "sparse_nm_plans"
-_VERIFIED = "_SPARSE_SERVE_VERIFIED"
 _BLOCK_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -115,7 +114,7 @@ class SparseNMConfig(QuantizationConfig):
         self.targets = set(hf_to_vllm_mapper.apply_list(sorted(self.targets)))
         self.ignored = set(hf_to_vllm_mapper.apply_list(sorted(self.ignored)))
 
-    @startup_error.leaving()
+    @record_startup_error()
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         """Packed, dense, or (for anything but a linear layer) vLLM's default."""
         if not isinstance(layer, LinearBase):
@@ -174,7 +173,7 @@ class SparseNMLinear(LinearMethodBase):
         """Parameters of the layer that stand for its weight: the kernels', and the correction's."""
         return self.kernel_names + (() if self.correction is None else self.correction.tensor_names)
 
-    @startup_error.leaving()
+    @record_startup_error()
     def create_weights(
         self,
         layer: Module,
@@ -212,7 +211,7 @@ class SparseNMLinear(LinearMethodBase):
                 layer, input_size_per_partition, output_partition_sizes, input_size, params_dtype, loader
             )
 
-    @startup_error.leaving()
+    @record_startup_error()
     def process_weights_after_loading(self, layer: Module) -> None:
         """Verify what was loaded, choose kernels, and replace the stored form by their layouts."""
         self.config.check_all_attached()
@@ -224,7 +223,7 @@ class SparseNMLinear(LinearMethodBase):
         spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
         choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
-        _tell_compiler(self.vllm_config, self.prefix, choice)
+        _add_to_compile_key(self.vllm_config, self.prefix, choice)
         for name in stored:
             delattr(layer, name)
         for name, tensor in tensors.items():
@@ -251,15 +250,15 @@ class SparseNMLinear(LinearMethodBase):
 def verify(directory: str) -> None:
     """Verify a checkpoint, every bit of its masks included. Raises `FormatError`.
 
-    What was verified last stays in the environment, by name, size and time of each file, so that it is read once by a
-    server that checks early, and not by each of several API servers.
+    Name, size and time of the files that were verified last stay in the environment, so that a checkpoint is read once
+    by a server that checks early, and not by each of several API servers.
     """
     files = [(file.name, file.stat()) for file in sorted(Path(directory).iterdir()) if file.is_file()]
     facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    seal = digest_json({"directory": str(Path(directory).resolve()), "files": facts})
-    if os.environ.get(_VERIFIED) != seal:
+    digest = digest_json({"directory": str(Path(directory).resolve()), "files": facts})
+    if environment.verified_files() != digest:
         SparseCheckpoint.open(directory)
-        os.environ[_VERIFIED] = seal
+        environment.set_verified_files(digest)
 
 
 def register() -> None:
@@ -281,8 +280,12 @@ def _on_this_rank(module: str) -> bool:
     return start <= int(match[1]) < stop
 
 
-def _tell_compiler(vllm_config: Any, prefix: str, choice: Choice) -> None:
-    """Make the plan part of the key of vLLM's compiled code, which holds the plan as a constant and outlives it."""
+def _add_to_compile_key(vllm_config: Any, prefix: str, choice: Choice) -> None:
+    """Make the plan part of the key of vLLM's compiled code, which holds the plan as a constant and outlives it.
+
+    vLLM computes that key from its configuration, after the model is loaded. Of what goes into the key only
+    `additional_config` is for a plugin to fill, so the plans are added to it.
+    """
     if isinstance(vllm_config.additional_config, dict):
         before = vllm_config.additional_config.get(_PLANS_KEY)
         vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, str(choice.plan)])

@@ -11,12 +11,12 @@
           +-- RequestError      (ValueError)       a request is wrong; the message names the field
           +-- UnknownModelError (LookupError)      a request asks for a model that is not the served one
           +-- OverloadedError   (RuntimeError)     the queue is full
-          +-- UnavailableError  (ConnectionError)  starting or draining: another moment, or another replica, will do
+          +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
-`answer` is the only place that picks a status. Every API (gRPC, HTTP) asks it, so the same fault has the same meaning
-on each. The text of an exception reaches a client only if we wrote it for clients, that is if the table has its class.
-Anything else is logged under a random id, and the client gets the id: exception texts of libraries have carried
+`answer` is the only place that picks a status. Every API (gRPC, HTTP) asks it, so the same error has the same meaning
+on each. The text of an exception reaches a client only if it was written for clients, that is if the table has its
+class. Anything else is logged under a random id, and the client gets the id: exception texts of libraries have carried
 addresses and memory contents out of other servers.
 """
 

@@ -1,63 +1,97 @@
-"""No process is left behind: not when a start is interrupted, not when the server itself is killed.
+"""Child processes: none is left behind, not when a start is interrupted, not when the server itself is killed.
 
-vLLM starts processes at several depths (engine, workers, a short-lived model inspector). While it is still starting
-there is no handle to stop them with, so `descendants` asks the operating system. And vLLM's engine process does not
-notice that its server is gone; it would stay, with the whole model in memory. So the server leaves its process id in
-the environment (`lead`), and every one of those processes calls `follow` as early as our code runs in it: when it is
-forked, or when it imports the server's main module (`sparse_serve.cli.main`), else when vLLM loads its plugins, which
-an engine whose server died during their handshake does not do for five minutes.
+vLLM starts processes at several depths: engine, workers, a short-lived model inspector. While it is still starting
+there is no handle to stop them with, so `descendants` asks the operating system for them.
+
+A server that is killed cannot stop anything, and vLLM's engine process does not notice: it would stay, with the whole
+model in memory. So the server calls `lead`, and each process below it calls `follow`, which ends it with the server:
+
+    forked processes     call it by themselves, as `lead` asks Python for
+    spawned processes    call it when they unpickle a `Follow`, which the server puts into vLLM's configuration
+    others of vLLM's     call it when they load the plugin
+    `sparse-serve serve` calls it first of all, for a benchmark that started it
+
+Loading the plugin would be too late for the engine, which first waits five minutes for a server to answer it.
 """
 
 import contextlib
 import os
 import select
-import signal
 import threading
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import cache
 
-_LEADER = "_SPARSE_SERVE_PID"
+import psutil
+
+from sparse_serve.runtime import environment
+
 _THREAD = "follow-server"
 
 
-def descendants(pid: int) -> set[int]:
-    """Ids of all living processes below `pid`, at any depth; without zombies."""
-    parents = dict(filter(None, map(_parent, Path("/proc").glob("[0-9]*"))))
-    found: set[int] = set()
-    level = {pid}
-    while level:
-        level = {child for child, parent in parents.items() if parent in level} - found
-        found |= level
-    return found
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process is there and has not ended; a zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
-def kill(pids: set[int]) -> None:
-    """SIGKILL each; those already gone are fine."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def descendants(pid: int) -> set[psutil.Process]:
+    """All living processes below `pid`, at any depth. Empty if there is no such process."""
+    try:
+        return set(filter(is_alive, psutil.Process(pid).children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL each. Those already gone are fine, and psutil spares a new process that has got the id of one."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def lead() -> None:
-    """Make the vLLM processes started from here on end when this process does."""
-    os.environ[_LEADER] = str(os.getpid())
-    os.register_at_fork(after_in_child=follow)
+    """Make the processes that are started from here on end when this one does."""
+    environment.set_leader(os.getpid())
+    _follow_after_fork()
 
 
 def follow() -> None:
-    """End this process, without ceremony, when the one that called `lead` is gone. Nothing if there is none.
+    """Make this process end, without ceremony, when the one that called `lead` does; at once if it is gone already.
 
-    A second call changes nothing.
+    Does nothing without a leader, or when called again. Starts a thread.
     """
-    leader = int(os.environ.get(_LEADER, "0"))
-    if leader in (0, os.getpid()) or any(thread.name == _THREAD for thread in threading.enumerate()):
+    leader = environment.leader()
+    if leader in (None, os.getpid()) or any(thread.name == _THREAD for thread in threading.enumerate()):
         return
     try:
         handle = os.pidfd_open(leader)
-    except ProcessLookupError:
+        is_another = psutil.Process(leader).create_time() > psutil.Process().create_time()
+    except (ProcessLookupError, psutil.NoSuchProcess):
         os._exit(1)
     except OSError:
         return  # a kernel or sandbox without such handles: the engine still ends with a server that is asked to end
+    if is_another:  # a leader is older than its followers; this process only has got its id
+        os._exit(1)
     threading.Thread(target=_end_with, args=(handle,), name=_THREAD, daemon=True).start()
+
+
+class Follow:
+    """Put into what is sent to a spawned process, this makes it call `follow`: unpickling it does."""
+
+    def __reduce__(self) -> tuple[Callable[[], "Follow"], tuple[()]]:
+        return _follow_when_unpickled, ()
+
+
+def _follow_when_unpickled() -> Follow:
+    follow()
+    return Follow()
+
+
+@cache
+def _follow_after_fork() -> None:
+    os.register_at_fork(after_in_child=follow)
 
 
 def _end_with(handle: int) -> None:
@@ -66,12 +100,3 @@ def _end_with(handle: int) -> None:
     ended.register(handle, select.POLLIN)
     ended.poll()
     os._exit(1)
-
-
-def _parent(entry: Path) -> tuple[int, int] | None:
-    try:
-        # "pid (name) state parent ...", where the name may hold spaces and parentheses
-        state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return None
-    return None if state == "Z" else (int(entry.name), int(parent))

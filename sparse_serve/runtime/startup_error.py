@@ -1,8 +1,8 @@
-"""Why an engine did not start, from the process that knows to the one that says so.
+"""Why an engine did not start: from the process that knows to the server that reports it.
 
 vLLM builds the model in processes of its own. When one dies, its exception dies with it, and all that reaches the
-server is "Engine core initialization failed. See root cause above". So the server names a file in the environment,
-which every process inherits, and what the plugin raises on purpose is written there on its way up.
+server is "Engine core initialization failed. See root cause above". So the server names a file to the processes it
+starts (`environment`), and the plugin writes there what it raises on purpose.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maskgen.core.errors import SparseError
+from sparse_serve.runtime import environment
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "_SPARSE_SERVE_STARTUP_ERROR"
-"""Environment variable with the file's path; internal, nobody is meant to set it."""
-
 
 @contextlib.contextmanager
-def leaving() -> Iterator[None]:
-    """Write down a `SparseError` that passes, if anybody listens. Of several processes the last one is heard."""
+def record_startup_error() -> Iterator[None]:
+    """Write a `SparseError` raised in here to the server's file, if there is one, and pass it on.
+
+    If several processes fail, the last one's error is kept.
+    """
     try:
         yield
     except SparseError as error:
-        if path := os.environ.get(VARIABLE):
+        if path := environment.startup_error_file():
             with contextlib.suppress(OSError):
                 draft = Path(f"{path}.{os.getpid()}")
                 draft.write_text(str(error), "utf-8", errors="replace")
@@ -38,24 +39,25 @@ def leaving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Callable[[], str]]:
-    """A function that returns what a process started in here, on this machine, has left; empty if nothing.
+def collect_startup_error() -> Iterator[Callable[[], str]]:
+    """Yield a function that returns the error recorded by a process started in here, or `""`.
 
-    It never fails: a server whose disk is full has other worries. Of calls that overlap, the last one listens.
+    Without a place for the file, a full disk say, that is a warning, and the function returns `""`. If calls overlap,
+    errors go to the last one.
     """
     try:
         folder = tempfile.mkdtemp(prefix="sparse-serve-")
     except OSError as error:
-        logger.warning("reasons of engine processes will be in the log only: %s", error)
+        logger.warning("if the engine does not start, only its log says why: %s", error)
         yield lambda: ""
         return
     path = Path(folder) / "startup-error"
-    os.environ[VARIABLE] = str(path)
+    environment.set_startup_error_file(path)
     try:
         yield lambda: _read(path)
     finally:
-        if os.environ.get(VARIABLE) == str(path):
-            del os.environ[VARIABLE]
+        if environment.startup_error_file() == path:
+            environment.set_startup_error_file(None)
         shutil.rmtree(folder, ignore_errors=True)
 
 

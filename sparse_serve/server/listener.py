@@ -12,21 +12,17 @@ would be answered with whatever that parser makes of it.
 
 import asyncio
 import contextlib
-import json
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator
 
 import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from sparse_serve.runtime.errors import PortInUseError, ServeError, answer
 from sparse_serve.server.admission import Admission, Outcome
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 
@@ -38,16 +34,16 @@ class HttpListener:
         self._host, self._port = host, port
         self._admission = admission
         self._max_body_bytes = max_body_bytes
-        self._routes: dict[str, AsgiApp] = {}
-        self._main: AsgiApp = _nothing_here
+        self._routes: dict[str, ASGIApp] = {}
+        self._main: ASGIApp = _nothing_here
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def mount(self, path: str, app: AsgiApp) -> None:
+    def mount(self, path: str, app: ASGIApp) -> None:
         """Answer exactly this path with `app`, in every phase and uncounted."""
         self._routes[path] = app
 
-    def set_main(self, app: AsgiApp) -> None:
+    def set_main(self, app: ASGIApp) -> None:
         """Answer every path that is not mounted with `app`."""
         self._main = app
 
@@ -85,7 +81,7 @@ class HttpListener:
             if not safe or self._main is _nothing_here:
                 self._admission.check()
         except ServeError as error:
-            await _refuse(scope, send, error)
+            await _refusal(scope, error)(scope, receive, send)
             return
         if safe:
             await self._main(scope, receive, send)
@@ -96,13 +92,14 @@ class HttpListener:
         with self._admission.request("http", method if method in _METHODS else "other") as outcome:
             outcome.code = "none"
             if scope["type"] == "http":
-                body = await _read_body(receive, self._max_body_bytes)
+                body = await _read_body(Request(scope, receive), self._max_body_bytes)
                 if body is None:
                     outcome.cancelled = True
                     return
                 if len(body) > self._max_body_bytes:
                     outcome.code = "413"
-                    await send_error(send, 413, f"the request body is over {self._max_body_bytes} bytes")
+                    too_large = _error(413, f"the request body is over {self._max_body_bytes} bytes")
+                    await too_large(scope, receive, send)
                     return
                 watch = _Watch(outcome, body, receive, send)
                 receive, send = watch.receive, watch.send
@@ -142,45 +139,37 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def send_json(send: Send, status: int, body: Any, headers: tuple[tuple[str, str], ...] = ()) -> None:
-    """Answer an ASGI request with JSON."""
-    data = json.dumps(body).encode()
-    fields = (("content-type", "application/json"), ("content-length", str(len(data))), *headers)
-    raw = [(name.encode(), value.encode()) for name, value in fields]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": data})
-
-
-async def send_error(send: Send, status: int, message: str, retry_s: float | None = None) -> None:
-    """Answer in the shape of the OpenAI API's errors, and close: a refused body may not have been read."""
+def _error(status: int, message: str, retry_s: float | None = None) -> JSONResponse:
+    """An answer in the shape of the OpenAI API's errors. It closes: a refused body may not have been read."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    retry = () if retry_s is None else (("retry-after", str(max(1, round(retry_s)))),)
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    await send_json(send, status, body, (*retry, ("connection", "close")))
+    headers = {"connection": "close"}
+    if retry_s is not None:
+        headers["retry-after"] = str(max(1, round(retry_s)))
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status, headers)
 
 
-async def _refuse(scope: Scope, send: Send, error: ServeError) -> None:
+def _refusal(scope: Scope, error: ServeError) -> ASGIApp:
     if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1013})
-        return
+        return WebSocketClose(code=1013)
     refusal = answer(error)
-    await send_error(send, refusal.http_status, refusal.message, refusal.retry_s)
+    return _error(refusal.http_status, refusal.message, refusal.retry_s)
 
 
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
-    await send_error(send, 404, f"there is nothing at {scope['path']}")
+    await _error(404, f"there is nothing at {scope['path']}")(scope, receive, send)
 
 
-async def _read_body(receive: Receive, limit_bytes: int) -> bytes | None:
+async def _read_body(request: Request, limit_bytes: int) -> bytes | None:
     """The body, read no further than just past the limit. None: the client left in the middle of it."""
     body = bytearray()
-    while len(body) <= limit_bytes:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            break
+    try:
+        async with contextlib.aclosing(request.stream()) as parts:
+            async for part in parts:
+                body += part
+                if len(body) > limit_bytes:
+                    break
+    except ClientDisconnect:
+        return None
     return bytes(body)
 
 

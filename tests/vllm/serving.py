@@ -22,7 +22,7 @@ import pytest
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
-from sparse_serve.runtime.processes import descendants
+from sparse_serve.runtime import processes
 from tests import models
 
 START_S = 150.0
@@ -82,6 +82,11 @@ class Running:
 
     def check_nobody_is_left(self) -> None:
         until(lambda: not any(map(is_alive, self.family)), 60.0)
+
+
+def descendants(pid: int) -> set[int]:
+    """Ids of all living processes below one."""
+    return {process.pid for process in processes.descendants(pid)}
 
 
 def command_of(pid: int) -> str:

@@ -17,7 +17,6 @@ import torch
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.vllm_engine import VllmEngine
 from sparse_serve.runtime.errors import EngineStartError, RequestError
-from sparse_serve.runtime.processes import descendants
 from tests import models
 from tests.vllm.serving import (
     SHAPE,
@@ -25,6 +24,7 @@ from tests.vllm.serving import (
     START_S,
     command_of,
     damage_digest,
+    descendants,
     end,
     grpc_request,
     is_alive,

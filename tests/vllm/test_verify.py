@@ -11,15 +11,15 @@ import pytest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from sparse_serve.engine import vllm_engine
+from sparse_serve.runtime import environment
 from sparse_serve.runtime.errors import SettingsError
 from tests.vllm.serving import damage_digest, make_checkpoint, put_on_hub
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from sparse_serve.plugin.linear import _VERIFIED
-
-    monkeypatch.setenv(_VERIFIED, "")  # restored afterwards
+    monkeypatch.setattr(environment, "_VERIFIED", "_SPARSE_SERVE_VERIFIED_BY_A_TEST")
+    monkeypatch.setenv(environment._VERIFIED, "")  # taken away afterwards
     return make_checkpoint(tmp_path)
 
 

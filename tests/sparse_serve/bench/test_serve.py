@@ -135,21 +135,15 @@ def test_a_server_that_ignores_us_is_gone_with_all_it_started(
     stub.chmod(0o755)
     monkeypatch.setattr(load.sys, "executable", str(stub))
     monkeypatch.setattr(load, "_STOP_S", 0.1)
+    before = processes.descendants(os.getpid())
     with pytest.raises(error), serving(tmp_path, [], tmp_path) as url:
         assert url == "http://127.0.0.1:1"
-        family = processes.descendants(os.getpid())
+        family = processes.descendants(os.getpid()) - before
         assert len(family) >= 2
         raise error("somewhere in the middle")
     deadline_s = time.monotonic() + 10
-    while any(is_running(pid) for pid in family):
+    while any(map(processes.is_alive, family)):
         assert time.monotonic() < deadline_s
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def fake_load(monkeypatch: pytest.MonkeyPatch, work_dir: Path, code: int, report: dict[str, Any] | None) -> None:

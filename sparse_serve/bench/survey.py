@@ -1,0 +1,179 @@
+"""One checkpoint on this machine: its kinds of layers, the kernel of each, memory, and time of a step against dense.
+
+    survey = examine(SurveyRequest(checkpoint="SPARSE"))
+    survey.choices                      # for each kind of layer: which kernel at how many tokens, how fast, why
+    survey.slower                       # the kinds for which dense would be faster somewhere
+
+Layers are those that vLLM has (query, key and value are one layer there), on a single rank. Times are measured here,
+now or before (`tuning.selection`), of each layer alone: the rest of a step (attention, embedding, head, sampling) comes
+on top and is the same for sparse and dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.errors import FormatError
+from maskgen.core.values import FLOAT
+from sparse_serve.kernels import LinearSpec
+from sparse_serve.plugin.dense import dense_layers
+from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
+
+Kinds = dict[LinearSpec, dict[str, list[str]]]
+"""By what a kernel sees of them: layers as vLLM has and names them, and the checkpoint's layers each consists of."""
+
+Track = Callable[[list[LinearSpec]], Iterable[LinearSpec]]
+"""Goes through the kinds of layers that are about to be measured, showing how far it is."""
+
+
+class SurveyRequest(BaseModel):
+    """Which checkpoint, and how it will be served. Raises `pydantic.ValidationError` for a value out of range.
+
+    `dtype=None` is the checkpoint's. `threads=None` leaves torch's number of threads as it is; figures of one number
+    say nothing of another.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: Path
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of all sparse layers, corrections included: as the kernels hold them, and as they would be dense."""
+
+    resident_bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """All sparse layers of a step of `tokens` tokens, one after the other, against the same layers dense.
+
+    `best` and `worst` are the speedups of the layers that gain most and least.
+    """
+
+    tokens: int
+    dense_s: float
+    sparse_s: float
+    best: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found. `memory` is None after `tune`, which does not read the weights."""
+
+    checkpoint: SparseCheckpoint
+    kinds: Kinds
+    choices: list[Choice]
+    memory: Memory | None = None
+
+    @property
+    def measured(self) -> list[Choice]:
+        """The choices that have times."""
+        return [choice for choice in self.choices if choice.buckets]
+
+    @property
+    def slower(self) -> list[Choice]:
+        """The choices for which dense is faster at some number of tokens."""
+        return [choice for choice in self.measured if choice.slower]
+
+    def step_times(self) -> list[StepTime]:
+        """One for each number of tokens that is measured; layers without times are left out."""
+        measured = self.measured
+        times = []
+        for at, tokens in enumerate(buckets_of(measured[0].spec.device_type) if measured else ()):
+            layers = [(len(self.kinds[choice.spec]), choice.buckets[at]) for choice in measured]
+            sparse_s = sum(count * bucket.seconds for count, bucket in layers)
+            dense_s = sum(count * bucket.seconds * bucket.speedup for count, bucket in layers)
+            speedups = [bucket.speedup for _, bucket in layers]
+            times.append(StepTime(tokens, dense_s, sparse_s, max(speedups), min(speedups)))
+        return times
+
+
+def tune(request: SurveyRequest, track: Track = iter) -> Survey:
+    """Measure every kind of layer anew, and keep the result where a server finds it."""
+    checkpoint = SparseCheckpoint.open(request.checkpoint, verify_bits=False)
+    kinds = kinds_of(checkpoint, request.dtype)
+    return Survey(checkpoint, kinds, _choices(kinds, request, Ask.AGAIN, track))
+
+
+def examine(request: SurveyRequest, track: Track = iter) -> Survey:
+    """Verify the checkpoint (every bit of its masks is read), measure what is not known, count memory.
+
+    Raises `FormatError` for a checkpoint that is damaged or dense, `KernelError` where no kernel can serve a layer.
+    """
+    checkpoint = SparseCheckpoint.open(request.checkpoint)
+    kinds = kinds_of(checkpoint, request.dtype)
+    choices = _choices(kinds, request, Ask.ALWAYS, track)
+    return Survey(checkpoint, kinds, choices, memory_of(checkpoint, kinds, choices))
+
+
+def kinds_of(checkpoint: SparseCheckpoint, dtype: str | None) -> Kinds:
+    """The kinds of sparse layers that a server of this checkpoint has, on a single rank."""
+    config, kinds = checkpoint.config, Kinds()
+    served = getattr(torch, dtype) if dtype else checkpoint.weight_dtype(config.targets[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, parts in _served(checkpoint):
+        shapes = [checkpoint.headers[f"{part}.bitmask"].shape for part in parts]
+        spec = LinearSpec(
+            sum(rows for rows, _ in shapes), shapes[0][1] * 8, config.pattern, served, device, config.values
+        )
+        kinds.setdefault(spec, {})[name] = parts
+    return kinds
+
+
+def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choice]) -> Memory:
+    """What the kernels make of the weights themselves, layer after layer."""
+    resident = dense = 0
+    for choice in choices:
+        dtype = choice.spec.dtype
+        for name in chain.from_iterable(kinds[choice.spec].values()):
+            layer = checkpoint.layer(name)
+            packed = layer.packed.to(choice.spec.device_type)
+            if packed.kind == FLOAT:
+                packed = replace(packed, values=packed.values.to(dtype))
+            resident += sum(tensor.nbytes for tensor in choice.plan.prepare(packed).values())
+            if layer.correction is not None:
+                resident += layer.correction.nbytes * dtype.itemsize // layer.correction.out.element_size()
+            dense += packed.dense_nbytes(dtype)
+    return Memory(resident, dense)
+
+
+def _choices(kinds: Kinds, request: SurveyRequest, ask: Ask, track: Track) -> list[Choice]:
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    return [choice_for(spec, AUTO, dense_layers(spec.device_type), ask) for spec in track(list(kinds))]
+
+
+def _served(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, list[str]]]:
+    """Name in vLLM, and the checkpoint's layers that are in it; `FormatError` where vLLM would refuse too."""
+    from sparse_serve.plugin.fused import fused_layers  # seconds, which --help does not have
+
+    targets = set(checkpoint.config.targets)
+    fused = fused_layers(checkpoint.hf_config.get("architectures") or [])
+    whole = {part: (name, parts) for name, parts in fused.items() for part in parts}
+    done: set[str] = set()
+    for target in checkpoint.config.targets:
+        parent, _, leaf = target.rpartition(".")
+        name, leaves = whole.get(leaf, (leaf, [leaf]))
+        parts = [f"{parent}.{part}" for part in leaves]
+        if not set(parts) <= targets:
+            raise FormatError(
+                f"{parent}.{name} is one layer in vLLM, but of {parts} only {sorted(targets & set(parts))} are sparse; "
+                "make all of them sparse or none"
+            )
+        if parts[0] not in done:
+            done.update(parts)
+            yield f"{parent}.{name}", parts

@@ -1,0 +1,48 @@
+"""What the processes of one server tell each other through environment variables: every one of them is here.
+
+vLLM starts its engine, its workers and its model inspector itself, and hands them its own configuration only. The
+environment is what every child inherits, whoever starts it, so these facts travel there. The variables are internal,
+which their leading underscore says: nobody is meant to set them, and `Settings` does not take them for its own.
+"""
+
+import os
+from pathlib import Path
+
+_LEADER = "_SPARSE_SERVE_LEADER"
+_STARTUP_ERROR = "_SPARSE_SERVE_STARTUP_ERROR"
+_VERIFIED = "_SPARSE_SERVE_VERIFIED"
+
+
+def leader() -> int | None:
+    """Id of the process with which this one is to end (`processes`), or None."""
+    text = os.environ.get(_LEADER)
+    return int(text) if text else None
+
+
+def set_leader(pid: int) -> None:
+    """Name the process with which those started from here on are to end."""
+    os.environ[_LEADER] = str(pid)
+
+
+def startup_error_file() -> Path | None:
+    """Where an engine process writes why it could not start (`startup_error`), or None if nobody would read it."""
+    text = os.environ.get(_STARTUP_ERROR)
+    return Path(text) if text else None
+
+
+def set_startup_error_file(path: Path | None) -> None:
+    """Name that file to the processes started from here on, or with None take it back."""
+    if path is None:
+        os.environ.pop(_STARTUP_ERROR, None)
+    else:
+        os.environ[_STARTUP_ERROR] = str(path)
+
+
+def verified_files() -> str | None:
+    """Digest of the files of the checkpoint that was verified last (`plugin.linear.verify`), or None."""
+    return os.environ.get(_VERIFIED)
+
+
+def set_verified_files(digest: str) -> None:
+    """Keep that digest for the processes started from here on: API servers that vLLM starts do not verify again."""
+    os.environ[_VERIFIED] = digest

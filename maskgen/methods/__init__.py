@@ -16,8 +16,9 @@ Legend: T = tokens, O = out features, I = in features.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +50,24 @@ class Method:
 
     def check_pattern(self, pattern: NMPattern) -> None:
         """Raise `RecipeError` if `pattern` cannot be had with these options. Called when a recipe is read."""
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `RecipeError` unless each of these options is a number above 0 and below infinity."""
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a positive number below infinity")
+
+    def require_not_negative(self, *names: str, most: float = math.inf) -> None:
+        """Raise `RecipeError` unless each of these options is a number from 0 to `most`, and below infinity."""
+        for name in names:
+            if not 0 <= getattr(self, name) <= most or getattr(self, name) == math.inf:
+                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a number from 0 to {most}")
+
+    def require_one_of(self, **known: Collection[str]) -> None:
+        """Raise `RecipeError` unless each option, given by name, has one of its known values."""
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise RecipeError(f"method.{name} {getattr(self, name)!r}: expected one of {sorted(values)}")
 
 
 @dataclass(frozen=True)

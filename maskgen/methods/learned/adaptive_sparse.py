@@ -205,17 +205,11 @@ class AdaptiveSparse(LearnedMethod):
     slorb_pool: str = "fixed"
 
     def __post_init__(self) -> None:
-        for name, most in (("masked_decay", math.inf), ("weight_decay", math.inf), ("ramp", 1), ("settle", 1)):
-            if not 0 <= getattr(self, name) <= most or getattr(self, name) == math.inf:
-                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a number from 0 to {most}")
-        choices = {
-            "mask": ("adaptive", "prior"),
-            "second_moment": ("decayed", "raw"),
-            "slorb_pool": ("fixed", "trained"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise RecipeError(f"method.{name} {getattr(self, name)!r}: expected one of {known}")
+        self.require_not_negative("masked_decay", "weight_decay")
+        self.require_not_negative("ramp", "settle", most=1)
+        self.require_one_of(
+            mask=("adaptive", "prior"), second_moment=("decayed", "raw"), slorb_pool=("fixed", "trained")
+        )
         if self.refresh_every < 1:
             raise RecipeError(f"method.refresh_every {self.refresh_every}: expected 1 or more steps")
         if self.slorb_segment < 0:

@@ -9,7 +9,6 @@ Legend: O = out features, I = in features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen.core.errors import RecipeError
 from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, TargetLayer
 from maskgen.numerics.shards import full
@@ -61,8 +59,7 @@ class DenseControl(LearnedMethod):
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight_decay < math.inf:
-            raise RecipeError(f"method.weight_decay {self.weight_decay}: expected a number that is 0 or more")
+        self.require_not_negative("weight_decay")
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A dense layer that trains."""

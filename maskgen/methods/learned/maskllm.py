@@ -36,7 +36,6 @@ L = logits per group (P or m), o = rows of a chunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -241,15 +240,9 @@ class MaskLLM(LearnedMethod):
     moments: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise RecipeError(f"method.{name}: {getattr(self, name)!r} is not one of {sorted(known)}")
-        for name in ("init_std", "scale_start", "scale_end", "temperature_start", "temperature_end", "anneal"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a positive, finite number")
-        for name in ("prior_strength", "weight_reward", "weight_decay", "adam_eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a finite number that is not negative")
+        self.require_one_of(**CHOICES)
+        self.require_positive("init_std", "scale_start", "scale_end", "temperature_start", "temperature_end", "anneal")
+        self.require_not_negative("prior_strength", "weight_reward", "weight_decay", "adam_eps")
 
     def check_pattern(self, pattern: NMPattern) -> None:
         """`RecipeError` for a pattern with too many candidates per group to enumerate."""

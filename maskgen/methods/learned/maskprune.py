@@ -163,9 +163,7 @@ class MaskPrune(LearnedMethod):
 
     def __post_init__(self) -> None:
         Budget.of(self)
-        for name, known in (("init", ("taylor", "ones")), ("budget", ("ramp", "minimax"))):
-            if getattr(self, name) not in known:
-                raise RecipeError(f"method.{name}: {getattr(self, name)!r}, expected one of {known}")
+        self.require_one_of(init=("taylor", "ones"), budget=("ramp", "minimax"))
         if not 0 <= self.init_until < self.ramp_until <= self.settle <= 1:
             raise RecipeError(
                 f"method: init_until {self.init_until}, ramp_until {self.ramp_until} and settle {self.settle} must "

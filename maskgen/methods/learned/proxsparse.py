@@ -216,11 +216,8 @@ class ProxSparse(LearnedMethod):
     eps: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("strength", "lambda1", "lambda2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RecipeError(f"method.{name} {getattr(self, name)}: expected a number that is 0 or more")
-        if not 0 < self.eps < math.inf:
-            raise RecipeError(f"method.eps {self.eps}: expected a positive number, such as 0.5")
+        self.require_not_negative("strength", "lambda1", "lambda2")
+        self.require_positive("eps")
         if self.strength == 0 and self.lambda1 == 0:
             raise RecipeError("method.strength and method.lambda1 are both 0: nothing would become sparse; set one")
 

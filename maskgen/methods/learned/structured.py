@@ -62,8 +62,7 @@ class Structured(LearnedMethod):
 
     def __post_init__(self) -> None:
         Budget.of(self)
-        if self.score not in ("taylor", "magnitude"):
-            raise RecipeError(f"method.score: {self.score!r}, expected 'taylor' or 'magnitude'")
+        self.require_one_of(score=("taylor", "magnitude"))
         if self.score_steps < 1:
             raise RecipeError(f"method.score_steps: {self.score_steps}, expected at least 1")
 

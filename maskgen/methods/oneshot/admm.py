@@ -59,11 +59,8 @@ class ADMM(LocalMethod):
     ramp: int = 15
 
     def __post_init__(self) -> None:
-        if self.mask not in ("own", "prior"):
-            raise RecipeError(f'method.mask {self.mask!r}: expected "own" or "prior" (with --prior FILE)')
-        for name, value in (("damp", self.damp), ("rho", self.rho)):
-            if not 0 < value < math.inf:
-                raise RecipeError(f"method.{name} {value}: expected a positive number")
+        self.require_one_of(mask=("own", "prior"))
+        self.require_positive("damp", "rho")
         if not 1 <= self.ramp <= self.iterations:
             raise RecipeError(
                 f"method.ramp {self.ramp}: expected at least 1 and at most method.iterations ({self.iterations})"

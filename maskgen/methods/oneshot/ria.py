@@ -19,12 +19,10 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from maskgen.core.errors import RecipeError
 from maskgen.methods import ScoreMethod
 from maskgen.numerics.statistics import add_squares
 
@@ -36,8 +34,7 @@ class RIA(ScoreMethod):
     exponent: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.exponent < math.inf:
-            raise RecipeError(f"method.exponent {self.exponent}: expected a number from 0 on, such as 0.5")
+        self.require_not_negative("exponent")
 
     def observe(self, stats: Tensor | None, x_TI: Tensor) -> Tensor:
         """`stats` is the float32 sum of squares per input feature `[I]`."""

@@ -44,8 +44,7 @@ class SparseGPT(LocalMethod):
     update: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < float("inf"):
-            raise RecipeError(f"method.damp {self.damp}: expected a positive number, such as 0.01")
+        self.require_positive("damp")
         if self.block < 1:
             raise RecipeError(f"method.block {self.block}: expected a positive number of columns, such as 128")
 

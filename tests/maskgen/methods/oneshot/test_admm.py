@@ -170,7 +170,7 @@ def test_an_impossible_hessian_is_a_numerical_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask": "given"}, r'method\.mask \'given\': expected "own" or "prior"'),
+        ({"mask": "given"}, r"method\.mask 'given': expected one of \['own', 'prior'\]"),
         ({"damp": 0.0}, r"method\.damp 0\.0"),
         ({"rho": -1.0}, r"method\.rho -1\.0"),
         ({"rho": float("nan")}, r"method\.rho nan"),

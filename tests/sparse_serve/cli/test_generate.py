@@ -1,6 +1,8 @@
 """`sparse-serve generate`, against a server with a fake engine."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +36,10 @@ def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_number_the_protocol_has_no_room_for_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--max-tokens", "-1", "abc"]) == 2
     assert "--max-tokens" in capsys.readouterr().err
+
+
+def test_a_client_does_not_import_the_server() -> None:
+    code = "import sys, sparse_serve.cli.main, sparse_serve.cli.generate; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "grpc" in loaded
+    assert not {"uvicorn", "starlette", "prometheus_client", "pydantic", "torch", "numpy"} & set(loaded)

@@ -41,7 +41,7 @@ help: ## show this list
 
 serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
-	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@"; echo "   $$name: $$((SECONDS - start)) s"; }
+	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
 	if [[ -z $$MODEL ]] || ! grep -qs sparse_nm "$$MODEL/config.json"; then
 	  if [[ -z $$MODEL || -z $$DATA ]]; then phase 'demo model' maskgen demo --out "$$DEMO"; fi

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 import sparse_serve.kernels as folder
@@ -34,6 +34,7 @@ from sparse_serve.kernels import LinearSpec, choose, cpu
 from sparse_serve.plugin.dense import stock_linear
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.runtime.machine import processor
+from sparse_serve.runtime.request import Request
 from sparse_serve.tuning.measure import torch_dense
 from sparse_serve.tuning.timing import Call, Times, interleaved
 
@@ -78,13 +79,11 @@ class Result:
         return 2 * self.tokens * self.out_features * self.in_features
 
 
-class KernelsRequest(BaseModel):
+class KernelsRequest(Request):
     """What to time. `shapes` are `(out features, in features)`, `seconds` the time for each shape and number of tokens.
 
-    `threads=None` leaves torch's number as it is. Raises `pydantic.ValidationError` for a value out of range.
+    `threads=None` leaves torch's number as it is. Raises `SettingsError` for a value out of range.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shapes: tuple[tuple[Positive, Positive], ...] = ((14336, 4096), (4096, 4096))
     tokens: tuple[Positive, ...] = (1, 4, 16, 64, 256)

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
 from sparse_serve.bench.record import facts
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
+from sparse_serve.runtime.request import Request
 
 MODELS = ("dense", "sparse")
 _NEED_NOT_AGREE = {"quantization_config", "transformers_version", "_name_or_path"}
@@ -82,14 +83,12 @@ class Comparison:
         return statistics.median(self.ratios)
 
 
-class ServeRequest(BaseModel):
-    """Which two models, under which loads. Raises `pydantic.ValidationError` for a value out of range.
+class ServeRequest(Request):
+    """Which two models, under which loads. Raises `SettingsError` for a value out of range.
 
     Each of `clients` is a load: so many clients, each with `requests` requests one after the other. `vllm_flags` go to
     both servers. Every round serves both models.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: Path
     sparse: Path

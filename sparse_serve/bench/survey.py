@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.values import FLOAT
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
+from sparse_serve.runtime.request import Request
 from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
 
 Kinds = dict[LinearSpec, dict[str, list[str]]]
@@ -34,14 +35,12 @@ Track = Callable[[list[LinearSpec]], Iterable[LinearSpec]]
 """Goes through the kinds of layers that are about to be measured, showing how far it is."""
 
 
-class SurveyRequest(BaseModel):
-    """Which checkpoint, and how it will be served. Raises `pydantic.ValidationError` for a value out of range.
+class SurveyRequest(Request):
+    """Which checkpoint, and how it will be served. Raises `SettingsError` for a value out of range.
 
     `dtype=None` is the checkpoint's. `threads=None` leaves torch's number of threads as it is; figures of one number
     say nothing of another.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: Path
     dtype: Literal["bfloat16", "float16", "float32"] | None = None

@@ -129,11 +129,13 @@ def serve_table(compared: Sequence[Comparison]) -> Table:
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", type=_shapes, default="14336x4096,4096x4096", metavar="OxI,...", help="default: %(default)s")
-    add("--tokens", type=_wholes, default="1,4,16,64,256", metavar="N,...", help="per call (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of activations and dense weights (default: %(default)s)")
-    add("--threads", type=_whole, metavar="N", help="default: all cores")
-    add("--seconds", type=float, default=5.0, metavar="S", help="per shape and tokens (default: %(default)s)")
+    shown = " (default: %(default)s)"
+    shapes = "layers to time, out features x in features" + shown
+    add("--shapes", type=_shapes, default="14336x4096,4096x4096", metavar="OxI,...", help=shapes)
+    add("--tokens", type=_wholes, default="1,4,16,64,256", metavar="N,...", help="tokens in a call" + shown)
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of activations and dense weights" + shown)
+    add("--threads", type=_whole, metavar="N", help="threads to compute with (default: all cores)")
+    add("--seconds", type=float, default=5.0, metavar="S", help="time for each shape and number of tokens" + shown)
     add("--with-reference", action="store_true", help="time the slow reference kernel too")
     add("--plot", type=Path, metavar="FILE", help="also draw a roofline: .svg, .png or .pdf")
     _add_json(parser)
@@ -141,14 +143,15 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    shown = " (default: %(default)s)"
     add("--dense", type=Path, required=True, metavar="DIR", help="the dense model")
     add("--sparse", type=Path, required=True, metavar="DIR", help="a sparse checkpoint of the same model")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of both (default: %(default)s)")
-    add("--clients", type=_wholes, default="1,8", metavar="N,...", help="requests at a time (default: %(default)s)")
-    add("--requests", type=_whole, default=4, metavar="N", help="of each client (default: %(default)s)")
-    add("--input-tokens", type=_whole, default=128, metavar="N", help="of a prompt (default: %(default)s)")
-    add("--output-tokens", type=_two_or_more, default=128, metavar="N", help="generated (default: %(default)s)")
-    add("--rounds", type=_whole, default=3, metavar="N", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="both models compute in it" + shown)
+    add("--clients", type=_wholes, default="1,8", metavar="N,...", help="clients at a time; each N is a load" + shown)
+    add("--requests", type=_whole, default=4, metavar="N", help="requests of each client" + shown)
+    add("--input-tokens", type=_whole, default=128, metavar="N", help="length of a prompt" + shown)
+    add("--output-tokens", type=_two_or_more, default=128, metavar="N", help="tokens generated per request" + shown)
+    add("--rounds", type=_whole, default=3, metavar="N", help="how often each model is served" + shown)
     add("vllm_flags", nargs="*", metavar="VLLM_FLAG", help="any flag of `vllm serve`, after --")
     _add_json(parser)
 

@@ -14,24 +14,28 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sparse_serve.cli import tune
 from sparse_serve.cli.request import from_flags
-from sparse_serve.cli.tune import add_arguments, progress, show
 
 if TYPE_CHECKING:
     from sparse_serve.bench.survey import Memory, StepTime, Survey
 
-__all__ = ["add_arguments", "main"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sparse-serve doctor`, which are those of `tune`."""
+    parser.epilog = "exit status: 0 fine, 1 dense is faster somewhere or could not be measured, 2 wrong usage or input"
+    tune.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Verify, measure what is not known, report. Returns 0; 1 if dense is faster anywhere, or figures are missing."""
     from sparse_serve.bench import survey
 
-    found = survey.examine(from_flags(survey.SurveyRequest, args), progress)
+    found = survey.examine(from_flags(survey.SurveyRequest, args), tune.progress)
     assert found.memory is not None
     console = Console(highlight=False)
     _describe(console, found)
-    show(found)
+    tune.show(found)
     console.print(f"\n{memory_line(found.memory)}")
     if found.measured:
         console.print(_times(found.step_times()))

@@ -17,10 +17,26 @@ class CallError(ServeError, RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sparse-serve generate`."""
     parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--address", default="127.0.0.1:50051", help="host:port of the gRPC API (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's own)")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="deadline of the call (default: %(default)s)")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="the gRPC API (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=64, help="most tokens to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=None,
+        help="of sampling; 0 takes the likeliest token (default: the model's own)",
+    )
+    parser.add_argument(
+        "--timeout-s",
+        metavar="S",
+        type=float,
+        default=300.0,
+        help="seconds after which the call is given up (default: %(default)s)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

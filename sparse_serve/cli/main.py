@@ -16,9 +16,9 @@ _VERBS = {
     "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",
     "generate": "send one prompt to a running server over gRPC",
     "bench": "time sparse layers and models against dense ones on this machine",
-    "tune": "measure which kernel is best for each layer, and remember it for the server",
-    "doctor": "is a checkpoint sound, which kernels serve it, is it faster and smaller here?",
-    "gate": "prove that a sparse checkpoint is good enough to replace its dense base",
+    "tune": "measure which kernel is fastest for each layer, and keep it for the server",
+    "doctor": "check a checkpoint: are its masks intact, which kernels serve it, is it faster and smaller here",
+    "gate": "decide whether a sparse checkpoint may replace its dense base: quality, parity, memory",
 }
 _TAKES_VLLMS_FLAGS = ("serve",)
 _USES_VLLMS_LAYERS = ("bench", "tune", "doctor")

@@ -6,22 +6,21 @@ import argparse
 from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.runtime.request import Request
 
-Request = TypeVar("Request", bound=BaseModel)
+Kind = TypeVar("Kind", bound=Request)
 
 
-def from_flags(kind: type[Request], args: argparse.Namespace, flags: Mapping[str, str] | None = None) -> Request:
+def from_flags(kind: type[Kind], args: argparse.Namespace, flags: Mapping[str, str] | None = None) -> Kind:
     """A `kind` whose fields are attributes of `args`. `flags`: those not called like their field.
 
     Raises `SettingsError` for the first value out of range: flag, value, what was expected.
     """
+    names = kind.model_fields
     try:
-        return kind(**{name: getattr(args, name) for name in kind.model_fields})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        flag = (flags or {}).get(name, f"--{name.replace('_', '-')}")
-        raise SettingsError(f"{flag} {first['input']}: {first['msg'].lower()}") from None
+        return kind(**{name: getattr(args, name) for name in names})
+    except SettingsError as error:
+        _, field, rest = str(error).split("`", 2)
+        flag = (flags or {}).get(field, f"--{field.replace('_', '-')}")
+        raise SettingsError(flag + rest) from None

@@ -97,8 +97,9 @@ class GateReport:
         order = list(Verdict)
         return max((result.verdict for result in self.results), key=order.index)
 
-    def write(self, folder: Path) -> list[Path]:
+    def write(self, folder: str | Path) -> list[Path]:
         """Write `report.json` and `report.md` into `folder`, which is made if needed; returns their paths."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         texts = {folder / "report.json": self.to_json(), folder / "report.md": self.to_markdown()}
         for path, text in texts.items():

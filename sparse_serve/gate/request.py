@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sparse_serve.gate.report import Limits
+from sparse_serve.runtime.request import Request
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 _DEFAULTS = Limits()
 
 
-class GateRequest(BaseModel):
-    """May `sparse` replace `dense`? Raises `pydantic.ValidationError` for a value out of range or an unknown field.
+class GateRequest(Request):
+    """May `sparse` replace `dense`? Raises `SettingsError` for a value out of range or an unknown field.
 
     `dense` and `sparse` are model directories, `data` is held-out text (`.txt`, or `.jsonl` with a field `text`).
     `dtype` is what both stacks compute in, by default the checkpoint's. `window_tokens` is the length of the windows
@@ -25,8 +26,6 @@ class GateRequest(BaseModel):
     the first so many. For the limits see `sparse_serve.gate.report.Limits`; `parity_tolerance=None` is 0.001 in float32
     and 0.01 in 16 bits. `allow_other_base` compares although `sparse` was not made from `dense`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: Path
     sparse: Path

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,17 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.
     (tmp_path / "file").touch()
     assert terminal.redirected(tmp_path / "file").log is None
     assert "no log file, so the log is printed: " in capsys.readouterr().err
+
+
+def test_a_start_that_fails_ends_with_the_reason_and_the_log(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(tmp_path), f"--http-port={port}"]
+        environ = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    reason, log = done.stderr.splitlines()
+    assert reason.startswith("sparse-serve: error: ") and str(port) in reason and "--http-port" in reason
+    (file,) = (tmp_path / "sparse-serve" / "log").iterdir()
+    assert log == f"log: {file}"

@@ -107,7 +107,8 @@ class SparseCheckpoint:
 
 
 def is_sparse_checkpoint(path: Path | str) -> bool:
-    """Whether the directory claims our format. It may still be damaged: `SparseCheckpoint.open` tells."""
+    """Whether `config.json` says that the directory is a sparse checkpoint. Only `SparseCheckpoint.open` verifies
+    it."""
     file = Path(path) / "config.json"
     if not file.is_file():
         return False

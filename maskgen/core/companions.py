@@ -19,7 +19,7 @@ SNAPSHOT_PATTERNS = ("*.safetensors", *("*" + suffix for suffix in _SUFFIXES))
 def companion_files(model_dir: Path) -> list[Path]:
     """The files of `model_dir` to copy beside its weights when they are written in another form, sorted.
 
-    `config.json` and the index of the shards are not among them: whoever writes weights writes these too.
+    `config.json` and the index of the shards are not among them: they are written with the weights.
     """
     return sorted(
         path

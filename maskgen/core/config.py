@@ -1,8 +1,8 @@
-"""`quantization_config` of a sparse checkpoint: what `config.json` says about masks, read strictly.
+"""The manifest of a sparse checkpoint: the section `quantization_config` of its `config.json`, read strictly.
 
-The key is called `quantization_config` because that is where transformers and vLLM look for a `quant_method`. The
-value comes from a stranger: unknown keys and versions are refused, names are plain dotted identifiers, and nothing in
-it can name code, a file, or an amount of memory.
+The section has that name because transformers and vLLM look there for a `quant_method`. A checkpoint may come from
+anywhere: unknown keys and versions are errors, names are plain dotted identifiers, and nothing in the section can name
+code, a file, or an amount of memory.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ FIXED, TRAINED = "fixed", "trained"
 
 @dataclass(frozen=True)
 class CorrectionForm:
-    """The form of every target's correction y += S (X x): X sums, or weighs, runs of inputs (SLoRB).
+    """The form of the correction y += S (X x) that every target has (SLoRB).
 
-    S is `[O, I / segment]`. With `pool` "fixed", X adds up `segment` consecutive inputs and is not stored; with
-    "trained" it is stored, `[I / segment, I]`.
+    S is `[O, I / segment]`. With `pool` "fixed", X adds up `segment` consecutive inputs each and is not stored; with
+    "trained", X is a stored matrix `[I / segment, I]`.
     """
 
     segment: int

@@ -10,12 +10,12 @@
      +-- NumericalError     (ArithmeticError)  NaN or infinity where numbers were expected, a factorisation failed
      +-- OutputExistsError  (FileExistsError)  the place to write to is taken
 
-Each is also a standard exception, so callers that know nothing of us still catch the right thing. A message says what
+Each is also a standard exception, so that callers can catch it without importing this module. A message says what
 went wrong, the value, what was expected, and what to do next. Broken invariants of our own code are `assert`s.
 
 A field of a request is written in backticks (`prior`); the command line shows its flag in place of it.
 
-Values in messages often come from strangers, so they are quoted through `clip`: escaped, and never long.
+Values in messages often come from files of unknown origin, so they are quoted by `clip`: escaped, and never long.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PatternError(SparseError, ValueError):
 
 
 class FormatError(SparseError, ValueError):
-    """A file or directory is not what the format says: damaged or hostile."""
+    """A file or directory does not follow its format: it is damaged or hostile."""
 
 
 class RecipeError(SparseError, ValueError):
@@ -50,7 +50,7 @@ class RequestError(SparseError, ValueError):
 
 
 class ModelError(SparseError, ValueError):
-    """This model cannot be handled."""
+    """A model has a form that is not supported, or does not fit what is to be done with it."""
 
 
 class DataError(SparseError, ValueError):
@@ -62,4 +62,4 @@ class NumericalError(SparseError, ArithmeticError):
 
 
 class OutputExistsError(SparseError, FileExistsError):
-    """The place to write to is taken."""
+    """The file or directory to write exists already, or another process is writing it."""

@@ -61,24 +61,24 @@ def form_of(correction: Correction | None, in_features: int) -> CorrectionForm |
 def tensors(layer: StoredLayer) -> dict[str, Tensor]:
     """Every tensor of a layer by suffix, in the order they are written."""
     packed, correction = layer.packed, layer.correction
-    found = {
+    tensor_of = {
         VALUES_SUFFIX: packed.values,
         BITMASK_SUFFIX: packed.bitmask,
         SCALE_SUFFIX: packed.scale,
         OUT_SUFFIX: None if correction is None else correction.out,
         POOL_SUFFIX: None if correction is None else correction.pool,
     }
-    return {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+    return {suffix: tensor for suffix, tensor in tensor_of.items() if tensor is not None}
 
 
 def layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
     """Make a layer from its tensors; `read` is called with each suffix that `config` implies and returns that
     tensor."""
-    found = {suffix: read(suffix) for suffix in suffixes(config)}
-    packed = PackedTensor(found[VALUES_SUFFIX], found[BITMASK_SUFFIX], config.pattern, found.get(SCALE_SUFFIX))
-    if OUT_SUFFIX not in found:
+    stored = {suffix: read(suffix) for suffix in suffixes(config)}
+    packed = PackedTensor(stored[VALUES_SUFFIX], stored[BITMASK_SUFFIX], config.pattern, stored.get(SCALE_SUFFIX))
+    if OUT_SUFFIX not in stored:
         return StoredLayer(packed)
-    return StoredLayer(packed, Correction(found[OUT_SUFFIX], found.get(POOL_SUFFIX)))
+    return StoredLayer(packed, Correction(stored[OUT_SUFFIX], stored.get(POOL_SUFFIX)))
 
 
 def check_headers(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
@@ -111,12 +111,12 @@ def _check_target(where: str, config: SparseConfig, stored: Mapping[str, TensorH
         )
     check_shapes(list(values.shape), list(bitmask.shape), config.pattern, where)
     out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
-    wanted: dict[str, tuple[tuple[str, ...], list[int] | None]] = {SCALE_SUFFIX: (("F32",), [out_features])}
+    expected_headers: dict[str, tuple[tuple[str, ...], list[int] | None]] = {SCALE_SUFFIX: (("F32",), [out_features])}
     if config.correction is not None:
         out_shape, pool_shape = config.correction.shapes(out_features, in_features, where)
         floats = (values.dtype,) if config.values == FLOAT else _FLOATS
-        wanted |= {OUT_SUFFIX: (floats, out_shape), POOL_SUFFIX: (floats, pool_shape)}
-    for suffix, (dtypes, shape) in wanted.items():
+        expected_headers |= {OUT_SUFFIX: (floats, out_shape), POOL_SUFFIX: (floats, pool_shape)}
+    for suffix, (dtypes, shape) in expected_headers.items():
         header = stored.get(suffix)
         if header is not None and (header.dtype not in dtypes or list(header.shape) != shape):
             raise FormatError(

@@ -39,7 +39,7 @@ DIGITS_SUFFIX = ".digits"
 SHAPE_SUFFIX = ".shape"
 
 BITS, DIGITS = "bits", "pattern-digits"
-"""Encodings of a mask file. The pattern decides which one is used; a file that says otherwise is refused."""
+"""Encodings of a mask file. The pattern decides which one is used; a file that uses the other one is an error."""
 
 _METADATA_KEYS = ("format", "format_version", "encoding", "pattern", "mask_digest", "base_digest", "recipe_digest")
 
@@ -179,10 +179,10 @@ def _read_bits(file: Any, key: str, pattern: NMPattern, path: Path) -> tuple[str
 def _digit_names(keys: list[str], path: Path) -> list[str]:
     """The modules of a file of digits: every one has both of its tensors, and nothing else is there."""
     names = [key.removesuffix(DIGITS_SUFFIX) for key in keys if key.endswith(DIGITS_SUFFIX)]
-    wanted = {name + suffix for name in names for suffix in (DIGITS_SUFFIX, SHAPE_SUFFIX)}
-    for key in sorted(wanted.symmetric_difference(keys)):
+    expected_keys = {name + suffix for name in names for suffix in (DIGITS_SUFFIX, SHAPE_SUFFIX)}
+    for key in sorted(expected_keys.symmetric_difference(keys)):
         raise FormatError(
-            f"{path}: tensor {clip(key)} is {'missing' if key in wanted else 'unexpected'}; every mask is "
+            f"{path}: tensor {clip(key)} is {'missing' if key in expected_keys else 'unexpected'}; every mask is "
             f"'<module>{DIGITS_SUFFIX}' and '<module>{SHAPE_SUFFIX}'"
         )
     return names

@@ -39,12 +39,12 @@ def load(package: ModuleType, name: str, error: type[SparseError] = RecipeError)
 
 def _modules(package: str, paths: Sequence[str]) -> dict[str, str]:
     """Extension -> full module name. Packages are not imported to look into them."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for name, module in _walk(package, paths):
-        if name in found:
-            raise ImportError(f"{found[name]} and {module} are both called {name!r} in a recipe or flag; rename one")
-        found[name] = module
-    return found
+        if name in modules:
+            raise ImportError(f"{modules[name]} and {module} are both called {name!r} in a recipe or flag; rename one")
+        modules[name] = module
+    return modules
 
 
 def _walk(package: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -60,7 +60,7 @@ def units(model: nn.Module) -> dict[str, int]:
     """
     config: Any = model.config
     prefix, blocks = decoder_blocks(model)
-    found: dict[str, int] = {}
+    unit_counts: dict[str, int] = {}
     for number, block in enumerate(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         leaves = sorted(name.rpartition(".")[2] for name in linears)
@@ -76,8 +76,8 @@ def units(model: nn.Module) -> dict[str, int]:
             if linear.in_features % count:
                 raise ModelError(f"{prefix}.{number}.{name}: {linear.in_features} inputs are not {count} equal units")
             if kind is NEURONS or config.model_type not in FIXED_HEADS:
-                found[f"{prefix}.{number}.{name}"] = count
-    return found
+                unit_counts[f"{prefix}.{number}.{name}"] = count
+    return unit_counts
 
 
 def write(

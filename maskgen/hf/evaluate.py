@@ -1,7 +1,7 @@
 """Perplexity of a Hugging Face model, dense or sparse, under a stated protocol.
 
-The windows and the averaging are `maskgen.core.perplexity`'s, shared with the serving side, so that an offline number
-and a served one are about the same tokens. Models run in their stored dtype unless told otherwise; log-probabilities
+The windows and the averaging are `maskgen.core.perplexity`'s, shared with the serving side, so that offline and
+served results are about the same tokens. Models run in the dtype they were loaded in; log-probabilities
 are always float32, taken in slices of tokens so that no `[B, T, V]` float32 tensor is ever made beside the logits.
 
 Legend: B = batch, T = tokens, V = vocabulary, N = scored tokens of a slice.

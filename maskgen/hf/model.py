@@ -1,4 +1,4 @@
-"""Hugging Face models: load one, find its decoder blocks, and say which linear layers a recipe may prune.
+"""Hugging Face models: load one, find its decoder blocks, and decide which linear layers a recipe prunes.
 
 Works on any decoder whose blocks are a `ModuleList` as long as `num_hidden_layers`, so there is no list of supported
 architectures to maintain. Only `nn.Linear` modules inside blocks are candidates; everything else stays dense, and is
@@ -167,21 +167,21 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     _check_no_conv1d(model)
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
+    candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        nested = any(name.startswith(outer + ".") for outer in found)
+        nested = any(name.startswith(outer + ".") for outer in candidates)
         if isinstance(module, nn.ModuleList) and len(module) == depth and not nested and _all_have_linears(module):
-            found[name] = module
-    if len(found) != 1:
+            candidates[name] = module
+    if len(candidates) != 1:
         raise ModelError(
             f"{type(model).__name__}: expected one ModuleList of {depth} decoder blocks (num_hidden_layers), found "
-            f"{sorted(found) or 'none'}; this architecture is not supported"
+            f"{sorted(candidates) or 'none'}; this architecture is not supported"
         )
-    return next(iter(found.items()))
+    return next(iter(candidates.items()))
 
 
 def max_tokens(model: nn.Module) -> int | None:
-    """Longest sequence the model was made for, if its config says so."""
+    """The most tokens a sequence may have for this model; None if its config does not state a limit."""
     return _context_tokens(model.config)
 
 

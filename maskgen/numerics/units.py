@@ -118,7 +118,7 @@ def count_parameters(shapes: Mapping[str, LinearShape], units: Mapping[str, int]
     `shapes` maps module names to layers, `units` the names of the sites to their number of units. Raises `ModelError`
     when layers of one kind differ or a layer that feeds a site is missing.
     """
-    found: dict[str, set[UnitKind]] = {}
+    variants_of: dict[str, set[UnitKind]] = {}
     for site, count in units.items():
         parent, _, kind = site.rpartition(".")
         feeds = [shapes.get(f"{parent}.{leaf}") for leaf in FEEDS[kind]]
@@ -130,13 +130,17 @@ def count_parameters(shapes: Mapping[str, LinearShape], units: Mapping[str, int]
         cost = shapes[site].out_features * shapes[site].in_features + sum(row.parameters for row in rows)
         heads = rows[0].out_features // rows[1].out_features
         layers = sum(kind_of(name) == kind for name in units)
-        found.setdefault(kind, set()).add(UnitKind(count, layers, cost // count, heads, shapes[site].out_features))
-    for kind, variants in found.items():
+        variants_of.setdefault(kind, set()).add(
+            UnitKind(count, layers, cost // count, heads, shapes[site].out_features)
+        )
+    for kind, variants in variants_of.items():
         if len(variants) > 1:
             raise ModelError(
                 f"layers of kind {kind} differ ({sorted(map(str, variants))}); uniform widths need equal ones"
             )
-    return ParameterCount(sum(shape.parameters for shape in shapes.values()), {k: v.pop() for k, v in found.items()})
+    return ParameterCount(
+        sum(shape.parameters for shape in shapes.values()), {k: v.pop() for k, v in variants_of.items()}
+    )
 
 
 def resolve_widths(counted: ParameterCount, budget: Budget, kv_groups: float | None = None) -> dict[str, int]:

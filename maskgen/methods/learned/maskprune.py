@@ -1,7 +1,7 @@
 """MaskPrune: which heads and hidden neurons to remove, the same number in every layer, learned with the model's loss.
 
-Every key-value group and every hidden neuron has a mask m in front of the projection that reads it. Two numbers, shared
-by all layers, say how many units each layer loses: s_h groups and s_f neurons. That sharing is the uniformity.
+Every key-value group and every hidden neuron has a mask m in front of the projection that reads it. Two numbers,
+shared by all layers, are how many units each layer loses: s_h groups and s_f neurons. So all layers stay equally wide.
 
     min_{m, s, adapters} max_{y, z >= 0}  L + sum_l y_l ||m_l||^2_bottom(ceil s) + z (R(s_h, s_f) - R_target)
 
@@ -26,8 +26,8 @@ where <.> is a running mean over steps and rms_l the running root mean square of
 until R first crosses the target; then z and s stay. Integral action in y and z with a shared s makes s swing around
 its target otherwise, and the crossing can come late: s is set to the target when the selection settles, crossed or not.
 
-Masks of one size are told apart by noise, and the prox keeps small what happened to be small first; masks reflect
-importance only if something common pulls all of them down. Hence mu, the shrink, until the selection settles: a mask
+If all masks start equal, noise decides which become small first, and the prox keeps these small; masks reflect
+importance only if all of them are pulled down alike. Hence mu, the shrink, until the selection settles: a mask
 rests where the loss pulls it up as hard as mu pulls it down. Hence also one scale for a whole layer in step 1: Adam,
 with one for every mask, would let an unimportant mask climb as fast as an important one. On top of that
 `init = "taylor"` measures sum (m dL/dm)^2 over the first steps, during which masks stay at 1, and starts the masks from

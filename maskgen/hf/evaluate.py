@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import DataError, NumericalError
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
-from maskgen.hf.model import max_tokens
 
 _SLICE_BYTES = 64 << 20
 
@@ -34,11 +33,10 @@ def perplexity(
     """Score token ids with a causal language model on its own device.
 
     `batch` windows of equal length share a forward pass. `progress` is called with windows done and in all. Raises
-    `DataError` (too few tokens, windows longer than the model reads), `NumericalError` (the loss is not finite).
+    `DataError` (too few tokens), `NumericalError` (the loss is not finite).
     """
     if batch < 1:
         raise DataError(f"batch {batch}: expected at least 1 window")
-    check_window(protocol, max_tokens(model))
     windows = protocol.windows(ids, bos_id)
     nll: list[float] = []
     for group in _batches(windows, batch):

@@ -130,6 +130,8 @@ class Recipe(Strict):
             prior = self.prior.build()
             if not isinstance(prior, LocalMethod):
                 raise RecipeError(f"prior.name: {self.prior.name} is learned itself; expected a one-shot method")
+            if prior.uses_prior:
+                raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
         return self
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.digest import digest_json
-from maskgen.core.errors import DataError, NumericalError, PatternError, RecipeError
+from maskgen.core.errors import DataError, NumericalError, PatternError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.data.tokens import check_window_tokens, digest_tokens
+from maskgen.data.tokens import digest_tokens
 from maskgen.hf import blocks
-from maskgen.hf.model import Plan, max_tokens, plan
+from maskgen.hf.model import Plan, plan
 from maskgen.methods import LocalMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
@@ -106,13 +106,15 @@ def sweep(
 
     `windows` are calibration tokens `[S, T]`, or None for a method that needs none. `base_digest` is the digest of the
     weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
-    is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`. Raises
-    `ModelError`, `DataError`, `RecipeError`, `NumericalError` (naming the layer), and `OutputExistsError` when
+    is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`, and for no other.
+    Raises `ModelError`, `DataError`, `RecipeError`, `NumericalError` (naming the layer), and `OutputExistsError` when
     `work_dir` belongs to another run.
     """
     todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.local_method()
-    data = _data_for(method, recipe, windows, max_tokens(model))
-    _check_prior(method, recipe, todo, prior)
+    assert (windows is not None or not method.needs_data) and (prior is not None) == method.uses_prior
+    data = windows if method.needs_data else None
+    if prior is not None:
+        check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
     work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), recipe.pattern)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
     run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1), prior)
@@ -211,27 +213,9 @@ def solve_layer(
     return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
 
 
-def _data_for(method: LocalMethod, recipe: Recipe, windows: Tensor | None, limit: int | None) -> Tensor | None:
-    """The windows to observe, checked before a work directory is made; None if the method needs no data."""
-    if not method.needs_data:
-        return None
-    if windows is None:
-        raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
-    check_window_tokens(windows.shape[1], limit)
-    return windows
-
-
-def _check_prior(method: LocalMethod, recipe: Recipe, todo: Plan, prior: Callable[[str], Tensor] | None) -> None:
-    """Check every mask of the prior before work begins. Raises `RecipeError` and `DataError`."""
-    if prior is None and method.uses_prior:
-        raise RecipeError(
-            f"method {recipe.method.name} with these options needs masks to start from; give --prior FILE"
-        )
-    if prior is None:
-        return
-    if not method.uses_prior:
-        raise RecipeError(f"method {recipe.method.name} with these options takes no prior; leave out --prior")
-    for name, linear in (item for targets in todo.targets for item in targets.items()):
+def check_prior(prior: Callable[[str], Tensor], layers: Mapping[str, nn.Linear], pattern: NMPattern) -> None:
+    """`DataError` unless there is a mask of this pattern and of the right shape for every one of `layers`."""
+    for name, linear in layers.items():
         try:
             mask_OI = prior(name)
             if mask_OI.shape != linear.weight.shape:
@@ -239,7 +223,7 @@ def _check_prior(method: LocalMethod, recipe: Recipe, todo: Plan, prior: Callabl
                     f"prior mask of {name}: shape {tuple(mask_OI.shape)}, the layer has {tuple(linear.weight.shape)}; "
                     "these masks are of another model"
                 )
-            recipe.pattern.check_mask(mask_OI, f"prior mask of {name}")
+            pattern.check_mask(mask_OI, f"prior mask of {name}")
         except KeyError:
             raise DataError(f"the prior has no mask for {name}; keep this layer dense with ignore") from None
         except PatternError as error:

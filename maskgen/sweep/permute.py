@@ -22,17 +22,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import iterate_tensors, read_dense_config, read_headers
 from maskgen.core.companions import companion_files
-from maskgen.core.errors import DataError, ModelError, RecipeError
+from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-from maskgen.data.tokens import check_window_tokens
 from maskgen.hf import blocks
 from maskgen.hf.model import decoder_blocks, max_tokens, plan
 from maskgen.methods import ScoreMethod
@@ -158,13 +157,10 @@ def reordered(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor
 
 def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: Tensor | None) -> Tensor:
     """The tokens that blocks are run on, `[S, T]`: the calibration windows, or `PROBE_TOKENS` if none are needed."""
-    limit = max_tokens(model)
     if method.needs_data:
-        if windows_ST is None:
-            raise DataError(f"method {recipe.method.name} needs calibration text; give it with --data")
-        check_window_tokens(windows_ST.shape[1], limit)
+        assert windows_ST is not None
         return windows_ST
-    config: Any = model.config
+    limit, config = max_tokens(model), cast(Any, model.config)
     return torch.arange(min(PROBE_TOKENS, limit or PROBE_TOKENS, config.get_text_config(decoder=True).vocab_size))[None]
 
 

@@ -144,7 +144,7 @@ def reserve_for_run(path: Path, run_digest: str) -> None:
     elif not run_file.is_file() or read_json(run_file).get("run") != run_digest:
         raise OutputExistsError(
             f"{path}: belongs to another run (different recipe, model, data, prior, kind of device or version of "
-            "torch); delete it to start over, or choose another --out"
+            "torch); delete it to start over, or choose another `out`"
         )
 
 

@@ -143,7 +143,7 @@ class Checkpoints:
     def _verified(self, path: Path) -> dict[str, Any]:
         manifest = read_json(path / _MANIFEST)
         if manifest.get("run") != self.run_digest:
-            raise OutputExistsError(f"{path}: belongs to another run; delete it, or choose another --out")
+            raise OutputExistsError(f"{path}: belongs to another run; delete it, or choose another `out`")
         if manifest.get("shards") != _digest(path) or not isinstance(manifest.get("elapsed_s"), float):
             raise FormatError(f"{path}: damaged")
         return manifest

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from maskgen.core.digest import digest_json, digest_weights
-from maskgen.core.errors import ModelError
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress as compressor
@@ -32,7 +31,7 @@ from maskgen.export import slice as slicer
 from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
-from maskgen.sweep.driver import Progress
+from maskgen.sweep.driver import Progress, check_prior
 from maskgen.sweep.workdir import TOKENS_FOLDER, locked, reserve_for_run, work_dir
 from maskgen.train import result as export
 from maskgen.train.checkpoints import Checkpoints
@@ -186,9 +185,7 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
     if method.result is Result.SPARSE:
         compressor.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.ignored)
     if prior is not None:
-        for name, linear in targets:
-            if name not in prior.bitmasks or prior.mask(name).shape != linear.weight.shape:
-                raise ModelError(f"the prior has no mask for {name} {tuple(linear.weight.shape)}; see [recipe] ignore")
+        check_prior(prior.mask, dict(targets), wanted.pattern)
     units = slicer.units(loaded) if method.result is Result.SLICED else {}
     mask = None if prior is None else prior.mask
     session = prepare(

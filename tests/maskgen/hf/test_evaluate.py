@@ -66,7 +66,8 @@ def test_progress_and_half_precision() -> None:
 def test_errors() -> None:
     model = models.build("llama")
     with pytest.raises(DataError, match="the model reads at most 128; lower `window_tokens`"):
-        evaluate.perplexity(model, IDS * 9, Protocol(256))
+        evaluate.check_window(Protocol(256), models.MAX_TOKENS)
+    evaluate.check_window(Protocol(256), None)
     with pytest.raises(DataError, match="shorter than one window"):
         evaluate.perplexity(model, IDS[:10], Protocol(16))
     with pytest.raises(DataError, match="batch 0"):

@@ -159,6 +159,10 @@ def test_a_recipe_cannot_be_changed() -> None:
         (MINIMAL + "[train]\n", r"\[train\]: sparsegpt is a one-shot method and has no use for it"),
         (MINIMAL + '[prior]\nname = "wanda"\n', r"\[prior\]: sparsegpt is a one-shot method"),
         (LEARNED.replace("sparsegpt", "maskllm").replace("update", "init_noise"), "prior.name: maskllm is learned"),
+        (
+            LEARNED.replace('"sparsegpt"\nupdate = false', '"admm"\nmask = "prior"'),
+            "prior.name: admm with these options starts from a mask itself",
+        ),
         (LEARNED.replace("update", "updte"), r"prior\.updte: sparsegpt has no such option"),
         (LEARNED.replace('name = "sparsegpt"\n', ""), "prior: expected a table with a name"),
         (LEARNED + "stps = 8\n", r"unknown key train\.stps; known keys are \['batch', 'blocks', 'clip', "),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgen.core.errors import DataError, OutputExistsError, RecipeError
+from maskgen.core.errors import DataError, OutputExistsError
 from maskgen.core.pattern import NMPattern
 from tests import models
 from tests.maskgen.sweeping import recipe, run
@@ -66,12 +66,4 @@ def test_masks_that_do_not_fit_are_refused_before_work_begins(
 ) -> None:
     with pytest.raises(DataError, match=message):
         run(models.build("llama"), REPAIR, tmp_path / "work", prior=masks, prior_digest="sha256:1")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_prior_must_be_wanted_and_given(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="admm with these options needs masks to start from; give --prior FILE"):
-        run(models.build("llama"), REPAIR, tmp_path / "work")
-    with pytest.raises(RecipeError, match="wanda with these options takes no prior"):
-        run(models.build("llama"), recipe("wanda"), tmp_path / "work", prior=random_masks(), prior_digest="sha256:1")
     assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_computed_again(tmp_path: Path, monkeypatch: pytes
 def test_another_run_does_not_mix_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(models.build("llama"), recipe("wanda"), tmp_path / "work")
     for wanted, data in ((recipe("sparsegpt"), windows()), (recipe("wanda"), windows(seed=1))):
-        with pytest.raises(OutputExistsError, match=r"work: belongs to another run .*delete it .*choose another --out"):
+        with pytest.raises(OutputExistsError, match=r"work: belongs to another run .*delete it .*choose another `out`"):
             run(models.build("llama"), wanted, tmp_path / "work", data)
     digests = {
         run_digest(recipe("wanda"), BASE, windows()),

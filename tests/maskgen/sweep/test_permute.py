@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.digest import digest_weights
-from maskgen.core.errors import DataError, ModelError, NumericalError
+from maskgen.core.errors import ModelError, NumericalError
 from maskgen.export.inspect import inspect
 from maskgen.hf import model as loader
 from maskgen.recipes.recipe import load
@@ -141,11 +141,6 @@ def test_a_layer_that_no_input_reaches(model_dir: ModelDir) -> None:
     mlp.forward = lambda x: x
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down_proj: no calibration input"):
         permute.find(model, load("ria", SETTINGS), windows())
-
-
-def test_a_method_that_needs_data_gets_it(model_dir: ModelDir) -> None:
-    with pytest.raises(DataError, match="needs calibration text"):
-        permute.find(loader.load(model_dir()), load("ria", SETTINGS), None)
 
 
 def test_checked_on_what_a_short_model_reads(tmp_path: Path) -> None:

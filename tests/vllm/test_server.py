@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         end(running)
 
 
-def test_both_doors_give_the_same_greedy_tokens(server: Running) -> None:
+def test_both_apis_give_the_same_greedy_tokens(server: Running) -> None:
     over_grpc = server.stub.Generate(grpc_request(24))
     over_http = json.loads(server.get("/v1/completions", http_request(24, return_token_ids=True)))
     choice = over_http["choices"][0]
@@ -79,7 +79,7 @@ def test_the_printed_lines_work_in_another_terminal(server: Running, part: str, 
     assert answer in done.stdout
 
 
-def test_both_doors_stream_what_they_answer_at_once(server: Running) -> None:
+def test_both_apis_stream_what_they_answer_at_once(server: Running) -> None:
     whole = server.stub.Generate(grpc_request(24))
     pieces = list(server.stub.GenerateStream(grpc_request(24, pb.GenerateStreamRequest)))
     assert [id_ for piece in pieces for id_ in piece.token_ids] == list(whole.token_ids)
@@ -193,7 +193,7 @@ def test_an_http_client_that_leaves_is_aborted_in_the_engine(server: Running, st
     until(lambda: running_requests(server) == 0)
 
 
-def test_ctrl_c_for_the_whole_group_drains_both_doors_and_ends_with_0(server: Running) -> None:
+def test_ctrl_c_for_the_whole_group_drains_both_apis_and_ends_with_0(server: Running) -> None:
     """A terminal sends Ctrl-C to every process of the group, so the engine process gets it too."""
     answers: dict[str, Any] = {}
 

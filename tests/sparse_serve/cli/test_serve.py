@@ -131,3 +131,13 @@ def test_a_start_that_fails_ends_with_the_reason_and_the_log(tmp_path: Path) -> 
     assert reason.startswith("sparse-serve: error: ") and str(port) in reason and "--http-port" in reason
     (file,) = (tmp_path / "sparse-serve" / "log").iterdir()
     assert log == f"log: {file}"
+
+
+def test_a_server_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(tmp_path), "--http-port=0", "--grpc-port=0"]
+    environ = os.environ | {"XDG_STATE_HOME": str(tmp_path), "_SPARSE_SERVE_LEADER": str(gone.pid)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")

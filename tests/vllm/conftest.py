@@ -1,6 +1,10 @@
-"""Real vLLM, in-process and on the CPU. Warnings of vLLM and its dependencies are not ours to fix."""
+"""Real vLLM on the CPU. Warnings of vLLM and its dependencies are not ours to fix."""
+
+from __future__ import annotations
 
 import pytest
+
+from tests.vllm import nursery
 
 
 @pytest.fixture(autouse=True)
@@ -10,7 +14,21 @@ def _cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "/vllm/" in str(item.path):
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
+    for item in filter(_is_here, items):
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+        if item.path.stem not in nursery.AS_USERS_DO:
+            item.add_marker(pytest.mark.xdist_group("nursery"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not _is_here(item) or item.path.stem in nursery.AS_USERS_DO:
+        return None
+    nursery.run_item(item)
+    return True
+
+
+def _is_here(item: pytest.Item) -> bool:
+    return "/tests/vllm/" in str(item.path)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.vllm.test_plugin import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
+from tests.vllm.offline import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
 
 PROGRAM = """
 import json, sys

@@ -13,7 +13,7 @@ from maskgen.export.compress import decompress
 from maskgen.hf import model as loader
 from maskgen.numerics.units import HEADS
 from tests import models
-from tests.vllm.test_plugin import SHAPE, greedy, serve, transformers_oracle
+from tests.vllm.offline import SHAPE, greedy, serve, transformers_oracle
 
 SHAPES: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {"head_dim": 32, "num_key_value_heads": 4}}
 

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.test_plugin import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
+from tests.vllm.offline import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
 
 START_S = 150.0
 

@@ -16,7 +16,7 @@ from maskgen.core.config import CorrectionForm
 from maskgen.core.errors import FormatError
 from maskgen.hf import loader
 from tests import models
-from tests.vllm.test_plugin import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
+from tests.vllm.offline import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
 
 FIXED, TRAINED = CorrectionForm(8, "fixed"), CorrectionForm(16, "trained")
 

@@ -1,0 +1,139 @@
+"""Real vLLM without paying for its imports again: children forked from a process that has imported it.
+
+Importing vLLM takes 10 s of a core and starting a tiny model one. Tests of the plugin and of numbers therefore run each
+in a child of the pytest process, which itself imports but never starts anything, so that engines leave nothing to the
+next test: no threads, environment, patched torch or memory. What is about processes (servers, their endings, vLLM's own
+command line) starts them as users do, in the modules of `AS_USERS_DO`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+AS_USERS_DO = {"test_server", "test_endings", "test_stock", "test_compiled", "test_bench_serve"}
+"""Modules whose tests start every process anew."""
+
+ARCHITECTURES = [f"{name}ForCausalLM" for name in ("GPTNeoX", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]
+"""Those of `tests.models`."""
+
+
+@functools.cache
+def prepare() -> None:
+    """Import vLLM, and what it imports late, into this process."""
+    import torch._dynamo
+    import vllm.entrypoints.openai.api_server
+    import vllm.v1.engine.async_llm
+    import vllm.v1.executor.multiproc_executor
+    import vllm.v1.worker.cpu_worker
+    from vllm.model_executor.layers import quantization
+    from vllm.model_executor.models import registry
+
+    import sparse_serve.engine.vllm_engine
+    import sparse_serve.plugin.linear  # noqa: F401
+
+    torch._dynamo.config.disable = True  # read from TORCHDYNAMO_DISABLE, but earlier than a test can set that
+    for architecture in ARCHITECTURES:
+        registry.ModelRegistry.models[architecture].load_model_cls()
+    for method in quantization.QUANTIZATION_METHODS:
+        with contextlib.suppress(ImportError):
+            quantization.get_quantization_config(method)
+    # vLLM asks a process of its own, which imports everything again, what each class of models can do.
+    registry._run_in_subprocess = lambda ask: ask()
+    for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    gc.collect()
+    gc.freeze()  # vLLM collects garbage ten times in the life of an engine; children need not look through all this
+
+
+def run_item(item: pytest.Item) -> None:
+    """Run one test in a child, and report what it reports."""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "reports"
+
+        def child() -> int:
+            gc.freeze = gc.unfreeze = lambda: None
+            reports = runtestprotocol(item, log=False, nextitem=None)
+            kept = [item.config.hook.pytest_report_to_serializable(config=item.config, report=it) for it in reports]
+            answer.write_bytes(pickle.dumps(kept))
+            return 0
+
+        status = _fork(child)
+        reports = _reports(item, answer) if status == 0 else [_crash(item, status)]
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+
+
+def _reports(item: pytest.Item, answer: Path) -> list[pytest.TestReport]:
+    hook = item.config.hook
+    return [
+        hook.pytest_report_from_serializable(config=item.config, data=data)
+        for data in pickle.loads(answer.read_bytes())
+    ]
+
+
+def _crash(item: pytest.Item, status: int) -> pytest.TestReport:
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    message = f"{item.nodeid}: the process of the test ended with {how}"
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", message, "call")
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    """`sparse-serve WORDS` in a child; the exit status and what it wrote."""
+    from sparse_serve.cli.main import main
+
+    prepare()
+    argv = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+
+        def child() -> int:
+            for descriptor, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            logging.getLogger().handlers.clear()
+            for handler in logging.getLogger("vllm").handlers:
+                assert isinstance(handler, logging.StreamHandler)
+                handler.setStream(sys.stderr)
+            return main(argv)
+
+        status = _fork(child)
+        return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
+
+
+def _fork(work: Callable[[], int]) -> int:
+    """Exit status of a child that does `work`; negative, the signal that ended it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            status = work()
+        except SystemExit as ending:
+            status = ending.code if isinstance(ending.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -79,7 +79,7 @@ class _LogLines(ProgressBar):
         super().update(task_id, *args, **kwargs)
         if time.monotonic() - self.said_s >= LOG_EVERY_S:
             self.said_s = time.monotonic()
-            task = self.tasks[task_id]
+            task = next(task for task in self.tasks if task.id == task_id)
             total = "" if task.total is None else f" {task.completed:g}/{task.total:g}"
             line = f"{task.description}{total} {task.fields.get('note', '')}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -19,6 +19,8 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     now_s = 100.0
     monkeypatch.setattr(display.time, "monotonic", lambda: now_s)
     with display.progress() as show:
+        show(Stage("loading"))
+        show(Stage("training"))
         for step in range(1, 51):
             show(DemoProgress(step, 50, step, 2.0, 50.0 - step))
             now_s += 1.0

@@ -23,6 +23,10 @@ ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 LOCK := deploy/locks/cpu.txt
+# Rooms whose tests start no engine, train nothing and compile nothing.
+QUICK := $(addprefix tests/,architecture golden hostile \
+  $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
+  $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO := $(CACHE)/demo-v1
 BIN := $(abspath $(VENV))/bin
@@ -32,7 +36,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
 
-.PHONY: help serve test check compiled gpu quality proto demo install clean
+.PHONY: help serve test quick check compiled gpu quality proto demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -57,9 +61,11 @@ serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id]
 	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
 
-test: install ## run the whole CPU test suite [ARGS="-k name"]
-	@unset OMP_NUM_THREADS
-	HF_HUB_OFFLINE=1 exec "$$BIN/python" -m pytest tests $(ARGS)
+test: install ## run the whole CPU test suite in two processes [ARGS="-k name"]
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest tests -n 2 --dist loadgroup $(ARGS)
+
+quick: install ## run the fast tests only: no engine, no training; under a minute [ARGS="-k name"]
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest $(QUICK) -n 2 --dist loadgroup $(ARGS)
 
 check: install ## lint, formatting, types, which room imports which
 	@"$$BIN/ruff" check .

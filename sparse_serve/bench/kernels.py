@@ -2,11 +2,13 @@
 
     results = run(KernelsRequest(shapes=((4096, 4096),), tokens=(1, 64)))
 
-For each shape and number of tokens, in one interleaved run (`timing`): torch's dense linear, the dense linear that vLLM
-would run, every kernel that does not refuse, with values in the activations' dtype and in 8 bits, and with one token a
-plain read of the compressed bytes. Weights are random. A speedup below 1 means that serving dense would have been
-better. The byte limit is how long only reading a candidate's own weight would take, at the speed of that plain read:
-with one token a layer can hardly be faster, so the share of it that is reached says what is left to gain.
+For each shape and number of tokens these candidates take turns (`tuning.timing`): torch's dense linear, the dense
+linear that vLLM would run, and every kernel that supports the layer, with values in the activations' dtype and in 8
+bits. Weights are random. A speedup below 1 means that dense is faster.
+
+With one token a layer is bound by reading its weight. So a plain read of the compressed bytes is timed too, and each
+candidate's time is compared with how long reading its own weight would take at that speed (`of_byte_limit`; 1 is the
+best that can be expected).
 
 Legend: T = tokens, O = out features, I = in features.
 """

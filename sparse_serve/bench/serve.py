@@ -3,14 +3,14 @@
     runs = run(ServeRequest(dense="DENSE", sparse="SPARSE"))
     compare(runs)
 
-Load comes from vLLM's own `vllm bench serve`, on random prompts of about the same length, with as many requests under
-way as there are clients. A round serves both models, one after the other: two servers on one machine would take
-caches and cores from each other. Who goes first changes from round to round, and what is compared is the ratio within a
-round, so that a slow hour hits both. Prefix caching is off, as warming up repeats a prompt. A run in which a request
-failed, or stopped early, is an error and not a figure.
+The load is vLLM's own `vllm bench serve`: random prompts of about the same length, as many requests at a time as there
+are clients. A round serves both models, one after the other, because two servers on one machine would compete for cores
+and caches. The order changes from round to round, and ratios are taken within a round, so that a slow hour affects both
+models alike. Prefix caching is off, as the warm-up repeats a prompt. A run in which a request failed or stopped early
+is an error.
 
-Tokens per second while decoding are clients by time per output token, which leaves out the first token of a request and
-with it the prompt.
+Decoding speed in tokens per second is the number of clients divided by the time per output token; the first token of a
+request, which includes the prompt, does not count.
 """
 
 from __future__ import annotations

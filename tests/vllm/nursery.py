@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-AS_USERS_DO = {"test_server", "test_endings", "test_stock", "test_compiled", "test_bench_serve"}
+AS_USERS_DO = {"test_server", "test_endings", "test_stock", "test_compiled", "test_bench_serve", "test_docs"}
 """Modules whose tests start every process anew."""
 
 ARCHITECTURES = [f"{name}ForCausalLM" for name in ("GPTNeoX", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]

@@ -1,4 +1,4 @@
-"""`evaluate`, `inspect`, `load`, `report` and `demo`: look at models and runs, and have something to look at."""
+"""`evaluate`, `inspect`, `load`, `report` and `demo`: measure models, show training runs, make the demo model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which files of a Hugging Face directory belong to its weights, and go where they go.
+"""Lists the files (tokenizer, generation settings, chat template) that are copied or downloaded with the weights.
 
-Tokenizer, generation settings and chat template are copied beside every checkpoint that is written, and downloaded with
-every model of the hub. Code is not among them, and neither are weights in other formats.
+They are copied beside every checkpoint that is written, and downloaded with every model of the hub. Code is not among
+them, and neither are weights in other formats.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Training text as packed windows, dealt to steps by arithmetic alone.
+"""Training text as packed windows; which ones a step sees depends only on the seed and the step's number.
 
 Documents are joined with end-of-sequence tokens and cut into windows that do not overlap. The last windows of every
 file are held out and never trained on. Sample number s of a run belongs to file s mod F, so that every file contributes
-equally whatever its size; within a file windows come in an order shuffled anew for each pass. Which windows a step sees
-thus depends on the seed and the step's number only: a resumed run, or one on more processes, sees the same.
+equally whatever its size; within a file windows come in an order shuffled anew for each pass. A resumed run, or one
+on more processes, thus sees the same windows.
 
 Ids are int32 and windows are views of them. With a `cache_dir`, ids are tokenised once into files there and mapped, not
 read: a corpus may be larger than memory, and a run that goes on does not tokenise again. Such a file is little-endian

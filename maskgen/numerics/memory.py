@@ -1,4 +1,4 @@
-"""How much memory this process has used at most, and how much of a tensor to work on at a time to use less of it."""
+"""Peak memory of this process, and chunk sizes for work on large tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An order of the columns of a score matrix in which an N:M pattern keeps a larger sum of scores.
+"""Finds a permutation of columns with which an N:M pattern keeps a larger total score.
 
 A pattern keeps the N best columns of each group of M neighbours. Four strong columns in one group lose two of them, and
 four weak ones keep two; with strong and weak columns mixed, the same pattern keeps more. Two stages, both of the RIA

@@ -1,6 +1,6 @@
-"""The loop around `step`: steps, now and then a look at the masks, checkpoints, the log.
+"""The training loop: runs steps, and evaluates, logs and writes checkpoints at intervals.
 
-What is seen and saved never changes what is learned, so the cadence is a matter of flags and not of the recipe. The
+Evaluations and checkpoints never change what is learned, so their intervals are flags and no part of the recipe. The
 order at a step's end is log, evaluation, checkpoint: whatever a checkpoint covers is in the log before it.
 """
 

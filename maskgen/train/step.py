@@ -1,9 +1,9 @@
-"""Driver 2: learn masks (or weights) end to end, over the whole model at once.
+"""One training step of a learned method, over the whole model.
 
     every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too (scope = "all")
     for each step:  before_step -> forward, loss, backward (per micro-batch) -> clip -> optimiser -> after_step
 
-This file does one step; `loop` is the loop around it. Everything a step does is a function of the recipe and the step's
+`loop` repeats the step. Everything a step does is a function of the recipe and the step's
 number: which windows it sees, the noise, the learning rate. So resuming needs parameters, buffers and optimiser states
 only, and ends with the same bits.
 

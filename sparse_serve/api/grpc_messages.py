@@ -1,4 +1,4 @@
-"""Between the protocol's messages and the engine's values, with the bounds a request has to keep.
+"""Converts gRPC messages to engine types and back, and checks the limits of requests.
 
 A request is checked here before the engine sees it: everything that has a number or a length has a limit, and the
 error names the field. Numbers that are merely odd (a temperature of 90) are the model's business; NaN is not a number.

@@ -1,4 +1,4 @@
 """How fast and how small sparse is, against dense, on this machine.
 
-`kernels.run` times linear layers, `serve.run` two models behind a server, `survey.survey` the layers of a checkpoint.
+`kernels.run` times linear layers, `serve.run` two models behind a server, `survey.examine` the layers of a checkpoint.
 """

@@ -1,1 +1,4 @@
-"""The `sparse-serve` command: `main` finds the verb, the other files are verbs."""
+"""The `sparse-serve` command.
+
+`main` finds the verb's file; `request`, `settings`, `terminal` are shared by verbs, `vllm` is vLLM's own command.
+"""

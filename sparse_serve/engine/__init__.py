@@ -1,4 +1,4 @@
-"""What the APIs and the gate know about an engine: values in, values out, no vLLM.
+"""The `Engine` protocol and its request and response types; independent of vLLM.
 
 A request goes in as a `GenerateRequest`, tokens come out as `Chunk`s, and abandoning the iteration (closing it, or
 cancelling the task that runs it) aborts the request in the engine. `fake.py` implements the same protocol without a

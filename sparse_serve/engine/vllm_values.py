@@ -1,4 +1,4 @@
-"""Between our values and vLLM's: sampling parameters one way, outputs the other. Duck-typed, without importing vLLM."""
+"""Converts sampling parameters to vLLM's, and vLLM's outputs to `Chunk` and `EngineInfo`, without importing vLLM."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,10 +1,12 @@
-"""The PTX that `skinny` is made of, for what Triton has no words: the sparse product, and the steps around it.
+"""Inline PTX of the `skinny` kernel for what Triton does not expose: the sparse matrix product (`mma.sp`) and the
+conversion of 8-bit codes to floats.
 
 Each piece runs in every lane of a warp on that lane's registers, words of 32 bits that hold two 16-bit floats or four
 8-bit codes; `$0` is its first register. It is text, so no GPU and no Triton is needed to read it or to test it.
 
-Codes become floats in registers, two at a time, one in each half of a word, and without rounding. It ends in one
-instruction on both halves, `bits * factor + addend`, which GPUs have for bfloat16 too from sm_80 on:
+Codes become floats in registers, two at a time, one in each half of a word, and without rounding. The
+conversion ends in one instruction on both halves, `bits * factor + addend`, which GPUs have for bfloat16 too from sm_80
+on:
 
     int8           Stored as code + 128, 0 to 255, and laid into the low bits of a zero. As a bfloat16 that is
                    2^-133 * (code + 128), also from 128 on, where the lowest bit of the exponent is set, because

@@ -1,8 +1,9 @@
-"""What the processes of one server tell each other through environment variables: every one of them is here.
+"""The internal environment variables that a server passes to its child processes.
 
 vLLM starts its engine, its workers and its model inspector itself, and hands them its own configuration only. The
-environment is what every child inherits, whoever starts it, so these facts travel there. The variables are internal,
-which their leading underscore says: nobody is meant to set them, and `Settings` does not take them for its own.
+environment is what every child inherits, whoever starts it, so these facts travel there. All of the variables are
+in this file. They are internal, which their leading underscore says: nobody is meant to set them, and `Settings` does
+not take them for its own.
 """
 
 import os

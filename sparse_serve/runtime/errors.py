@@ -14,8 +14,9 @@
           +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
-`answer` is the only place that picks a status. Every API (gRPC, HTTP) asks it, so the same error has the same meaning
-on each. The text of an exception reaches a client only if it was written for clients, that is if the table has its
+`answer` picks the status of this project's errors, for gRPC calls and for what the HTTP listener refuses, so the same
+error has the same meaning on each. The listener's 404 and 413 and the statuses of vLLM's own HTTP API do not come from
+it. The text of an exception reaches a client only if it was written for clients, that is if the table has its
 class. Anything else is logged under a random id, and the client gets the id: exception texts of libraries have carried
 addresses and memory contents out of other servers.
 """

@@ -1,4 +1,4 @@
-"""Child processes: none is left behind, not when a start is interrupted, not when the server itself is killed.
+"""Ends all child processes when a start is interrupted or the server is killed.
 
 vLLM starts processes at several depths: engine, workers, a short-lived model inspector. While it is still starting
 there is no handle to stop them with, so `descendants` asks the operating system for them.

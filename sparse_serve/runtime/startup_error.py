@@ -1,4 +1,4 @@
-"""Why an engine did not start: from the process that knows to the server that reports it.
+"""Passes the error that stopped an engine process at start-up to the server, through a file.
 
 vLLM builds the model in processes of its own. When one dies, its exception dies with it, and all that reaches the
 server is "Engine core initialization failed. See root cause above". So the server names a file to the processes it

@@ -1,1 +1,1 @@
-"""What every API of the server shares: settings, metrics, admission of requests, the HTTP port."""
+"""What APIs share (settings, metrics, admission of requests, the HTTP port), and the server's lifecycle."""

@@ -1,4 +1,4 @@
-"""What the server and its APIs know of each other: the context an API works in, and the life it goes through."""
+"""`ServerContext`, the objects that APIs share, and `Api`, the protocol every API implements."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -4,7 +4,7 @@
     start the engine    tens of seconds; `stop` ends it
     serve               APIs are connected to the engine, `Ready` comes last
     drain               after `stop`: refuse new requests, wait up to `drain_s` for running ones
-    stop                APIs, then the HTTP port, then the engine
+    stop                the HTTP port, then the APIs, then the engine
 
 Each step is told to a callback as an `Event`; the command line prints them. A second `stop` changes nothing: every wait
 has a time limit already, and killing in a hurry is what leaves processes behind.

@@ -109,7 +109,7 @@ class MaskSet:
             else:
                 mask_OI = self.mask(name)
                 tensors[name + DIGITS_SUFFIX] = pack_digits(mask_OI, self.pattern)
-                tensors[name + SHAPE_SUFFIX] = torch.tensor(mask_OI.shape)
+                tensors[name + SHAPE_SUFFIX] = torch.tensor(mask_OI.shape, device="cpu")
         with temporary_sibling(Path(path)) as temporary:
             save_tensors(tensors, temporary, dict(zip(_METADATA_KEYS, values, strict=True)))
 

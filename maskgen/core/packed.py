@@ -206,7 +206,7 @@ def _unpack_on_cpu(kept: Tensor, bitmask: Tensor) -> Tensor:
     torch's masked_scatter_ works in one thread too, but slower, and each operation before it starts and waits for all
     threads of the process; with several processes on one machine those waits take most of the time.
     """
-    dense_OI = torch.zeros(bitmask.shape[0], bitmask.shape[1] * 8, dtype=kept.dtype)
+    dense_OI = torch.zeros(bitmask.shape[0], bitmask.shape[1] * 8, dtype=kept.dtype, device="cpu")
     as_bits = _SAME_SIZE[kept.dtype.itemsize]  # numpy has no bfloat16, and numbers are only copied
     source, target = kept.detach().view(as_bits).numpy(), dense_OI.view(as_bits).numpy()
     step = max(1, _BYTES_AT_A_TIME // max(1, bitmask.shape[1]))

@@ -84,7 +84,7 @@ class NMPattern:
                 "enumerated; choose a smaller group"
             )
         kept = itertools.combinations(range(self.m), self.n)
-        return torch.tensor([[column in columns for column in range(self.m)] for columns in kept])
+        return torch.tensor([[column in columns for column in range(self.m)] for columns in kept], device="cpu")
 
     def check_columns(self, in_features: int, name: str = "weight") -> None:
         """Raise `PatternError` unless a row of `in_features` columns can be packed."""

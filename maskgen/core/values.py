@@ -42,7 +42,8 @@ def to_codes(values_OV: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     largest_O = exact_OV.abs().amax(1)
     # A scale below the normal numbers would lose its own digits; one rounded up at the very top, make infinity.
     limits = torch.finfo(torch.float32)
-    most = torch.nextafter(torch.tensor(limits.max) / LARGEST[kind], torch.tensor(0.0)).item()
+    top = torch.tensor(limits.max, device="cpu") / LARGEST[kind]
+    most = torch.nextafter(top, torch.zeros_like(top)).item()
     scale_O = (largest_O / LARGEST[kind]).clamp(limits.tiny, most)
     scale_O = torch.where(largest_O == 0, torch.ones_like(scale_O), scale_O)
     steps_OV = (exact_OV / scale_O[:, None]).clamp(-LARGEST[kind], LARGEST[kind])

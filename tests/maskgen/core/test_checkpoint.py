@@ -57,6 +57,17 @@ def test_tensors_are_those_of_the_dense_model(sparse: Path) -> None:
         checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
 
 
+def test_it_is_read_alike_whatever_torchs_default_device_is(sparse: Path, tmp_path: Path) -> None:
+    expected, file = SparseCheckpoint.open(sparse), tmp_path / "masks.safetensors"
+    with torch.device("meta"):
+        checkpoint = SparseCheckpoint.open(sparse)
+        layers = [checkpoint.packed(module).unpack() for module in TARGETS]
+        checkpoint.mask_set().save(file)
+        masks = MaskSet.load(file)
+    assert [bits(layer) for layer in layers] == [bits(expected.packed(module).unpack()) for module in TARGETS]
+    assert masks.digest() == expected.mask_set().digest()
+
+
 def test_mask_set_is_the_one_it_was_made_from(sparse: Path, tmp_path: Path) -> None:
     masks = SparseCheckpoint.open(sparse).mask_set()
     made_from = magnitude_masks(sparse.with_name("tiny-dense"))

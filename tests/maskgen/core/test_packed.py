@@ -62,6 +62,18 @@ def test_unpacking_some_rows_at_a_time_is_torchs_masked_scatter(
         assert bits(unpack(packed.values[rows], packed.bitmask[rows])) == bits(scattered)
 
 
+@pytest.mark.parametrize("values", ["float", "int8", "fp8_e4m3"])
+def test_tensors_on_the_cpu_stay_there_whatever_torchs_default_device_is(values: str) -> None:
+    weight = random_weight(TWO_FOUR, torch.bfloat16)
+    mask = random_mask(TWO_FOUR, weight)
+    expected = PackedTensor.pack(weight, mask, TWO_FOUR).quantised(values).unpack()
+    with torch.device("meta"):
+        packed = PackedTensor.pack(weight, mask, TWO_FOUR).quantised(values)
+        packed.verify()
+        unpacked = packed.unpack()
+    assert bits(unpacked) == bits(expected)
+
+
 def test_pruned_negative_weights_become_plus_zero_and_kept_minus_zero_stays() -> None:
     weight = torch.tensor([[-0.0, -1.0, 2.0, -3.0, 0.0, 0.0, -0.0, 0.0]])
     mask = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0]]) > 0

@@ -44,11 +44,11 @@ class PlainLinear(MaskLLMLinear):
     """The textbook form: autograd keeps what it wants to keep."""
 
     def train_forward(self, x: Tensor) -> Tensor:
-        draw = self.draw()
-        generator = torch.Generator(self.logits.device).manual_seed(draw.seed)
+        sample = self.sample()
+        generator = torch.Generator(self.logits.device).manual_seed(sample.seed)
         uniform = torch.rand(self.logits.shape, generator=generator, device=self.logits.device).clamp_(1e-7)
-        probs_OPG = torch.softmax((draw.scale * self.logits - (-uniform.log()).log()) / draw.temperature, 1)
-        mask_OI = (draw.patterns_Pm.T @ probs_OPG).transpose(1, 2).flatten(1)
+        probs_OPG = torch.softmax((sample.scale * self.logits - (-uniform.log()).log()) / sample.temperature, 1)
+        mask_OI = (sample.patterns_Pm.T @ probs_OPG).transpose(1, 2).flatten(1)
         masked_OI = self.weight * mask_OI
         self.energy = masked_OI.float().square().sum()
         return dense_linear(x, masked_OI, self.bias)
@@ -136,13 +136,13 @@ def prepare(net: Any, variant: str, windows: int, window_tokens: int) -> tuple[C
     ids_BT = torch.randint(net.config.vocab_size, (windows, window_tokens), generator=generator)
 
     def step(number: int) -> None:
-        moment = StepContext(number, 100, number)
+        context = StepContext(number, 100, number)
         for layer in layers.values():
-            layer.moment = moment
+            layer.context = context
         with torch.autocast("cpu", torch.bfloat16):
             logits_BTV = net(input_ids=ids_BT, use_cache=False).logits
         loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
-        (loss + method.regulariser(layers, moment)).backward()
+        (loss + method.regulariser(layers, context)).backward()
         torch.nn.utils.clip_grad_norm_(learned_parameters(layers), 1.0)
         optimizer.step()
         optimizer.zero_grad()

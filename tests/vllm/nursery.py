@@ -26,6 +26,8 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+from sparse_serve.runtime import processes
+
 AS_USERS_DO = {"test_server", "test_endings", "test_stock", "test_compiled", "test_bench_serve", "test_docs"}
 """Modules whose tests start every process anew."""
 
@@ -75,8 +77,11 @@ def run_item(item: pytest.Item) -> None:
             answer.write_bytes(pickle.dumps(kept))
             return 0
 
-        status = _fork(child)
-        reports = _reports(item, answer) if status == 0 else [_crash(item, status)]
+        try:
+            status = fork(child)
+            reports = _reports(item, answer) if status == 0 else [_failed(item, _ending(status))]
+        except pytest.fail.Exception as time_limit:
+            reports = [_failed(item, str(time_limit))]
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -90,10 +95,13 @@ def _reports(item: pytest.Item, answer: Path) -> list[pytest.TestReport]:
     ]
 
 
-def _crash(item: pytest.Item, status: int) -> pytest.TestReport:
+def _failed(item: pytest.Item, why: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", f"{item.nodeid}: {why}", "call")
+
+
+def _ending(status: int) -> str:
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    message = f"{item.nodeid}: the process of the test ended with {how}"
-    return pytest.TestReport(item.nodeid, item.location, {}, "failed", message, "call")
+    return f"the process of the test ended with {how}"
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -115,11 +123,11 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
                 handler.setStream(sys.stderr)
             return main(argv)
 
-        status = _fork(child)
+        status = fork(child)
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
 
 
-def _fork(work: Callable[[], int]) -> int:
+def fork(work: Callable[[], int]) -> int:
     """Exit status of a child that does `work`; negative, the signal that ended it."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -136,4 +144,11 @@ def _fork(work: Callable[[], int]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException:  # the time limit of a test, which is raised here, or Ctrl-C
+        below = processes.descendants(pid)
+        os.kill(pid, signal.SIGKILL)
+        processes.kill(below)
+        os.waitpid(pid, 0)
+        raise

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As `make test` does. A process that has used torch's threads must not fork, which the tests of vLLM do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 ModelDir = Callable[..., Path]

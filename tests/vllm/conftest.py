@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.vllm import nursery
@@ -16,7 +18,14 @@ def _cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in filter(_is_here, items):
+    here = list(filter(_is_here, items))
+    threads = os.environ["OMP_NUM_THREADS"]
+    if threads != "1" and any(item.path.stem not in nursery.AS_USERS_DO for item in here):
+        raise pytest.UsageError(
+            f"OMP_NUM_THREADS is {threads}, expected 1 for tests/vllm: they fork this process, and a child hangs where "
+            "its parent has used torch's threads; unset it"
+        )
+    for item in here:
         item.add_marker(pytest.mark.filterwarnings("ignore"))
         if item.path.stem not in nursery.AS_USERS_DO:
             item.add_marker(pytest.mark.xdist_group("nursery"))

@@ -142,9 +142,13 @@ def run(command: list[str]) -> str | None:
 
 
 def probe(name: str) -> str | None:
-    """What a function of `gpu_measure` returns, in a process of its own, as text; None if that died."""
+    """What a function of `gpu_measure` returns, in a process of its own, as text; None if that died or hung."""
     code = f"from tests.bench import gpu_measure; print(gpu_measure.{name}())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

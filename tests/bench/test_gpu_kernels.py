@@ -150,7 +150,10 @@ def test_a_crash_of_the_rest_leaves_the_shapes_before_it_in_the_file(
     assert any(line.split()[:2] == ["8", "cusparselt"] for line in text)
 
 
-def test_a_probe_that_dies_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_dies_or_hangs_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as limited:
+        limited.setattr(gpu_kernels, "LIMIT_S", 0.05)
+        assert gpu_kernels.probe("copy_bandwidth") is None
     ends = iter([SimpleNamespace(stdout="right\n", returncode=0), SimpleNamespace(stdout="ri", returncode=-11)])
     monkeypatch.setattr(gpu_kernels.subprocess, "run", lambda *args, **options: next(ends))
     assert gpu_kernels.probe("alpha_per_row") == "right"

@@ -40,6 +40,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     try:
         info = await engine.start()
         family = descendants(os.getpid()) - family
+        engines = [pid for pid in family if "EngineCore" in command_of(pid)]
         assert (info.dtype, info.sparse_layers, info.dense_layers) == ("float32", 0, SPARSE_LAYERS)
         ids = models.tokenizer().encode(models.TEXT, add_special_tokens=False)[:400]
         scores = await engine.score(ids)
@@ -51,4 +52,4 @@ async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
         logits = dense(torch.tensor([ids])).logits[0].float()
     expected = logits.log_softmax(-1)[range(399), ids[1:]]
     assert scores == pytest.approx(expected.tolist(), abs=1e-4)
-    assert family and not any(is_alive(pid) for pid in family if "EngineCore" in command_of(pid))
+    assert engines and not any(map(is_alive, engines))

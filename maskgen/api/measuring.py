@@ -138,6 +138,7 @@ def report(request: ReportRequest) -> ReportResult:
 def demo(request: DemoRequest | None = None, progress: Listener = silent) -> DemoResult:
     """Make a small trained model and text to try everything on, offline and in minutes, or find it made.
 
-    Raises `OutputExistsError` when the directory holds something else.
+    Raises `OutputExistsError` when the directory holds something else, `SparseError` when none was given and the user
+    has no home directory.
     """
     return DemoResult(demos.build(None if request is None else request.out, progress))

@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from maskgen.core.digest import digest_bytes
-from maskgen.core.errors import DataError, OutputExistsError
+from maskgen.core.errors import DataError, OutputExistsError, SparseError
 from maskgen.core.files import write_json
 from maskgen.core.perplexity import Protocol
 from maskgen.data.demo_text import split, standard_documents
@@ -84,8 +84,17 @@ class Progress:
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v1` in the user's cache."""
-    return user_cache_path("sparse-serve") / "demo-v1"
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v1` in the user's cache.
+
+    Raises `SparseError` for a user without a home directory.
+    """
+    try:
+        folder = user_cache_path("sparse-serve")
+    except RuntimeError as error:
+        raise SparseError(f"no folder for the demo: {error}; or give `out`") from None
+    if not folder.is_absolute():  # older releases of platformdirs leave `~` in it
+        raise SparseError(f"no folder for the demo: {folder} is not absolute; set XDG_CACHE_HOME to one, or give `out`")
+    return folder / "demo-v1"
 
 
 def build(

@@ -55,22 +55,28 @@ def main(args: argparse.Namespace) -> int:
     from sparse_serve.engine.vllm_engine import VllmEngine
 
     engine = VllmEngine(args.model, args.others, settings.drain_s)
-    shown = terminal.plain() if args.verbose else terminal.redirected()
-    hint = f"\nlog: {shown.log}" if shown.log else ""
+    shown = terminal.plain()
     try:
+        if not args.verbose:
+            shown = terminal.redirected()
         code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
     except (SparseError, OSError) as error:
-        shown.note(f"sparse-serve: error: {error}{hint}")
+        shown.note(f"sparse-serve: error: {error}{_log_line(shown)}")
         return 2
     except Exception as error:
         logger.exception("the server failed")
-        shown.note(f"sparse-serve: error: {type(error).__name__}: {error}{hint}")
+        shown.note(f"sparse-serve: error: {type(error).__name__}: {error}{_log_line(shown)}")
         return 1
     if engine.is_loading:
         # stopped in the middle of a download, say, whose threads Python would wait for
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _log_line(shown: Terminal) -> str:
+    """A second line for an error, if there is a log that says more."""
+    return f"\nlog: {shown.log}" if shown.log else ""
 
 
 async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event], None]) -> int:

@@ -50,9 +50,9 @@ def redirected(folder: Path | None = None) -> Terminal:
     `_KEPT_LOGS` files are kept, and those of running servers. If no file can be written there, that is said and
     everything is printed.
     """
-    folder = folder or platformdirs.user_log_path("sparse-serve", appauthor=False)
-    path = folder / f"serve-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     try:
+        folder = folder or _users_folder()
+        path = folder / f"serve-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
@@ -63,6 +63,17 @@ def redirected(folder: Path | None = None) -> Terminal:
     terminal = Terminal(_moved(sys.stdout, 1, file), _moved(sys.stderr, 2, file), path)
     os.close(file)
     return terminal
+
+
+def _users_folder() -> Path:
+    """The user's folder for logs; `OSError` if there is none."""
+    try:
+        folder = platformdirs.user_log_path("sparse-serve", appauthor=False)
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"{error}; or print the log with --verbose") from None
+    if not folder.is_absolute():  # the same user, in older releases: `~` was left in it
+        raise OSError(f"{folder} is no absolute folder; set XDG_STATE_HOME to one, or print the log with --verbose")
+    return folder
 
 
 def _moved(stream: TextIO, number: int, file: int) -> TextIO:

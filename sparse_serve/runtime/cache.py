@@ -83,8 +83,11 @@ def _folder() -> Path:
     except ModuleNotFoundError as error:
         raise OSError(f"XDG_CACHE_HOME is not set, and the package {error.name} is not installed") from None
 
-    folder = user_cache_path(APP, appauthor=False)
-    if not folder.is_absolute():  # a user without a home: `~` was left in it
+    try:
+        folder = user_cache_path(APP, appauthor=False)
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"XDG_CACHE_HOME is not set, and there is no home directory ({error})") from None
+    if not folder.is_absolute():  # the same user, in older releases: `~` was left in it
         raise OSError(f"XDG_CACHE_HOME is not set, and there is no home directory ({folder})")
     return folder
 

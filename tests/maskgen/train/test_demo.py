@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskgen.core.digest import digest_weights
-from maskgen.core.errors import DataError, ModelError, OutputExistsError
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, SparseError
 from maskgen.data import demo_text
 from maskgen.hf import new_llama
 from maskgen.train import demo
@@ -159,6 +159,14 @@ def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v1")
+
+
+def test_a_user_without_a_home_is_told_to_say_where(no_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        with pytest.raises(SparseError, match=r"no folder for the demo: .*set .*XDG.* or give `out`"):
+            demo.build()
+        # older releases of platformdirs leave the home unresolved
+        monkeypatch.setattr(demo, "user_cache_path", lambda app: Path("~/.cache") / app)
 
 
 def test_the_default_model_can_be_pruned_whole() -> None:

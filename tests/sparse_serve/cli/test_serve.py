@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from sparse_serve.cli import terminal
@@ -117,6 +118,18 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.
     (tmp_path / "file").touch()
     assert terminal.redirected(tmp_path / "file").log is None
     assert "no log file, so the log is printed: " in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_gets_no_log_file_and_is_told(
+    no_home: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert terminal.redirected().log is None
+    monkeypatch.setattr(platformdirs, "user_log_path", lambda app, appauthor: Path("~/.local/state") / app)
+    assert terminal.redirected().log is None  # as in older releases, which leave the home unresolved
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("no log file, so the log is printed: " in line for line in said)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_start_that_fails_ends_with_the_reason_and_the_log(tmp_path: Path) -> None:

@@ -69,14 +69,18 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 
 @pytest.mark.parametrize("missing", ["home", "platformdirs"])
 def test_no_place_for_a_cache_is_said_and_nothing_is_written(
-    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    missing: str, no_home: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.chdir(tmp_path)
-    if missing == "home":
-        monkeypatch.setattr(platformdirs, "user_cache_path", lambda app, appauthor: Path("~/.cache") / app)
-    else:
+    if missing == "platformdirs":
         monkeypatch.setitem(sys.modules, "platformdirs", None)
     machine_cache.keep("kind-1", FACTS, {"seconds": 1.5})
     assert machine_cache.recall("kind-1", FACTS) == {} and not list(tmp_path.iterdir())
     assert len(caplog.messages) == 2 and all(missing in said for said in caplog.messages)
+
+
+def test_older_releases_of_platformdirs_leave_the_home_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda app, appauthor: Path("~/.cache") / app)
+    with pytest.raises(OSError, match="no home directory"):
+        machine_cache.path("kind-1", FACTS)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pkgutil
+import signal
 from importlib import import_module
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sparse_serve import api
+from sparse_serve.cli import serve
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.server.admission import Admission
 from sparse_serve.server.context import Api, ServerContext
@@ -36,6 +38,29 @@ def context() -> ServerContext:
 def test_the_apis_are_known() -> None:
     assert {"grpc_v1", "http_openai", "ops"} <= set(NAMES)
     assert LIFE == ["start", "serve", "drain", "stop"]
+
+
+async def test_every_api_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sparse-serve serve` names the APIs; a new file that it does not name would never be reached."""
+    served: list[str] = []
+
+    class Recorder:
+        def __init__(self, engine: object, settings: object, apis: list[ModuleType], *others: object) -> None:
+            served.extend(module.__name__.rpartition(".")[2] for module in apis)
+
+        def stop(self) -> None: ...
+
+        async def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(serve, "Server", Recorder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert await serve._serve(FakeEngine(), Settings(), lambda event: None) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert sorted(served) == sorted(NAMES)
 
 
 def test_create_makes_an_api(module: ModuleType) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskgen.core.checkpoint import read_headers
-from maskgen.core.config import CorrectionForm, SparseConfig
+from maskgen.core.config import CorrectionConfig, SparseConfig
 from maskgen.core.digest import digest_bytes, digest_weights
 from maskgen.core.errors import FormatError, SparseError
 from maskgen.core.files import open_tensors
@@ -103,7 +103,7 @@ def sparse_dir(path: Path, shard_bytes: int = 1 << 30, pattern: NMPattern = TWO_
     return path
 
 
-def corrected_dir(path: Path, values: str = "float", form: CorrectionForm | None = None, **config: Any) -> Path:
+def corrected_dir(path: Path, values: str = "float", form: CorrectionConfig | None = None, **config: Any) -> Path:
     """Write a sparse checkpoint with `values` of any kind and random corrections; its dense model stays beside it."""
     dense = dense_dir(path.with_name(path.name + "-dense"), **config)
     masks, generator = magnitude_masks(dense), torch.Generator().manual_seed(2)

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from maskgen.core.checkpoint import read_headers
-from maskgen.core.config import CorrectionForm, SparseConfig
+from maskgen.core.config import CorrectionConfig, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
@@ -155,7 +155,7 @@ def save_sparse(dense_dir: Path, directory: Path, pattern: str = "2:4", shard_by
     return masks
 
 
-def save_corrected(dense_dir: Path, directory: Path, form: CorrectionForm | None, values: str = "float") -> MaskSet:
+def save_corrected(dense_dir: Path, directory: Path, form: CorrectionConfig | None, values: str = "float") -> MaskSet:
     """Compress with magnitude masks, random corrections of one form and `values` of any kind; returns the masks."""
     masks, generator = magnitude_masks(dense_dir, NMPattern(2, 4)), torch.Generator().manual_seed(1)
     ignored = ("lm_head",)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from maskgen.sweep.driver import Progress as SweepProgress
 from maskgen.train.demo import Progress as DemoProgress
-from maskgen.train.loop import EvalLog as HeldOut
-from maskgen.train.loop import Stage
-from maskgen.train.step import StepLog as TrainingStep
+from maskgen.train.loop import HeldOut, Stage
+from maskgen.train.step import TrainingStep
 
 __all__ = ["DemoProgress", "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
 

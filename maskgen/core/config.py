@@ -41,7 +41,7 @@ FIXED, TRAINED = "fixed", "trained"
 
 
 @dataclass(frozen=True)
-class CorrectionForm:
+class CorrectionConfig:
     """The form of the correction y += S (X x) that every target has (SLoRB).
 
     S is `[O, I / segment]`. With `pool` "fixed", X adds up `segment` consecutive inputs each and is not stored; with
@@ -79,7 +79,7 @@ class CorrectionForm:
         return {"kind": POOLED, "segment": self.segment, "pool": self.pool}
 
     @classmethod
-    def from_dict(cls, value: Any) -> CorrectionForm | None:
+    def from_dict(cls, value: Any) -> CorrectionConfig | None:
         """Read the JSON object or null; `FormatError` on anything else."""
         if value is None:
             return None
@@ -110,7 +110,7 @@ class SparseConfig:
     base_model: str
     base_digest: str
     values: str = FLOAT
-    correction: CorrectionForm | None = None
+    correction: CorrectionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.values not in KINDS:
@@ -175,7 +175,7 @@ class SparseConfig:
             base_model=base["name"],
             base_digest=base["digest"],
             values=value["values"],
-            correction=CorrectionForm.from_dict(value["correction"]),
+            correction=CorrectionConfig.from_dict(value["correction"]),
         )
 
 

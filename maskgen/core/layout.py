@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskgen.core.config import CONFIG_KEY, FIXED, TRAINED, CorrectionForm, SparseConfig
+from maskgen.core.config import CONFIG_KEY, FIXED, TRAINED, CorrectionConfig, SparseConfig
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer, check_shapes
@@ -51,11 +51,11 @@ def suffixes(config: SparseConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def form_of(correction: Correction | None, in_features: int) -> CorrectionForm | None:
+def form_of(correction: Correction | None, in_features: int) -> CorrectionConfig | None:
     """The form of `correction`, of a layer with `in_features` inputs, as the manifest states it; None without one."""
     if correction is None:
         return None
-    return CorrectionForm(in_features // correction.out.shape[1], FIXED if correction.pool is None else TRAINED)
+    return CorrectionConfig(in_features // correction.out.shape[1], FIXED if correction.pool is None else TRAINED)
 
 
 def tensors(layer: StoredLayer) -> dict[str, Tensor]:

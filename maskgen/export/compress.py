@@ -31,7 +31,7 @@ from maskgen.core.checkpoint import (
     read_headers,
 )
 from maskgen.core.companions import companion_files
-from maskgen.core.config import CONFIG_KEY, CorrectionForm, SparseConfig
+from maskgen.core.config import CONFIG_KEY, CorrectionConfig, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
@@ -244,7 +244,7 @@ def _stored(module: str, weight_OI: Tensor, layer: StoredLayer, config: SparseCo
 
 
 def _check_correction(
-    module: str, shape: tuple[int, int], correction: Correction | None, form: CorrectionForm | None
+    module: str, shape: tuple[int, int], correction: Correction | None, form: CorrectionConfig | None
 ) -> None:
     expected = None if form is None else form.shapes(*shape, module)
     found = None

@@ -132,8 +132,8 @@ class Checkpoints:
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def last_words(self) -> str:
-        """For error messages: what is left to go on from."""
+    def what_is_kept(self) -> str:
+        """A clause for error messages: the newest checkpoint, from which the run can go on."""
         steps = self.steps()
         return f"the checkpoint of step {steps[-1]} is kept in {self.folder}" if steps else "there is no checkpoint yet"
 

@@ -23,7 +23,7 @@ from maskgen.data.corpus import Corpus
 from maskgen.methods.learned import Mode
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import TrainLog
-from maskgen.train.step import Session, StepLog, heldout_nll
+from maskgen.train.step import Session, TrainingStep, heldout_nll
 
 EVALUATIONS = 5
 """How often a run looks at its masks when nobody says, the look before the first step not counted."""
@@ -66,7 +66,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class EvalLog:
+class HeldOut:
     """The model as it would be exported after `step` steps, on held-out text; losses in nats per token.
 
     `agreement` is the fraction of mask entries equal to the mask the run started from (the prior, where there is one),
@@ -96,7 +96,7 @@ class Watch:
         now = bitmasks(session)
         return cls(now if prior is None else prior, {name: bits.clone() for name, bits in now.items()})
 
-    def look(self, session: Session, corpus: Corpus, micro_batch: int) -> EvalLog:
+    def look(self, session: Session, corpus: Corpus, micro_batch: int) -> HeldOut:
         """Evaluate the masks of now; they are the last ones from here on. Raises `NumericalError`."""
         now = bitmasks(session)
         agreement = 1 - difference(now, self.start)
@@ -105,7 +105,7 @@ class Watch:
             self.last[name].copy_(bits)
         dense = None if session.step else _heldout_nll(session, corpus, micro_batch, Mode.DENSE)
         hard = _heldout_nll(session, corpus, micro_batch, Mode.HARD)
-        return EvalLog(
+        return HeldOut(
             session.step, hard, perplexity(hard), agreement, flipped, session.elapsed_s, dense,
             None if dense is None else perplexity(dense),
         )  # fmt: skip
@@ -129,7 +129,7 @@ def fit(
     checkpoints: Checkpoints,
     prior: Mapping[str, Tensor] | None,
     cadence: Cadence,
-    progress: Callable[[StepLog | EvalLog], None],
+    progress: Callable[[TrainingStep | HeldOut], None],
 ) -> None:
     """Train `session` to its last step, from the newest checkpoint if there is one.
 
@@ -144,9 +144,9 @@ def fit(
         try:
             _loop(session, corpus, log, checkpoints, watch, cadence, progress)
         except NumericalError as error:
-            raise NumericalError(f"{error}; {checkpoints.last_words()}") from error
+            raise NumericalError(f"{error}; {checkpoints.what_is_kept()}") from error
         except OSError as error:
-            raise OSError(f"{error}; {checkpoints.last_words()}; make room and run the same command again") from error
+            raise OSError(f"{error}; {checkpoints.what_is_kept()}; make room and run the same command again") from error
 
 
 def _loop(
@@ -156,11 +156,11 @@ def _loop(
     checkpoints: Checkpoints,
     watch: Watch,
     cadence: Cadence,
-    progress: Callable[[StepLog | EvalLog], None],
+    progress: Callable[[TrainingStep | HeldOut], None],
 ) -> None:
     steps, saved_s, cost_s = session.spec.steps, time.monotonic(), 0.0
 
-    def tell(kind: str, what: StepLog | EvalLog) -> None:
+    def tell(kind: str, what: TrainingStep | HeldOut) -> None:
         if log is not None:
             log.add(kind, asdict(what))
             progress(what)

@@ -36,16 +36,16 @@ from maskgen.sweep.workdir import TOKENS_FOLDER, locked, reserve_for_run, work_d
 from maskgen.train import result as export
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
-from maskgen.train.loop import Cadence, EvalLog, Stage, fit
+from maskgen.train.loop import Cadence, HeldOut, Stage, fit
 from maskgen.train.parallel import ALONE, Group, joined
 from maskgen.train.prior import check_base, make_prior
 from maskgen.train.result import Origin, Written
-from maskgen.train.step import Session, StepLog, prepare
+from maskgen.train.step import Session, TrainingStep, prepare
 
 PROVENANCE_FILE = "maskgen_provenance.json"
 """Digests of everything a result was made from, written beside the weights."""
 
-Event = Stage | Progress | StepLog | EvalLog
+Event = Stage | Progress | TrainingStep | HeldOut
 """What a run tells of its progress; `Progress` is the prior's."""
 
 

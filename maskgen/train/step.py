@@ -47,7 +47,7 @@ from maskgen.train.parallel import ALONE, Group
 
 
 @dataclass(frozen=True)
-class StepLog:
+class TrainingStep:
     """What one step measured, `step` counted from 1; losses in nats per token, `elapsed_s` since the run began."""
 
     step: int
@@ -99,7 +99,7 @@ class Session:
         """Everything the optimiser moves."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def run_step(self, corpus: Corpus, micro_batch: int) -> StepLog:
+    def run_step(self, corpus: Corpus, micro_batch: int) -> TrainingStep:
         """One optimiser step over the windows that belong to it, `micro_batch` of them per forward pass.
 
         Raises `NumericalError` when loss or gradient are not finite; parameters are then as they were.
@@ -125,7 +125,7 @@ class Session:
             self.method.after_step(self.learning, self.context, lr)
         self.step += 1
         loss, ce, divergence = self.group.total(totals).tolist()
-        return StepLog(
+        return TrainingStep(
             self.step, self.spec.steps, loss, ce, divergence, norm, lr, windows_BT.numel(), self.elapsed_s,
             peak_memory_bytes(self.device),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from sparse_serve.engine import (
     PositionLogprobs,
     Sampling,
 )
-from sparse_serve.runtime.errors import RequestError, UnknownModelError
+from sparse_serve.runtime.errors import BadRequestError, UnknownModelError
 from sparse_serve.server.settings import Settings
 
 _REASONS = {
@@ -41,7 +41,7 @@ _INT32_MAX = 2**31 - 1
 def read_request(
     message: pb.GenerateRequest | pb.GenerateStreamRequest, info: EngineInfo, settings: Settings
 ) -> GenerateRequest:
-    """Check a request and convert it. Raises `RequestError`, or `UnknownModelError` if it names another model."""
+    """Check a request and convert it. Raises `BadRequestError`, or `UnknownModelError` if it names another model."""
     if message.model and message.model != info.model:
         raise UnknownModelError(f"model {message.model!r} is not served here; {info.model!r} is")
     return GenerateRequest(_prompt(message, info), _sampling(message.sampling, info, settings))
@@ -50,14 +50,14 @@ def read_request(
 def _prompt(message: pb.GenerateRequest | pb.GenerateStreamRequest, info: EngineInfo) -> str | tuple[int, ...]:
     kind = message.WhichOneof("prompt")
     if kind is None:
-        raise RequestError("prompt: give text or token_ids")
+        raise BadRequestError("prompt: give text or token_ids")
     if kind == "text":
         if not message.text:
-            raise RequestError("text is empty; give at least one character")
+            raise BadRequestError("text is empty; give at least one character")
         return message.text
     ids = tuple(message.token_ids.ids)
     if not 1 <= len(ids) < info.max_model_len:
-        raise RequestError(f"token_ids: {len(ids)} tokens; expected 1 to {info.max_model_len - 1}")
+        raise BadRequestError(f"token_ids: {len(ids)} tokens; expected 1 to {info.max_model_len - 1}")
     _check_ids("token_ids", ids, info)
     return ids
 
@@ -66,7 +66,7 @@ def _sampling(message: pb.Sampling, info: EngineInfo, settings: Settings) -> Sam
     for name, (low, high) in _FLOAT_BOUNDS.items():
         value = getattr(message, name)
         if message.HasField(name) and (math.isnan(value) or not low <= value <= high):
-            raise RequestError(f"{name} is {value}; expected a number from {low:g} to {high:g}")
+            raise BadRequestError(f"{name} is {value}; expected a number from {low:g} to {high:g}")
     _check_count("max_tokens", message, 1, _INT32_MAX)
     _check_count("top_k", message, 0, _INT32_MAX)
     _check_count("logprobs", message, 0, settings.max_logprobs)
@@ -97,16 +97,16 @@ def _given(message: pb.Sampling, name: str) -> Any:
 def _check_count(name: str, message: pb.Sampling, low: int, high: int) -> None:
     value = _given(message, name)
     if value is not None and not low <= value <= high:
-        raise RequestError(f"{name} is {value}; expected {low} to {high}")
+        raise BadRequestError(f"{name} is {value}; expected {low} to {high}")
 
 
 def _check_stops(message: pb.Sampling, info: EngineInfo, settings: Settings) -> None:
     for name, count in (("stop", len(message.stop)), ("stop_token_ids", len(message.stop_token_ids))):
         if count > settings.max_stop:
-            raise RequestError(f"{name} has {count} entries; expected at most {settings.max_stop}")
+            raise BadRequestError(f"{name} has {count} entries; expected at most {settings.max_stop}")
     for text in message.stop:
         if not 1 <= len(text.encode()) <= settings.max_stop_bytes:
-            raise RequestError(
+            raise BadRequestError(
                 f"stop has a string of {len(text.encode())} bytes; expected 1 to {settings.max_stop_bytes}"
             )
     _check_ids("stop_token_ids", message.stop_token_ids, info)
@@ -115,7 +115,7 @@ def _check_stops(message: pb.Sampling, info: EngineInfo, settings: Settings) -> 
 def _check_ids(name: str, ids: Iterable[int], info: EngineInfo) -> None:
     for id_ in ids:
         if id_ >= info.vocab_size:
-            raise RequestError(f"{name} has {id_}; expected ids below the vocabulary's size, {info.vocab_size}")
+            raise BadRequestError(f"{name} has {id_}; expected ids below the vocabulary's size, {info.vocab_size}")
 
 
 def stream_response(chunk: Chunk) -> pb.GenerateStreamResponse:

@@ -129,11 +129,11 @@ class Engine(Protocol):
         """Load the model. Raises `EngineStartError` or `SettingsError`, leaving no process behind."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Generate. Raises `RequestError`, `OverloadedError` or `EngineDiedError` while iterated."""
+        """Generate. Raises `BadRequestError`, `OverloadedError` or `EngineDiedError` while iterated."""
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
-        token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `RequestError`."""
+        token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
 
     @property
     def died(self) -> bool:

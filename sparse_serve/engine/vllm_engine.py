@@ -37,10 +37,10 @@ from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_mode
 from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
 from sparse_serve.runtime import machine, processes
 from sparse_serve.runtime.errors import (
+    BadRequestError,
     EngineDiedError,
     EngineStartError,
     OverloadedError,
-    RequestError,
     SettingsError,
 )
 from sparse_serve.runtime.startup_error import collect_startup_error
@@ -166,7 +166,7 @@ class VllmEngine:
 
         longest = self.client.model_config.max_model_len - 1
         if not 2 <= len(token_ids) <= longest:
-            raise RequestError(f"{len(token_ids)} tokens to score; expected 2 to {longest} (max_model_len - 1)")
+            raise BadRequestError(f"{len(token_ids)} tokens to score; expected 2 to {longest} (max_model_len - 1)")
         with _translated():
             params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
             prompt = {"prompt_token_ids": token_ids}
@@ -258,7 +258,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except VLLMClientError as error:
-        raise RequestError(str(error)) from error
+        raise BadRequestError(str(error)) from error
     except GracefulHTTPError as error:
         raise OverloadedError(str(error)) from error
     except EngineDeadError as error:

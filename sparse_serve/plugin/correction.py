@@ -34,7 +34,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
 
-from maskgen.core.config import CorrectionForm
+from maskgen.core.config import CorrectionConfig
 from maskgen.core.errors import FormatError
 
 OUT, POOL = "correction_out", "correction_pool"
@@ -64,7 +64,7 @@ class _PoolsOfParts(BasevLLMParameter):
 class LayerCorrection:
     """The correction of one vLLM layer that stands for `parts` layers of the checkpoint."""
 
-    def __init__(self, form: CorrectionForm, prefix: str, parts: int) -> None:
+    def __init__(self, form: CorrectionConfig, prefix: str, parts: int) -> None:
         self.form, self.prefix, self.parts = form, prefix, parts
         self.rows: list[int] = []
         self.tensor_names = (OUT, POOL) if form.trained else (OUT,)

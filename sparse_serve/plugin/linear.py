@@ -1,9 +1,9 @@
 """N:M sparse linear layers inside vLLM.
 
-`SparseNMConfig` answers, for each linear layer vLLM builds, whether the checkpoint stores it packed; `SparseNMLinear`
-gives such a layer `values` and `bitmask` (and for 8-bit values `scale`) parameters instead of `weight`, hands them to a
-kernel once they are loaded, and runs that kernel. The weights are never decompressed to a dense copy. What a checkpoint
-adds to the product of its sparse weight is in `correction`.
+`SparseNMConfig` answers, for each linear layer vLLM builds, whether the checkpoint stores it packed;
+`SparseNMLinearMethod` gives such a layer `values` and `bitmask` (and for 8-bit values `scale`) parameters instead of
+`weight`, hands them to a kernel once they are loaded, and runs that kernel. The weights are never decompressed to a
+dense copy. What a checkpoint adds to the product of its sparse weight is in `correction`.
 
 Tensor parallelism needs no code here: values and bitmask keep dim 0 = out and dim 1 = in, so vLLM narrows them exactly
 as it narrows a dense weight (in/tp must be a multiple of lcm(8, m)), and a scale goes with its row. Fused layers (QKV,
@@ -123,7 +123,7 @@ class SparseNMConfig(QuantizationConfig):
         packed = [name for name in names if name in self.targets]
         if len(packed) == len(names):
             self.attached.update(names)
-            return SparseNMLinear(self, prefix, len(names))
+            return SparseNMLinearMethod(self, prefix, len(names))
         if packed:
             raise FormatError(
                 f"{prefix} is one layer in vLLM, but only {packed} of {names} are stored packed; make all of them "
@@ -153,7 +153,7 @@ class SparseNMConfig(QuantizationConfig):
 
 
 @register_weight_loader_v2_supported_method
-class SparseNMLinear(LinearMethodBase):
+class SparseNMLinearMethod(LinearMethodBase):
     """One packed linear layer, `parts` of the checkpoint's: creates its parameters, gives them to a kernel, runs it."""
 
     def __init__(self, config: SparseNMConfig, prefix: str, parts: int = 1) -> None:

@@ -35,7 +35,7 @@ class WorkerExtension:
     def sparse_stats(self) -> SparseStats:
         """Count layers and bytes of this rank's model."""
         from sparse_serve.kernels import LinearSpec
-        from sparse_serve.plugin.linear import SparseNMLinear
+        from sparse_serve.plugin.linear import SparseNMLinearMethod
         from sparse_serve.tuning.selection import Choice
 
         model = self.model_runner.model
@@ -52,7 +52,7 @@ class WorkerExtension:
         choices: dict[LinearSpec, Choice] = {}
         for module in model.modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, SparseNMLinear):
+            if isinstance(method, SparseNMLinearMethod):
                 assert method.choice is not None
                 kernels["+".join(method.choice.plan.kernels)] += 1
                 choices[method.choice.spec] = method.choice

@@ -8,7 +8,7 @@
           +-- KernelError       (RuntimeError)     no kernel can serve a layer, or the one asked for cannot
           +-- GateError         (RuntimeError)     the gate could not measure
           +-- BenchError        (RuntimeError)     a benchmark could not measure; the message has the end of a log
-          +-- RequestError      (ValueError)       a request is wrong; the message names the field
+          +-- BadRequestError   (ValueError)       a request is wrong; the message names the field
           +-- UnknownModelError (LookupError)      a request asks for a model that is not the served one
           +-- OverloadedError   (RuntimeError)     the queue is full
           +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
@@ -58,7 +58,7 @@ class BenchError(ServeError, RuntimeError):
     """A benchmark could not measure; the message has the end of the log that says why."""
 
 
-class RequestError(ServeError, ValueError):
+class BadRequestError(ServeError, ValueError):
     """A request is wrong. The message names the field, its value and what was expected."""
 
 
@@ -89,7 +89,7 @@ class Answer:
 
 
 _TABLE: tuple[tuple[type[SparseError], str, int, float | None], ...] = (
-    (RequestError, "INVALID_ARGUMENT", 400, None),
+    (BadRequestError, "INVALID_ARGUMENT", 400, None),
     (UnknownModelError, "NOT_FOUND", 404, None),
     (OverloadedError, "RESOURCE_EXHAUSTED", 503, 1.0),
     (UnavailableError, "UNAVAILABLE", 503, 1.0),

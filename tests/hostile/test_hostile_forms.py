@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionForm
+from maskgen.core.config import CorrectionConfig
 from tests.directories import TARGETS, corrected_dir, edit_config, edit_tensors, refused, sparse_dir
 
 UP = "model.layers.1.mlp.up_proj"
-FIXED, TRAINED = CorrectionForm(8, "fixed"), CorrectionForm(16, "trained")
+FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(16, "trained")
 Edit = Callable[[dict[str, Tensor]], Any]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgen.train.log import TrainLog
-from maskgen.train.loop import EvalLog
-from maskgen.train.step import StepLog
+from maskgen.train.loop import HeldOut
+from maskgen.train.step import TrainingStep
 
 LAYERS = {f"model.layers.{block}.{kind}": [8, 16] for block in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")}
 MASKS = {name: {"agreement": 0.75, "patterns": {"1100": 3, "0011": 1}} for name in LAYERS}
@@ -43,13 +43,13 @@ def header(**changes: Any) -> dict[str, Any]:
 def step(number: int, **changes: Any) -> dict[str, Any]:
     """A step that took 2 s, 64 tokens, at a loss of 5 - number / 10."""
     loss = 5 - number / 10
-    values = asdict(StepLog(number, 4, loss, loss, 0.5, 1.0, 1e-3, 64, 1.0 + 2 * number, 3_000_000 * number))
+    values = asdict(TrainingStep(number, 4, loss, loss, 0.5, 1.0, 1e-3, 64, 1.0 + 2 * number, 3_000_000 * number))
     return {"kind": "step", **values, **changes}
 
 
 def look(number: int, perplexity: float, dense: float | None = None, **changes: Any) -> dict[str, Any]:
     """An evaluation after step `number`, which took half a second."""
-    values = asdict(EvalLog(number, 1.0, perplexity, 1 - number / 10, 0.01, 1.5 + 2 * number, None, dense))
+    values = asdict(HeldOut(number, 1.0, perplexity, 1 - number / 10, 0.01, 1.5 + 2 * number, None, dense))
     return {"kind": "eval", **values, **changes}
 
 

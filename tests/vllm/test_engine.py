@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_serve.engine.vllm_engine import VllmEngine
-from sparse_serve.runtime.errors import EngineStartError, RequestError
+from sparse_serve.runtime.errors import BadRequestError, EngineStartError
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive, make_checkpoint
 
@@ -44,7 +44,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
         assert (info.dtype, info.sparse_layers, info.dense_layers) == ("float32", 0, SPARSE_LAYERS)
         ids = models.tokenizer().encode(models.TEXT, add_special_tokens=False)[:400]
         scores = await engine.score(ids)
-        with pytest.raises(RequestError, match="expected 2 to 1023"):
+        with pytest.raises(BadRequestError, match="expected 2 to 1023"):
             await engine.score([5])
     finally:
         await engine.stop(5.0)

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionForm
+from maskgen.core.config import CorrectionConfig
 from maskgen.core.errors import FormatError
 from maskgen.hf import loader
 from tests import models
 from tests.vllm.offline import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
 
-FIXED, TRAINED = CorrectionForm(8, "fixed"), CorrectionForm(16, "trained")
+FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(16, "trained")
 
 
-def make(kind: str, root: Path, values: str, form: CorrectionForm | None) -> Path:
+def make(kind: str, root: Path, values: str, form: CorrectionConfig | None) -> Path:
     models.save(kind, root / "dense", **SHAPE)
     models.save_corrected(root / "dense", root / "sparse", form, values)
     return root / "sparse"
@@ -40,7 +40,7 @@ def make(kind: str, root: Path, values: str, form: CorrectionForm | None) -> Pat
 def test_serves_what_transformers_computes(
     kind: str,
     values: str,
-    form: CorrectionForm,
+    form: CorrectionConfig,
     ranks: int,
     dtype: str,
     tmp_path: Path,
@@ -77,11 +77,11 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the directory was not verified, each layer still is."""
-    from sparse_serve.plugin.linear import SparseNMConfig, SparseNMLinear
+    from sparse_serve.plugin.linear import SparseNMConfig, SparseNMLinearMethod
 
     monkeypatch.setattr(SparseNMConfig, "check_all_attached", lambda config: None)
     config = SparseCheckpoint.open(make("llama", tmp_path, "int8", None)).config
-    method = SparseNMLinear.__new__(SparseNMLinear)
+    method = SparseNMLinearMethod.__new__(SparseNMLinearMethod)
     method.config, method.prefix = SparseNMConfig(config), "up"
     layer = torch.nn.Module()
     tensors = {
@@ -103,7 +103,7 @@ def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None
     class Strange(ColumnParallelLinear):
         pass
 
-    def create(kind: type, form: CorrectionForm, parts: int, inputs_per_rank: int, rows: list[int]) -> None:
+    def create(kind: type, form: CorrectionConfig, parts: int, inputs_per_rank: int, rows: list[int]) -> None:
         layer = kind.__new__(kind)
         torch.nn.Module.__init__(layer)
         correction = LayerCorrection(form, "layers.0.some_proj", parts)
@@ -111,10 +111,10 @@ def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None
 
     create(RowParallelLinear, FIXED, 1, 48, [64])
     with pytest.raises(FormatError, match=r"layers\.0\.some_proj: 48 inputs per .* segment of 32; use fewer ranks"):
-        create(RowParallelLinear, CorrectionForm(32, "fixed"), 1, 48, [64])
-    create(RowParallelLinear, CorrectionForm(32, "trained"), 1, 48, [64])
+        create(RowParallelLinear, CorrectionConfig(32, "fixed"), 1, 48, [64])
+    create(RowParallelLinear, CorrectionConfig(32, "trained"), 1, 48, [64])
     with pytest.raises(FormatError, match="96 inputs are no multiple of the correction's segment of 64"):
-        create(RowParallelLinear, CorrectionForm(64, "trained"), 1, 48, [64])
+        create(RowParallelLinear, CorrectionConfig(64, "trained"), 1, 48, [64])
     with pytest.raises(FormatError, match="cannot be served by vLLM's Strange"):
         create(Strange, FIXED, 1, 96, [64])
     with pytest.raises(FormatError, match="fuses 3 matrices, but the checkpoint has 2"):

@@ -68,7 +68,7 @@ class Header(_Record):
 
 
 class Step(_Record):
-    """One optimiser step; losses in nats per token. `lr` and what follows are as in `maskgen.train.step.StepLog`."""
+    """One optimiser step; losses in nats per token. `lr` and what follows are as in `train.step.TrainingStep`."""
 
     step: _Count
     loss: float
@@ -82,7 +82,7 @@ class Step(_Record):
 
 
 class Eval(_Record):
-    """One look at the masks as they would be exported; see `maskgen.train.loop.EvalLog`."""
+    """One look at the masks as they would be exported; see `train.loop.HeldOut`."""
 
     step: _Count
     perplexity: Annotated[float, Field(gt=0)]

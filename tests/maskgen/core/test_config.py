@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maskgen.core.config import CorrectionForm, SparseConfig
+from maskgen.core.config import CorrectionConfig, SparseConfig
 from maskgen.core.errors import FormatError, PatternError
 from maskgen.core.pattern import NMPattern
 
@@ -80,7 +80,7 @@ def test_unknown_versions(version: Any) -> None:
 def test_values_and_corrections_round_trip(values: str, pool: str) -> None:
     manifest = {**MANIFEST, "values": values, "correction": {"kind": "pooled", "segment": 16, "pool": pool}}
     config = SparseConfig.from_dict(manifest)
-    assert (config.values, config.correction) == (values, CorrectionForm(16, pool))
+    assert (config.values, config.correction) == (values, CorrectionConfig(16, pool))
     assert config.to_dict() == manifest
 
 
@@ -119,10 +119,10 @@ def test_corrections_of_another_kind(correction: Any, message: str) -> None:
 
 
 def test_shapes_of_a_correction() -> None:
-    assert CorrectionForm(16, "fixed").shapes(8, 64, "up") == ([8, 4], None)
-    assert CorrectionForm(16, "trained").shapes(8, 64, "up") == ([8, 4], [4, 64])
+    assert CorrectionConfig(16, "fixed").shapes(8, 64, "up") == ([8, 4], None)
+    assert CorrectionConfig(16, "trained").shapes(8, 64, "up") == ([8, 4], [4, 64])
     with pytest.raises(FormatError, match="up: 64 input features are no multiple of the correction's segment of 48"):
-        CorrectionForm(48, "fixed").shapes(8, 64, "up")
+        CorrectionConfig(48, "fixed").shapes(8, 64, "up")
 
 
 @pytest.mark.parametrize("method", ["Sparse_nm", "sparse-24", "", None, 1, ["sparse_nm"]])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionForm, SparseConfig
+from maskgen.core.config import CorrectionConfig, SparseConfig
 from maskgen.core.errors import FormatError, ModelError, NumericalError
 from maskgen.core.layout import form_of
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
@@ -27,7 +27,7 @@ from tests.directories import (
     read_all,
 )
 
-FIXED, TRAINED = CorrectionForm(8, "fixed"), CorrectionForm(8, "trained")
+FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(8, "trained")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def dense(tmp_path: Path) -> Path:
     return dense_dir(tmp_path / "dense")
 
 
-def write(dense: Path, out: Path, correction: Any = None, form: CorrectionForm | None = None, **options: Any) -> Any:
+def write(dense: Path, out: Path, correction: Any = None, form: CorrectionConfig | None = None, **options: Any) -> Any:
     """Compress with magnitude masks; `correction(name, weight)` gives each layer's."""
     masks = magnitude_masks(dense)
     config = SparseConfig(
@@ -51,7 +51,7 @@ def write(dense: Path, out: Path, correction: Any = None, form: CorrectionForm |
 
 @pytest.mark.parametrize("form", [FIXED, TRAINED], ids=lambda form: form.pool)
 @pytest.mark.parametrize("values", ["float", "int8"])
-def test_decompress_folds_the_correction_in(tmp_path: Path, form: CorrectionForm, values: str) -> None:
+def test_decompress_folds_the_correction_in(tmp_path: Path, form: CorrectionConfig, values: str) -> None:
     checkpoint = SparseCheckpoint.open(corrected_dir(tmp_path / "sparse", values, form))
     decompress(tmp_path / "sparse", tmp_path / "folded")
     folded = read_all(tmp_path / "folded")
@@ -92,7 +92,7 @@ def test_a_correction_is_stored_in_the_dtype_of_the_weight(dense: Path, tmp_path
     ],
 )
 def test_corrections_that_are_not_what_the_manifest_says(
-    dense: Path, tmp_path: Path, correction: Any, form: CorrectionForm | None, message: str
+    dense: Path, tmp_path: Path, correction: Any, form: CorrectionConfig | None, message: str
 ) -> None:
     def of_up(name: str, weight: Tensor) -> Correction | None:
         return correction(weight) if correction is not None else None
@@ -104,7 +104,7 @@ def test_corrections_that_are_not_what_the_manifest_says(
 
 def test_segments_that_do_not_divide_the_inputs(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="input features are no multiple of the correction's segment of 24"):
-        write(dense, tmp_path / "out", None, CorrectionForm(24, "fixed"))
+        write(dense, tmp_path / "out", None, CorrectionConfig(24, "fixed"))
 
 
 def test_corrections_that_are_not_finite(dense: Path, tmp_path: Path) -> None:

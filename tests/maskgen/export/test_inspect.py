@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgen.core.config import CorrectionForm
+from maskgen.core.config import CorrectionConfig
 from maskgen.core.errors import FormatError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.compress import decompress
@@ -91,7 +91,7 @@ def test_a_sparse_checkpoint(tmp_path: Path) -> None:
 
 
 def test_codes_and_corrections_are_counted(tmp_path: Path) -> None:
-    sparse = corrected_dir(tmp_path / "sparse", "int8", CorrectionForm(8, "trained"))
+    sparse = corrected_dir(tmp_path / "sparse", "int8", CorrectionConfig(8, "trained"))
     report = inspect(sparse)
     assert report.values == "int8"
     for layer in report.packed_layers:

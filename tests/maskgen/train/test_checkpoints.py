@@ -188,7 +188,7 @@ def assert_keeps_what_there_was(checkpoints: Checkpoints, trained: Session, reas
     with pytest.raises(OSError, match=f"step-000005: cannot be written: .*{reason}"):
         checkpoints.save(advance(trained, 1), {})
     assert [path.name for path in sorted(checkpoints.folder.iterdir())] == ["step-000002", "step-000004"]
-    assert checkpoints.last_words() == f"the checkpoint of step 4 is kept in {checkpoints.folder}"
+    assert checkpoints.what_is_kept() == f"the checkpoint of step 4 is kept in {checkpoints.folder}"
     resumed = session()
     assert Checkpoints(checkpoints.folder, RUN).restore(resumed, {}) and resumed.step == 4
 

@@ -22,8 +22,8 @@ from maskgen.train import checkpoints as training_state
 from maskgen.train import loop as fitting
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import TrainLog, read
-from maskgen.train.loop import Cadence, EvalLog, Watch, bitmasks, difference, fit, pattern_counts, perplexity
-from maskgen.train.step import Session, StepLog, heldout_nll
+from maskgen.train.loop import Cadence, HeldOut, Watch, bitmasks, difference, fit, pattern_counts, perplexity
+from maskgen.train.step import Session, TrainingStep, heldout_nll
 from tests.maskgen.training import PATTERN, Toy, assert_same, corpus, session, state
 
 RUN = "sha256:" + "7" * 64
@@ -33,13 +33,13 @@ OFTEN = Cadence(micro_batch=2, eval_every=3, checkpoint_every=2)
 
 def run(
     of: Session, folder: Path, cadence: Cadence = OFTEN, stop_after: int | None = None, prior: Any = None
-) -> list[StepLog | EvalLog]:
+) -> list[TrainingStep | HeldOut]:
     """`fit` in `folder`; dies in the progress report of step `stop_after`."""
-    seen: list[StepLog | EvalLog] = []
+    seen: list[TrainingStep | HeldOut] = []
 
-    def progress(log: StepLog | EvalLog) -> None:
+    def progress(log: TrainingStep | HeldOut) -> None:
         seen.append(log)
-        if isinstance(log, StepLog) and log.step == stop_after:
+        if isinstance(log, TrainingStep) and log.step == stop_after:
             raise KeyboardInterrupt
 
     checkpoints = Checkpoints(folder / "checkpoints", RUN, cadence.keep_checkpoints)
@@ -64,7 +64,7 @@ def test_a_run_that_died_goes_on_with_the_same_bits_and_the_same_log(stop_after:
     seen = run(again, tmp_path / "died")
     assert_same(state(whole), state(again))
     assert records(tmp_path / "died") == records(tmp_path / "whole")
-    steps = [log.step for log in seen if isinstance(log, StepLog)]
+    steps = [log.step for log in seen if isinstance(log, TrainingStep)]
     assert steps == list(range((stop_after - 1) // 2 * 2 + 1, 9)), "work since the last checkpoint only is done again"
     elapsed = [record["elapsed_s"] for record in read(tmp_path / "died" / "log.jsonl") if record["kind"] == "step"]
     assert elapsed == sorted(elapsed), "the time of earlier processes counts"
@@ -93,7 +93,7 @@ def test_what_the_log_says(tmp_path: Path) -> None:
         "eval", "step", "step", "step", "eval", "step", "step", "step", "eval", "step", "step", "eval", "layers",
     ]  # fmt: skip
     assert [record["step"] for record in rest] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8, 8]
-    looks = [log for log in seen if isinstance(log, EvalLog)]
+    looks = [log for log in seen if isinstance(log, HeldOut)]
     assert looks[0].agreement == 1 and looks[0].flipped == 0
     assert looks[0].dense_nll == pytest.approx(heldout_nll(session(), corpus().heldout, 2, fitting.Mode.DENSE))
     assert all(look.dense_nll is None for look in looks[1:])
@@ -122,7 +122,7 @@ def test_agreement_is_with_the_prior_where_there_is_one(tmp_path: Path) -> None:
     bits = {name: pack_bits(mask) for name, mask in masks.items()}
     elsewhere = run(session(), tmp_path / "elsewhere", prior=bits)[0]
     same = run(session(prior=masks.__getitem__), tmp_path / "same", prior=bits)[0]
-    assert isinstance(elsewhere, EvalLog) and isinstance(same, EvalLog)
+    assert isinstance(elsewhere, HeldOut) and isinstance(same, HeldOut)
     assert same.agreement == 1 and 0.4 < elsewhere.agreement < 0.6
 
 
@@ -130,7 +130,7 @@ def test_a_broken_run_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     broken = session()
     run_step = Session.run_step
 
-    def step(self: Session, *args: Any) -> StepLog:
+    def step(self: Session, *args: Any) -> TrainingStep:
         if self.step == 5:
             with torch.no_grad():
                 next(iter(self.layers.values())).score.fill_(float("nan"))
@@ -168,8 +168,8 @@ def test_a_full_disk_says_what_is_kept(where: str, tmp_path: Path, monkeypatch: 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def progress(log: StepLog | EvalLog) -> None:
-        if isinstance(log, StepLog) and log.step == 3:
+    def progress(log: TrainingStep | HeldOut) -> None:
+        if isinstance(log, TrainingStep) and log.step == 3:
             monkeypatch.setattr(*((training_state, "write_json") if where == "checkpoint" else (TrainLog, "add")), full)
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", RUN)
@@ -211,7 +211,7 @@ def test_a_checkpoint_that_takes_long_is_written_seldom(tmp_path: Path, monkeypa
         now[0] += 60
         save(self, of, extra)
 
-    def step(self: Session, *args: Any) -> StepLog:
+    def step(self: Session, *args: Any) -> TrainingStep:
         now[0] += 301
         return run_step(self, *args)
 

@@ -11,7 +11,7 @@ from sparse_serve.api import grpc_messages as messages
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import FinishReason, Sampling
 from sparse_serve.engine.fake import INFO
-from sparse_serve.runtime.errors import RequestError, UnknownModelError
+from sparse_serve.runtime.errors import BadRequestError, UnknownModelError
 from sparse_serve.server.settings import Settings
 
 SETTINGS = Settings(max_stop=2, max_stop_bytes=4, max_logprobs=5)
@@ -48,7 +48,7 @@ def read(text: str = "a", model: str = "", **sampling: Any):
     ],
 )
 def test_out_of_bounds_is_named(sampling: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(BadRequestError, match=message):
         read(**sampling)
 
 
@@ -77,7 +77,7 @@ def test_the_prompt_is_given_once_and_is_not_empty() -> None:
         ({"token_ids": pb.TokenIds(ids=[1] * INFO.max_model_len)}, f"expected 1 to {INFO.max_model_len - 1}"),
         ({"token_ids": pb.TokenIds(ids=[VOCAB])}, f"token_ids has {VOCAB}"),
     ):
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(BadRequestError, match=message):
             read_prompt(**prompt)
 
 
@@ -102,7 +102,7 @@ def test_any_bytes_are_a_request_or_a_named_error(data: bytes) -> None:
         return
     try:
         request = messages.read_request(message, INFO, SETTINGS)
-    except (RequestError, UnknownModelError) as error:
+    except (BadRequestError, UnknownModelError) as error:
         assert str(error)
         return
     assert request.sampling.temperature is None or 0 <= request.sampling.temperature <= 1e4

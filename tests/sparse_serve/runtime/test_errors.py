@@ -12,7 +12,7 @@ from sparse_serve.runtime import errors
 @pytest.mark.parametrize(
     ("error", "code", "status", "may_pass"),
     [
-        (errors.RequestError("top_p is 2"), "INVALID_ARGUMENT", 400, False),
+        (errors.BadRequestError("top_p is 2"), "INVALID_ARGUMENT", 400, False),
         (errors.UnknownModelError("model x"), "NOT_FOUND", 404, False),
         (errors.OverloadedError("full"), "RESOURCE_EXHAUSTED", 503, True),
         (errors.UnavailableError("draining"), "UNAVAILABLE", 503, True),

@@ -31,8 +31,8 @@ class GateRequest(Request):
     sparse: Path
     data: Path
     dtype: DType | None = None
-    window_tokens: int | None = None
-    max_windows: int | None = None
+    window_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_windows: Annotated[int, Field(ge=1)] | None = None
     max_ppl_increase: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = _DEFAULTS.max_ppl_increase
     parity_tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alpha: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = _DEFAULTS.alpha

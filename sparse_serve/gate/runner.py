@@ -56,7 +56,7 @@ def plan(request: GateRequest) -> Plan:
             f"{checkpoint.config.base_digest}, not {dense_digest}); give its base, or allow another (allow_other_base)"
         )
     dtype = request.dtype or stored_dtype(dense_config)
-    window = request.window_tokens or default_window(dense_config)
+    window = default_window(dense_config) if request.window_tokens is None else request.window_tokens
     context = dense_config.get("max_position_embeddings")
     if type(context) is int and window >= context:
         raise SettingsError(

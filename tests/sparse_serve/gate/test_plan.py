@@ -60,6 +60,8 @@ def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path:
         (["--alpha", "0.5"], "--alpha 0.5: input should be less than 0.5"),
         (["--alpha", "nan"], "--alpha nan: "),
         (["--max-ppl-increase", "inf"], "--max-ppl-increase inf: "),
+        (["--window", "1"], "--window 1: input should be greater than or equal to 2"),
+        (["--max-windows", "0"], "--max-windows 0: input should be greater than or equal to 1"),
         (["--parity-tolerance", "-1"], "--parity-tolerance -1.0: input should be greater than 0"),
         (["--data", "nowhere.txt"], "data nowhere.txt: no such file"),
     ],
@@ -71,7 +73,9 @@ def test_wrong_flags_are_refused_at_once(
     assert f"sparse-serve: error: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{"alpha": 0.7}, {"dtype": "int8"}, {"windows": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"alpha": 0.7}, {"dtype": "int8"}, {"windows": 3}, {"window_tokens": 0}, {"max_windows": 0}]
+)
 def test_a_request_checks_itself(pair: dict[str, Path], changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=f"^`{next(iter(changes))}` "):
         GateRequest(**pair, **changes)

@@ -108,7 +108,13 @@ def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:
     check_window_tokens(section.window_tokens, model.stored_max_tokens(task.model_dir))
 
 
-def no_training_fields(request: LearnRequest, recipe: Recipe) -> None:
+def is_request(request: object, kind: type[PruneRequest], function: str) -> None:
+    """`RequestError` unless a function was given the kind of request it takes."""
+    if not isinstance(request, kind):
+        raise RequestError(f"{function} was given a {type(request).__name__}, expected a {kind.__name__}")
+
+
+def no_training_fields(request: PruneRequest, recipe: Recipe) -> None:
     """`RecipeError` for a field that was set and that a one-shot method has no use for."""
     for name in TRAINING_FIELDS:
         if name in request.model_fields_set:

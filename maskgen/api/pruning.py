@@ -80,12 +80,15 @@ class AlreadyFinished:
 def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | AlreadyFinished:
     """Run a one-shot method over a dense model, block by block, and write a sparse checkpoint.
 
-    Raises `RecipeError` for a learned method, `OutputExistsError`, `ModelError`, `DataError`, `RequestError` (the
-    device) before anything is loaded; `NumericalError` and `OSError` while it works.
+    Raises `RecipeError` (a learned method, a field about training), `OutputExistsError`, `ModelError`, `DataError`,
+    `RequestError` (the device, another kind of request) before anything is loaded; `NumericalError` and `OSError` while
+    it works.
     """
+    checks.is_request(request, PruneRequest, "prune")
     recipe = checks.load_recipe(request)
     if not checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a learned method; use learn, or run, with a LearnRequest")
+    checks.no_training_fields(request, recipe)
     task = _settled(request, recipe)
     return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
 
@@ -96,6 +99,7 @@ def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | A
     Under torchrun every process calls this; only the first one tells of its progress and returns a result, the others
     None. Raises as `prune` does, and `RecipeError` for a one-shot method.
     """
+    checks.is_request(request, LearnRequest, "learn")
     recipe = checks.load_recipe(request)
     if checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a one-shot method; use prune, or run")
@@ -108,6 +112,7 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
 
     Raises what they do, and `RecipeError` for fields about training that were set for a one-shot method.
     """
+    checks.is_request(request, LearnRequest, "run")
     recipe = checks.load_recipe(request)
     task = _settled(request, recipe)
     if isinstance(task, AlreadyFinished):

@@ -213,6 +213,20 @@ def test_mistakes_are_found_before_anything_is_loaded(
     assert not (tmp_path / "out.work").exists()
 
 
+def test_a_request_of_another_kind_is_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    one_shot = prune(model_dir(), text_file, tmp_path / "out")
+    for function in (maskgen.learn, maskgen.run):
+        with pytest.raises(RequestError, match=r"was given a PruneRequest, expected a LearnRequest"):
+            function(one_shot)  # type: ignore[arg-type]
+    other = maskgen.PermuteRequest(recipe="wanda", model=model_dir(), data=text_file, out=tmp_path / "out")
+    with pytest.raises(RequestError, match="prune was given a PermuteRequest, expected a PruneRequest"):
+        maskgen.prune(other)  # type: ignore[arg-type]
+    trained = learn(model_dir(), text_file, tmp_path / "out", recipe="wanda", overrides=CALIBRATION, micro_batch=2)
+    with pytest.raises(RecipeError, match="`micro_batch`: wanda is a one-shot method"):
+        maskgen.prune(trained)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["compress", "quantise", "decompress"])
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(name: str, tmp_path: Path) -> None:
     fields = {"model": tmp_path / "no", "out": tmp_path}

@@ -191,7 +191,7 @@ def unpack(values: Tensor, bitmask: Tensor, scale: Tensor | None = None) -> Tens
     """Values `[O, I*n/m]`, bitmask `[O, I/8]` and scale `[O]`, or the same rows of all, to dense `[O, I]`.
 
     +0 where pruned. In the values' dtype; with a scale, in float32. The bitmask must have as many bits set in each row
-    as there are values (`check_bits`).
+    as there are values (`check_bits`). `FormatError` on a CPU if it has more or fewer; a GPU is not waited for.
     """
     kept = values if scale is None else from_codes(values, scale)
     if bitmask.device.type == "cpu":
@@ -213,7 +213,13 @@ def _unpack_on_cpu(kept: Tensor, bitmask: Tensor) -> Tensor:
     for start in range(0, bitmask.shape[0], step):
         rows = slice(start, start + step)
         index = np.flatnonzero(unpack_bits(bitmask[rows]).numpy())
-        target[rows].reshape(-1)[index] = source[rows].reshape(-1)
+        kept_values = source[rows].reshape(-1)
+        if index.size != kept_values.size:  # numpy would repeat a single value
+            raise FormatError(
+                f"from row {start} on, the bitmask keeps {index.size} weights, of which {kept_values.size} are stored; "
+                "the file is damaged or was not written by maskgen"
+            )
+        target[rows].reshape(-1)[index] = kept_values
     return dense_OI
 
 

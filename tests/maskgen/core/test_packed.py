@@ -74,6 +74,13 @@ def test_tensors_on_the_cpu_stay_there_whatever_torchs_default_device_is(values:
     assert bits(unpacked) == bits(expected)
 
 
+@pytest.mark.parametrize("values, byte", [(1, 0b101), (1, 0), (2, 0b1), (2, 0b111)])
+def test_another_number_of_values_than_the_mask_keeps_is_refused(values: int, byte: int) -> None:
+    message = f"from row 0 on, the bitmask keeps {byte.bit_count()} weights, of which {values} are stored"
+    with pytest.raises(FormatError, match=message):
+        unpack(torch.ones(1, values), torch.tensor([[byte]], dtype=torch.uint8))
+
+
 def test_pruned_negative_weights_become_plus_zero_and_kept_minus_zero_stays() -> None:
     weight = torch.tensor([[-0.0, -1.0, 2.0, -3.0, 0.0, 0.0, -0.0, 0.0]])
     mask = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0]]) > 0

@@ -48,7 +48,7 @@ from sparse_serve.runtime import cache, machine
 
 MULTIPLE, TOKENS_MULTIPLE = 16, 8
 """What the library wants both sides of a 16-bit weight, and the number of tokens, to be multiples of."""
-BUCKETS = (16, 64, 256, 1024, 4096)
+BUCKETS = (16, 64, 256, 1024, 4096, 8192)
 """Numbers of tokens at which algorithms are searched; each serves up to its number, the last beyond it too."""
 EXPANDED = torch.bfloat16
 """What 8-bit values become."""

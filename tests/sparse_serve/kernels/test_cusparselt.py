@@ -154,7 +154,8 @@ def test_what_is_no_algorithm_is_searched_again(library: Library, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (64, 64), (65, 256), (1024, 1024), (1025, 4096), (5000, 4096)]
+    ("tokens", "bucket"),
+    [(1, 16), (16, 16), (17, 64), (64, 64), (65, 256), (1024, 1024), (1025, 4096), (4097, 8192), (9000, 8192)],
 )
 def test_tokens_use_what_was_found_for_their_bucket(library: Library, tokens: int, bucket: int) -> None:
     tensors = cusparselt.prepare(packed_weight(16, 16))

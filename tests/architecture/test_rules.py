@@ -150,7 +150,9 @@ def in_readme() -> set[str]:
         name = line.split()[0]
         assert depth <= len(folders), f"{line!r} is indented deeper than a folder above it"
         del folders[depth:]
-        shown.add("".join(folders) + name)
+        path = "".join(folders) + name
+        assert path not in shown, f"README.md lists {path} twice"
+        shown.add(path)
         if name.endswith("/"):
             folders.append(name)
     return shown

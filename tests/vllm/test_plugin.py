@@ -6,6 +6,7 @@ Float32 throughout: bfloat16 rounding would hide a wrong column behind a toleran
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,19 @@ def test_a_layer_the_manifest_does_not_know_is_refused(tmp_path: Path) -> None:
 def test_a_layer_vllms_model_has_not_is_refused(tmp_path: Path) -> None:
     """The manifest and the files agree on an extra target. vLLM itself refuses its tensors, before our own count."""
     sparse, _ = make_sparse("llama", tmp_path)
-    file = sparse / "model.safetensors"
-    tensors = load_file(file)
-    for suffix in (".values", ".bitmask"):
-        tensors["model.layers.0.mlp.extra_proj" + suffix] = tensors["model.layers.0.mlp.up_proj" + suffix].clone()
-    save_file(tensors, file, metadata={"format": "pt"})
-    bitmasks = {name.removesuffix(".bitmask"): bits for name, bits in tensors.items() if name.endswith(".bitmask")}
-    masks = MaskSet(NMPattern(2, 4), bitmasks, "", "")
-    changes = {"targets": list(masks.names), "mask_digest": masks.digest()}
-    edit_config(sparse, lambda section: section.update(changes))
+    add_target(sparse, "model.layers.0.mlp.extra_proj")
     vllms_words = r"no module or parameter named 'layers\.0\.mlp\.extra_proj'"
     with pytest.raises(ValueError, match=vllms_words), serve(sparse):
+        pass
+
+
+def test_a_target_whose_tensors_vllm_skips_is_refused(tmp_path: Path) -> None:
+    """vLLM drops every tensor with "rotary_emb.inv_freq" in its name, and says nothing: only our own count notices."""
+    sparse, _ = make_sparse("llama", tmp_path)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq_proj"
+    add_target(sparse, name)
+    words = rf"1 of \d+ sparse layers of the manifest are not in the model vLLM built, first {re.escape(name)}"
+    with pytest.raises(FormatError, match=words), serve(sparse):
         pass
 
 
@@ -125,6 +128,19 @@ def test_an_unknown_kernel_is_an_error(tmp_path: Path) -> None:
     sparse, _ = make_sparse("llama", tmp_path)
     with pytest.raises(Exception, match="no 'fastest' in kernels"), serve(sparse, kernel="fastest"):
         pass
+
+
+def add_target(sparse: Path, name: str) -> None:
+    """Add a sparse layer to a checkpoint, files and manifest alike: a copy of another one under a name of its own."""
+    file = sparse / "model.safetensors"
+    tensors = load_file(file)
+    for suffix in (".values", ".bitmask"):
+        tensors[name + suffix] = tensors["model.layers.0.mlp.up_proj" + suffix].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    bitmasks = {name.removesuffix(".bitmask"): bits for name, bits in tensors.items() if name.endswith(".bitmask")}
+    masks = MaskSet(NMPattern(2, 4), bitmasks, "", "")
+    changes = {"targets": list(masks.names), "mask_digest": masks.digest()}
+    edit_config(sparse, lambda section: section.update(changes))
 
 
 def edit_config(path: Path, change: Any) -> None:

@@ -42,7 +42,7 @@ def absent(*paths: Path | None) -> None:
             raise OutputExistsError(f"{path} exists; remove it or choose another output")
 
 
-def usable_device(name: str | None) -> str:
+def resolve_device(name: str | None) -> str:
     """Where to compute: `name`, or a GPU if there is one. `RequestError` for a device that this machine lacks."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +60,7 @@ def label(source: str, model_dir: Path) -> str:
 
 def settled(request: PruneRequest | PermuteRequest, recipe: Recipe) -> Task:
     """Find the device and the dense model, and settle the recipe for it."""
-    device, model_dir = usable_device(request.device), model.resolve(request.model)
+    device, model_dir = resolve_device(request.device), model.resolve(request.model)
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{request.model}: already sparse; start from the dense model")
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))

@@ -79,7 +79,7 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     checkpoint), `NumericalError` (the loss is not finite).
     """
     protocol = Protocol(request.window_tokens, request.stride_tokens, request.bos, request.max_windows)
-    device, model_dir = checks.usable_device(request.device), model.resolve(request.model)
+    device, model_dir = checks.resolve_device(request.device), model.resolve(request.model)
     tokenizer = model.load_tokenizer(model_dir)
     scorer.check_window(protocol, model.stored_max_tokens(model_dir))
     ids = tokens.read_tokens(request.data, tokenizer).tolist()
@@ -116,7 +116,7 @@ def load(
 
     A sparse one is decompressed; "auto" keeps the stored dtype. Raises `ModelError`, `FormatError`, `RequestError`.
     """
-    where, kind = checks.usable_device(device), dtype if dtype == "auto" else getattr(torch, dtype)
+    where, kind = checks.resolve_device(device), dtype if dtype == "auto" else getattr(torch, dtype)
     return model.load(model.resolve(str(source)), kind, where)
 
 

@@ -87,7 +87,7 @@ class SparseCheckpoint:
 
     def layer(self, module: str) -> StoredLayer:
         """Read all that is stored of one target module, its weight and its correction."""
-        return layout.layer(lambda suffix: self.tensor(module + suffix), self.config)
+        return layout.read_layer(lambda suffix: self.tensor(module + suffix), self.config)
 
     def packed(self, module: str) -> PackedTensor:
         """Read one target module's weight."""

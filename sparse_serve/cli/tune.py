@@ -21,7 +21,7 @@ from sparse_serve.cli.request import from_flags
 if TYPE_CHECKING:
     from sparse_serve.bench.survey import Survey
     from sparse_serve.kernels import LinearSpec
-    from sparse_serve.tuning.decision import Bucket
+    from sparse_serve.tuning.decision import BucketChoice
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -71,6 +71,6 @@ def show(found: Survey) -> None:
         console.print(f"  {name} was left out: {reason}", markup=False)
 
 
-def _cell(bucket: Bucket, named: bool) -> str:
+def _cell(bucket: BucketChoice, named: bool) -> str:
     colour = "red" if bucket.speedup < 1 else "default"
     return f"[{colour}]{bucket.speedup:.2f}[/{colour}]" + (f"\n{bucket.kernel}" if named else "")

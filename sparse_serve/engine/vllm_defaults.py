@@ -86,7 +86,7 @@ def check_model(model: str) -> None:
         )
 
 
-def fetch_sparse(args: Namespace, environ: Mapping[str, str]) -> None:
+def resolve_hub_model(args: Namespace, environ: Mapping[str, str]) -> None:
     """Point a hub model that is sparse at its local snapshot, downloading what is missing, under the name it was given.
 
     A dense one is left to vLLM, which knows more file formats, and so is another hub. Raises `SettingsError` when the

@@ -32,9 +32,8 @@ import psutil
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
-from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest
-from sparse_serve.engine.vllm_defaults import check_cpu, check_flags, check_model, fetch_sparse, set_common, set_cpu
-from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
+from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_defaults
+from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, to_chunk
 from sparse_serve.runtime import machine, processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -61,7 +60,7 @@ class VllmEngine:
     def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
-        check_model(model)
+        vllm_defaults.check_model(model)
         self._command = [model, *flags]
         self._drain_s = drain_s
         self._thread: threading.Thread | None = None
@@ -100,7 +99,7 @@ class VllmEngine:
     def _load(self) -> None:
         """Everything slow and blocking, in order; runs in the start thread."""
         processes.lead()
-        set_common(os.environ)
+        vllm_defaults.set_common(os.environ)
         self.args = parse(self._command, self._drain_s)
         self._check_wanted()
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -158,7 +157,7 @@ class VllmEngine:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     completion_tokens += len(output.outputs[0].token_ids)
-                    yield chunk(output, completion_tokens, request.sampling)
+                    yield to_chunk(output, completion_tokens, request.sampling)
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Log-probabilities. See `Engine.score`."""
@@ -222,17 +221,17 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     if on_cpu:
         parser.set_defaults(enforce_eager=True)
     args = parser.parse_args(list(command))
-    check_flags(args, defaults, os.environ)
+    vllm_defaults.check_flags(args, defaults, os.environ)
     args.model = args.model_tag or args.model
     args.worker_extension_cls = WORKER_EXTENSION
     if on_cpu:
-        check_cpu(args)
-        set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
+        vllm_defaults.check_cpu(args)
+        vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
     try:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
         raise SettingsError(str(error)) from None
-    fetch_sparse(args, os.environ)
+    vllm_defaults.resolve_hub_model(args, os.environ)
     if on_cpu:
         args.dtype = _cpu_dtype(args)
     return args

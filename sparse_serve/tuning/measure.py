@@ -29,7 +29,7 @@ from maskgen.core.packed import PackedTensor
 from sparse_serve.kernels import Kernel, LinearSpec
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import KernelError
-from sparse_serve.tuning.samples import first_rows, random_dense_weight, random_input, random_weight
+from sparse_serve.tuning.samples import dense_tile, random_dense_weight, random_input, random_weight
 from sparse_serve.tuning.timing import Call, gpu_s, interleaved, wall_s
 
 DENSE = "dense"
@@ -151,7 +151,7 @@ def _exclude_wrong(
     spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
 ) -> None:
     """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
-    x_TI, tile_OI = random_input(spec, tokens), first_rows(spec, packed)
+    x_TI, tile_OI = random_input(spec, tokens), dense_tile(spec, packed)
     tile_TO = x_TI.float() @ tile_OI.T
 
     def check(linear: Linear) -> None:

@@ -48,7 +48,7 @@ def random_dense_weight(spec: LinearSpec) -> Tensor:
     return _repeated(_random(spec, _WEIGHT, _tile_rows(spec), spec.in_features).to(spec.dtype), spec)
 
 
-def first_rows(spec: LinearSpec, packed: PackedTensor) -> Tensor:
+def dense_tile(spec: LinearSpec, packed: PackedTensor) -> Tensor:
     """The rows that a `random_weight` repeats, dense in float32: `[TILE_ROWS or fewer, I]`."""
     rows = _tile_rows(spec)
     scale = None if packed.scale is None else packed.scale[:rows]

@@ -35,7 +35,7 @@ from maskgen.core.registry import names
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
 from sparse_serve.runtime import cache, machine
 from sparse_serve.runtime.errors import KernelError
-from sparse_serve.tuning.decision import LAYOUTS, SLACK, Bucket, decide, plan_of
+from sparse_serve.tuning.decision import LAYOUTS, SLACK, BucketChoice, decide, plan_of
 from sparse_serve.tuning.dispatch import Plan
 from sparse_serve.tuning.measure import (
     DENSE,
@@ -92,7 +92,7 @@ class Choice:
 
     spec: LinearSpec
     plan: Plan
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[BucketChoice, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property

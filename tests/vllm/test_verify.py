@@ -10,7 +10,7 @@ import pytest
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
-from sparse_serve.engine import vllm_engine
+from sparse_serve.engine import vllm_defaults, vllm_engine
 from sparse_serve.runtime import environment
 from sparse_serve.runtime.errors import SettingsError
 from tests.vllm.serving import damage_digest, make_checkpoint, put_on_hub
@@ -64,7 +64,7 @@ async def test_our_server_refuses_a_sparse_model_that_is_no_directory(
 ) -> None:
     """What another hub than Hugging Face's would come down to."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(checkpoint.parent))
-    monkeypatch.setattr(vllm_engine, "fetch_sparse", lambda args, environ: None)
+    monkeypatch.setattr(vllm_defaults, "resolve_hub_model", lambda args, environ: None)
     engine = vllm_engine.VllmEngine(put_on_hub(checkpoint, checkpoint.parent), ["--dtype=float32"])
     try:
         with pytest.raises(SettingsError, match="tests/tiny is sparse, but no directory to verify"):

@@ -38,7 +38,7 @@ class Named(_Record):
     name: str
 
 
-class Train(_Record):
+class TrainSettings(_Record):
     """What a report says about how a run was trained."""
 
     steps: _Count
@@ -53,7 +53,7 @@ class Recipe(_Record):
 
     pattern: str
     method: Named
-    train: Train
+    train: TrainSettings
 
 
 class Header(_Record):

@@ -66,7 +66,7 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
 
 
 def test_facts_have_commit_versions_and_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    facts = record.facts()
+    facts = record.run_metadata()
     assert {"created", "commit", "versions", "machine", "processor", "cpus"} == set(facts)
     assert {"sparse-serve", "torch"} <= set(facts["versions"])
     assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])

@@ -100,24 +100,24 @@ SPARSE = json.dumps({"quantization_config": {"quant_method": "sparse_nm"}})
 def test_a_sparse_model_of_the_hub_becomes_a_directory_under_its_own_name(tmp_path: Path) -> None:
     args = hub(tmp_path, {"config.json": SPARSE}, "v2")
     args.revision = "v2"
-    vllm_defaults.fetch_sparse(args, {})
+    vllm_defaults.resolve_hub_model(args, {})
     assert json.loads((Path(args.model) / "config.json").read_text()) == json.loads(SPARSE)
     assert (args.model_tag, args.served_model_name) == (args.model, ["owner/model"])
     other = Namespace(**vars(args) | {"model": "owner/model", "served_model_name": ["mine"]})
-    vllm_defaults.fetch_sparse(other, {})
+    vllm_defaults.resolve_hub_model(other, {})
     assert (other.model, other.served_model_name) == (args.model, ["mine"])
 
 
 def test_dense_models_of_the_hub_and_directories_are_left_alone(tmp_path: Path) -> None:
     args = hub(tmp_path, {"config.json": "{}"})
-    vllm_defaults.fetch_sparse(args, {})
+    vllm_defaults.resolve_hub_model(args, {})
     assert (args.model, args.served_model_name) == ("owner/model", None)
     sparse = hub(tmp_path / "other", {"config.json": SPARSE})
-    vllm_defaults.fetch_sparse(sparse, {"VLLM_USE_MODELSCOPE": "True"})
+    vllm_defaults.resolve_hub_model(sparse, {"VLLM_USE_MODELSCOPE": "True"})
     assert sparse.model == "owner/model"
     (tmp_path / "config.json").write_text(SPARSE)
     local = Namespace(model=str(tmp_path))
-    vllm_defaults.fetch_sparse(local, {})
+    vllm_defaults.resolve_hub_model(local, {})
     assert local == Namespace(model=str(tmp_path))
 
 
@@ -130,8 +130,8 @@ def test_code_is_downloaded_only_where_it_is_trusted(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     args = hub(tmp_path, {"config.json": SPARSE})
-    vllm_defaults.fetch_sparse(Namespace(**vars(args)), {})
-    vllm_defaults.fetch_sparse(Namespace(**vars(args) | {"trust_remote_code": True}), {})
+    vllm_defaults.resolve_hub_model(Namespace(**vars(args)), {})
+    vllm_defaults.resolve_hub_model(Namespace(**vars(args) | {"trust_remote_code": True}), {})
     assert ["*.py" in patterns for patterns in asked] == [False, True]
     assert all("*.safetensors" in patterns for patterns in asked)
 
@@ -142,4 +142,4 @@ def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path: Path) -
     with pytest.raises(
         SettingsError, match="owner/model is neither a directory nor to be had from the Hugging Face hub: "
     ):
-        vllm_defaults.fetch_sparse(args, {})
+        vllm_defaults.resolve_hub_model(args, {})

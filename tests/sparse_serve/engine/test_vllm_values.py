@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
-from sparse_serve.engine.vllm_values import chunk, engine_info, missing_targets, sampling_arguments
+from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, to_chunk
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -42,7 +42,7 @@ def test_outputs_become_chunks() -> None:
         prompt_token_ids=[1, 2, 3],
         prompt_logprobs=[None, {2: logprob(-2, 5)}, {3: logprob(-3, 6)}],
     )
-    made = chunk(output, 12, Sampling(logprobs=2, prompt_logprobs=0))
+    made = to_chunk(output, 12, Sampling(logprobs=2, prompt_logprobs=0))
     assert (made.text, made.token_ids, made.prompt_tokens, made.completion_tokens) == ("xy", (4, 9), 3, 12)
     assert made.finish_reason is FinishReason.LENGTH
     assert [(e.token.token_id, e.token.logprob) for e in made.logprobs] == [(4, -0.5), (9, -5.0)]
@@ -52,7 +52,7 @@ def test_outputs_become_chunks() -> None:
 
 def test_absent_log_probabilities_stay_absent() -> None:
     completion = SimpleNamespace(text="", token_ids=[4], finish_reason=None, logprobs=None)
-    made = chunk(SimpleNamespace(outputs=[completion], prompt_token_ids=[1], prompt_logprobs=None), 1, Sampling())
+    made = to_chunk(SimpleNamespace(outputs=[completion], prompt_token_ids=[1], prompt_logprobs=None), 1, Sampling())
     assert (made.finish_reason, made.logprobs, made.prompt_logprobs) == (None, (), ())
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_serve.tuning.decision import PAIR_GAIN, SLACK, Bucket, decide, plan_of
+from sparse_serve.tuning.decision import PAIR_GAIN, SLACK, BucketChoice, decide, plan_of
 from sparse_serve.tuning.measure import DENSE
 from sparse_serve.tuning.selection import BUCKETS
 
@@ -24,9 +24,9 @@ def seconds(**times: list[float]) -> Seconds:
 def test_a_kernel_that_keeps_up_everywhere_beats_a_faster_one_that_does_not(layouts: int) -> None:
     buckets = decide(seconds(dense=[1, 1, 1], steady=[0.9, 0.9, 0.99], wild=[0.85, 0.85, 1.2]), layouts)
     assert buckets == (
-        Bucket(1, "steady", 0.9, 1 / 0.9),
-        Bucket(16, "steady", 0.9, 1 / 0.9),
-        Bucket(256, "steady", 0.99, 1 / 0.99),
+        BucketChoice(1, "steady", 0.9, 1 / 0.9),
+        BucketChoice(16, "steady", 0.9, 1 / 0.9),
+        BucketChoice(256, "steady", 0.99, 1 / 0.99),
     )
 
 

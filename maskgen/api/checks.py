@@ -19,7 +19,7 @@ from maskgen.export.compress import model_label
 from maskgen.hf import model
 from maskgen.methods import LocalMethod
 from maskgen.methods.learned import LearnedMethod, Result
-from maskgen.recipes import recipe as recipes
+from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.train.prior import load_prior
 
@@ -123,7 +123,7 @@ def no_training_fields(request: PruneRequest, recipe: Recipe) -> None:
 
 def load_recipe(request: PruneRequest | PermuteRequest) -> Recipe:
     """The recipe that a request names, with its overrides."""
-    return recipes.load(request.recipe, request.overrides)
+    return recipe_module.load(request.recipe, request.overrides)
 
 
 def is_one_shot(recipe: Recipe) -> bool:

@@ -17,12 +17,12 @@ from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequ
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
 from maskgen.data import tokens
-from maskgen.export import compress as compressor
-from maskgen.export import quantise as quantiser
+from maskgen.export import compress as compress_module
+from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep import permute as permuter
+from maskgen.sweep import permute as permute_module
 from maskgen.sweep.arrange import Arrangement
 from maskgen.sweep.permute import PermuteReport
 
@@ -63,7 +63,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     `NumericalError`.
     """
     recipe = checks.load_recipe(request)
-    permuter.score_method(recipe)
+    permute_module.score_method(recipe)
     checks.absent(request.out)
     task = checks.settled(request, recipe)
     checks.calibration(request, task)
@@ -78,7 +78,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     gc.collect()
     progress(Stage("writing"))
     return PermuteResult(
-        request.out, task.recipe, permuter.write(task.model_dir, arrangements, request.out, provenance)
+        request.out, task.recipe, permute_module.write(task.model_dir, arrangements, request.out, provenance)
     )
 
 
@@ -88,9 +88,9 @@ def compress(request: CompressRequest) -> CompressResult:
     Raises `FormatError` when the masks are of other weights, `ModelError`, `OutputExistsError`.
     """
     checks.absent(request.out)
-    model_dir, masks = model.resolve(request.model), compressor.load_masks(request.masks)
+    model_dir, masks = model.resolve(request.model), compress_module.load_masks(request.masks)
     ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
-    written = compressor.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
+    written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
     return CompressResult(request.out, written)
 
 
@@ -100,7 +100,7 @@ def quantise(request: QuantiseRequest) -> CompressResult:
     Raises `FormatError` when the values are quantised already, `OutputExistsError`.
     """
     checks.absent(request.out)
-    return CompressResult(request.out, quantiser.quantise(request.model, request.out, request.values))
+    return CompressResult(request.out, quantise_module.quantise(request.model, request.out, request.values))
 
 
 def decompress(request: DecompressRequest) -> DecompressResult:
@@ -109,7 +109,7 @@ def decompress(request: DecompressRequest) -> DecompressResult:
     Raises `FormatError` for what is no sparse checkpoint, `OutputExistsError`.
     """
     checks.absent(request.out)
-    total_bytes = compressor.decompress(request.model, request.out)
+    total_bytes = compress_module.decompress(request.model, request.out)
     config = SparseCheckpoint.open(request.model, verify_bits=False).config
     return DecompressResult(request.out, total_bytes, config.correction is not None)
 
@@ -117,4 +117,4 @@ def decompress(request: DecompressRequest) -> DecompressResult:
 def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:
     """Load and order. The dense model lives in here only: what follows needs the memory, and not the model."""
     progress(Stage("loading"))
-    return permuter.find(load_checked(task), task.recipe, windows_ST, task.device, progress)
+    return permute_module.find(load_checked(task), task.recipe, windows_ST, task.device, progress)

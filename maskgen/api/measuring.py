@@ -16,11 +16,11 @@ from maskgen.core.errors import SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.data import tokens
-from maskgen.export import inspect as inspector
+from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
-from maskgen.hf import evaluate as scorer
+from maskgen.hf import evaluate as evaluate_module
 from maskgen.hf import model
-from maskgen.train import demo as demos
+from maskgen.train import demo as demo_module
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     protocol = Protocol(request.window_tokens, request.stride_tokens, request.bos, request.max_windows)
     device, model_dir = checks.resolve_device(request.device), model.resolve(request.model)
     tokenizer = model.load_tokenizer(model_dir)
-    scorer.check_window(protocol, model.stored_max_tokens(model_dir))
+    evaluate_module.check_window(protocol, model.stored_max_tokens(model_dir))
     ids = tokens.read_tokens(request.data, tokenizer).tolist()
     windows = protocol.windows(ids, tokenizer.bos_token_id)
     progress(Stage("loading"))
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     loaded = model.load(model_dir, dtype, device)
-    found = scorer.perplexity(
+    found = evaluate_module.perplexity(
         loaded,
         ids,
         protocol,
@@ -104,7 +104,7 @@ def inspect(request: InspectRequest) -> InspectReport:
 
     A sparse checkpoint is verified in full. Raises `FormatError`, `PatternError`.
     """
-    return inspector.inspect(request.model, NMPattern.parse(request.pattern))
+    return inspect_module.inspect(request.model, NMPattern.parse(request.pattern))
 
 
 def load(
@@ -141,4 +141,4 @@ def demo(request: DemoRequest | None = None, progress: Listener = silent) -> Dem
     Raises `OutputExistsError` when the directory holds something else, `SparseError` when none was given and the user
     has no home directory.
     """
-    return DemoResult(demos.build(None if request is None else request.out, progress))
+    return DemoResult(demo_module.build(None if request is None else request.out, progress))

@@ -25,19 +25,19 @@ from maskgen.core.errors import OutputExistsError, RecipeError
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
 from maskgen.data import tokens
-from maskgen.export import compress as compressor
+from maskgen.export import compress
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import SweepReport, sweep
 from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
+from maskgen.train import run as run_module
 from maskgen.train.log import LOG_FILE
 from maskgen.train.loop import Cadence
 from maskgen.train.prior import check_base
 from maskgen.train.result import Written
 from maskgen.train.run import Job
-from maskgen.train.run import learn as train
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
         base_model=task.label,
         base_digest=base_digest,
     )
-    written = compressor.compress(
+    written = compress.compress(
         task.model_dir,
         config,
         lambda name, weight: StoredLayer(work.packed(name)),
@@ -193,7 +193,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         checkpoint_activations=request.checkpoint_activations,
         shard=request.shard,
     )
-    found = train(job, progress)
+    found = run_module.learn(job, progress)
     if found is None:
         return None
     finish(job.work, request.keep_work)
@@ -216,7 +216,7 @@ def load_checked(task: Task) -> torch.nn.Module:
     loaded = model.load(task.model_dir)
     plan = model.plan(loaded, task.recipe.pattern, task.recipe.ignore)
     targets = [name for block in plan.targets for name in block]
-    compressor.check_source(task.model_dir, task.recipe.pattern, targets, plan.ignored)
+    compress.check_source(task.model_dir, task.recipe.pattern, targets, plan.ignored)
     return loaded
 
 

@@ -30,8 +30,8 @@ from maskgen.core.mask import MaskSet, pack_bits
 from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import CheckpointWriter
-from maskgen.export import compress as compressor
-from maskgen.export import slice as slicer
+from maskgen.export import compress
+from maskgen.export import slice as slice_module
 from maskgen.export.compress import CompressReport
 from maskgen.methods.learned import Result
 from maskgen.train.checkpoints import trained_tensors
@@ -56,7 +56,7 @@ class DenseReport:
     total_bytes: int
 
 
-Written = CompressReport | DenseReport | slicer.ShrinkReport
+Written = CompressReport | DenseReport | slice_module.ShrinkReport
 
 
 def write(
@@ -110,7 +110,7 @@ def write_sparse(
         return StoredLayer(PackedTensor.pack(weight_OI, solution.mask.cpu(), origin.pattern, name), solution.correction)
 
     others = _others(session, read_headers(origin.model_dir))
-    return masks, compressor.compress(origin.model_dir, config, pack, out_dir, extra, others=others)
+    return masks, compress.compress(origin.model_dir, config, pack, out_dir, extra, others=others)
 
 
 @torch.no_grad()
@@ -128,13 +128,15 @@ def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[
 
 
 @torch.no_grad()
-def write_sliced(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> slicer.ShrinkReport:
+def write_sliced(
+    session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]
+) -> slice_module.ShrinkReport:
     """The model without the units that the method removes, with what it trained folded into what stays."""
     solved = {name: layer.solution().weight for name, layer in session.layers.items()}
     weights = {name: weight for name, weight in solved.items() if weight is not None}
     kept = session.method.kept_units(session.layers)
     others = _others(session, read_headers(origin.model_dir))
-    return slicer.write(origin.model_dir, out_dir, weights, kept, extra, others)
+    return slice_module.write(origin.model_dir, out_dir, weights, kept, extra, others)
 
 
 def check(session: Session, model_dir: Path) -> None:
@@ -145,7 +147,7 @@ def check(session: Session, model_dir: Path) -> None:
         if name + WEIGHT_SUFFIX not in headers:
             raise ModelError(f"{model_dir}: stores no tensor {name + WEIGHT_SUFFIX}, which the result is to replace")
     if session.method.result is Result.SLICED:
-        slicer.check(model_dir, session.method.kept_units(session.layers))
+        slice_module.check(model_dir, session.method.kept_units(session.layers))
 
 
 def _others(session: Session, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:

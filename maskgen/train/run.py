@@ -26,14 +26,14 @@ import torch
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus, load_corpus
-from maskgen.export import compress as compressor
-from maskgen.export import slice as slicer
+from maskgen.export import compress
+from maskgen.export import slice as slice_module
 from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import Progress, check_prior
 from maskgen.sweep.workdir import TOKENS_FOLDER, locked, reserve_for_run, work_dir
-from maskgen.train import result as export
+from maskgen.train import result
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.train.loop import Cadence, HeldOut, Stage, fit
@@ -109,7 +109,7 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         tell(Stage("writing"))
         log_file = job.work / WORK_LOG_FILE
         extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
-        written = export.write(session, start.origin, job.out, dense, extra, job.masks_out)
+        written = result.write(session, start.origin, job.out, dense, extra, job.masks_out)
         return Learned(read(log_file), written)
 
 
@@ -183,15 +183,15 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
     plan = model.plan(loaded, wanted.pattern, wanted.ignore)
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:
-        compressor.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.ignored)
+        compress.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.ignored)
     if prior is not None:
         check_prior(prior.mask, dict(targets), wanted.pattern)
-    units = slicer.units(loaded) if method.result is Result.SLICED else {}
+    units = slice_module.units(loaded) if method.result is Result.SLICED else {}
     mask = None if prior is None else prior.mask
     session = prepare(
         loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, job.checkpoint_activations
     )
-    export.check(session, model_dir)
+    result.check(session, model_dir)
     return session, [*plan.ignored, *(name for name, _ in targets if name not in session.layers)]
 
 

@@ -28,7 +28,7 @@ APP = "sparse-serve"
 logger = logging.getLogger(__name__)
 
 _bypassed = ContextVar("_bypassed", default=False)
-_told: set[str] = set()
+_warned: set[str] = set()
 """Troubles of this process that a warning was written about."""
 
 
@@ -94,6 +94,6 @@ def _folder() -> Path:
 
 def _warn_once(trouble: str, message: str, error: Exception) -> None:
     """Every layer of a model meets the same trouble; the first says it."""
-    if trouble not in _told:
-        _told.add(trouble)
+    if trouble not in _warned:
+        _warned.add(trouble)
         logger.warning(message, error)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskgen.recipes import recipe as recipes
+from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.driver import SweepReport, sweep
 from maskgen.sweep.workdir import WorkDir
@@ -19,7 +19,7 @@ SETTINGS = ("calibration.samples=10", "calibration.window_tokens=24", "calibrati
 
 
 def recipe(name: str, *overrides: str) -> Recipe:
-    return recipes.load(name, [*SETTINGS, *overrides])
+    return recipe_module.load(name, [*SETTINGS, *overrides])
 
 
 def windows(samples: int = 10, seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.functional import linear as dense_linear
 from maskgen.core.digest import derive_seed
 from maskgen.core.pattern import NMPattern
 from maskgen.data.corpus import Corpus
-from maskgen.export import slice as slicer
+from maskgen.export import slice as slice_module
 from maskgen.hf import model as loader
 from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
@@ -111,7 +111,7 @@ def session(
     wanted = Training(**{"steps": 8, "batch": 4, "window_tokens": 16, "lr": 1e-2, "dtype": "float32", **spec})
     model = models.build(kind).requires_grad_(False)
     method = method or Toy()
-    units = slicer.units(model) if method.result is Result.SLICED else {}
+    units = slice_module.units(model) if method.result is Result.SLICED else {}
     return prepare(model, loader.plan(model, pattern), units, method, wanted, prior, pattern, group, checkpointed)
 
 

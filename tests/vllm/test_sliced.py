@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from maskgen.export import slice as slicer
+from maskgen.export import slice as slice_module
 from maskgen.export.compress import decompress
 from maskgen.hf import model as loader
 from maskgen.numerics.units import HEADS
@@ -26,10 +26,10 @@ def slice_model(kind: str, root: Path) -> Path:
     dense, sliced = models.save(kind, root / "dense", **SHAPE, **SHAPES[kind]), root / "sliced"
     generator = torch.Generator().manual_seed(0)
     kept = {}
-    for name, count in slicer.units(loader.load(dense)).items():
+    for name, count in slice_module.units(loader.load(dense)).items():
         order = torch.randperm(count, generator=generator)
         kept[name] = order < (count - 1 if name.endswith(HEADS) else count * 2 // 3)
-    slicer.write(dense, sliced, {}, kept)
+    slice_module.write(dense, sliced, {}, kept)
     return sliced
 
 

@@ -229,6 +229,6 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_demo_says_what_to_do_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measuring.demos, "build", lambda out, progress: out)
+    monkeypatch.setattr(measuring.demo_module, "build", lambda out, progress: out)
     code, text, _ = run(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 0 and f"--model {tmp_path}/demo/model --data {tmp_path}/demo/calibration.txt" in text

@@ -74,7 +74,7 @@ def test_a_mixture_of_experts_without_dense_layers(tmp_path: Path, capsys: pytes
 def test_the_dense_model_is_gone_when_the_checkpoint_is_written(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_model, write, loaded = model.load, pruning.compressor.compress, []
+    load_model, write, loaded = model.load, pruning.compress.compress, []
 
     def watched_load(*args: Any) -> nn.Module:
         dense = load_model(*args)
@@ -87,7 +87,7 @@ def test_the_dense_model_is_gone_when_the_checkpoint_is_written(
         return write(*args)
 
     monkeypatch.setattr(model, "load", watched_load)
-    monkeypatch.setattr(pruning.compressor, "compress", watched_write)
+    monkeypatch.setattr(pruning.compress, "compress", watched_write)
     monkeypatch.setattr(pruning, "peak_rss_bytes", lambda: 123_456_700_000)
     code, text, _ = run(capsys, "run", "magnitude", "--model", model_dir(), "--out", tmp_path / "out")
     assert code == 0 and "peak memory 123,456.7 MB" in text

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.errors import FormatError, ModelError, OutputExistsError
-from maskgen.export import slice as slicer
+from maskgen.export import slice as slice_module
 from maskgen.hf import model as loader
 from maskgen.methods import create
 from maskgen.methods.learned import Mode
@@ -42,7 +42,7 @@ def trained(model_dir: Path, method: str = "maskprune", steps: int = 6, **option
     spec = Training(
         steps=steps, batch=4, window_tokens=16, lr=1e-2, dtype="float32", distill_weight=0.5, heldout_windows=4
     )
-    sites = slicer.units(model)
+    sites = slice_module.units(model)
     if not any(name.endswith(HEADS) for name in sites):
         options["keep_kv_groups"] = 0
     session = prepare(model, loader.plan(model, PATTERN), sites, create(method, options), spec, None, PATTERN)
@@ -52,10 +52,10 @@ def trained(model_dir: Path, method: str = "maskprune", steps: int = 6, **option
     return session
 
 
-def write(session: Session, model_dir: Path, out: Path, **options: Any) -> slicer.ShrinkReport:
+def write(session: Session, model_dir: Path, out: Path, **options: Any) -> slice_module.ShrinkReport:
     solved = {name: layer.solution().weight for name, layer in session.layers.items()}
     weights = {name: weight for name, weight in solved.items() if weight is not None}
-    return slicer.write(model_dir, out, weights, session.method.kept_units(session.layers), **options)
+    return slice_module.write(model_dir, out, weights, session.method.kept_units(session.layers), **options)
 
 
 @torch.no_grad()
@@ -144,21 +144,21 @@ def test_every_layer_keeps_as_many(tmp_path: Path) -> None:
     name = next(name for name in kept if name.endswith(NEURONS))
     for wrong_U in (torch.ones_like(kept[name]), torch.zeros_like(kept[name])):
         with pytest.raises(ModelError, match="all layers must keep as many"):
-            slicer.write(dense, tmp_path / "out", {}, {**kept, name: wrong_U})
+            slice_module.write(dense, tmp_path / "out", {}, {**kept, name: wrong_U})
     assert not (tmp_path / "out").exists()
 
 
 def test_widths_that_nobody_could_load_are_refused(tmp_path: Path) -> None:
     """transformers refuses a Llama whose heads do not divide its hidden size; vLLM works out Qwen2's head size."""
     dense = models.save("llama", tmp_path / "dense", num_attention_heads=4, num_key_value_heads=4)
-    sites = slicer.units(loader.load(dense))
+    sites = slice_module.units(loader.load(dense))
     kept = {name: torch.arange(count) < (3 if name.endswith(HEADS) else 96) for name, count in sites.items()}
     with pytest.raises(ModelError, match="llama with 3 of 4 heads beside a hidden size of 64"):
-        slicer.write(dense, tmp_path / "out", {}, kept)
+        slice_module.write(dense, tmp_path / "out", {}, kept)
     qwen = models.save("qwen2", tmp_path / "qwen")
     kept = {f"model.layers.{number}.self_attn.o_proj": torch.tensor([True, False]) for number in range(models.LAYERS)}
     with pytest.raises(ModelError, match="qwen2 with 2 of 4 heads"):
-        slicer.write(qwen, tmp_path / "out", {}, kept)
+        slice_module.write(qwen, tmp_path / "out", {}, kept)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
@@ -175,32 +175,32 @@ def test_heads_need_not_divide_the_hidden_size_everywhere(kind: str, tmp_path: P
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     dense = models.save("llama", tmp_path / "dense")
-    kept = {name: torch.ones(count, dtype=torch.bool) for name, count in slicer.units(loader.load(dense)).items()}
+    kept = {name: torch.ones(count, dtype=torch.bool) for name, count in slice_module.units(loader.load(dense)).items()}
     with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.9"):
-        slicer.write(dense, tmp_path / "out", {"model.layers.9.mlp.up_proj": torch.zeros(96, 64)}, kept)
+        slice_module.write(dense, tmp_path / "out", {"model.layers.9.mlp.up_proj": torch.zeros(96, 64)}, kept)
     with pytest.raises(ModelError, match=r"\(2, 2\) replaces one \(96, 64\)"):
-        slicer.write(dense, tmp_path / "out", {"model.layers.0.mlp.up_proj": torch.zeros(2, 2)}, kept)
+        slice_module.write(dense, tmp_path / "out", {"model.layers.0.mlp.up_proj": torch.zeros(2, 2)}, kept)
     models.save_sparse(dense, tmp_path / "sparse")
     with pytest.raises(FormatError, match="start from the dense model"):
-        slicer.write(tmp_path / "sparse", tmp_path / "out", {}, kept)
+        slice_module.write(tmp_path / "sparse", tmp_path / "out", {}, kept)
     with pytest.raises(OutputExistsError):
-        slicer.write(dense, tmp_path / "sparse", {}, kept)
+        slice_module.write(dense, tmp_path / "sparse", {}, kept)
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt_neox"])
 def test_other_architectures_are_refused_by_name(kind: str) -> None:
     with pytest.raises(ModelError, match="Llama, Qwen2, Qwen3, Mistral"):
-        slicer.units(models.build(kind))
+        slice_module.units(models.build(kind))
 
 
 def test_sites_of_a_model() -> None:
-    sites = slicer.units(models.build("llama"))
+    sites = slice_module.units(models.build("llama"))
     assert len(sites) == 2 * models.LAYERS
     assert sites["model.layers.2.self_attn.o_proj"] == 2
     assert sites["model.layers.2.mlp.down_proj"] == 96
-    multi_head = slicer.units(models.build("llama", num_key_value_heads=4))
+    multi_head = slice_module.units(models.build("llama", num_key_value_heads=4))
     assert multi_head["model.layers.0.self_attn.o_proj"] == 4
-    assert all(name.endswith(NEURONS) for name in slicer.units(models.build("qwen2")))
+    assert all(name.endswith(NEURONS) for name in slice_module.units(models.build("qwen2")))
 
 
 def test_sparse_weights_on_top_of_a_sliced_model(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskgen.core.errors import NumericalError, OutputExistsError
-from maskgen.train import checkpoints as training_state
+from maskgen.train import checkpoints as checkpoints_module
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.step import Session
 from tests.maskgen.training import Toy, assert_same, corpus, largest_file, session, state
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_leaves_what_there_was(
     def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training_state, "write_json", full)
+    monkeypatch.setattr(checkpoints_module, "write_json", full)
     assert_keeps_what_there_was(checkpoints, trained, "No space left on device")
 
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_model_is_one_clear_error(two: tuple[Checkpoints
     tensors.pop(next(name for name in tensors if name.endswith("score")))
     save_file(tensors, shard)
     manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["shards"] = training_state._digest(folder)
+    manifest["shards"] = checkpoints_module._digest(folder)
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="not a checkpoint of this model"):
         checkpoints.restore(session(), {})

@@ -18,7 +18,7 @@ from torch import Tensor
 from maskgen.core.errors import NumericalError
 from maskgen.core.mask import pack_bits
 from maskgen.core.pattern import NMPattern
-from maskgen.train import checkpoints as training_state
+from maskgen.train import checkpoints as checkpoints_module
 from maskgen.train import loop as fitting
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import TrainLog, read
@@ -170,7 +170,9 @@ def test_a_full_disk_says_what_is_kept(where: str, tmp_path: Path, monkeypatch: 
 
     def progress(log: TrainingStep | HeldOut) -> None:
         if isinstance(log, TrainingStep) and log.step == 3:
-            monkeypatch.setattr(*((training_state, "write_json") if where == "checkpoint" else (TrainLog, "add")), full)
+            monkeypatch.setattr(
+                *((checkpoints_module, "write_json") if where == "checkpoint" else (TrainLog, "add")), full
+            )
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", RUN)
     with pytest.raises(OSError, match=r"No space left on device.*; the checkpoint of step 2 is kept in .*; make room"):

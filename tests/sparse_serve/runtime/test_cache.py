@@ -8,7 +8,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from sparse_serve.runtime import cache as machine_cache
+from sparse_serve.runtime import cache
 
 FACTS = {"shape": [64, 32], "device": "here"}
 
@@ -16,42 +16,42 @@ FACTS = {"shape": [64, 32], "device": "here"}
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(machine_cache, "_told", set())
+    monkeypatch.setattr(cache, "_warned", set())
     return tmp_path / "cache"
 
 
 def test_figures_come_back_for_the_same_facts_only() -> None:
-    machine_cache.keep("kind-1", FACTS, {"seconds": 1.5})
-    assert machine_cache.recall("kind-1", dict(reversed(FACTS.items()))) == {**FACTS, "seconds": 1.5}
-    assert machine_cache.recall("kind-2", FACTS) == {}
-    assert machine_cache.recall("kind-1", {**FACTS, "device": "there"}) == {}
-    machine_cache.keep("kind-1", FACTS, {"seconds": 2.5})
-    assert machine_cache.recall("kind-1", FACTS)["seconds"] == 2.5
-    with machine_cache.bypass_cache():
-        assert machine_cache.recall("kind-1", FACTS) == {}
+    cache.keep("kind-1", FACTS, {"seconds": 1.5})
+    assert cache.recall("kind-1", dict(reversed(FACTS.items()))) == {**FACTS, "seconds": 1.5}
+    assert cache.recall("kind-2", FACTS) == {}
+    assert cache.recall("kind-1", {**FACTS, "device": "there"}) == {}
+    cache.keep("kind-1", FACTS, {"seconds": 2.5})
+    assert cache.recall("kind-1", FACTS)["seconds"] == 2.5
+    with cache.bypass_cache():
+        assert cache.recall("kind-1", FACTS) == {}
 
 
 def test_where_files_lie(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = machine_cache.path("kind-1", FACTS).name
-    assert machine_cache.path("kind-1", FACTS) == folder / "sparse-serve" / "kind-1" / name
+    name = cache.path("kind-1", FACTS).name
+    assert cache.path("kind-1", FACTS) == folder / "sparse-serve" / "kind-1" / name
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     system = platformdirs.user_cache_path("sparse-serve", appauthor=False)
-    assert machine_cache.path("kind-1", FACTS) == system / "kind-1" / name
+    assert cache.path("kind-1", FACTS) == system / "kind-1" / name
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "nonsense", "{"])
 def test_damage_is_said_and_reads_as_nothing(damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    machine_cache.keep("kind-1", FACTS, {"seconds": 1.5})
-    file = machine_cache.path("kind-1", FACTS)
+    cache.keep("kind-1", FACTS, {"seconds": 1.5})
+    file = cache.path("kind-1", FACTS)
     file.write_text(damage)
-    assert machine_cache.recall("kind-1", FACTS) == machine_cache.recall("kind-1", FACTS) == {}
+    assert cache.recall("kind-1", FACTS) == cache.recall("kind-1", FACTS) == {}
     (said,) = caplog.messages
     assert str(file) in said and "measured again" in said
 
 
 def test_a_first_start_has_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
-    assert machine_cache.recall("kind-1", FACTS) == {}
-    machine_cache.keep("kind-1", FACTS, {"seconds": 1.5})
+    assert cache.recall("kind-1", FACTS) == {}
+    cache.keep("kind-1", FACTS, {"seconds": 1.5})
     assert not caplog.messages
 
 
@@ -61,8 +61,8 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for shape in (1, 2):
-        assert machine_cache.recall("kind-1", {"shape": shape}) == {}
-        machine_cache.keep("kind-1", {"shape": shape}, {"seconds": 1.5})
+        assert cache.recall("kind-1", {"shape": shape}) == {}
+        cache.keep("kind-1", {"shape": shape}, {"seconds": 1.5})
     (said,) = caplog.messages
     assert "cannot be kept" in said and str(tmp_path / "file") in said and "set XDG_CACHE_HOME" in said
 
@@ -74,8 +74,8 @@ def test_no_place_for_a_cache_is_said_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     if missing == "platformdirs":
         monkeypatch.setitem(sys.modules, "platformdirs", None)
-    machine_cache.keep("kind-1", FACTS, {"seconds": 1.5})
-    assert machine_cache.recall("kind-1", FACTS) == {} and not list(tmp_path.iterdir())
+    cache.keep("kind-1", FACTS, {"seconds": 1.5})
+    assert cache.recall("kind-1", FACTS) == {} and not list(tmp_path.iterdir())
     assert len(caplog.messages) == 2 and all(missing in said for said in caplog.messages)
 
 
@@ -83,4 +83,4 @@ def test_older_releases_of_platformdirs_leave_the_home_unresolved(monkeypatch: p
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda app, appauthor: Path("~/.cache") / app)
     with pytest.raises(OSError, match="no home directory"):
-        machine_cache.path("kind-1", FACTS)
+        cache.path("kind-1", FACTS)

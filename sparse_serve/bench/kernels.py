@@ -38,7 +38,7 @@ from sparse_serve.runtime.errors import KernelError
 from sparse_serve.runtime.machine import processor
 from sparse_serve.runtime.request import Request
 from sparse_serve.tuning.measure import torch_dense
-from sparse_serve.tuning.timing import Call, Times, interleaved
+from sparse_serve.tuning.timing import Call, Times, interleaved, torch_threads
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -84,7 +84,7 @@ class Result:
 class KernelsRequest(Request):
     """What to time. `shapes` are `(out features, in features)`, `seconds` the time for each shape and number of tokens.
 
-    `threads=None` leaves torch's number as it is. Raises `SettingsError` for a value out of range.
+    `threads=None` is torch's number of now. Raises `SettingsError` for a value out of range.
     """
 
     shapes: tuple[tuple[Positive, Positive], ...] = ((14336, 4096), (4096, 4096))
@@ -104,28 +104,32 @@ def run(
 
     `on_result` is called as each result is there, `on_refusal` for a kernel that cannot serve a shape, with its reason.
     """
-    if request.threads:
-        torch.set_num_threads(request.threads)
     dtype, results = getattr(torch, request.dtype), []
-    for shape in request.shapes:
-        candidates = _candidates(shape, dtype, request.with_reference, on_refusal)
-        for tokens in request.tokens:
-            results.append(_measure(candidates, shape, tokens, dtype, request.seconds))
-            on_result(results[-1])
+    with torch_threads(request.threads):
+        for shape in request.shapes:
+            candidates = _candidates(shape, dtype, request.with_reference, on_refusal)
+            for tokens in request.tokens:
+                results.append(_measure(candidates, shape, tokens, dtype, request.seconds))
+                on_result(results[-1])
     return results
 
 
 def record(request: KernelsRequest, results: Sequence[Result]) -> dict[str, Any]:
     """What a result file holds: settings, versions, machine and every figure."""
-    settings = {"dtype": request.dtype, "threads": torch.get_num_threads(), "isa": _isa()}
+    settings = {"dtype": request.dtype, "threads": _threads(request), "isa": _isa()}
     return {**run_metadata(), **settings, "results": [asdict(result) for result in results]}
 
 
 def plot(request: KernelsRequest, results: Sequence[Result], file: Path) -> None:
     """Draw a roofline to `file`; its suffix is one of `roofline.FORMATS`."""
-    shown = [request.dtype, f"threads: {torch.get_num_threads()}", *filter(None, [_isa()])]
+    shown = [request.dtype, f"threads: {_threads(request)}", *filter(None, [_isa()])]
     title = f"2:4 against dense linear layers on {processor()} ({', '.join(shown)})"
     roofline.roofline(panels(results), roof(results), title, file)
+
+
+def _threads(request: KernelsRequest) -> int:
+    """How many threads the request is measured with."""
+    return request.threads or torch.get_num_threads()
 
 
 def _isa() -> str | None:

@@ -27,6 +27,7 @@ from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime.request import Request
 from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
+from sparse_serve.tuning.timing import torch_threads
 
 Kinds = dict[LinearSpec, dict[str, list[str]]]
 """By what a kernel sees of them: layers as vLLM has and names them, and the checkpoint's layers each consists of."""
@@ -38,8 +39,8 @@ Track = Callable[[list[LinearSpec]], Iterable[LinearSpec]]
 class SurveyRequest(Request):
     """Which checkpoint, and how it will be served. Raises `SettingsError` for a value out of range.
 
-    `dtype=None` is the checkpoint's. `threads=None` leaves torch's number of threads as it is; figures of one number
-    say nothing of another.
+    `dtype=None` is the checkpoint's. `threads` are what is measured with, by default torch's number of now; figures of
+    one number say nothing of another.
     """
 
     checkpoint: Path
@@ -105,7 +106,8 @@ def tune(request: SurveyRequest, track: Track = iter) -> Survey:
     """Measure every kind of layer anew, and keep the result where a server finds it."""
     checkpoint = SparseCheckpoint.open(request.checkpoint, verify_bits=False)
     kinds = kinds_of(checkpoint, request.dtype)
-    return Survey(checkpoint, kinds, _choices(kinds, request, Ask.AGAIN, track))
+    with torch_threads(request.threads):
+        return Survey(checkpoint, kinds, _choices(kinds, Ask.AGAIN, track))
 
 
 def examine(request: SurveyRequest, track: Track = iter) -> Survey:
@@ -115,8 +117,9 @@ def examine(request: SurveyRequest, track: Track = iter) -> Survey:
     """
     checkpoint = SparseCheckpoint.open(request.checkpoint)
     kinds = kinds_of(checkpoint, request.dtype)
-    choices = _choices(kinds, request, Ask.ALWAYS, track)
-    return Survey(checkpoint, kinds, choices, memory_of(checkpoint, kinds, choices))
+    with torch_threads(request.threads):
+        choices = _choices(kinds, Ask.ALWAYS, track)
+        return Survey(checkpoint, kinds, choices, memory_of(checkpoint, kinds, choices))
 
 
 def kinds_of(checkpoint: SparseCheckpoint, dtype: str | None) -> Kinds:
@@ -150,9 +153,7 @@ def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choi
     return Memory(resident, dense)
 
 
-def _choices(kinds: Kinds, request: SurveyRequest, ask: Ask, track: Track) -> list[Choice]:
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+def _choices(kinds: Kinds, ask: Ask, track: Track) -> list[Choice]:
     return [choice_for(spec, AUTO, dense_layers(spec.device_type), ask) for spec in track(list(kinds))]
 
 

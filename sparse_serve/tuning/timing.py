@@ -10,9 +10,10 @@ GPU (`gpu_s`), which leaves out what launching it and waiting for its end cost t
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,17 @@ class Times:
         """Median over rounds of the time of the fastest of `peers` by the time of `name`."""
         rounds = zip(*(self.seconds[peer] for peer in peers), strict=True)
         return statistics.median(min(peer) / mine for peer, mine in zip(rounds, self.seconds[name], strict=True))
+
+
+@contextlib.contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Inside, torch computes with `number` threads; None leaves it as it is. What it was before comes back after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def wall_s(call: Call) -> float:

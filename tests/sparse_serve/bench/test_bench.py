@@ -7,18 +7,22 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from sparse_serve.bench import kernels as bench_kernels
-from sparse_serve.bench import record, roofline
+from sparse_serve.bench import record, roofline, survey
 from sparse_serve.bench.kernels import DENSE, READ, Result
 from sparse_serve.bench.roofline import Panel, Point, Roof
 from sparse_serve.cli import bench as cli_bench
+from sparse_serve.kernels import LinearSpec
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.tuning.timing import Times
+from tests.directories import sparse_dir
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -137,3 +141,31 @@ def test_that_nothing_can_be_drawn_is_said_before_measuring(monkeypatch: pytest.
     monkeypatch.setattr(roofline, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"needs matplotlib.* pip install 'sparse-serve\[report\]'"):
         roofline.check(Path("a.svg"))
+
+
+def test_kernels_are_timed_with_the_threads_asked_for_and_the_process_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(bench_kernels, "_candidates", lambda *arguments: {})
+    monkeypatch.setattr(bench_kernels, "_measure", lambda *arguments: seen.append(torch.get_num_threads()))
+    request = bench_kernels.KernelsRequest(shapes=((8, 16),), tokens=(1,), threads=before + 1)
+    bench_kernels.run(request)
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+    assert bench_kernels.record(request, [])["threads"] == before + 1
+    assert bench_kernels.record(bench_kernels.KernelsRequest(), [])["threads"] == before
+
+
+@pytest.mark.parametrize("function", [survey.tune, survey.examine])
+def test_a_survey_measures_with_the_threads_asked_for_and_leaves_the_process_as_it_was(
+    function: Callable[..., survey.Survey], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(survey, "kinds_of", lambda checkpoint, dtype: {})
+
+    def track(kinds: list[LinearSpec]) -> list[LinearSpec]:
+        seen.append(torch.get_num_threads())
+        return kinds
+
+    function(survey.SurveyRequest(checkpoint=sparse_dir(tmp_path / "tiny"), threads=before + 1), track)
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from sparse_serve.tuning.timing import Call, Times, interleaved, wall_s
+from sparse_serve.tuning.timing import Call, Times, interleaved, torch_threads, wall_s
 
 
 def test_candidates_take_turns_and_use_their_copies_in_turn() -> None:
@@ -37,3 +38,13 @@ def test_a_speedup_is_the_median_over_rounds_against_the_faster_peer() -> None:
     assert times.speedup("kernel", ["slow", "fast"]) == 2.0
     assert times.speedup("kernel", ["fast"]) == 3.0
     assert times.median_s("kernel") == pytest.approx(1.0)
+
+
+def test_torchs_threads_are_set_inside_and_come_back_even_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with torch_threads(None):
+        assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before

@@ -29,7 +29,7 @@ from pydantic import Field
 from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
 from sparse_serve.bench.record import run_metadata
-from sparse_serve.runtime import processes
+from sparse_serve.runtime import environment, processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
 from sparse_serve.runtime.request import Request
 
@@ -102,17 +102,20 @@ class ServeRequest(Request):
 
 
 def run(request: ServeRequest, on_progress: Callable[[str], None] = lambda text: None) -> list[Run]:
-    """Serve both models in turn and put them under load; takes minutes. Raises `BenchError` when a server or a run
-    fails, `SettingsError` if the two are not a dense and a sparse form of one model."""
+    """Serve both models in turn and put them under load; takes minutes.
+
+    Raises `BenchError` when a server or a run fails, `SettingsError` if the two are not a dense and a sparse form of
+    one model. The environment of this process is left as it was.
+    """
     check(request.dense, request.sparse)
-    processes.lead()  # servers end with this process however it ends
     directories = {"dense": request.dense, "sparse": request.sparse}
     flags = ["--dtype", request.dtype, "--no-enable-prefix-caching", *request.vllm_flags]
     loads = [
         Load(clients, request.requests, request.input_tokens, request.output_tokens) for clients in request.clients
     ]
     runs: list[Run] = []
-    with temporary() as work_dir:
+    with environment.restored(), temporary() as work_dir:
+        processes.lead()  # servers end with this process however it ends
         for number in range(request.rounds):
             for model in MODELS if number % 2 == 0 else MODELS[::-1]:
                 on_progress(f"round {number + 1}: starting the {model} server")

@@ -19,6 +19,7 @@ def run(request: GateRequest, on_step: OnStep | None = None) -> GateReport:
 
     `on_step` is called before each of the four measurements. Raises `SettingsError` or `FormatError` for what can be
     known to be wrong before measuring, and `GateError`, `EngineStartError` or `EngineDiedError` when it cannot measure.
+    Environment variables are left as they were.
     """
     from sparse_serve.gate import runner  # torch, which a look at the request does not need
 

@@ -20,7 +20,7 @@ from sparse_serve.engine import Engine
 from sparse_serve.gate.measure import MakeEngine, Request, measure_offline, measure_served
 from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Measured
 from sparse_serve.gate.request import DType, GateRequest, GateStep, OnStep
-from sparse_serve.runtime import machine
+from sparse_serve.runtime import environment, machine
 from sparse_serve.runtime.errors import GateError, SettingsError
 
 PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
@@ -73,12 +73,15 @@ def plan(request: GateRequest) -> MeasurementPlan:
 def run(
     todo: MeasurementPlan, engine_factory: EngineFactory | None = None, on_step: OnStep = lambda step: None
 ) -> GateReport:
-    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens; default: vLLM's."""
+    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens; default: vLLM's.
+
+    Environment variables that starting the engines sets are put back as they were (`environment.restored`).
+    """
     request = todo.request
     make_engine = (engine_factory or _vllm_engine)(request.dtype, request.protocol.window_tokens + 1)
     models = {"dense": todo.dense, "sparse": todo.checkpoint.path}
     measured: dict[str, Measured] = {}
-    with tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
+    with environment.restored(), tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
         for at, (name, directory) in enumerate(models.items()):
             on_step(GateStep(2 * at + 1, 2 * len(models), f"{name} model offline (transformers)"))
             offline, windows = measure_offline(directory, request, Path(work))

@@ -6,12 +6,36 @@ in this file. They are internal, which their leading underscore says: nobody is 
 not take them for its own.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _LEADER = "_SPARSE_SERVE_LEADER"
 _STARTUP_ERROR = "_SPARSE_SERVE_STARTUP_ERROR"
 _VERIFIED = "_SPARSE_SERVE_VERIFIED"
+
+_SET_BY_A_START = ("_SPARSE_SERVE_", "VLLM_", "TORCHDYNAMO_DISABLE")
+"""What the names of variables that starting an engine sets begin with."""
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Put the variables that starting an engine sets back as they were before.
+
+    vLLM and torch read some of them once, when they are imported, and go by that as long as the process lives.
+    """
+    before = _set_by_a_start()
+    try:
+        yield
+    finally:
+        for name in _set_by_a_start().keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _set_by_a_start() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_SET_BY_A_START)}
 
 
 def leader() -> int | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,7 @@ from sparse_serve.bench import load, serve
 from sparse_serve.bench.load import Load, incomplete, serving
 from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures
 from sparse_serve.cli.bench import serve_table
-from sparse_serve.runtime import processes
+from sparse_serve.runtime import environment, processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
 
 LOAD = Load(clients=2, requests=3, input_tokens=16, output_tokens=8)
@@ -177,3 +178,21 @@ def test_a_report_loses_its_requests_and_its_paths(tmp_path: Path, monkeypatch: 
     fake_load(monkeypatch, tmp_path, 0, REPORT | {"model_id": str(tmp_path), "tokenizer_id": str(tmp_path)})
     report = load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
     assert report == {name: value for name, value in REPORT.items() if name != "errors"}
+
+
+def test_the_environment_is_left_as_it_was_when_a_server_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leaders = []
+
+    def refuses(directory: Path, flags: list[str], work_dir: Path) -> NoReturn:
+        leaders.append(environment.leader())
+        shutil.rmtree(work_dir)
+        raise BenchError("no server")
+
+    monkeypatch.setattr(serve, "check", lambda dense, sparse: None)
+    monkeypatch.setattr(serve, "serving", refuses)
+    before = dict(os.environ)
+    with pytest.raises(BenchError, match="no server"):
+        serve.run(serve.ServeRequest(dense=tmp_path, sparse=tmp_path))
+    assert leaders == [os.getpid()] and dict(os.environ) == before

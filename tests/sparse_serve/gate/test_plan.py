@@ -1,6 +1,7 @@
 """What the gate refuses before it spends minutes on measuring, and the exit status of what goes wrong later."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from sparse_serve import gate
 from sparse_serve.cli import gate as cli_gate
 from sparse_serve.cli.main import main
+from sparse_serve.engine.vllm_defaults import set_common
 from sparse_serve.gate import runner
 from sparse_serve.gate.report import Limits
 from sparse_serve.gate.request import GateRequest
-from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.runtime import processes
+from sparse_serve.runtime.errors import GateError, SettingsError
 from tests.directories import dense_dir, sparse_dir
 
 
@@ -79,6 +82,21 @@ def test_wrong_flags_are_refused_at_once(
 def test_a_request_checks_itself(pair: dict[str, Path], changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=f"^`{next(iter(changes))}` "):
         GateRequest(**pair, **changes)
+
+
+def test_the_environment_is_left_as_it_was(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def served(*args: Any) -> Any:
+        processes.lead()  # as the engine does
+        set_common(os.environ)
+        raise GateError("the engine is gone")
+
+    monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
+    monkeypatch.setattr(runner, "measure_offline", lambda *args: (None, []))
+    monkeypatch.setattr(runner, "measure_served", served)
+    before = dict(os.environ)
+    with pytest.raises(GateError, match="the engine is gone"):
+        gate.run(GateRequest(**pair, window_tokens=16))
+    assert dict(os.environ) == before
 
 
 def test_a_bug_is_not_a_regression(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

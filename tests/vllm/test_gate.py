@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def run_gate(root: Path, dense: Path, sparse: Path, max_ppl_increase: float) -> 
     command += ["--max-windows", "24", "--max-ppl-increase", max_ppl_increase]
     code = main([str(part) for part in command])
     return code, json.loads((out / "report.json").read_text("utf-8"))
+
+
+def set_by_a_start(environ: dict[str, str]) -> dict[str, str]:
+    names = ("_SPARSE_SERVE", "VLLM_", "TORCHDYNAMO_")
+    return {name: value for name, value in environ.items() if name.startswith(names)}
 
 
 @pytest.fixture
@@ -46,7 +52,9 @@ def test_one_measurement_is_judged_by_two_limits(
     measure_served = runner.measure_served
     monkeypatch.setattr(runner, "measure_offline", offline_once)
     monkeypatch.setattr(runner, "measure_served", served_once)
+    before = dict(os.environ)
     code, report = run_gate(tmp_path, *pair, max_ppl_increase=100.0)
+    assert set_by_a_start(dict(os.environ)) == set_by_a_start(before), "the process is left as it was"
     results = {result["check"]: result for result in report["results"]}
     assert code == 0, capsys.readouterr()
     assert report["verdict"] == "pass"

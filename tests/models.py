@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
@@ -130,10 +130,46 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS)
 
 
-def save(kind: str, directory: Path, max_shard_size: str = "5GB", **options: Any) -> Path:
-    """Build a model and write it with its tokenizer as a Hugging Face directory."""
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """In the manner of Gemma 3: BOS (id 2) in front of every text by itself, spaces as "▁", bytes for rare characters.
+
+    Its chat template begins with BOS, too. It has `VOCABULARY` ids or fewer.
+    """
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    spaces = normalizers.Replace(" ", "▁")
+    letters = sorted(set(spaces.normalize_str(TEXT)))
+    pieces = [
+        *special.values(),
+        "<start_of_turn>",
+        "<end_of_turn>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *letters,
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    inner.normalizer = spaces
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], **special
+    )
+    made.chat_template = (
+        "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{{ message['content'] }}"
+        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return made
+
+
+def save(
+    kind: str,
+    directory: Path,
+    max_shard_size: str = "5GB",
+    tokens: Callable[[], PreTrainedTokenizerFast] = tokenizer,
+    **options: Any,
+) -> Path:
+    """Build a model and write it with a tokenizer as a Hugging Face directory."""
     build(kind, **options).save_pretrained(directory, max_shard_size=max_shard_size)
-    tokenizer().save_pretrained(directory)
+    tokens().save_pretrained(directory)
     return directory
 
 

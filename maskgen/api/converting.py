@@ -67,7 +67,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     checks.absent(request.out)
     task = checks.settled(request, recipe)
     checks.calibration(request, task)
-    windows_ST = calibration_windows(request, task)
+    windows_ST, _ = calibration_windows(request, task)
     provenance = {
         "recipe": task.recipe.resolved(),
         "base_model": task.label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from maskgen.core.errors import SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.data import tokens
+from maskgen.data.bos import Bos
 from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
 from maskgen.hf import evaluate as evaluate_module
@@ -78,12 +79,14 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     Raises `DataError` (the protocol, the text), `ModelError`, `RequestError` (the device), `FormatError` (a damaged
     checkpoint), `NumericalError` (the loss is not finite).
     """
-    protocol = Protocol(request.window_tokens, request.stride_tokens, request.bos, request.max_windows)
+    protocol = Protocol(request.window_tokens, request.stride_tokens, max_windows=request.max_windows)
     device, model_dir = checks.resolve_device(request.device), model.resolve(request.model)
     tokenizer = model.load_tokenizer(model_dir)
+    bos = Bos.of(tokenizer, request.bos)
+    protocol = replace(protocol, bos=bool(bos.ids), own_bos=bos.own)
     evaluate_module.check_window(protocol, model.stored_max_tokens(model_dir))
     ids = tokens.read_tokens(request.data, tokenizer).tolist()
-    windows = protocol.windows(ids, tokenizer.bos_token_id)
+    windows = protocol.windows(ids, bos.ids)
     progress(Stage("loading"))
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     loaded = model.load(model_dir, dtype, device)
@@ -91,7 +94,7 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
         loaded,
         ids,
         protocol,
-        tokenizer.bos_token_id,
+        bos.ids,
         request.batch,
         lambda done, total: progress(Scored(done, total)),
     )

@@ -25,6 +25,7 @@ from maskgen.core.errors import OutputExistsError, RecipeError
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
 from maskgen.data import tokens
+from maskgen.data.bos import Bos
 from maskgen.export import compress
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model
@@ -44,13 +45,15 @@ from maskgen.train.run import Job
 class PruneResult:
     """A checkpoint in `out`, what the sweep did and cost, and what was written.
 
-    `peak_memory_bytes` is the peak of this process's memory.
+    `peak_memory_bytes` is the peak of this process's memory. `bos` is what calibration windows begin with (None: the
+    method needs none).
     """
 
     out: Path
     sweep: SweepReport
     written: CompressReport
     peak_memory_bytes: int
+    bos: Bos | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     recipe = task.recipe
     base_digest = digest_weights(task.model_dir)
     check_base(task.prior, task.model_dir, base_digest)
-    windows_ST = calibration_windows(request, task)
+    windows_ST, bos = calibration_windows(request, task)
     report, work = _sweep(request.out, task, windows_ST, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
@@ -173,7 +176,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)
-    return PruneResult(request.out, report, written, peak_rss_bytes())
+    return PruneResult(request.out, report, written, peak_rss_bytes(), bos)
 
 
 def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
@@ -184,6 +187,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         label=task.label,
         data=request.data,
         out=request.out,
+        bos=request.bos,
         masks_out=request.masks_out,
         prior=task.prior,
         device=task.device,
@@ -200,15 +204,18 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
     return LearnResult(request.out, found.written, found.records)
 
 
-def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> Tensor | None:
-    """Windows of calibration text `[S, T]` (windows, tokens), or None for a method that needs none."""
+def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> tuple[Tensor | None, Bos | None]:
+    """Windows of calibration text `[S, T]` (windows, tokens), and what they begin with; None where none are needed."""
     section = task.recipe.calibration
     if not task.recipe.local_method().needs_data:
-        return None
+        return None, None
     assert section.window_tokens is not None
     generator = torch.Generator().manual_seed(section.seed)
     tokenizer = model.load_tokenizer(task.model_dir)
-    return tokens.calibration_windows(request.data, tokenizer, section.samples, section.window_tokens, generator)
+    bos = Bos.of(tokenizer, request.bos)
+    return tokens.calibration_windows(
+        request.data, tokenizer, section.samples, section.window_tokens, generator, bos
+    ), bos
 
 
 def load_checked(task: Task) -> torch.nn.Module:

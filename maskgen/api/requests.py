@@ -78,14 +78,16 @@ class _FromRecipe(Request):
 
     `recipe` is the name of a shipped recipe or the path of a .toml file, and `overrides` changes values of it:
     `{"method.damp": 0.05}`, or strings like "method.damp=0.05". `model` is a Hugging Face directory or a hub id, `data`
-    are files of text or token ids, or "hf:org/name" (see `maskgen.data.sources`). `out` is the directory to write; it
-    must not exist. `device` is where to compute: by default "cuda" if there is one, else "cpu".
+    are files of text or token ids, or "hf:org/name" (see `maskgen.data.sources`). `bos` says whether windows of it
+    begin with BOS, by default as the model's tokenizer does by itself (see `maskgen.data.bos`). `out` is the directory
+    to write; it must not exist. `device` is where to compute: by default "cuda" if there is one, else "cpu".
     """
 
     recipe: str
     model: _Model
     out: Path
     data: _Files = ()
+    bos: bool | None = None
     overrides: _Overrides = ()
     device: str | None = None
 
@@ -158,16 +160,16 @@ class DecompressRequest(Request):
 class EvaluateRequest(Request):
     """Perplexity of `model` (directory or hub id, dense or sparse) on one source of text or token ids.
 
-    Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with the BOS
-    token in front if `bos`, and only the first `max_windows` are scored. `dtype` "auto" is the stored one. `batch`
-    windows share a forward pass.
+    Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with BOS in
+    front if `bos` (by default as the tokenizer does by itself), and only the first `max_windows` are scored. `dtype`
+    "auto" is the stored one. `batch` windows share a forward pass.
     """
 
     model: _Model
     data: Path
     window_tokens: int = 2048
     stride_tokens: int | None = None
-    bos: bool = False
+    bos: bool | None = None
     max_windows: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch: _Count = 1

@@ -16,11 +16,11 @@ from maskgen.api.requests import (
     InspectRequest,
     LearnRequest,
     ReportRequest,
-    Request,
 )
+from maskgen.cli.flags import add_bos, add_device, add_out, count, default, verb
 
 if TYPE_CHECKING:
-    _Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+    from maskgen.cli.flags import Verbs
 
 _CODES = get_args(Codes)
 
@@ -28,7 +28,7 @@ SHORTER = {"overrides": "--set", "window_tokens": "--window", "stride_tokens": "
 """Flags that are shorter than the fields they set."""
 
 
-def add_verbs(verbs: _Verbs) -> None:
+def add_verbs(verbs: Verbs) -> None:
     """All verbs, in the order of the help."""
     _add_run(verbs)
     _add_permute(verbs)
@@ -41,20 +41,8 @@ def add_verbs(verbs: _Verbs) -> None:
     _add_report(verbs)
 
 
-def _verb(verbs: _Verbs, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=f"{summary}. {details}", argument_default=argparse.SUPPRESS
-    )
-    return parser
-
-
-def _default(kind: type[Request], name: str) -> str:
-    """For the end of a flag's help."""
-    return f"(default: {kind.model_fields[name].default})"
-
-
-def _add_run(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_run(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "run",
         "prune a model with a recipe, one-shot or learned, and write the result",
@@ -82,7 +70,8 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
         ".safetensors, or hf:ORG/NAME[:CONFIG][:SPLIT]; several are mixed in equal parts (default: none; enough for "
         "methods that need no data, such as magnitude)",
     )
-    _add_out(parser)
+    add_bos(parser)
+    add_out(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -90,7 +79,7 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
         metavar="KEY=VALUE",
         help="change one recipe value, such as method.damp=0.05 or calibration.samples=64; repeatable (default: none)",
     )
-    _add_device(parser)
+    add_device(parser)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -105,27 +94,27 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--micro-batch",
-        type=_count,
+        type=count,
         metavar="WINDOWS",
-        help=f"windows per forward pass; bounds memory {_default(LearnRequest, 'micro_batch')}",
+        help=f"windows per forward pass; bounds memory {default(LearnRequest, 'micro_batch')}",
     )
     group.add_argument(
         "--eval-every",
-        type=_count,
+        type=count,
         metavar="STEPS",
         help="steps between looks at the held-out perplexity of the masks (default: five looks a run)",
     )
     group.add_argument(
         "--checkpoint-every",
-        type=_count,
+        type=count,
         metavar="STEPS",
         help="steps between checkpoints, from which a killed run goes on (default: one every five minutes)",
     )
     group.add_argument(
         "--keep-checkpoints",
-        type=_count,
+        type=count,
         metavar="N",
-        help=f"newest checkpoints to keep {_default(LearnRequest, 'keep_checkpoints')}",
+        help=f"newest checkpoints to keep {default(LearnRequest, 'keep_checkpoints')}",
     )
     group.add_argument(
         "--checkpoint-activations",
@@ -140,14 +129,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _add_permute(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_permute(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "permute",
         "reorder a dense model's hidden neurons so that masks keep more of the weights that matter",
@@ -156,23 +139,23 @@ def _add_permute(verbs: _Verbs) -> None:
     _add_inputs(parser, "whose scores: ria, wanda, magnitude")
 
 
-def _add_compress(verbs: _Verbs) -> None:
-    parser = _verb(verbs, "compress", "apply existing masks to the dense model they were made for")
+def _add_compress(verbs: Verbs) -> None:
+    parser = verb(verbs, "compress", "apply existing masks to the dense model they were made for")
     parser.add_argument("model", help="dense model: a Hugging Face directory or a hub id")
     parser.add_argument(
         "masks", type=Path, help="a mask file from `run --masks-out`, or a sparse checkpoint to take masks from"
     )
-    _add_out(parser)
+    add_out(parser)
     parser.add_argument(
         "--values",
         choices=("float", *_CODES),
         help="how kept weights are stored: as they are, or as 8-bit codes with a scale per row "
-        + _default(CompressRequest, "values"),
+        + default(CompressRequest, "values"),
     )
 
 
-def _add_quantise(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_quantise(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "quantise",
         "write a sparse checkpoint again with kept weights of 8 bits",
@@ -180,22 +163,22 @@ def _add_quantise(verbs: _Verbs) -> None:
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
     parser.add_argument("--values", required=True, choices=_CODES, help="the code: integers, or floats of 8 bits")
-    _add_out(parser)
+    add_out(parser)
 
 
-def _add_decompress(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_decompress(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "decompress",
         "write a sparse checkpoint as an ordinary dense one, zeros included, for other tools",
         "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory")
-    _add_out(parser)
+    add_out(parser)
 
 
-def _add_inspect(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_inspect(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "inspect",
         "show what a model directory holds, layer by layer",
@@ -203,13 +186,13 @@ def _add_inspect(verbs: _Verbs) -> None:
     )
     parser.add_argument("model", type=Path, help="model directory, dense or sparse")
     parser.add_argument(
-        "--pattern", help=f"pattern to check a dense model against {_default(InspectRequest, 'pattern')}"
+        "--pattern", help=f"pattern to check a dense model against {default(InspectRequest, 'pattern')}"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: table)")
 
 
-def _add_eval(verbs: _Verbs) -> None:
-    parser = _verb(verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated")
+def _add_eval(verbs: Verbs) -> None:
+    parser = verb(verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated")
     parser.add_argument("model", help="model directory, dense or sparse, or a hub id")
     parser.add_argument(
         "--data",
@@ -223,7 +206,7 @@ def _add_eval(verbs: _Verbs) -> None:
         type=int,
         dest="window_tokens",
         metavar="TOKENS",
-        help=f"tokens per window {_default(EvaluateRequest, 'window_tokens')}",
+        help=f"tokens per window {default(EvaluateRequest, 'window_tokens')}",
     )
     parser.add_argument(
         "--stride",
@@ -232,17 +215,17 @@ def _add_eval(verbs: _Verbs) -> None:
         metavar="TOKENS",
         help="tokens between windows (default: the window, so none overlap)",
     )
-    parser.add_argument("--bos", action="store_true", help="start each window with the BOS token (default: no)")
+    add_bos(parser)
     parser.add_argument("--max-windows", type=int, metavar="N", help="stop after this many windows (default: all)")
     parser.add_argument(
         "--dtype",
         choices=get_args(EvaluateRequest.model_fields["dtype"].annotation),
-        help=f"dtype to run the model in; auto is the stored one {_default(EvaluateRequest, 'dtype')}",
+        help=f"dtype to run the model in; auto is the stored one {default(EvaluateRequest, 'dtype')}",
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help=f"windows per forward pass {_default(EvaluateRequest, 'batch')}"
+        "--batch", type=int, metavar="N", help=f"windows per forward pass {default(EvaluateRequest, 'batch')}"
     )
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every window's loss (default: no)")
     parser.add_argument(
         "--windows-out",
@@ -252,8 +235,8 @@ def _add_eval(verbs: _Verbs) -> None:
     )
 
 
-def _add_demo(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_demo(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "demo",
         "make a small trained model and text to try the other verbs on, offline and in minutes",
@@ -267,8 +250,8 @@ def _add_demo(verbs: _Verbs) -> None:
     )
 
 
-def _add_report(verbs: _Verbs) -> None:
-    parser = _verb(
+def _add_report(verbs: Verbs) -> None:
+    parser = verb(
         verbs,
         "report",
         "compare learned runs, finished or not, in one HTML page",
@@ -285,15 +268,5 @@ def _add_report(verbs: _Verbs) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help=f"page to write; an older one is replaced {_default(ReportRequest, 'out')}",
-    )
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", help="where to compute, such as cpu or cuda:0 (default: cuda if available, else cpu)"
+        help=f"page to write; an older one is replaced {default(ReportRequest, 'out')}",
     )

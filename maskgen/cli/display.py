@@ -146,6 +146,8 @@ def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
     """What a run did, what it wrote, and what to do with it."""
     if isinstance(result, PruneResult):
         _print_sweep(result.sweep, result.peak_memory_bytes)
+        if result.bos is not None:
+            say(f"  calibration windows: {result.bos.describe()}")
         print_compressed(result.out, result.written)
     elif isinstance(result, LearnResult):
         print_training(result.records, result.log)

@@ -1,6 +1,7 @@
 """Training text as packed windows; which ones a step sees depends only on the seed and the step's number.
 
-Documents are joined with end-of-sequence tokens and cut into windows that do not overlap. The last windows of every
+Documents are joined with end-of-sequence tokens and cut into windows that do not overlap; each begins with BOS where
+the model expects that (`maskgen.data.bos`). The last windows of every
 file are held out and never trained on. Sample number s of a run belongs to file s mod F, so that every file contributes
 equally whatever its size; within a file windows come in an order shuffled anew for each pass. A resumed run, or one
 on more processes, thus sees the same windows.
@@ -30,6 +31,7 @@ from maskgen.core.digest import derive_seed, digest_bytes, digest_files, digest_
 from maskgen.core.errors import DataError
 from maskgen.core.files import fsync_path, temporary_sibling
 from maskgen.data import sources
+from maskgen.data.bos import Bos
 from maskgen.data.tokens import PIECE_CHARS, read_tokens, token_pieces
 from maskgen.recipes.sections import Training
 
@@ -38,22 +40,34 @@ _ID_BYTES = 4
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of each file to train on, int32 `[S_f, T]`, and the held-out windows of all files, int64 `[S, T]`."""
+    """Text to train on and held-out windows.
+
+    `files` has the windows of each file without BOS, int32 `[S_f, T - BOS]`; `heldout` those of all files, int64
+    `[S, T]`, with the `bos` that every window begins with.
+    """
 
     files: tuple[Tensor, ...]
     heldout: Tensor
     seed: int
+    bos: Bos = field(default_factory=Bos)
     _orders: dict[int, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def pack(
-        cls, streams: Sequence[Tensor], names: Sequence[str], window_tokens: int, heldout_windows: int, seed: int
+        cls,
+        streams: Sequence[Tensor],
+        names: Sequence[str],
+        window_tokens: int,
+        heldout_windows: int,
+        seed: int,
+        bos: Bos | None = None,
     ) -> Corpus:
         """Cut token streams (one per file) into windows. `DataError` names a file that is too short or given twice."""
         _check_distinct(streams, names)
-        files, heldout = [], []
+        files, heldout, bos = [], [], bos or Bos()
+        text_tokens = bos.text_tokens(window_tokens)
         for number, (ids, name) in enumerate(zip(streams, names, strict=True)):
-            windows_ST = ids[: len(ids) // window_tokens * window_tokens].view(-1, window_tokens).to(torch.int32)
+            windows_ST = ids[: len(ids) // text_tokens * text_tokens].view(-1, text_tokens).to(torch.int32)
             kept = len(range(number, heldout_windows, len(streams)))
             if len(windows_ST) <= kept:
                 raise DataError(
@@ -62,14 +76,15 @@ class Corpus:
                 )
             files.append(windows_ST[: len(windows_ST) - kept])
             heldout.append(windows_ST[len(windows_ST) - kept :])
-        return cls(tuple(files), torch.cat(heldout).long(), seed)
+        return cls(tuple(files), bos.before(torch.cat(heldout).long()), seed, bos)
 
     def batch(self, step: int, batch: int) -> Tensor:
         """The windows of step number `step`, int64 `[B, T]`, whatever came before."""
-        return torch.stack([self._window(sample) for sample in range(step * batch, (step + 1) * batch)]).long()
+        samples = range(step * batch, (step + 1) * batch)
+        return self.bos.before(torch.stack([self._window(sample) for sample in samples]).long())
 
     def digest(self) -> str:
-        """Digest of all tokens; the data's link in the provenance chain."""
+        """Digest of all tokens; the data's link in the provenance chain. Of BOS it sees what held-out windows have."""
         named = [(f"file {number}", windows) for number, windows in enumerate(self.files)]
         return digest_tensors("corpus", [*named, ("heldout", self.heldout)])
 
@@ -90,18 +105,26 @@ class Corpus:
         return order
 
 
-def load_corpus(files: Sequence[Path | str], tokenizer: Any, spec: Training, cache_dir: Path | None = None) -> Corpus:
+def load_corpus(
+    files: Sequence[Path | str],
+    tokenizer: Any,
+    spec: Training,
+    cache_dir: Path | None = None,
+    bos: bool | None = None,
+) -> Corpus:
     """Read, tokenise and pack `files` (see `data.sources`), through the token cache in `cache_dir` if there is one.
 
-    There are one or more files, and `spec.window_tokens` is settled. Raises `DataError`, and `OSError` when the cache
-    cannot be written.
+    There are one or more files, and `spec.window_tokens` is settled. `bos` says whether windows begin with BOS; None:
+    as the tokenizer does by itself. Raises `DataError`, and `OSError` when the cache cannot be written.
     """
     assert files and spec.window_tokens is not None
     streams = [
         read_tokens(file, tokenizer) if cache_dir is None else _cached_tokens(file, tokenizer, cache_dir)
         for file in files
     ]
-    return Corpus.pack(streams, [str(file) for file in files], spec.window_tokens, spec.heldout_windows, spec.seed)
+    names = [str(file) for file in files]
+    opening = Bos.of(tokenizer, bos)
+    return Corpus.pack(streams, names, spec.window_tokens, spec.heldout_windows, spec.seed, opening)
 
 
 def _cached_tokens(source: Path | str, tokenizer: Any, cache_dir: Path) -> Tensor:

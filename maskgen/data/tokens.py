@@ -31,6 +31,7 @@ from maskgen.core.digest import digest_tensors
 from maskgen.core.errors import DataError, FormatError, clip
 from maskgen.core.files import check_tensor_names, open_tensors
 from maskgen.data import sources
+from maskgen.data.bos import Bos
 
 PIECE_CHARS = 500_000
 """Characters tokenised at a time."""
@@ -74,17 +75,27 @@ def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
 
 
 def calibration_windows(
-    files: Sequence[Path | str], tokenizer: Any, samples: int, window_tokens: int, generator: torch.Generator
+    files: Sequence[Path | str],
+    tokenizer: Any,
+    samples: int,
+    window_tokens: int,
+    generator: torch.Generator,
+    bos: Bos | None = None,
 ) -> Tensor:
-    """Cut `samples` random windows from one or more sources, int64 `[S, T]`. `DataError` when one is too short."""
+    """Cut `samples` random windows from one or more sources, int64 `[S, T]`, each with `bos` in front.
+
+    `bos` None is what the tokenizer does by itself. Raises `DataError` when a source is too short.
+    """
     assert files
+    bos = Bos.of(tokenizer) if bos is None else bos
+    text_tokens = bos.text_tokens(window_tokens)
     windows: list[Tensor] = [torch.empty(0)] * samples
     for number, file in enumerate(files):
         mine = range(number, samples, len(files))
         if not mine:
             raise DataError(f"{len(files)} files for {samples} samples; raise calibration.samples or give fewer files")
         ids = read_tokens(file, tokenizer)
-        starts = len(ids) - window_tokens + 1
+        starts = len(ids) - text_tokens + 1
         if starts < 1:
             raise DataError(
                 f"{file}: {len(ids)} tokens, shorter than one window of {window_tokens}; give more text or lower "
@@ -92,8 +103,8 @@ def calibration_windows(
             )
         positions = torch.randint(starts, (len(mine),), generator=generator).tolist()
         for sample, start in zip(mine, positions, strict=True):
-            windows[sample] = ids[start : start + window_tokens]
-    return torch.stack(windows).long()
+            windows[sample] = ids[start : start + text_tokens]
+    return bos.before(torch.stack(windows).long())
 
 
 def check_window_tokens(window_tokens: int | None, limit: int | None, section: str = "calibration") -> None:

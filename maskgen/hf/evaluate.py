@@ -26,18 +26,19 @@ def perplexity(
     model: nn.Module,
     ids: Sequence[int],
     protocol: Protocol,
-    bos_id: int | None = None,
+    bos_ids: Sequence[int] = (),
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Score token ids with a causal language model on its own device.
 
-    `batch` windows of equal length share a forward pass. `progress` is called with windows done and in all. Raises
-    `DataError` (too few tokens), `NumericalError` (the loss is not finite).
+    `bos_ids` go in front of each window if the protocol wants that. `batch` windows of equal length share a forward
+    pass. `progress` is called with windows done and in all. Raises `DataError` (too few tokens), `NumericalError` (the
+    loss is not finite).
     """
     if batch < 1:
         raise DataError(f"batch {batch}: expected at least 1 window")
-    windows = protocol.windows(ids, bos_id)
+    windows = protocol.windows(ids, bos_ids)
     nll: list[float] = []
     for group in _batches(windows, batch):
         nll += _score(model, group)

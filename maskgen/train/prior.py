@@ -98,16 +98,17 @@ def _calibration(recipe: Recipe, corpus: Corpus) -> Tensor:
     """Windows `[S, T]` for the prior, cut from what is trained on; every file in turn."""
     section = recipe.calibration
     assert section.window_tokens is not None
+    text_tokens = corpus.bos.text_tokens(section.window_tokens)
     generator = torch.Generator().manual_seed(section.seed)
     windows = []
     for sample in range(section.samples):
         ids = corpus.files[sample % len(corpus.files)].flatten()
-        starts = len(ids) - section.window_tokens + 1
+        starts = len(ids) - text_tokens + 1
         if starts < 1:
             raise DataError(
                 f"a file has {len(ids)} tokens to train on, fewer than the {section.window_tokens} of a calibration "
                 "window; give more text, or lower calibration.window_tokens"
             )
         start = int(torch.randint(starts, (), generator=generator))
-        windows.append(ids[start : start + section.window_tokens])
-    return torch.stack(windows).long()
+        windows.append(ids[start : start + text_tokens])
+    return corpus.bos.before(torch.stack(windows).long())

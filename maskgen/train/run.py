@@ -17,7 +17,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ Event = Stage | Progress | TrainingStep | HeldOut
 class Job:
     """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given.
 
-    `label` names the dense model in `model_dir` for people. `out` and `masks_out` are written. The rest is about the
+    `label` names the dense model in `model_dir` for people. `bos` says whether windows of text begin with BOS (None: as
+    the tokenizer does by itself). `out` and `masks_out` are written. The rest is about the
     machine, and changes no bit of the result.
     """
 
@@ -62,6 +63,7 @@ class Job:
     label: str
     data: Sequence[Path]
     out: Path
+    bos: bool | None = None
     masks_out: Path | None = None
     prior: MaskSet | None = None
     device: str = "cpu"
@@ -132,7 +134,7 @@ def _begin(job: Job, group: Group, held: ExitStack, tell: Callable[[Event], None
     check_base(job.prior, job.model_dir, base_digest)
     origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern)
     with group.first_leads():
-        corpus = read_corpus(wanted, job.data, job.model_dir, job.work / TOKENS_FOLDER)
+        corpus = read_corpus(wanted, job.data, job.model_dir, job.work / TOKENS_FOLDER, job.bos)
         digests = {
             "recipe": origin.recipe_digest,
             "base": base_digest,
@@ -163,10 +165,12 @@ def _assembly(job: Job) -> Job:
     return replace(job, recipe=job.recipe.model_copy(update={"train": train}), checkpoint_activations=False)
 
 
-def read_corpus(wanted: Recipe, files: Sequence[Path], model_dir: Path, cache_dir: Path) -> Corpus:
+def read_corpus(
+    wanted: Recipe, files: Sequence[Path], model_dir: Path, cache_dir: Path, bos: bool | None = None
+) -> Corpus:
     """Training and held-out windows of the text, as the recipe wants them; tokenised once, into `cache_dir`."""
     assert wanted.train is not None
-    return load_corpus(files, model.load_tokenizer(model_dir), wanted.train, cache_dir)
+    return load_corpus(files, model.load_tokenizer(model_dir), wanted.train, cache_dir, bos)
 
 
 def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, list[str]]:
@@ -204,6 +208,7 @@ def _header(job: Job, session: Session, start: _Start) -> dict[str, Any]:
         "data": [file.name for file in job.data],
         "training_windows": sum(len(windows) for windows in start.corpus.files),
         "heldout_windows": len(start.corpus.heldout),
+        "bos": asdict(start.corpus.bos),
         "layers": {name: [layer.out_features, layer.in_features] for name, layer in session.layers.items()},
         "trained_parameters": sum(parameter.numel() for parameter in session.parameters),
         "reference": "start" if start.prior is None else "prior",

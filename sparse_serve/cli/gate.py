@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length of a window (default: 2048, or half the model's context if that is less)",
     )
     add("--max-windows", type=int, metavar="N", help="measure only the first N windows (default: all)")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each window with BOS, or do not (default: as the tokenizer does by itself)",
+    )
     add("--allow-other-base", action="store_true", help="compare although --sparse was not made from --dense")
 
 

@@ -33,29 +33,38 @@ MakeEngine = Callable[[Path], Engine]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: text, protocol and dtype (`float32`, `bfloat16` or `float16`) for both stacks."""
+    """What to measure: text, windows and dtype (`float32`, `bfloat16` or `float16`) for both stacks.
+
+    `bos` says whether windows begin with BOS; None: as the tokenizer does by itself.
+    """
 
     data: Path
-    protocol: Protocol
+    window_tokens: int
     dtype: str
+    max_windows: int | None = None
+    bos: bool | None = None
 
 
 def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
-    """Run `maskgen eval`; returns its result and the windows it scored."""
+    """Run `maskgen eval`; returns its result, with the protocol it used, and the windows it scored."""
     result_path, windows_path = work_dir / f"{model_dir.name}.json", work_dir / f"{model_dir.name}.windows.json"
-    protocol = request.protocol
     command = [sys.executable, "-m", "maskgen", "eval", str(model_dir), "--data", str(request.data)]
-    command += ["--window", str(protocol.window_tokens), "--dtype", request.dtype]
+    command += ["--window", str(request.window_tokens), "--dtype", request.dtype]
     command += ["--json", str(result_path), "--windows-out", str(windows_path)]
-    if protocol.max_windows is not None:
-        command += ["--max-windows", str(protocol.max_windows)]
+    if request.max_windows is not None:
+        command += ["--max-windows", str(request.max_windows)]
+    if request.bos is not None:
+        command += ["--bos" if request.bos else "--no-bos"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise GateError(f"{model_dir}: offline evaluation failed: {''.join(reason) or done.returncode}")
     result = json.loads(result_path.read_text("utf-8"))
     offline = Perplexity(
-        protocol, result["nll_per_window"], result["scored_tokens_per_window"], result["tokens_digest"]
+        Protocol(**result["protocol"]),
+        result["nll_per_window"],
+        result["scored_tokens_per_window"],
+        result["tokens_digest"],
     )
     return offline, [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
 

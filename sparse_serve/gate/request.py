@@ -23,8 +23,9 @@ class GateRequest(Request):
     `dense` and `sparse` are model directories, `data` is held-out text (`.txt`, or `.jsonl` with a field `text`).
     `dtype` is what both stacks compute in, by default the checkpoint's. `window_tokens` is the length of the windows
     perplexity is measured on, by default 2048 or half the model's context if that is less; `max_windows` measures only
-    the first so many. For the limits see `sparse_serve.gate.report.Limits`; `parity_tolerance=None` is 0.001 in float32
-    and 0.01 in 16 bits. `allow_other_base` compares although `sparse` was not made from `dense`.
+    the first so many. `bos` says whether they begin with BOS, by default as the tokenizer does by itself. For the
+    limits see `sparse_serve.gate.report.Limits`; `parity_tolerance=None` is 0.001 in float32 and 0.01 in 16 bits.
+    `allow_other_base` compares although `sparse` was not made from `dense`.
     """
 
     dense: Path
@@ -33,6 +34,7 @@ class GateRequest(Request):
     dtype: DType | None = None
     window_tokens: Annotated[int, Field(ge=2)] | None = None
     max_windows: Annotated[int, Field(ge=1)] | None = None
+    bos: bool | None = None
     max_ppl_increase: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = _DEFAULTS.max_ppl_increase
     parity_tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alpha: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = _DEFAULTS.alpha

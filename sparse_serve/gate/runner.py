@@ -14,7 +14,6 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
-from maskgen.core.perplexity import Protocol
 from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine
 from sparse_serve.gate.measure import MakeEngine, Request, measure_offline, measure_served
@@ -66,7 +65,7 @@ def plan(request: GateRequest) -> MeasurementPlan:
         raise SettingsError(f"data {request.data}: no such file")
     tolerance = PARITY_TOLERANCE[dtype] if request.parity_tolerance is None else request.parity_tolerance
     limits = Limits(request.max_ppl_increase, tolerance, request.alpha)
-    todo = Request(request.data, Protocol(window, max_windows=request.max_windows), dtype)
+    todo = Request(request.data, window, dtype, request.max_windows, request.bos)
     return MeasurementPlan(request.dense, checkpoint, dense_digest, todo, limits)
 
 
@@ -78,7 +77,7 @@ def run(
     Environment variables that starting the engines sets are put back as they were (`environment.restored`).
     """
     request = todo.request
-    make_engine = (engine_factory or _vllm_engine)(request.dtype, request.protocol.window_tokens + 1)
+    make_engine = (engine_factory or _vllm_engine)(request.dtype, request.window_tokens + 1)
     models = {"dense": todo.dense, "sparse": todo.checkpoint.path}
     measured: dict[str, Measured] = {}
     with environment.restored(), tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:

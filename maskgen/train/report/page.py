@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from maskgen.core.errors import FormatError
 from maskgen.core.files import fsync_path, temporary_sibling
+from maskgen.core.perplexity import describe_bos
 from maskgen.train.report.plots import GLYPHS, MOST_BANDS, MOST_POINTS, curves
 from maskgen.train.report.runs import Run, find, load
 from maskgen.train.report.tables import agreement, least_agreement, pattern_totals, patterns_by_kind, patterns_by_layer
@@ -136,10 +137,11 @@ def _protocols(runs: Sequence[Run]) -> list[str]:
     """How the perplexities were measured: one sentence for all runs, or one for each way."""
     ways: dict[str, list[str]] = {}
     for number, run in enumerate(runs, 1):
-        train = run.header.recipe.train
+        train, bos = run.header.recipe.train, run.header.bos
+        start = "" if bos is None else f", {describe_bos(bool(bos.ids), bos.own)}"
         way = (
             f"{run.header.heldout_windows:,} windows of {train.window_tokens:,} tokens ({train.window_tokens - 1:,} "
-            f"predicted in each), matrix products in {train.dtype}"
+            f"predicted in each){start}, matrix products in {train.dtype}"
         )
         ways.setdefault(way, []).append(str(number))
     return [way if len(ways) == 1 else f"run {', '.join(numbers)}: {way}" for way, numbers in ways.items()]

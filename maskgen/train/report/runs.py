@@ -56,6 +56,13 @@ class Recipe(_Record):
     train: TrainSettings
 
 
+class WindowStart(_Record):
+    """What windows of text begin with; see `maskgen.data.bos.Bos`."""
+
+    ids: list[int]
+    own: bool | None = None
+
+
 class Header(_Record):
     """First line of a log; losses below are over `heldout_windows` windows."""
 
@@ -63,6 +70,7 @@ class Header(_Record):
     digests: dict[str, str | None]
     model: str
     heldout_windows: _Count
+    bos: WindowStart | None = None
     data: list[str] = []
     reference: str = "start"
 

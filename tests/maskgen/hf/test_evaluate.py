@@ -40,7 +40,7 @@ def test_stride_and_bos_and_limit() -> None:
     strided = evaluate.perplexity(model, IDS, Protocol(20, stride_tokens=5, max_windows=3), batch=2)
     expected = [plain_nll(model, IDS[:20], 1), *(plain_nll(model, IDS[5 * i : 5 * i + 20], 15) for i in (1, 2))]
     assert strided.nll_per_window == pytest.approx(expected, rel=1e-5)
-    with_bos = evaluate.perplexity(model, IDS, Protocol(20, bos=True, max_windows=1), bos_id=0)
+    with_bos = evaluate.perplexity(model, IDS, Protocol(20, bos=True, max_windows=1), [0])
     assert with_bos.nll_per_window == pytest.approx([plain_nll(model, [0, *IDS[:19]], 1)], rel=1e-5)
 
 

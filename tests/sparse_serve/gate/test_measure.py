@@ -10,6 +10,7 @@ from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.gate.measure import Request, measure_offline, score_windows
 from sparse_serve.gate.runner import default_window, stored_dtype
 from sparse_serve.runtime.errors import GateError, SettingsError
+from tests import models
 
 
 async def test_score_windows_counts_only_scored_tokens() -> None:
@@ -33,7 +34,7 @@ async def test_a_score_that_is_not_a_number_is_an_error_not_a_verdict() -> None:
 
 
 def test_offline_failure_is_one_clear_error(tmp_path: Path) -> None:
-    request = Request(tmp_path / "none.txt", Protocol(window_tokens=4), "float32")
+    request = Request(tmp_path / "none.txt", 4, "float32")
     with pytest.raises(GateError, match="offline evaluation failed: maskgen: error: "):
         measure_offline(tmp_path, request, tmp_path)
 
@@ -56,3 +57,18 @@ def test_stored_dtype_reads_both_spellings_and_refuses_others() -> None:
     assert stored_dtype({"torch_dtype": "bfloat16"}) == "bfloat16"
     with pytest.raises(SettingsError, match="'int8'; give a dtype"):
         stored_dtype({"dtype": "int8"})
+
+
+@pytest.mark.parametrize(("bos", "begins"), [(None, True), (False, False)])
+def test_windows_of_a_model_that_wants_bos_have_it_on_both_stacks(
+    bos: bool | None, begins: bool, tmp_path: Path
+) -> None:
+    """The offline side decides; the engine is given its windows, as token ids to which nothing is added."""
+    dense = models.save("llama", tmp_path / "dense", tokens=models.bos_tokenizer)
+    (tmp_path / "text.txt").write_text(models.TEXT[:400], "utf-8")
+    request = Request(tmp_path / "text.txt", 16, "float32", max_windows=2, bos=bos)
+    offline, windows = measure_offline(dense, request, tmp_path)
+    assert (offline.protocol.bos, offline.protocol.own_bos) == (begins, True)
+    assert [window.ids[0] == 2 for window in windows] == [begins] * 2
+    assert [len(window.ids) for window in windows] == [16] * 2
+    assert offline.tokens_digest == digest_windows(windows)

@@ -37,7 +37,7 @@ def command(pair: dict[str, Path], *more: str) -> list[str]:
 def test_a_good_pair_is_planned(pair: dict[str, Path]) -> None:
     todo = runner.plan(GateRequest(**pair, window_tokens=16))
     assert todo.request.dtype == "bfloat16"
-    assert todo.request.protocol.window_tokens == 16
+    assert todo.request.window_tokens == 16
     assert todo.limits == Limits(parity_tolerance=0.01)
     assert runner.provenance(todo)["base_matches"] is True
 

@@ -136,6 +136,8 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, undrawn: None) -> None:
         assert note in page_of(plain, logs.write(tmp_path / "c", digests={kind: None})).text
     text = page_of(plain, logs.write(tmp_path / "d", lr=0.5, window_tokens=64)).text
     assert "train.lr 0.001 0.5" in text and "train.window_tokens 32 64" in text and "train.seed 0 0" not in text
+    bos = {"ids": [2], "own": True}
+    assert "BOS in each (as the tokenizer does by itself)" in page_of(logs.write(tmp_path / "e", bos=bos)).text
     assert "run 1: 6 windows of 32 tokens" in text and "run 2: 6 windows of 64 tokens" in text
 
 

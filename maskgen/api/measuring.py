@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ import torch
 from maskgen.api import checks
 from maskgen.api.events import Listener, Scored, Stage, silent
 from maskgen.api.requests import DemoRequest, EvaluateRequest, InspectRequest, ReportRequest
-from maskgen.core.errors import SparseError
+from maskgen.core.divergence import Divergence
+from maskgen.core.errors import ModelError, RequestError, SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
-from maskgen.data import tokens
+from maskgen.data import sources, tokens
 from maskgen.data.bos import Bos
 from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
@@ -25,13 +26,17 @@ from maskgen.train import demo as demo_module
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
-    """Perplexity of the model known as `model`, run in `dtype`, with its protocol and the windows that were scored."""
+class TextResult:
+    """What was measured on one text, whose file is called `text`, and the windows that were scored.
 
-    model: str
-    dtype: str
+    `dense` and `divergence` are there when a dense model was given to compare with.
+    """
+
+    text: str
     perplexity: Perplexity
     windows: Sequence[Window]
+    dense: Perplexity | None = None
+    divergence: Divergence | None = None
 
     @property
     def value(self) -> float:
@@ -39,8 +44,55 @@ class EvaluateResult:
         return self.perplexity.value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form, with every window's loss and without the windows' tokens."""
-        return {"model": self.model, "dtype": self.dtype, **self.perplexity.to_dict()}
+        """JSON-serialisable form, with every window's numbers and without the windows' tokens."""
+        compared: dict[str, Any] = {}
+        if self.dense is not None and self.divergence is not None:
+            dense = {"nll_per_window": self.dense.nll_per_window, "perplexity": self.dense.value}
+            compared = {"dense": dense, "divergence": self.divergence.to_dict()}
+        return {"text": self.text, **self.perplexity.to_dict(), **compared}
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The model known as `model`, run in `dtype`, on every one of `texts`.
+
+    `against` is what the dense model it was compared with is known as. `perplexity`, `windows` and `value` are those of
+    the only text; `RequestError` when there are several.
+    """
+
+    model: str
+    dtype: str
+    texts: Sequence[TextResult]
+    against: str | None = None
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Of the only text: the perplexity with its protocol."""
+        return self._only.perplexity
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Of the only text: the windows that were scored."""
+        return self._only.windows
+
+    @property
+    def value(self) -> float:
+        """Of the only text: the perplexity's value."""
+        return self._only.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form: the one text's numbers beside the model's name, or a list of them for several."""
+        names = {"model": self.model, "dtype": self.dtype}
+        if self.against is not None:
+            names["against"] = self.against
+        found = [text.to_dict() for text in self.texts]
+        return {**names, **found[0]} if len(found) == 1 else {**names, "texts": found}
+
+    @property
+    def _only(self) -> TextResult:
+        if len(self.texts) != 1:
+            raise RequestError(f"{len(self.texts)} texts were evaluated; each has its own result in `texts`")
+        return self.texts[0]
 
 
 @dataclass(frozen=True)
@@ -74,32 +126,54 @@ class DemoResult:
 
 
 def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateResult:
-    """Measure perplexity, dense or sparse, with the protocol stated.
+    """Measure perplexity, dense or sparse, with the protocol stated; with `against` also how far it is from dense.
 
-    Raises `DataError` (the protocol, the text), `ModelError`, `RequestError` (the device), `FormatError` (a damaged
-    checkpoint), `NumericalError` (the loss is not finite).
+    Raises `DataError` (the protocol, a text), `ModelError` (also for two models that do not read the same tokens),
+    `RequestError` (the device), `FormatError` (a damaged checkpoint), `NumericalError` (the loss is not finite).
     """
-    protocol = Protocol(request.window_tokens, request.stride_tokens, max_windows=request.max_windows)
+    Protocol(request.window_tokens, request.stride_tokens, max_windows=request.max_windows)  # mistakes come first
     device, model_dir = checks.resolve_device(request.device), model.resolve(request.model)
-    tokenizer = model.load_tokenizer(model_dir)
-    bos = Bos.of(tokenizer, request.bos)
-    protocol = replace(protocol, bos=bool(bos.ids), own_bos=bos.own)
-    evaluate_module.check_window(protocol, model.stored_max_tokens(model_dir))
-    ids = tokens.read_tokens(request.data, tokenizer).tolist()
-    windows = protocol.windows(ids, bos.ids)
+    dense_dir = None if request.against is None else model.resolve(request.against)
+    protocol, texts, vocabulary = _windows(request, model_dir)
+    if dense_dir is not None and _windows(request, dense_dir) != (protocol, texts, vocabulary):
+        raise ModelError(
+            f"{request.model} and {request.against} make different tokens of the same text; `against` takes the dense "
+            "model that the other was made from"
+        )
     progress(Stage("loading"))
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     loaded = model.load(model_dir, dtype, device)
-    found = evaluate_module.perplexity(
-        loaded,
-        ids,
-        protocol,
-        bos.ids,
-        request.batch,
-        lambda done, total: progress(Scored(done, total)),
-    )
+    logits = evaluate_module.logits_of(loaded)
+    dense = None if dense_dir is None else evaluate_module.logits_of(model.load(dense_dir, dtype, device))
+    total, results = sum(len(windows) for windows in texts.values()), list[TextResult]()
+    for text, windows in texts.items():
+        show = _counting(progress, sum(len(result.windows) for result in results), total)
+        found = evaluate_module.measure(logits, windows, protocol, request.batch, dense, show)
+        results.append(TextResult(text, found.perplexity, windows, found.dense, found.divergence))
     used = str(next(loaded.parameters()).dtype).removeprefix("torch.")
-    return EvaluateResult(checks.label(request.model, model_dir), used, found, windows)
+    against = None if request.against is None or dense_dir is None else checks.label(request.against, dense_dir)
+    return EvaluateResult(checks.label(request.model, model_dir), used, results, against)
+
+
+def _windows(request: EvaluateRequest, model_dir: Path) -> tuple[Protocol, dict[str, list[Window]], Mapping[str, int]]:
+    """The protocol, settled for a model, the windows of every text, by the text's name, and the model's vocabulary."""
+    tokenizer = model.load_tokenizer(model_dir)
+    bos = Bos.of(tokenizer, request.bos)
+    protocol = Protocol(request.window_tokens, request.stride_tokens, bool(bos.ids), request.max_windows, bos.own)
+    evaluate_module.check_window(protocol, model.stored_max_tokens(model_dir))
+    texts: dict[str, list[Window]] = {}
+    names = [source.name for source in request.data]
+    for source in request.data:
+        name = str(source) if sources.is_hub(source) or names.count(source.name) > 1 else source.name
+        if name in texts:
+            raise RequestError(f"`data` {name}: given twice; give every text once")
+        texts[name] = protocol.windows(tokens.read_tokens(source, tokenizer).tolist(), bos.ids)
+    return protocol, texts, tokenizer.get_vocab()
+
+
+def _counting(progress: Listener, before: int, total: int) -> Callable[[int, int], None]:
+    """Tells of the windows of one text as of those of all, `before` of which are scored."""
+    return lambda done, _: progress(Scored(before + done, total))
 
 
 def inspect(request: InspectRequest) -> InspectReport:

@@ -158,15 +158,17 @@ class DecompressRequest(Request):
 
 
 class EvaluateRequest(Request):
-    """Perplexity of `model` (directory or hub id, dense or sparse) on one source of text or token ids.
+    """Perplexity of `model` (directory or hub id, dense or sparse) on one or several sources of text or token ids.
 
+    With `against`, the dense model that it was made from, both are loaded and compared (`maskgen.core.divergence`).
     Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with BOS in
     front if `bos` (by default as the tokenizer does by itself), and only the first `max_windows` are scored. `dtype`
     "auto" is the stored one. `batch` windows share a forward pass.
     """
 
     model: _Model
-    data: Path
+    data: Annotated[_Files, Field(min_length=1)]
+    against: _Model | None = None
     window_tokens: int = 2048
     stride_tokens: int | None = None
     bos: bool | None = None

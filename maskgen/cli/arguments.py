@@ -192,14 +192,24 @@ def _add_inspect(verbs: Verbs) -> None:
 
 
 def _add_eval(verbs: Verbs) -> None:
-    parser = verb(verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated")
+    parser = verb(
+        verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated; and how far from dense"
+    )
     parser.add_argument("model", help="model directory, dense or sparse, or a hub id")
     parser.add_argument(
         "--data",
+        nargs="+",
         required=True,
         type=Path,
         metavar="FILE",
-        help='text to score: plain text, .jsonl or .parquet with a "text" field, or token ids as .npy or .safetensors',
+        help='texts to score, each by itself: plain text, .jsonl or .parquet with a "text" field, or token ids as '
+        ".npy or .safetensors",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="dense model that MODEL was made from: also measure KL divergence from it and top-1 agreement with it; "
+        "both are in memory (default: none)",
     )
     parser.add_argument(
         "--window",
@@ -231,7 +241,8 @@ def _add_eval(verbs: Verbs) -> None:
         "--windows-out",
         type=Path,
         metavar="FILE",
-        help="also write the token ids of every window, for a paired measurement elsewhere (default: no)",
+        help="also write the token ids of every window of the only text, for a paired measurement elsewhere "
+        "(default: no)",
     )
 
 

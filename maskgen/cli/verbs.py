@@ -22,6 +22,7 @@ from maskgen.api.requests import (
     Request,
 )
 from maskgen.cli import display
+from maskgen.core.errors import RequestError
 from maskgen.core.files import write_json
 from maskgen.hf import model
 
@@ -80,10 +81,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Perplexity with its protocol."""
+    """Perplexity with its protocol, and the distance from the dense model."""
     model.quiet()
+    wanted = request(EvaluateRequest, args)
+    if "windows_out" in args and len(wanted.data) > 1:
+        raise RequestError(f"--windows-out {args.windows_out}: holds the windows of one text; give one with --data")
     with display.progress() as show:
-        result = measuring.evaluate(request(EvaluateRequest, args), show)
+        result = measuring.evaluate(wanted, show)
     display.print_evaluated(result)
     if "json" in args:
         write_json(args.json, result.to_dict())

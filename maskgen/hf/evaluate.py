@@ -1,27 +1,41 @@
-"""Perplexity of a Hugging Face model, dense or sparse, under a stated protocol.
+"""Perplexity of a Hugging Face model, dense or sparse, under a stated protocol, alone or beside the dense model.
 
 The windows and the averaging are `maskgen.core.perplexity`'s, shared with the serving side, so that offline and
-served results are about the same tokens. Models run in the dtype they were loaded in; log-probabilities
-are always float32, taken in slices of tokens so that no `[B, T, V]` float32 tensor is ever made beside the logits.
+served results are about the same tokens; what is measured of two models is explained in `maskgen.core.divergence`.
+Models run in the dtype they were loaded in; log-probabilities are always float32, taken in slices of tokens so that no
+`[B, T, V]` float32 tensor is ever made beside the logits. Logits are those of one batch; none are kept.
 
 Legend: B = batch, T = tokens, V = vocabulary, N = scored tokens of a slice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
-from maskgen.core.errors import DataError, NumericalError
+from maskgen.core.divergence import Divergence
+from maskgen.core.errors import DataError, ModelError, NumericalError
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
+
+Logits = Callable[[Tensor], Tensor]
+"""Token ids `[B, T]` -> logits `[B, T, V]` of the token after each."""
 
 _SLICE_BYTES = 64 << 20
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Measured:
+    """A model on one text; `dense` and `divergence` when the dense model was there to compare with."""
+
+    perplexity: Perplexity
+    dense: Perplexity | None = None
+    divergence: Divergence | None = None
+
+
 def perplexity(
     model: nn.Module,
     ids: Sequence[int],
@@ -36,20 +50,54 @@ def perplexity(
     pass. `progress` is called with windows done and in all. Raises `DataError` (too few tokens), `NumericalError` (the
     loss is not finite).
     """
+    windows = protocol.windows(ids, bos_ids)
+    return measure(logits_of(model), windows, protocol, batch, progress=progress).perplexity
+
+
+@torch.no_grad()
+def measure(
+    model: Logits,
+    windows: Sequence[Window],
+    protocol: Protocol,
+    batch: int = 1,
+    dense: Logits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Score the windows that `protocol` cut, with `dense` beside `model` where it is given.
+
+    Each is called once per batch, the dense one first. Raises `DataError` (the batch), `ModelError` (they have not the
+    same vocabulary), `NumericalError` (a loss is not finite).
+    """
     if batch < 1:
         raise DataError(f"batch {batch}: expected at least 1 window")
-    windows = protocol.windows(ids, bos_ids)
-    nll: list[float] = []
+    found: list[list[float]] = []
     for group in _batches(windows, batch):
-        nll += _score(model, group)
+        ids_BT = torch.tensor([window.ids for window in group])
+        dense_BTV = None if dense is None else dense(ids_BT)
+        logits_BTV = model(ids_BT)
+        for index, window in enumerate(group):
+            dense_TV = None if dense_BTV is None else dense_BTV[index]
+            found.append(_score(logits_BTV[index], dense_TV, ids_BT[index], window.first_scored))
+        del dense_BTV, logits_BTV
         if progress is not None:
-            progress(len(nll), len(windows))
-    return Perplexity(
-        protocol=protocol,
-        nll_per_window=nll,
-        scored_tokens_per_window=[len(window.ids) - window.first_scored for window in windows],
-        tokens_digest=digest_windows(windows),
-    )
+            progress(len(found), len(windows))
+    counts, digest = [len(window.ids) - window.first_scored for window in windows], digest_windows(windows)
+    nll, *others = (list(column) for column in zip(*found, strict=True))
+    measured = Perplexity(protocol, nll, counts, digest)
+    if dense is None:
+        return Measured(measured)
+    dense_nll, kl, agreement = others
+    return Measured(measured, Perplexity(protocol, dense_nll, counts, digest), Divergence(kl, agreement, counts))
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """A causal language model as a function of token ids, which may be on any device."""
+
+    def run(ids_BT: Tensor) -> Tensor:
+        logits_BTV: Tensor = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False).logits
+        return logits_BTV
+
+    return run
 
 
 def check_window(protocol: Protocol, limit: int | None) -> None:
@@ -71,26 +119,44 @@ def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
     yield group
 
 
-def _score(model: nn.Module, windows: list[Window]) -> list[float]:
-    """Mean negative log-likelihood of the scored tokens of each window."""
-    device = next(model.parameters()).device
-    ids_BT = torch.tensor([window.ids for window in windows], device=device)
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    means = []
-    for window, ids_T, logits_TV in zip(windows, ids_BT, logits_BTV, strict=True):
-        first = window.first_scored
-        mean = float(_nll(logits_TV[first - 1 : -1], ids_T[first:]).mean())
-        if not math.isfinite(mean):
-            raise NumericalError(f"the model's loss is {mean}; check its weights, or evaluate with `dtype` float32")
-        means.append(mean)
-    return means
-
-
-def _nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Float64 negative log-likelihood of each target; log-probabilities in float32, a slice of tokens at a time."""
+def _score(logits_TV: Tensor, dense_TV: Tensor | None, ids_T: Tensor, first: int) -> list[float]:
+    """Means over a window's scored tokens: negative log-likelihood, and beside a dense model also that one's, KL
+    divergence and top-1 agreement."""
+    _check_same_width(logits_TV, dense_TV)
     rows = max(1, _SLICE_BYTES // (4 * logits_TV.shape[-1]))
-    parts = [
-        nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none").double()
-        for logits_NV, targets_N in zip(logits_TV.split(rows), targets_T.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
+    parts = []
+    for start in range(first, len(ids_T), rows):  # logits at t are about token t + 1
+        predicting = slice(start - 1, min(start + rows, len(ids_T)) - 1)
+        targets_N = ids_T[start : start + rows].to(logits_TV.device)
+        dense_NV = None if dense_TV is None else dense_TV[predicting].to(logits_TV.device)
+        parts.append(_score_slice(logits_TV[predicting], dense_NV, targets_N))
+    means = torch.cat(parts, 1).mean(1)
+    if not means.isfinite().all():
+        raise NumericalError(
+            f"the model's loss is {float(means[0])}; check its weights, or evaluate with `dtype` float32"
+            if not means[0].isfinite()
+            else "the dense model's loss, or the divergence from it, is not a finite number; check its weights"
+        )
+    return list(map(float, means))
+
+
+def _score_slice(logits_NV: Tensor, dense_NV: Tensor | None, targets_N: Tensor) -> Tensor:
+    """The numbers of `_score` for every token, float64 `[1, N]`, or `[4, N]` beside a dense model."""
+    log_q_NV = log_softmax(logits_NV.float(), -1)
+    rows = [-log_q_NV.gather(1, targets_N[:, None])[:, 0]]
+    if dense_NV is not None:
+        log_p_NV = log_softmax(dense_NV.float(), -1)
+        rows.append(-log_p_NV.gather(1, targets_N[:, None])[:, 0])
+        same_N = log_p_NV.argmax(-1) == log_q_NV.argmax(-1)
+        p_NV = log_p_NV.exp()
+        terms_NV = log_p_NV.sub_(log_q_NV).mul_(p_NV).masked_fill_(p_NV == 0, 0)  # p log p is 0 there, not NaN
+        rows += [terms_NV.sum(-1, dtype=torch.float64).clamp_min_(0), same_N]  # below 0 only by rounding
+    return torch.stack([row.double() for row in rows])
+
+
+def _check_same_width(logits_TV: Tensor, dense_TV: Tensor | None) -> None:
+    if dense_TV is not None and dense_TV.shape[-1] != logits_TV.shape[-1]:
+        raise ModelError(
+            f"the model has logits for {logits_TV.shape[-1]} tokens and the dense model for {dense_TV.shape[-1]}; "
+            "compare a model with the dense one it was made from"
+        )

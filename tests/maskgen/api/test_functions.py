@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import DataError, OutputExistsError, RecipeError, RequestError
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError
 from maskgen.core.mask import MaskSet
 from maskgen.data.bos import Bos
 from maskgen.hf import model
@@ -161,6 +162,44 @@ def test_evaluate_gives_the_number_its_protocol_and_its_windows(
         loss = float(model.load(model_dir())(input_ids=ids, labels=ids).loss)
     assert torch.tensor(result.value).log() == pytest.approx(loss, rel=1e-5)
     assert result.to_dict()["perplexity"] == result.value
+
+
+def test_evaluate_several_texts_against_the_dense_model(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    dense, heard, other = model_dir(), Heard(), tmp_path / "other.txt"
+    other.write_text(models.TEXT[9000:15000])
+    models.save_sparse(dense, tmp_path / "sparse")
+    protocol = {"window_tokens": 32, "max_windows": 4, "batch": 3}
+    request = maskgen.EvaluateRequest(model=tmp_path / "sparse", against=dense, data=[text_file, other], **protocol)
+    result = maskgen.evaluate(request, heard)
+    assert result.against == dense.name and [text.text for text in result.texts] == [text_file.name, "other.txt"]
+    assert [(event.done, event.windows) for event in heard.of(maskgen.Scored)] == [(3, 8), (4, 8), (7, 8), (8, 8)]
+    for text, file in zip(result.texts, request.data, strict=True):
+        alone = (maskgen.EvaluateRequest(model=one, data=file, **protocol) for one in (request.model, dense))
+        assert text.dense is not None and text.divergence is not None
+        assert [text.value, text.dense.value] == [pytest.approx(maskgen.evaluate(one).value) for one in alone]
+        assert text.divergence.kl > 0 and text.divergence.agreement < 1
+    stored = json.loads(json.dumps(result.to_dict()))
+    assert stored["texts"][1]["divergence"]["kl"] == result.texts[1].divergence.kl
+    with pytest.raises(RequestError, match="2 texts were evaluated; each has its own result in `texts`"):
+        result.value  # noqa: B018
+    twin = maskgen.evaluate(maskgen.EvaluateRequest(model=dense, against=dense, data=text_file, **protocol))
+    assert twin.texts[0].divergence.kl == 0 and twin.to_dict()["divergence"]["agreement"] == 1
+
+
+def test_models_that_read_other_tokens_are_not_compared(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    models.save("llama", other)
+    tokenizer = models.tokenizer()
+    tokenizer.add_tokens(["stones"])
+    tokenizer.save_pretrained(other)
+    heard = Heard()
+    request = maskgen.EvaluateRequest(model=model_dir(), against=other, data=text_file, window_tokens=32)
+    with pytest.raises(ModelError, match="make different tokens of the same text; `against`"):
+        maskgen.evaluate(request, heard)
+    twice = maskgen.EvaluateRequest(model=model_dir(), data=[text_file, text_file], window_tokens=32)
+    with pytest.raises(RequestError, match="given twice"):
+        maskgen.evaluate(twice, heard)
+    assert stages(heard) == []
 
 
 def test_report_and_demo(model_dir: ModelDir, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

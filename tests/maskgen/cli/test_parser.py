@@ -58,7 +58,7 @@ def test_every_flag_is_explained_with_its_default() -> None:
 
 def test_what_is_not_typed_is_left_to_the_request() -> None:
     args = verb_parsers()["eval"].parse_args(["m", "--data", "f", "--window", "32"])
-    assert vars(args) == {"model": "m", "data": Path("f"), "window_tokens": 32}
+    assert vars(args) == {"model": "m", "data": [Path("f")], "window_tokens": 32}
     assert verbs.request(EvaluateRequest, args) == EvaluateRequest(model="m", data="f", window_tokens=32)
 
 
@@ -171,6 +171,7 @@ def test_a_run_without_data_and_with_kept_work(
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--device", "toaster"], "--device toaster"),
         (["eval", "{dense}", "--data", "{text}"], "the model reads at most 128; lower --window"),
         (["eval", "{dense}", "--data", "{text}", "--window", "1"], "window 1"),
+        (["eval", "{dense}", "--data", "{text}", "x.txt", "--windows-out", "w"], "w: holds the windows of one text"),
         (["eval", "{tmp}", "--data", "{text}"], "no usable tokenizer"),
         (["inspect", "{tmp}"], "no such file"),
         (["inspect", "{dense}", "--pattern", "4:2"], "pattern 4:2"),

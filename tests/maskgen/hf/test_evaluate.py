@@ -1,4 +1,4 @@
-"""Perplexity against a per-token loop in float64."""
+"""Perplexity, divergence and agreement against a per-token loop in float64."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from maskgen.core.errors import DataError, NumericalError
+from maskgen.core.divergence import Divergence
+from maskgen.core.errors import DataError, ModelError, NumericalError
 from maskgen.core.perplexity import Protocol
 from maskgen.hf import evaluate
 from tests import models
@@ -60,6 +63,81 @@ def test_progress_and_half_precision() -> None:
     assert seen == [(4, 6), (6, 6)]
     assert half.value == pytest.approx(exact.value, rel=0.05) and half.value != exact.value
     assert half.tokens_digest == exact.tokens_digest
+
+
+def against(
+    model: torch.nn.Module, dense: torch.nn.Module, protocol: Protocol, batch: int = 1
+) -> tuple[evaluate.Measured, Divergence]:
+    logits = (evaluate.logits_of(model), evaluate.logits_of(dense))
+    found = evaluate.measure(logits[0], protocol.windows(IDS), protocol, batch, logits[1])
+    assert found.divergence is not None and found.dense is not None
+    return found, found.divergence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_does_not_diverge_from_itself(dtype: torch.dtype) -> None:
+    model = models.build("llama", dtype=dtype)
+    found, divergence = against(model, model, Protocol(16), batch=4)
+    assert (divergence.kl, divergence.agreement) == (0.0, 1.0)
+    assert found.dense == found.perplexity == evaluate.perplexity(model, IDS, Protocol(16), batch=4)
+
+
+@pytest.mark.parametrize("protocol", [Protocol(32), Protocol(24, stride_tokens=5)])
+@torch.no_grad()
+def test_divergence_is_what_its_definition_says(protocol: Protocol) -> None:
+    model, dense = models.build("llama"), models.build("llama")
+    for weight in model.parameters():
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    found, divergence = against(model, dense, protocol, batch=2)
+    kl, same = [], []
+    for window in protocol.windows(IDS):
+        p_TV, q_TV = (one(torch.tensor([window.ids])).logits[0].double().softmax(-1) for one in (dense, model))
+        for position in range(window.first_scored - 1, len(window.ids) - 1):
+            pairs = zip(p_TV[position].tolist(), q_TV[position].tolist(), strict=True)
+            kl.append(math.fsum(p * math.log(p / q) for p, q in pairs))
+            same.append(int(p_TV[position].argmax()) == int(q_TV[position].argmax()))
+    assert divergence.kl == pytest.approx(math.fsum(kl) / len(kl), rel=1e-5)
+    assert divergence.agreement == pytest.approx(sum(same) / len(same)) and 0 < divergence.agreement < 1
+    assert found.dense is not None
+    assert found.dense.value == pytest.approx(evaluate.perplexity(dense, IDS, protocol).value, rel=1e-6)
+    assert found.perplexity.value == pytest.approx(evaluate.perplexity(model, IDS, protocol).value, rel=1e-6)
+
+
+@given(rows=st.integers(1, 40), batch=st.integers(1, 4), seed=st.integers(1, 3))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_neither_slices_nor_batches_change_a_divergence(rows: int, batch: int, seed: int) -> None:
+    model, dense = models.build("qwen2", seed=seed), models.build("qwen2")
+    whole = against(model, dense, Protocol(32))[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_SLICE_BYTES", rows * models.VOCABULARY * 4)
+        cut = against(model, dense, Protocol(32), batch)[1]
+    assert cut.kl_per_window == pytest.approx(whole.kl_per_window, rel=1e-5)
+    assert cut.agreement_per_window == pytest.approx(whole.agreement_per_window)
+
+
+def test_logits_of_minus_infinity_are_probability_0() -> None:
+    """Some models mask what pads their vocabulary: that adds nothing, and is no NaN."""
+
+    def logits(seed: int, masked: bool) -> evaluate.Logits:
+        def run(ids_BT: torch.Tensor) -> torch.Tensor:
+            logits_BTV = torch.randn(*ids_BT.shape, 9, generator=torch.Generator().manual_seed(seed))
+            padding_BTV = torch.full((*ids_BT.shape, 3), -torch.inf)
+            return torch.cat([logits_BTV, padding_BTV], -1) if masked else logits_BTV
+
+        return run
+
+    protocol = Protocol(8)
+    windows = protocol.windows([number % 9 for number in range(16)])
+    plain, masked = (
+        evaluate.measure(logits(1, masked), windows, protocol, dense=logits(2, masked)) for masked in (False, True)
+    )
+    assert plain.divergence is not None and masked.divergence is not None
+    assert masked.divergence.kl == pytest.approx(plain.divergence.kl) and plain.divergence.kl > 0
+
+
+def test_models_of_different_vocabularies_are_not_compared() -> None:
+    with pytest.raises(ModelError, match="logits for 320 tokens and the dense model for 384; compare a model with"):
+        against(models.build("llama"), models.build("llama", vocab_size=384), Protocol(16))
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ Messages name fields of the request in backticks; the command line shows its fla
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
 from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError
@@ -53,14 +55,22 @@ def resolve_device(name: str | None) -> str:
     return name
 
 
+def find_model(source: str, progress: Listener) -> Path:
+    """The directory of a model: a directory, a hub id, or a GGUF file, which is converted (`maskgen.hf.model`)."""
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one
+    return model.resolve(source, lambda what: progress(Stage(what)) if speaks else None)
+
+
 def label(source: str, model_dir: Path) -> str:
-    """What people know a model by: a hub id, or the name of its directory."""
+    """What people know a model by: a hub id, or the name of its directory or GGUF file."""
+    if Path(source).is_file():
+        return Path(source).stem
     return model_label(model_dir) if Path(source).is_dir() else source
 
 
-def settled(request: PruneRequest | PermuteRequest, recipe: Recipe) -> Task:
+def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Listener) -> Task:
     """Find the device and the dense model, and settle the recipe for it."""
-    device, model_dir = resolve_device(request.device), model.resolve(request.model)
+    device, model_dir = resolve_device(request.device), find_model(request.model, progress)
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{request.model}: already sparse; start from the dense model")
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))

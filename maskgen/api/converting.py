@@ -20,7 +20,7 @@ from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport
-from maskgen.hf import model
+from maskgen.hf import gguf, model
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep import permute as permute_module
 from maskgen.sweep.arrange import Arrangement
@@ -65,7 +65,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     recipe = checks.load_recipe(request)
     permute_module.score_method(recipe)
     checks.absent(request.out)
-    task = checks.settled(request, recipe)
+    task = checks.settled(request, recipe, progress)
     checks.calibration(request, task)
     windows_ST, _ = calibration_windows(request, task)
     provenance = {
@@ -82,13 +82,14 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     )
 
 
-def compress(request: CompressRequest) -> CompressResult:
+def compress(request: CompressRequest, progress: Listener = silent) -> CompressResult:
     """Apply existing masks to the dense model they were made for.
 
     Raises `FormatError` when the masks are of other weights, `ModelError`, `OutputExistsError`.
     """
     checks.absent(request.out)
-    model_dir, masks = model.resolve(request.model), compress_module.load_masks(request.masks)
+    masks = compress_module.load_masks(request.masks)
+    model_dir = checks.find_model(request.model, progress)
     ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
     written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
     return CompressResult(request.out, written)
@@ -104,11 +105,15 @@ def quantise(request: QuantiseRequest) -> CompressResult:
 
 
 def decompress(request: DecompressRequest) -> DecompressResult:
-    """Write a sparse checkpoint as an ordinary dense model, zeros included, for other tools.
+    """Write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools.
 
-    Raises `FormatError` for what is no sparse checkpoint, `OutputExistsError`.
+    Raises `FormatError` for what is neither, `OutputExistsError`, and for a GGUF file what `maskgen.hf.gguf.convert`
+    does.
     """
     checks.absent(request.out)
+    if gguf.is_gguf(request.model):
+        gguf.convert(request.model, request.out)
+        return DecompressResult(request.out, sum(file.stat().st_size for file in request.out.iterdir()), False)
     total_bytes = compress_module.decompress(request.model, request.out)
     config = SparseCheckpoint.open(request.model, verify_bits=False).config
     return DecompressResult(request.out, total_bytes, config.correction is not None)

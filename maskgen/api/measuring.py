@@ -132,8 +132,8 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     `RequestError` (the device), `FormatError` (a damaged checkpoint), `NumericalError` (the loss is not finite).
     """
     Protocol(request.window_tokens, request.stride_tokens, max_windows=request.max_windows)  # mistakes come first
-    device, model_dir = checks.resolve_device(request.device), model.resolve(request.model)
-    dense_dir = None if request.against is None else model.resolve(request.against)
+    device, model_dir = checks.resolve_device(request.device), checks.find_model(request.model, progress)
+    dense_dir = None if request.against is None else checks.find_model(request.against, progress)
     protocol, texts, vocabulary = _windows(request, model_dir)
     if dense_dir is not None and _windows(request, dense_dir) != (protocol, texts, vocabulary):
         raise ModelError(
@@ -189,7 +189,7 @@ def load(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str | None = None,
 ) -> torch.nn.Module:
-    """A directory or hub id, dense or sparse, as an ordinary transformers model, ready for inference.
+    """A directory, hub id or GGUF file, dense or sparse, as an ordinary transformers model, ready for inference.
 
     A sparse one is decompressed; "auto" keeps the stored dtype. Raises `ModelError`, `FormatError`, `RequestError`.
     """

@@ -92,7 +92,7 @@ def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | A
     if not checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a learned method; use learn, or run, with a LearnRequest")
     checks.no_training_fields(request, recipe)
-    task = _settled(request, recipe)
+    task = _settled(request, recipe, progress)
     return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
 
 
@@ -106,7 +106,7 @@ def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | A
     recipe = checks.load_recipe(request)
     if checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a one-shot method; use prune, or run")
-    task = _settled(request, recipe)
+    task = _settled(request, recipe, progress)
     return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
 
 
@@ -117,7 +117,7 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
     """
     checks.is_request(request, LearnRequest, "run")
     recipe = checks.load_recipe(request)
-    task = _settled(request, recipe)
+    task = _settled(request, recipe, progress)
     if isinstance(task, AlreadyFinished):
         return task
     if not checks.is_one_shot(recipe):
@@ -126,13 +126,13 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
     return _prune(request, task, progress)
 
 
-def _settled(request: PruneRequest, recipe: Recipe) -> Task | AlreadyFinished:
+def _settled(request: PruneRequest, recipe: Recipe, progress: Listener) -> Task | AlreadyFinished:
     """The task, unless its result is there already, and only the work directory is left to remove."""
     work = work_dir(request.out)
     cleaning_up = request.out.exists() and is_left_over(work) and not request.keep_work
     if not cleaning_up:
         checks.absent(request.out, request.masks_out)
-    task = checks.settled(request, recipe)
+    task = checks.settled(request, recipe, progress)
     return _clean_up(request, task.recipe) if cleaning_up else task
 
 

@@ -77,10 +77,11 @@ class _FromRecipe(Request):
     """What starts from a recipe and a dense model.
 
     `recipe` is the name of a shipped recipe or the path of a .toml file, and `overrides` changes values of it:
-    `{"method.damp": 0.05}`, or strings like "method.damp=0.05". `model` is a Hugging Face directory or a hub id, `data`
-    are files of text or token ids, or "hf:org/name" (see `maskgen.data.sources`). `bos` says whether windows of it
-    begin with BOS, by default as the model's tokenizer does by itself (see `maskgen.data.bos`). `out` is the directory
-    to write; it must not exist. `device` is where to compute: by default "cuda" if there is one, else "cpu".
+    `{"method.damp": 0.05}`, or strings like "method.damp=0.05". `model` is a Hugging Face directory, a hub id or a
+    GGUF file (see `maskgen.hf.gguf`), `data` are files of text or token ids, or "hf:org/name" (see
+    `maskgen.data.sources`). `bos` says whether windows of it begin with BOS, by default as the model's tokenizer does
+    by itself (see `maskgen.data.bos`). `out` is the directory to write; it must not exist. `device` is where to
+    compute: by default "cuda" if there is one, else "cpu".
     """
 
     recipe: str
@@ -151,14 +152,14 @@ class QuantiseRequest(Request):
 
 
 class DecompressRequest(Request):
-    """Write the sparse checkpoint `model` as an ordinary dense one."""
+    """Write `model`, a sparse checkpoint or a GGUF file, as an ordinary dense directory."""
 
     model: Path
     out: Path
 
 
 class EvaluateRequest(Request):
-    """Perplexity of `model` (directory or hub id, dense or sparse) on one or several sources of text or token ids.
+    """Perplexity of `model`, dense or sparse, on one or several sources of text or token ids.
 
     With `against`, the dense model that it was made from, both are loaded and compared (`maskgen.core.divergence`).
     Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with BOS in

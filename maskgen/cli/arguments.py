@@ -60,7 +60,9 @@ def _add_run(verbs: Verbs) -> None:
 def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
     """What `run` and `permute` start from, and where they write."""
     parser.add_argument("recipe", help=f"{recipes}, or the path of a .toml file")
-    parser.add_argument("--model", required=True, help="dense model: a Hugging Face directory, or a hub id (org/name)")
+    parser.add_argument(
+        "--model", required=True, help="dense model: a Hugging Face directory, a hub id (org/name) or a GGUF file"
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -141,7 +143,7 @@ def _add_permute(verbs: Verbs) -> None:
 
 def _add_compress(verbs: Verbs) -> None:
     parser = verb(verbs, "compress", "apply existing masks to the dense model they were made for")
-    parser.add_argument("model", help="dense model: a Hugging Face directory or a hub id")
+    parser.add_argument("model", help="dense model: a Hugging Face directory, a hub id or a GGUF file")
     parser.add_argument(
         "masks", type=Path, help="a mask file from `run --masks-out`, or a sparse checkpoint to take masks from"
     )
@@ -170,10 +172,10 @@ def _add_decompress(verbs: Verbs) -> None:
     parser = verb(
         verbs,
         "decompress",
-        "write a sparse checkpoint as an ordinary dense one, zeros included, for other tools",
+        "write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools",
         "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
     )
-    parser.add_argument("model", type=Path, help="sparse checkpoint directory")
+    parser.add_argument("model", type=Path, help="sparse checkpoint directory, or a GGUF file")
     add_out(parser)
 
 
@@ -195,7 +197,7 @@ def _add_eval(verbs: Verbs) -> None:
     parser = verb(
         verbs, "eval", "measure perplexity, dense or sparse, with the protocol stated; and how far from dense"
     )
-    parser.add_argument("model", help="model directory, dense or sparse, or a hub id")
+    parser.add_argument("model", help="model directory, dense or sparse, a hub id, or a GGUF file")
     parser.add_argument(
         "--data",
         nargs="+",

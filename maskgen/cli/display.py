@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ def _bar() -> Iterator[ProgressBar]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this one, also while a library's own bar is kept from it
     if console.is_terminal:
         with ProgressBar(*columns, console=console, transient=True) as bar:
             yield bar

@@ -53,7 +53,9 @@ def permute(args: argparse.Namespace) -> None:
 
 def compress(args: argparse.Namespace) -> None:
     """Dense model + masks -> sparse checkpoint."""
-    result = converting.compress(request(CompressRequest, args))
+    model.quiet()
+    with display.progress() as show:
+        result = converting.compress(request(CompressRequest, args), show)
     display.print_compressed(result.out, result.written)
 
 
@@ -64,7 +66,8 @@ def quantise(args: argparse.Namespace) -> None:
 
 
 def decompress(args: argparse.Namespace) -> None:
-    """Sparse checkpoint -> dense model with zeros, or with corrections folded in."""
+    """Sparse checkpoint or GGUF file -> dense model, with zeros, or with corrections folded in."""
+    model.quiet()
     result = converting.decompress(request(DecompressRequest, args))
     display.say(f"wrote {result.out}: {display.megabytes(result.total_bytes)}")
     if result.folded:

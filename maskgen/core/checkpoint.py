@@ -60,6 +60,7 @@ class SparseCheckpoint:
         values and corrections; for processes that start after one that has read them.
         """
         path = Path(path)
+        _check_no_file(path)
         hf_config = read_json(path / "config.json")
         if CONFIG_KEY not in hf_config:
             raise FormatError(
@@ -126,6 +127,7 @@ def read_dense_config(model_dir: Path) -> dict[str, Any]:
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Headers of every tensor of a Hugging Face safetensors directory, dense or sparse; nothing else is read."""
+    _check_no_file(path)
     index_path = path / INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
@@ -150,6 +152,12 @@ def iterate_tensors(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, 
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 yield name, file.get_tensor(name)
+
+
+def _check_no_file(path: Path) -> None:
+    if path.is_file():
+        advice = "; `maskgen decompress` makes one of a GGUF file" if path.suffix.lower() == ".gguf" else ""
+        raise FormatError(f"{path}: a file, expected a model directory{advice}")
 
 
 def _read_shard_headers(shard: Path, headers: dict[str, TensorHeader]) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from maskgen.core.errors import FormatError, clip
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_READ_BYTES = 1 << 22
 
 
 def digest_bytes(data: bytes) -> str:
@@ -40,15 +39,17 @@ def digest_tensors(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     return "sha256:" + state.hexdigest()
 
 
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_files(paths: Iterable[Path]) -> str:
     """Digest of files by content, keyed by their names; the order given does not matter."""
     state = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                content.update(block)
-        state.update(f"{path.name} {content.hexdigest()}\n".encode())
+        state.update(f"{path.name} {digest_file(path).removeprefix('sha256:')}\n".encode())
     return "sha256:" + state.hexdigest()
 
 

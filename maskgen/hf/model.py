@@ -8,8 +8,7 @@ reported by name with the reason. This file and `loader` are the only ones that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,32 +16,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
-from maskgen.core.errors import ModelError, RecipeError, SparseError
+from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.hf import loader
+from maskgen.hf import gguf, loader
+from maskgen.hf.errors import clear_errors, first_line
 
 logger = logging.getLogger(__name__)
-
-_HF_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    ArithmeticError,
-    AssertionError,
-    StrictDataclassError,
-)
-"""What transformers is known to raise for configurations and weights it cannot use."""
 
 OUTSIDE = "outside the decoder blocks"
 """The reason why linear layers such as `lm_head` stay dense."""
@@ -64,21 +49,32 @@ class Plan:
     ignored: Mapping[str, str]
 
 
-def resolve(source: str) -> Path:
-    """The directory of a model: `source` itself, or the snapshot of a hub id (downloaded when not cached).
+def resolve(source: str, tell: Callable[[str], None] = lambda what: None) -> Path:
+    """The directory of a model: `source` itself, the snapshot of a hub id (downloaded when not cached), or what a GGUF
+    file was converted to (`maskgen.hf.gguf`).
 
-    Only safetensors and tokenizer files are fetched, never code. Raises `ModelError`.
+    Only safetensors and tokenizer files are fetched, never code. `tell` is called with what begins, before a file is
+    converted. Raises `ModelError`, and what the conversion does.
     """
     path = Path(source)
+    if gguf.is_gguf(path):
+        return gguf.converted(path, tell)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").exists():
+            raise ModelError(f"{source}: a directory of GGUF files without a config.json; give one file: {files[0]}")
         return path
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"{source}: no such file")
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source}: not a directory; give a Hugging Face model directory or a hub id like org/name")
+        raise ModelError(
+            f"{source}: not a directory; give a Hugging Face model directory, a GGUF file, or a hub id like org/name"
+        )
     try:
         return Path(snapshot_download(source, allow_patterns=list(SNAPSHOT_PATTERNS)))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{source}: neither a directory nor a hub model that can be downloaded: {_first_line(error)}"
+            f"{source}: neither a directory nor a hub model that can be downloaded: {first_line(error)}"
         ) from None
 
 
@@ -93,7 +89,7 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
     config = _config(path)
     if getattr(config, "quantization_config", None) is not None and not is_sparse_checkpoint(path):
         raise ModelError(f"{path}: already quantized; start from the model in bfloat16, float16 or float32")
-    with _clear_errors(path):
+    with clear_errors(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -116,7 +112,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"{path}: no usable tokenizer: {first_line(error)}") from None
 
 
 def linear_names(path: Path) -> list[str]:
@@ -125,7 +121,7 @@ def linear_names(path: Path) -> list[str]:
     Raises `ModelError` when transformers cannot make such a model.
     """
     config = _config(path)
-    with _clear_errors(path), torch.device("meta"):
+    with clear_errors(path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
@@ -191,19 +187,8 @@ def stored_max_tokens(path: Path) -> int | None:
 
 
 def _config(path: Path) -> Any:
-    with _clear_errors(path):
+    with clear_errors(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    """Whatever transformers raises about a model directory becomes one `ModelError`."""
-    try:
-        yield
-    except SparseError:
-        raise
-    except _HF_ERRORS as error:
-        raise ModelError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
 
 
 def _context_tokens(config: Any) -> int | None:
@@ -248,7 +233,3 @@ def _check_no_conv1d(model: nn.Module) -> None:
 
 def _all_have_linears(blocks: nn.ModuleList) -> bool:
     return all(any(isinstance(module, nn.Linear) for module in block.modules()) for block in blocks)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

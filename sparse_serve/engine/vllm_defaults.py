@@ -80,6 +80,9 @@ def check_model(model: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SettingsError(f"{model} has no config.json; expected a Hugging Face model directory")
+    elif path.is_file():
+        advice = "; `maskgen run` makes a sparse one of a GGUF file" if path.suffix.lower() == ".gguf" else ""
+        raise SettingsError(f"{model} is a file, expected a Hugging Face model directory{advice}")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise SettingsError(
             f"{model} is not a directory; expected one, or a Hugging Face name such as owner/model, before vLLM's flags"

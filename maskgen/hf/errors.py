@@ -1,0 +1,43 @@
+"""What transformers raises about files it cannot use, as one `ModelError` with one line."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+from maskgen.core.errors import ModelError, SparseError
+
+HF_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    StrictDataclassError,
+    struct.error,
+)
+"""What transformers, and the readers it uses, are known to raise for configurations and weights they cannot use."""
+
+
+@contextmanager
+def clear_errors(path: Path, what: str = "transformers cannot load it", advice: str = "") -> Iterator[None]:
+    """Whatever transformers raises about a model becomes `PATH: WHAT: REASON`, with `advice` at its end."""
+    try:
+        yield
+    except SparseError:
+        raise
+    except HF_ERRORS as error:
+        raise ModelError(f"{path}: {what}: {first_line(error)}{advice}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,113 @@
+"""Tiny GGUF files: a model of `tests.models` as llama.cpp's converter would write it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import dequantize, quantize
+
+from tests import models
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+_BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def save(path: Path, changes: dict[str, Any] | None = None, without: str = "") -> dict[str, torch.Tensor]:
+    """Write the tiny Llama to `path`, matrices in Q8_0; returns what its weights are after that, by Hugging Face name.
+
+    `changes` are keys of the header that are set last; a tensor whose name holds `without` is left out.
+    """
+    llama = models.build("llama")
+    writer = GGUFWriter(path, "llama")
+    _add_header(writer, llama.config)
+    for key, value in (changes or {}).items():
+        {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)](key, value)
+    kept = {}
+    for name, weight in llama.state_dict().items():
+        values = weight.numpy()
+        stored = _permuted(values, llama.config, name)
+        if weight.ndim == 2:
+            packed = quantize(stored, GGMLQuantizationType.Q8_0)
+            values = _unpermuted(dequantize(packed, GGMLQuantizationType.Q8_0), llama.config, name)
+        kept[name] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        if without and without in name:
+            continue
+        if weight.ndim == 2:
+            writer.add_tensor(_name(name), packed, raw_dtype=GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(_name(name), stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept
+
+
+def _add_header(writer: GGUFWriter, config: Any) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    inner = json.loads(models.tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(inner["vocab"], key=inner["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [TokenType.CONTROL if token in (models.BOS, models.EOS) else TokenType.NORMAL for token in tokens]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in _TOP:
+        return f"{_TOP[module]}.{kind}"
+    _, _, block, rest = module.split(".", 3)
+    return f"blk.{block}.{_BLOCK[rest]}.{kind}"
+
+
+def _heads(config: Any, name: str) -> int:
+    """Heads of a projection whose rows llama.cpp keeps in another order; 0 for any other tensor."""
+    return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(name.split(".")[-2][0], 0) * (
+        "self_attn" in name
+    )
+
+
+def _permuted(values: np.ndarray, config: Any, name: str) -> np.ndarray:
+    """The two halves of each head, whose pairs are rotated, become neighbours."""
+    heads = _heads(config, name)
+    if not heads:
+        return values
+    return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _unpermuted(values: np.ndarray, config: Any, name: str) -> np.ndarray:
+    heads = _heads(config, name)
+    if not heads:
+        return values
+    return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)

@@ -36,11 +36,11 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
 
-.PHONY: help serve test quick check compiled gpu quality proto demo install clean
+.PHONY: help serve test quick check compiled gpu quality proto architectures demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
-	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
+	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
 serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
@@ -94,6 +94,9 @@ quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] 
 
 proto: install ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py
+
+architectures: install ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m tests.vllm.architectures $(ARGS)
 
 demo: install ## train the demo model (once, about three minutes)
 	@"$$BIN/maskgen" demo --out "$$DEMO"

@@ -12,19 +12,21 @@ from tests.bench import record
 from tests.bench.quality import ROWS, WHAT
 from tests.bench.quality_table import markdown
 
-LABEL = "reference-7m"
-BLOCK = re.compile(r"<!-- quality: .*? -->\n(.*?)\n<!-- /quality -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- quality of (\S+): .*? -->\n(.*?)\n<!-- /quality -->", re.DOTALL)
 KERNELS_COMMIT = re.compile(r"at commit `(\w+)`[^`]*`tests/bench/results/kernels--cpu")
 
 
-def newest() -> list[dict[str, Any]]:
-    """The last result of every row and seed."""
-    return list({(result["row"], result["seed"]): result for result in record.load(WHAT, LABEL)}.values())
+def newest(label: str) -> list[dict[str, Any]]:
+    """The last result of every row and seed, of the model with this label."""
+    return list({(result["row"], result["seed"]): result for result in record.load(WHAT, label)}.values())
 
 
-def test_the_table_in_the_readme_is_the_results() -> None:
-    (table,) = BLOCK.findall((ROOT / "README.md").read_text("utf-8"))
-    assert table == markdown(newest(), {row.name: row.weights for row in ROWS})
+def test_the_tables_in_the_documentation_are_the_results() -> None:
+    texts = [file.read_text("utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    tables = [found for text in texts for found in BLOCK.findall(text)]
+    assert tables
+    for label, table in tables:
+        assert table == markdown(newest(label), {row.name: row.weights for row in ROWS}), label
 
 
 def test_the_kernels_table_in_the_readme_is_the_results() -> None:

@@ -1,9 +1,11 @@
 """The quality table: `python -m tests.bench.quality --model DIR --train TEXT ... --eval TEXT ...`, or `make quality`.
 
-Every row is one `maskgen run` as a user would type it, then one `maskgen eval` per text on what it wrote, in float32.
-A row that has a result file for the same model, data and recipe is not run again, and a run that was stopped continues
-where it was, so the whole table can be made in pieces. Rows of learned methods take tens of minutes each on two cores.
-Result files are never edited; `--table` prints the table of what exists, and `--plot FILE.svg` draws it.
+Every row is one `maskgen run` as a user would type it, then one `maskgen eval` on what it wrote, against the dense
+model and on all texts. A row that has a result file for the same model, data and recipe is not run again, and a run
+that was stopped continues where it was, so the whole table can be made in pieces: a row of `--rows one-shot` takes
+minutes for a model of 135 M parameters on two cores, one of a learned method longer. `--set` changes a value in every
+recipe that has it, such as `calibration.samples`. Result files are never edited; `--table` prints the table of what
+exists, and `--plot FILE.svg` draws it.
 
 gap(x) = (perplexity of x - dense) / (perplexity of sparsegpt, weights updated - dense): 0 is lossless, 1 is SparseGPT.
 """
@@ -21,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from maskgen.core.digest import digest_files, digest_json, digest_weights
+from maskgen.hf import model
 from maskgen.recipes import recipe
 from maskgen.train import log as trainlog
 from maskgen.train.log import LOG_FILE
 from tests.bench import quality_table, record
 
 WHAT = "quality"
+ONE_SHOT = "one-shot"
+"""For `--rows`: every row of a one-shot recipe on the model itself, plain and reordered."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Row:
     weights: str = "stay"
     reorder: str | None = None
 
+
+FORWARD_TOKENS = 2048
+"""Of one forward pass of `maskgen eval`; bounds its memory."""
 
 CHANGE = "change"
 TUNED = ("method.lora_rank=8", "train.steps=300", "train.lr=1e-2", "train.distill_weight=0.9")
@@ -70,6 +78,7 @@ ROWS = (
     Row("ria, reordered", "ria", reorder="ria"),
     Row("sparsegpt, mask only, reordered", "sparsegpt-mask-only", reorder="ria"),
     Row("sparsegpt, reordered", "sparsegpt", weights=CHANGE, reorder="ria"),
+    Row("admm, reordered", "admm", weights=CHANGE, reorder="ria"),
     Row("maskllm, reordered", "maskllm", reorder="ria"),
     Row("adaptive_sparse, reordered", "adaptive_sparse", weights=CHANGE, reorder="ria"),
     Row("maskprune", "maskprune", seeds=2, weights=CHANGE),
@@ -95,13 +104,15 @@ def main() -> None:
         "train_digest": digest_files(args.train),
         "eval_digest": digest_files(args.eval),
         "window_tokens": args.window,
-        "max_windows": args.max_windows,
+        "max_windows": args.windows,
     }
+    if args.dtype != "float32":  # absent otherwise, as in results from before it could be chosen
+        facts["dtype"] = args.dtype
     if not args.table:
         _measure_dense(args, facts)
         for row in ROWS:
             for seed in range(row.seeds):
-                if (not args.rows or row.name in args.rows) and seed in args.seeds:
+                if row.name in args.rows and seed in args.seeds:
                     _measure(args, row, seed, facts)
     keys = {_key(args, row, seed, facts) for row in ROWS for seed in range(row.seeds)} | {_dense_key(facts)}
     results = [result for result in record.load(WHAT, args.label) if result["key"] in keys]  # not of earlier recipes
@@ -143,32 +154,31 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "reorder": row.reorder,
         "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
-        **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
-        **score(args, out),
+        **(_cost(out) or {"tokens": _calibration_tokens(args, wanted), **cost}),
+        **score(args, out, args.model),
     }
     record.save(WHAT, args.label, result)
 
 
 def _base(args: argparse.Namespace, row: Row, seed: int) -> Path:
     """The dense model a row starts from, with its neurons reordered if it says so."""
-    model: Path = args.model
+    dense: Path = args.model
     if row.reorder is None:
-        return model
-    settings = [f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
+        return dense
+    settings = [*(setting for setting in args.set if setting.startswith("calibration.")), f"calibration.seed={seed}"]
     wanted = recipe.load(row.reorder, settings)
-    key = digest_json([wanted.digest(), digest_weights(model), digest_files(args.train)])
+    key = digest_json([wanted.digest(), digest_weights(dense), digest_files(args.train)])
     reordered: Path = args.work / f"reordered-{row.reorder}-seed{seed}-{key[7:15]}"
     if not reordered.exists():
-        command = ["permute", row.reorder, "--model", str(model), "--data", *map(str, args.train)]
+        command = ["permute", row.reorder, "--model", str(dense), "--data", *map(str, args.train)]
         maskgen([*command, *(word for setting in settings for word in ("--set", setting)), "--out", str(reordered)])
     return reordered
 
 
 def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
-    overrides = [*row.overrides, f"calibration.window_tokens={args.window}", f"calibration.seed={seed}"]
-    if recipe.load(row.recipe).train is not None:
-        overrides += [f"train.window_tokens={args.window}", f"train.seed={seed}"]
-    return overrides
+    sections = ["calibration"] if recipe.load(row.recipe).train is None else ["calibration", "train"]
+    chosen = [setting for setting in args.set if setting.partition(".")[0] in sections]
+    return [*row.overrides, *chosen, *(f"{section}.seed={seed}" for section in sections)]
 
 
 def _key(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> str:
@@ -196,31 +206,19 @@ def _row(name: str) -> Row:
     return row
 
 
-def score(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Perplexity of a directory on every text of `args.eval`."""
-    perplexity = {}
-    for text in args.eval:
-        report = args.work / f"{directory.name}.eval.json"
-        maskgen(
-            [
-                "eval",
-                str(directory),
-                "--data",
-                str(text),
-                "--window",
-                str(args.window),
-                "--dtype",
-                "float32",
-                "--max-windows",
-                str(args.max_windows),
-                "--batch",
-                "8",
-                "--json",
-                str(report),
-            ]
-        )
-        perplexity[text.stem] = json.loads(report.read_text())["perplexity"]
-    return {"perplexity": perplexity}
+def score(args: argparse.Namespace, directory: Path, dense: Path | None = None) -> dict[str, Any]:
+    """Of a directory, by text of `args.eval`: perplexity, and from the `dense` model KL divergence and agreement."""
+    report = args.work / f"{directory.name}.eval.json"
+    batch = max(1, FORWARD_TOKENS // args.window)
+    limits = ["--window", args.window, "--max-windows", args.windows, "--batch", batch, "--dtype", args.dtype]
+    against = [] if dense is None else ["--against", dense]
+    maskgen(list(map(str, ["eval", directory, "--data", *args.eval, *limits, *against, "--json", report])))
+    found = json.loads(report.read_text())
+    texts = dict(zip([text.stem for text in args.eval], found.get("texts", [found]), strict=True))
+    scores = {"perplexity": {name: text["perplexity"] for name, text in texts.items()}}
+    for name in () if dense is None else ("kl", "agreement"):
+        scores[name] = {text: numbers["divergence"][name] for text, numbers in texts.items()}
+    return scores
 
 
 def _cost(directory: Path) -> dict[str, Any]:
@@ -236,8 +234,12 @@ def _cost(directory: Path) -> dict[str, Any]:
     }
 
 
-def _calibration_tokens(wanted: recipe.Recipe) -> int:
-    return wanted.calibration.samples * wanted.calibration.window_tokens
+def _calibration_tokens(args: argparse.Namespace, wanted: recipe.Recipe) -> int:
+    if not wanted.local_method().needs_data:
+        return 0
+    calibration = wanted.for_context(model.stored_max_tokens(args.model)).calibration
+    assert calibration.window_tokens is not None
+    return calibration.samples * calibration.window_tokens
 
 
 def maskgen(arguments: list[str]) -> dict[str, float]:
@@ -262,16 +264,30 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="texts to calibrate and learn on")
     parser.add_argument("--eval", type=Path, nargs="+", required=True, help="texts to score, never trained on")
     parser.add_argument("--work", type=Path, required=True, help="where runs and checkpoints are kept")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--max-windows", type=int, default=400)
-    parser.add_argument("--micro-batch", type=int, default=16, help="windows of a training step at a time")
-    parser.add_argument("--rows", nargs="+", help="only these rows (default: all)")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of a scored window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=64, help="windows scored of each text (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of scoring (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe that has it")
+    parser.add_argument("--micro-batch", type=int, default=8, help="windows of a training step at a time")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these, or {ONE_SHOT} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what has been measured")
     parser.add_argument("--plot", type=Path, help="also draw the table, as .svg")
     args = parser.parse_args()
+    args.rows = _rows(parser, args.rows)
     args.work.mkdir(parents=True, exist_ok=True)
     return args
+
+
+def _rows(parser: argparse.ArgumentParser, names: list[str] | None) -> set[str]:
+    """The rows that were asked for."""
+    rows = {row.name: row for row in ROWS}
+    one_shot = {name for name, row in rows.items() if row.prior is None and recipe.load(row.recipe).train is None}
+    known = {**{name: {name} for name in rows}, ONE_SHOT: one_shot, quality_table.DENSE: set[str]()}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        parser.error(f"--rows: no row {unknown[0]!r}; there are {', '.join(map(repr, known))}")
+    return set(rows) if names is None else set().union(*(known[name] for name in names))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,36 @@ DENSE, REFERENCE = "dense", "sparsegpt"
 
 
 def markdown(results: Sequence[dict[str, Any]], rows: Mapping[str, str]) -> str:
-    """One line a row: mean ± standard deviation over seeds of each text's perplexity, mean gap on each text, cost.
+    """One line a row: mean ± standard deviation over seeds of what was measured on each text, mean gap on each, cost.
 
-    `rows` says of every row, in order, what happens to the weights.
+    `rows` says of every row, in order, what happens to the weights. KL divergence from dense, in nats per token, and
+    top-1 agreement are columns where they were measured.
     """
     texts = list(results[0]["perplexity"]) if results else []
+    compared = any("kl" in result for result in results)
+    headings = [heading for text in texts for heading in ((text, "KL", "top-1") if compared else (text,))]
     lines = [
-        f"| row | weights | seeds | {' | '.join(texts)} | gap on each | M tokens | minutes | peak GB |",
-        "|---|---|---:" + "|---:" * len(texts) + "|---|---:|---:|---:|",
+        f"| row | weights | seeds | {' | '.join(headings)} | gap on each | M tokens | minutes | peak GB |",
+        "|---|---|---:" + "|---:" * len(headings) + "|---|---:|---:|---:|",
     ]
     for name, weights in {DENSE: "", **rows}.items():
         mine = [result for result in results if result["row"] == name]
         if mine:
-            cells = [_spread([result["perplexity"][text] for result in mine]) for text in texts]
+            cells = [cell for text in texts for cell in _measured(mine, text, compared)]
             means = [statistics.mean(found) for text in texts if (found := gaps(results, name, text))]
             cells += [", ".join(f"{mean:.2f}" for mean in means), *_cost(mine)]
             lines.append(f"| {name} | {weights} | {len(mine)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _measured(mine: Sequence[dict[str, Any]], text: str, compared: bool) -> list[str]:
+    """Cells of a text: perplexity, and KL divergence and agreement in a table that has them."""
+    cells = [_spread([result["perplexity"][text] for result in mine])]
+    if compared:
+        cells.append(_spread([result["kl"][text] for result in mine if "kl" in result], 3))
+        percent = [100 * result["agreement"][text] for result in mine if "agreement" in result]
+        cells.append(_spread(percent, 1) + (" %" if percent else ""))
+    return cells
 
 
 def gaps(results: Sequence[dict[str, Any]], name: str, text: str) -> list[float]:
@@ -68,8 +81,8 @@ def _cost(mine: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{statistics.mean(values):.1f}" if values else "" for values in (tokens, minutes, memory)]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], digits: int = 2) -> str:
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"

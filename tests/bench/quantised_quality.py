@@ -26,7 +26,7 @@ def main() -> None:
     """Write, score, save, print."""
     args = _arguments()
     rows = {directory.name: _row(args, directory) for directory in args.models}
-    protocol = {"window": args.window, "max_windows": args.max_windows, "dtype": "float32"}
+    protocol = {"window": args.window, "max_windows": args.windows, "dtype": args.dtype}
     path = record.save("quantised-quality", args.label, {"protocol": protocol, "rows": rows})
     Console().print(table(rows), path.name, sep="\n", markup=False)
 
@@ -68,7 +68,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval", type=Path, nargs="+", required=True, help="texts to score")
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints are written, and removed")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--max-windows", type=int, default=400)
+    parser.add_argument("--windows", type=int, default=400, help="scored of each text")
+    parser.set_defaults(dtype="float32")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     return args

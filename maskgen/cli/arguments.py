@@ -17,7 +17,7 @@ from maskgen.api.requests import (
     LearnRequest,
     ReportRequest,
 )
-from maskgen.cli.flags import add_bos, add_device, add_out, count, default, verb
+from maskgen.cli.flags import DATA, add_bos, add_device, add_out, count, default, verb
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs
@@ -68,8 +68,7 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help='calibration or training text: plain text, .jsonl or .parquet with a "text" field, token ids as .npy or '
-        ".safetensors, or hf:ORG/NAME[:CONFIG][:SPLIT]; several are mixed in equal parts (default: none; enough for "
+        help=f"calibration or training text: {DATA}; several are mixed in equal parts (default: none; enough for "
         "methods that need no data, such as magnitude)",
     )
     add_bos(parser)
@@ -204,8 +203,7 @@ def _add_eval(verbs: Verbs) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help='texts to score, each by itself: plain text, .jsonl or .parquet with a "text" field, or token ids as '
-        ".npy or .safetensors",
+        help=f"texts to score, each by itself: {DATA}",
     )
     parser.add_argument(
         "--against",

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+DATA = (
+    'plain text; .json, .jsonl, .ndjson, .csv, .tsv or .parquet with "text" or "messages" (through the model\'s chat '
+    "template); any of these as .gz, .zst, .bz2 or .xz; token ids as .npy or .safetensors; or "
+    "hf:ORG/NAME[:CONFIG][:SPLIT]"
+)
+"""What text may come from, for the help of `--data`."""
+
+
 def verb(verbs: Verbs, name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
     """The parser of one verb. A flag that is not typed is not in the namespace."""
     parser: argparse.ArgumentParser = verbs.add_parser(

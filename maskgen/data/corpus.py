@@ -30,7 +30,7 @@ from torch import Tensor
 from maskgen.core.digest import derive_seed, digest_bytes, digest_files, digest_json, digest_tensors
 from maskgen.core.errors import DataError
 from maskgen.core.files import fsync_path, temporary_sibling
-from maskgen.data import sources
+from maskgen.data import formats, sources
 from maskgen.data.bos import Bos
 from maskgen.data.tokens import PIECE_CHARS, read_tokens, token_pieces
 from maskgen.recipes.sections import Training
@@ -151,15 +151,16 @@ def _identity(source: Path | str) -> str:
     if sources.is_hub(source):
         return str(source)
     path = Path(source)
-    with sources.readable(path):
+    with formats.readable(path):
         return digest_files([path])
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of what decides ids: the whole pipeline of a fast tokenizer; of others, class and vocabulary."""
+    """Digest of what decides ids: the pipeline of a fast tokenizer (of others, class and vocabulary), the template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = digest_json(tokenizer.get_vocab()) if backend is None else digest_bytes(backend.to_str().encode())
-    return digest_json({"class": type(tokenizer).__name__, "rules": rules, "eos": tokenizer.eos_token_id})
+    kind, chat = type(tokenizer).__name__, getattr(tokenizer, "chat_template", None)
+    return digest_json({"class": kind, "rules": rules, "eos": tokenizer.eos_token_id, "chat": chat})
 
 
 def _check_distinct(streams: Sequence[Tensor], names: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
-"""Where text comes from: files and hub datasets, read as a stream of documents, never whole.
+"""Where text comes from: files and hub datasets, read as a stream of documents, never whole where that can be avoided.
 
-    *.jsonl                          one document per line, in the field "text"
-    *.parquet                        one document per row, in the column "text", read row group by row group
-    hf:ORG/NAME[:CONFIG][:SPLIT]     a dataset of the Hugging Face hub, column "text"; split "train" if none is given,
-                                     and an empty CONFIG for the only one (`hf:org/name::validation`)
-    anything else                    plain text, one document
+    files                            see `data.formats` for what their names say: plain text is one document, every row
+                                     of .jsonl, .ndjson, .json, .csv, .tsv and .parquet is one
+    hf:ORG/NAME[:CONFIG][:SPLIT]     a dataset of the Hugging Face hub; split "train" if none is given, and an empty
+                                     CONFIG for the only one (`hf:org/name::validation`)
+
+`data.columns` says which field of a row is read: "text", or a conversation, which the model's chat template renders.
 
 A dataset that brings its own loading script is refused by the `datasets` library: only data is fetched, never code.
 Every damaged or hostile file ends in one `DataError` that says where. A document is an iterator of stretches of text,
@@ -13,21 +14,26 @@ so that a file of one huge document costs no more memory than any other.
 
 from __future__ import annotations
 
-import contextlib
+import csv
 import json
+import logging
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from maskgen.core.errors import DataError, clip
+from maskgen.data import formats, json_rows
+from maskgen.data.columns import column_of, text_of_cell, text_of_row
+from maskgen.data.formats import Format, format_of, needs, open_seekable, open_text
+
+logger = logging.getLogger(__name__)
 
 READ_CHARS = 1 << 19
-"""Characters of plain text read at a time."""
+"""Characters of text read at a time."""
 
 MAX_DOCUMENT_CHARS = 1 << 28
-"""Longest line of a `.jsonl` file. A line has to be parsed whole; nobody's document is this long."""
+"""Longest row of a file. A row has to be parsed whole; nobody's document is this long."""
 
 HUB_PREFIX = "hf:"
 _ROWS = 1024
@@ -40,91 +46,134 @@ def is_hub(source: Path | str) -> bool:
     return str(source).startswith(HUB_PREFIX)
 
 
-def documents(source: Path | str) -> Iterator[Iterator[str]]:
-    """The documents of a source, each to be used up before the next one is asked for. Raises `DataError`."""
+def documents(source: Path | str, tokenizer: Any = None) -> Iterator[Iterator[str]]:
+    """The documents of a source, each to be used up before the next one is asked for. Raises `DataError`.
+
+    `tokenizer` is the model's, whose chat template renders conversations.
+    """
     if is_hub(source):
-        return _whole(_hub_texts(str(source)), str(source))
+        return _each(_hub_rows(str(source), tokenizer))
     path = Path(source)
-    if path.suffix == ".jsonl":
-        return _whole(_lines(path), str(path))
-    if path.suffix == ".parquet":
-        return _whole(_rows(path), str(path))
-    return iter([_chunks(path)])
+    kind = format_of(path)
+    if kind.kind == formats.TEXT:
+        return iter([_chunks(path, kind)])
+    return _each(_READERS[kind.kind](path, kind, tokenizer))
 
 
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file may raise into `DataError`."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: not a regular file; give a file of text or token ids, or hf:org/name")
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _whole(texts: Iterator[tuple[str, Any]], source: str) -> Iterator[Iterator[str]]:
-    """Documents that come in one stretch each, checked; `texts` gives (where, text)."""
-    for where, text in texts:
-        if not isinstance(text, str):
-            raise DataError(f'{source}{where}: "text" is {clip(text)}, expected a string')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{source}{where}: half of a surrogate pair at character {error.start}") from None
+def _each(texts: Iterator[str]) -> Iterator[Iterator[str]]:
+    """Documents that come in one stretch each."""
+    for text in texts:
         yield iter([text])
 
 
-def _chunks(path: Path) -> Iterator[str]:
-    with readable(path), path.open(encoding="utf-8") as file:
+def _chunks(path: Path, kind: Format) -> Iterator[str]:
+    """Plain text. A zero byte is in none: it is binary data, or UTF-16, whose half it may look like."""
+    with open_text(path, kind.packed) as file:
+        done = 0
         while chunk := file.read(READ_CHARS):
+            if not done:
+                _check_plain(path, kind, chunk)
+            if "\0" in chunk:
+                where = done + chunk.index("\0")
+                raise DataError(f"{path}: not UTF-8 text (a zero byte at character {where}); convert it to UTF-8")
+            done += len(chunk)
             yield chunk
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with readable(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT_CHARS + 1), ""), 1):
-            if len(line) > MAX_DOCUMENT_CHARS:
-                raise DataError(f"{path}:{number}: a line of more than {MAX_DOCUMENT_CHARS} characters; split it")
-            if not line.isspace():
-                yield f":{number}", _text_field(line, f"{path}:{number}")
-
-
-def _text_field(line: str, where: str) -> Any:
+def _check_plain(path: Path, kind: Format, start: str) -> None:
+    """Rows of JSON are not taken for one document because of a name, unless it says that they are plain text."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise DataError(f'{where}: expected an object with a string field "text", such as {{"text": "..."}}')
-    return value["text"]
+        found, _ = json.JSONDecoder().raw_decode(start.lstrip("[ \t\r\n"))
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(found, dict) or not found:
+        return
+    if not kind.plain:
+        raise DataError(
+            f"{path}: begins with a JSON object; name it .json or .jsonl to have its rows read, or .txt to have all of "
+            "it read as plain text"
+        )
+    logger.warning("%s: begins with a JSON object, and is read as plain text; is it a .json or .jsonl file?", path)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+    with open_text(path, kind.packed) as file:
+        for number, line in _bounded_lines(path, file):
+            if not line.isspace():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+                yield text_of_row(row, tokenizer, str(path), f":{number}")
+
+
+def _bounded_lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Numbered lines, none of which fills the memory."""
+    for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT_CHARS + 1), ""), 1):
+        if len(line) > MAX_DOCUMENT_CHARS:
+            raise DataError(f"{path}:{number}: a line of more than {MAX_DOCUMENT_CHARS} characters; split it")
+        yield number, line
+
+
+def _json(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+    with open_text(path, kind.packed) as file:
+        for where, row in json_rows.rows(file, str(path), READ_CHARS, MAX_DOCUMENT_CHARS):
+            yield text_of_row(row, tokenizer, str(path), where)
+
+
+def _table(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+    """Rows of a .csv or .tsv file, under a line of column names. Quoting that does not end is an error."""
+    delimiter = "\t" if kind.kind == formats.TSV else ","
+    with open_text(path, kind.packed, newline="") as file:
+        rows = csv.reader((line for _, line in _bounded_lines(path, file)), delimiter=delimiter, strict=True)
+        names = _next_row(rows, path)
+        if names is None:
+            return
+        name = column_of(names, str(path))
+        column = names.index(name)
+        while (row := _next_row(rows, path)) is not None:
+            if len(row) != len(names):
+                raise DataError(
+                    f"{path}:{rows.line_num}: {len(row)} fields, expected {len(names)} as in the first line"
+                )
+            yield text_of_cell(name, row[column], tokenizer, str(path), f":{rows.line_num}")
+
+
+def _next_row(rows: Any, path: Path) -> list[str] | None:
+    """The next row that is not empty. The csv module's own limit for a field is one setting of the whole process."""
+    limit = csv.field_size_limit(MAX_DOCUMENT_CHARS)
+    try:
+        return next((row for row in rows if row), None)
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: not valid {path.suffix.lower()}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _columns(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+    """Rows of a .parquet file, read row group by row group."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"{path}: {_needs('pyarrow')}") from None
-    with readable(path):
+        raise DataError(f"{path}: {needs('pyarrow')}") from None
+    with open_seekable(path, kind.packed) as stored:
         try:
-            with parquet.ParquetFile(path) as file:
-                _check_column(str(path), file.schema_arrow.names)
-                kind = file.schema_arrow.field("text").type
-                if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                    raise DataError(f'{path}: column "text" holds {clip(str(kind))}, expected strings')
+            with parquet.ParquetFile(stored) as file:
+                name = column_of(file.schema_arrow.names, str(path))
+                held = file.schema_arrow.field(name).type
+                if name == "text" and not (pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)):
+                    raise DataError(f'{path}: column "text" holds {clip(str(held))}, expected strings')
                 row = 0
-                for batch in file.iter_batches(_ROWS, columns=["text"]):
-                    for text in batch.column(0).to_pylist():
-                        yield f": row {row}", text
+                for batch in file.iter_batches(_ROWS, columns=[name]):
+                    for value in batch.column(0).to_pylist():
+                        yield text_of_cell(name, value, tokenizer, str(path), f": row {row}")
                         row += 1
         except pyarrow.ArrowException as error:
             raise DataError(f"{path}: not a sound parquet file: {_first_line(error)}; write it again") from None
 
 
-def _hub_texts(source: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: str, tokenizer: Any) -> Iterator[str]:
     found = _HUB.fullmatch(source)
     if found is None:
         raise DataError(
@@ -133,27 +182,27 @@ def _hub_texts(source: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{source}: {_needs('datasets')}") from None
+        raise DataError(f"{source}: {needs('datasets')}") from None
     try:
         data = datasets.load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: cannot be loaded: {_first_line(error)}") from None
-    _check_column(source, data.column_names)
+    name = column_of(data.column_names, source)
     row = 0
-    for batch in data.select_columns("text").iter(_ROWS):
-        for text in batch["text"]:
-            yield f": row {row}", text
+    for batch in data.select_columns(name).iter(_ROWS):
+        for value in batch[name]:
+            yield text_of_cell(name, value, tokenizer, source, f": row {row}")
             row += 1
-
-
-def _check_column(source: str, columns: list[str]) -> None:
-    if columns.count("text") != 1:
-        raise DataError(f'{source}: expected one column "text", found columns {clip(columns)}')
-
-
-def _needs(package: str) -> str:
-    return f"reading it needs {package}; install it with: pip install 'sparse-serve[data]'"
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_READERS: dict[str, Callable[[Path, Format, Any], Iterator[str]]] = {
+    formats.LINES: _lines,
+    formats.JSON: _json,
+    formats.CSV: _table,
+    formats.TSV: _table,
+    formats.PARQUET: _columns,
+}

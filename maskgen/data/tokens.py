@@ -1,9 +1,11 @@
 """Text or token ids in, token ids and calibration windows out.
 
-Where text comes from is `maskgen.data.sources`' business. Documents are tokenised as they are, without special tokens,
-and joined with the tokenizer's end-of-sequence token where it has one; empty ones are passed over. A document of more
-than `PIECE_CHARS` characters is tokenised in pieces cut before a space, because tokenizers need some hundred bytes a
-token while they work; in byte-level tokenizers that changes no token.
+Where text comes from is `maskgen.data.sources`' business. Documents are tokenised as they are, and joined with the
+tokenizer's end-of-sequence token where it has one; empty ones are passed over. Nothing is added to a document, and what
+is written in it as a special token, as chat templates do, becomes that token. But BOS is for windows to begin with
+(`maskgen.data.bos`), and a document that begins with it loses it. A document of more than `PIECE_CHARS` characters is
+tokenised in pieces cut before a space, because tokenizers need some hundred bytes a token while they work; in
+byte-level tokenizers that changes no token.
 
 Ids that exist already are read as they are: a one-dimensional `.npy` array of uint16, int32 or int64, or a
 `.safetensors` file with one such tensor named "ids". Every id is compared with the tokenizer's vocabulary.
@@ -30,7 +32,7 @@ from torch import Tensor
 from maskgen.core.digest import digest_tensors
 from maskgen.core.errors import DataError, FormatError, clip
 from maskgen.core.files import check_tensor_names, open_tensors
-from maskgen.data import sources
+from maskgen.data import formats, sources
 from maskgen.data.bos import Bos
 
 PIECE_CHARS = 500_000
@@ -59,13 +61,13 @@ def read_tokens(source: Path | str, tokenizer: Any) -> Tensor:
 
 def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
     """The token ids of a source, int32, a piece at a time; `DataError` also when there are none."""
-    suffix = "" if sources.is_hub(source) else Path(source).suffix
-    if suffix == ".npy":
+    kind = formats.TEXT if sources.is_hub(source) else formats.format_of(Path(source)).kind
+    if kind == formats.NUMPY:
         pieces = _checked(_numpy_ids(Path(source)), source, len(tokenizer))
-    elif suffix == ".safetensors":
+    elif kind == formats.SAFETENSORS:
         pieces = _checked(_safetensors_ids(Path(source)), source, len(tokenizer))
     else:
-        pieces = _tokenised(sources.documents(source), tokenizer)
+        pieces = _tokenised(sources.documents(source, tokenizer), tokenizer)
     empty = True
     for ids in pieces:
         empty = empty and not len(ids)
@@ -125,15 +127,18 @@ def digest_tokens(ids: Tensor) -> str:
 
 
 def _tokenised(documents: Iterable[Iterator[str]], tokenizer: Any) -> Iterator[_Ids]:
-    eos = tokenizer.eos_token_id
+    eos, bos = tokenizer.eos_token_id, list(Bos.of(tokenizer).ids)
     anything = False
     for document in documents:
         joined = not anything or eos is None
-        for piece in _pieces(document):
+        for number, piece in enumerate(_pieces(document)):
             if not joined:
                 yield np.array([eos], dtype=np.int32)
             joined = anything = True
-            yield np.array(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            if bos and number == 0 and ids[: len(bos)] == bos:
+                ids = ids[len(bos) :]
+            yield np.array(ids, dtype=np.int32)
 
 
 def _pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -168,7 +173,7 @@ def _checked(arrays: Iterable[np.ndarray[Any, Any]], source: Path | str, vocabul
 
 def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     """The ids of a `.npy` file, `CHUNK_IDS` at a time; `DataError` if it is damaged or holds anything else."""
-    with sources.readable(path), path.open("rb") as file:
+    with formats.readable(path), path.open("rb") as file:
         kind, count, start = _npy_header(path, file.read(_NPY_HEADER_BYTES))
         data_bytes = path.stat().st_size - start
         if data_bytes != count * kind.itemsize:
@@ -196,7 +201,7 @@ def _npy_header(path: Path, content: bytes) -> tuple[np.dtype[Any], int, int]:
 
 
 def _safetensors_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    with sources.readable(path):
+    with formats.readable(path):
         try:
             with open_tensors(path) as file:
                 check_tensor_names(path)

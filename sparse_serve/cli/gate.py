@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dense", type=Path, required=True, metavar="DIR", help="the dense model")
     add("--sparse", type=Path, required=True, metavar="DIR", help="the sparse checkpoint made from it")
-    add("--data", type=Path, required=True, metavar="FILE", help="held-out text (.txt, or .jsonl with a field 'text')")
+    add("--data", type=Path, required=True, metavar="FILE", help="held-out text: a file that `maskgen eval` reads")
     add("--out", type=Path, default=Path("gate"), metavar="DIR", help="where reports are written (default: gate)")
     add(
         "--max-ppl-increase",

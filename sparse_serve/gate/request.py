@@ -20,7 +20,7 @@ _DEFAULTS = Limits()
 class GateRequest(Request):
     """May `sparse` replace `dense`? Raises `SettingsError` for a value out of range or an unknown field.
 
-    `dense` and `sparse` are model directories, `data` is held-out text (`.txt`, or `.jsonl` with a field `text`).
+    `dense` and `sparse` are model directories, `data` is held-out text, a file that `maskgen eval` reads.
     `dtype` is what both stacks compute in, by default the checkpoint's. `window_tokens` is the length of the windows
     perplexity is measured on, by default 2048 or half the model's context if that is less; `max_windows` measures only
     the first so many. `bos` says whether they begin with BOS, by default as the tokenizer does by itself. For the

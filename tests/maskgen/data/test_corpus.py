@@ -149,6 +149,9 @@ def test_the_cache_is_for_this_text_and_this_tokenizer(text: list[Path], tmp_pat
     changed = load_corpus(text, tokenizer, SPEC, cache)
     assert len(list(cache.iterdir())) == 5
     assert changed.digest() == load_corpus(text, tokenizer, SPEC).digest()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    load_corpus(text, tokenizer, SPEC, cache)
+    assert len(list(cache.iterdir())) == 7
 
 
 def test_a_cache_is_whole_or_absent_and_damage_is_found(

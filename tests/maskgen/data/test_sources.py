@@ -46,7 +46,7 @@ def test_text_is_read_a_stretch_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["x"]}, r"expected one column \"text\", found columns \['body'\]"),
+        ({"body": ["x"]}, r"expected one column \"text\", or one \"messages\", found columns \['body'\]"),
         ({"text": [1, 2]}, r'column "text" holds \'int64\', expected strings'),
         ({"text": [["x"]]}, r'column "text" holds \'list'),
         ({"text": ["a", "b", "c", None]}, r'a\.parquet: row 3: "text" is None, expected a string'),

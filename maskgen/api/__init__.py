@@ -6,4 +6,6 @@ converting    `permute`, `compress`, `quantise`, `decompress`: one directory -> 
 measuring     `evaluate`, `inspect`, `load`, `report`, `demo`
 events        what a function says of its progress
 checks        what is checked of every request before anything is loaded
+
+Every function may raise `StorageError` and `OutOfMemoryError` too (`maskgen.core.failures`).
 """

@@ -13,8 +13,10 @@ import torch
 
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
-from maskgen.core.checkpoint import is_sparse_checkpoint
-from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError
+from maskgen.core.checkpoint import is_sparse_checkpoint, read_headers
+from maskgen.core.companions import check_companions
+from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError, StorageError
+from maskgen.core.files import read_json
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.compress import model_label
@@ -38,10 +40,25 @@ class Task:
 
 
 def absent(*paths: Path | None) -> None:
-    """`OutputExistsError` for a place to write to that is taken."""
+    """`OutputExistsError` for a place to write to that is taken, `StorageError` for one where nothing can be made."""
     for path in paths:
-        if path is not None and path.exists():
-            raise OutputExistsError(f"{path} exists; remove it or choose another output")
+        if path is not None:
+            if path.exists():
+                raise OutputExistsError(f"{path} exists; remove it or choose another output")
+            writable(path)
+
+
+def writable(path: Path) -> None:
+    """`StorageError` if `path` cannot be written, as far as can be told without writing."""
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: not a regular file; choose another name")
+    folder = path.absolute().parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise StorageError(f"{path}: {folder} is not a directory; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: {folder} cannot be written; change its permissions, or choose another place")
 
 
 def resolve_device(name: str | None) -> str:
@@ -56,9 +73,16 @@ def resolve_device(name: str | None) -> str:
 
 
 def find_model(source: str, progress: Listener) -> Path:
-    """The directory of a model: a directory, a hub id, or a GGUF file, which is converted (`maskgen.hf.model`)."""
+    """The directory of a model: a directory, a hub id, or a GGUF file, which is converted (`maskgen.hf.model`).
+
+    Raises `ModelError` when there is none, and `FormatError` naming a file that is missing or cut off.
+    """
     speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one
-    return model.resolve(source, lambda what: progress(Stage(what)) if speaks else None)
+    model_dir = model.resolve(source, lambda what: progress(Stage(what)) if speaks else None)
+    read_json(model_dir / "config.json")
+    read_headers(model_dir)
+    check_companions(model_dir)
+    return model_dir
 
 
 def label(source: str, model_dir: Path) -> str:

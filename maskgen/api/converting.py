@@ -16,6 +16,7 @@ from maskgen.api.pruning import calibration_windows, load_checked
 from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
+from maskgen.core.failures import explained
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import quantise as quantise_module
@@ -56,6 +57,7 @@ class DecompressResult:
     folded: bool
 
 
+@explained()
 def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResult:
     """Reorder hidden neurons so that masks keep more of the weights that matter; the function stays the same.
 
@@ -82,6 +84,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     )
 
 
+@explained()
 def compress(request: CompressRequest, progress: Listener = silent) -> CompressResult:
     """Apply existing masks to the dense model they were made for.
 
@@ -95,6 +98,7 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
     return CompressResult(request.out, written)
 
 
+@explained()
 def quantise(request: QuantiseRequest) -> CompressResult:
     """Write a sparse checkpoint with float values again with 8-bit values; masks and corrections stay.
 
@@ -104,6 +108,7 @@ def quantise(request: QuantiseRequest) -> CompressResult:
     return CompressResult(request.out, quantise_module.quantise(request.model, request.out, request.values))
 
 
+@explained()
 def decompress(request: DecompressRequest) -> DecompressResult:
     """Write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools.
 

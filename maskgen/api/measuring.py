@@ -14,6 +14,7 @@ from maskgen.api.events import Listener, Scored, Stage, silent
 from maskgen.api.requests import DemoRequest, EvaluateRequest, InspectRequest, ReportRequest
 from maskgen.core.divergence import Divergence
 from maskgen.core.errors import ModelError, RequestError, SparseError
+from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.data import sources, tokens
@@ -125,6 +126,7 @@ class DemoResult:
         return self.out / "heldout.txt"
 
 
+@explained()
 def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateResult:
     """Measure perplexity, dense or sparse, with the protocol stated; with `against` also how far it is from dense.
 
@@ -176,6 +178,7 @@ def _counting(progress: Listener, before: int, total: int) -> Callable[[int, int
     return lambda done, _: progress(Scored(before + done, total))
 
 
+@explained()
 def inspect(request: InspectRequest) -> InspectReport:
     """What a directory holds, layer by layer: is it N:M, and how many bytes does it take?
 
@@ -184,6 +187,7 @@ def inspect(request: InspectRequest) -> InspectReport:
     return inspect_module.inspect(request.model, NMPattern.parse(request.pattern))
 
 
+@explained()
 def load(
     source: str | Path,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -194,9 +198,10 @@ def load(
     A sparse one is decompressed; "auto" keeps the stored dtype. Raises `ModelError`, `FormatError`, `RequestError`.
     """
     where, kind = checks.resolve_device(device), dtype if dtype == "auto" else getattr(torch, dtype)
-    return model.load(model.resolve(str(source)), kind, where)
+    return model.load(checks.find_model(str(source), silent), kind, where)
 
 
+@explained()
 def report(request: ReportRequest) -> ReportResult:
     """Compare learned runs, finished or not, in one HTML page. Needs the extra `report`.
 
@@ -209,9 +214,11 @@ def report(request: ReportRequest) -> ReportResult:
         raise SparseError(
             f"maskgen report needs {package}, which is not installed: pip install 'sparse-serve[report]'"
         ) from None
+    checks.writable(request.out)
     return ReportResult(request.out, write(request.runs, request.out))
 
 
+@explained()
 def demo(request: DemoRequest | None = None, progress: Listener = silent) -> DemoResult:
     """Make a small trained model and text to try everything on, offline and in minutes, or find it made.
 

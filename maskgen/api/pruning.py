@@ -22,6 +22,7 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import OutputExistsError, RecipeError
+from maskgen.core.failures import explained
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
 from maskgen.data import tokens
@@ -80,12 +81,13 @@ class AlreadyFinished:
     out: Path
 
 
+@explained()
 def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | AlreadyFinished:
     """Run a one-shot method over a dense model, block by block, and write a sparse checkpoint.
 
     Raises `RecipeError` (a learned method, a field about training), `OutputExistsError`, `ModelError`, `DataError`,
-    `RequestError` (the device, another kind of request) before anything is loaded; `NumericalError` and `OSError` while
-    it works.
+    `RequestError` (the device, another kind of request) before anything is loaded; `NumericalError`, `StorageError` (a
+    full disk) and `OutOfMemoryError` while it works.
     """
     checks.is_request(request, PruneRequest, "prune")
     recipe = checks.load_recipe(request)
@@ -96,6 +98,7 @@ def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | A
     return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
 
 
+@explained()
 def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | AlreadyFinished | None:
     """Train masks, weights or widths with a learned method, and write the result.
 
@@ -110,6 +113,7 @@ def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | A
     return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
 
 
+@explained()
 def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | LearnResult | AlreadyFinished | None:
     """`prune` or `learn`, as the recipe's method wants it.
 

@@ -1,20 +1,24 @@
 """The `maskgen` command: parse arguments, run one verb, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 2 something the user can fix (one line on stderr says what), 130 interrupted. Anything else is a
-bug in maskgen and ends in a traceback. What decides a result lives in the recipe; flags are about files and machines.
-torch and transformers are imported by the verb that needs them, so `--help` is immediate.
+Exit codes: 0 done, 2 something the user can fix (one line on stderr says what), 130 interrupted, 141 nobody reads the
+output any more (`maskgen inspect DIR | head`). Anything else is a bug in maskgen and ends in a traceback. What decides
+a result lives in the recipe; flags are about files and machines. torch and transformers are imported by the verb that
+needs them, so `--help` is immediate.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 
 from maskgen.api import requests
 from maskgen.api.requests import Request
 from maskgen.cli.arguments import SHORTER, add_verbs
+from maskgen.core.errors import SparseError
+from maskgen.core.failures import explained
 
 _EXAMPLES = """\
 examples:
@@ -38,18 +42,37 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="maskgen: %(levelname)s: %(message)s")
-    from maskgen.cli import verbs
-    from maskgen.core.errors import SparseError
-
     try:
-        verbs.VERBS[args.verb](args)
+        _run(args)
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from what is done" if args.verb == "run" else ""
+        print(f"maskgen: interrupted{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
     except (SparseError, OSError) as error:
         print(f"maskgen: error: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        _drop_output()
         return 2
-    except KeyboardInterrupt:
-        print("maskgen: interrupted", file=sys.stderr)
-        return 130
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from maskgen.cli import verbs
+
+    with explained():
+        verbs.VERBS[args.verb](args)
+    with explained("standard output"):
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, let go of what is left of it: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def in_flags(message: str) -> str:

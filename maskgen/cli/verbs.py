@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
-from maskgen.api import converting, measuring, pruning
+from maskgen.api import checks, converting, measuring, pruning
 from maskgen.api.requests import (
     CompressRequest,
     DecompressRequest,
@@ -85,6 +85,9 @@ def inspect(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexity with its protocol, and the distance from the dense model."""
+    for path in (args.json if "json" in args else None, args.windows_out if "windows_out" in args else None):
+        if path is not None:
+            checks.writable(path)
     model.quiet()
     wanted = request(EvaluateRequest, args)
     if "windows_out" in args and len(wanted.data) > 1:

@@ -136,10 +136,17 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         shards = sorted(set(map(str, weight_map.values())))
     else:
         weight_map, shards = None, [SINGLE_NAME]
+        if not (path / SINGLE_NAME).exists():
+            raise FormatError(
+                f"{path / SINGLE_NAME}: no such file, and no {INDEX_NAME}; weights are read from safetensors files: "
+                "download those, or load the model with transformers and save_pretrained it"
+            )
     headers: dict[str, TensorHeader] = {}
     for shard in shards:
         if not _SHARD_NAME.fullmatch(shard):
             raise FormatError(f"{index_path}: shard {clip(shard)} is not a plain *.safetensors file name")
+        if not (path / shard).exists():
+            raise FormatError(f"{path / shard}: no such file, though {INDEX_NAME} names it; download the model again")
         _read_shard_headers(path / shard, headers)
     if weight_map is not None:
         _check_index(index_path, weight_map, headers)

@@ -1,4 +1,4 @@
-"""Lists the files (tokenizer, generation settings, chat template) that are copied or downloaded with the weights.
+"""The files (tokenizer, generation settings, chat template) that are copied or downloaded with the weights.
 
 They are copied beside every checkpoint that is written, and downloaded with every model of the hub. Code is not among
 them, and neither are weights in other formats.
@@ -6,9 +6,12 @@ them, and neither are weights in other formats.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from maskgen.core.checkpoint import MISTRAL_CONFIG
+from maskgen.core.errors import FormatError
+from maskgen.core.files import check_no_pointer
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -29,3 +32,17 @@ def companion_files(model_dir: Path) -> list[Path]:
         and path.name not in ("config.json", MISTRAL_CONFIG)
         and not path.name.endswith(".index.json")
     )
+
+
+def check_companions(model_dir: Path) -> None:
+    """`FormatError` for a companion file that is damaged: JSON that does not parse, or a pointer of Git LFS.
+
+    A library that reads it later would not say which file, or would pass over it.
+    """
+    for path in companion_files(model_dir):
+        check_no_pointer(path)
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise FormatError(f"{path}: not valid JSON: {error}; download or write it again") from None

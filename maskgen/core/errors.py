@@ -9,6 +9,8 @@
      +-- DataError          (ValueError)       text or tokens are missing, malformed or too short
      +-- NumericalError     (ArithmeticError)  NaN or infinity where numbers were expected, a factorisation failed
      +-- OutputExistsError  (FileExistsError)  the place to write to is taken
+     +-- StorageError       (OSError)          a disk is full, or a file or directory cannot be read or written
+     +-- OutOfMemoryError   (MemoryError)      the machine or its GPU has too little memory
 
 Each is also a standard exception, so that callers can catch it without importing this module. A message says what
 went wrong, the value, what was expected, and what to do next. Broken invariants of our own code are `assert`s.
@@ -63,3 +65,11 @@ class NumericalError(SparseError, ArithmeticError):
 
 class OutputExistsError(SparseError, FileExistsError):
     """The file or directory to write exists already, or another process is writing it."""
+
+
+class StorageError(SparseError, OSError):
+    """A disk is full, or a file or directory cannot be read or written."""
+
+
+class OutOfMemoryError(SparseError, MemoryError):
+    """The machine, or its GPU, has too little memory for what was asked."""

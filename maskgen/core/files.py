@@ -7,7 +7,8 @@ duplicates are refused, in safetensors headers too (the safetensors library take
 or imports what a file says.
 
 Writing: everything is written under a temporary name in the same directory, flushed to disk, then renamed. A killed
-writer leaves a temporary name behind, never a half file under the real one.
+writer leaves a temporary name behind, never a half file under the real one. What fails is a `StorageError` with the
+path (`failures`).
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskgen.core.errors import FormatError, clip
+from maskgen.core.errors import FormatError, StorageError, clip
+from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_VALUES = 1 << 22
 """Parsed values take up to twenty times the bytes of their text; the index of a 1T model holds a tenth of these."""
 
-_TEMPORARY_SUFFIX = ".partial"
+_LFS_POINTER = b"version https://git-lfs"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -97,11 +99,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file for lazy reading; every failure to parse it is a `FormatError` with the path."""
     _check_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise FormatError(f"{path}: not a valid safetensors file: {error}; download or write it again") from None
+    check_no_pointer(path)
+    with explained(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def check_no_pointer(path: Path) -> None:
+    """`FormatError` for the text that Git LFS leaves in place of a file which was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise FormatError(f"{path}: a pointer of Git LFS, not the file itself; get it with git lfs pull")
 
 
 def check_tensor_names(path: Path) -> None:
@@ -112,12 +119,10 @@ def check_tensor_names(path: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file and flush it to disk; `OSError` when that fails (disk full, file too large)."""
-    try:
+    """Write a safetensors file and flush it to disk; `StorageError` when that fails (disk full, file too large)."""
+    with explained(path):
         save_file(dict(tensors), path, metadata=dict(metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    fsync_path(path)
+        fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:
@@ -131,20 +136,27 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")  # hosts may share a folder
-    try:
-        yield temporary
-        temporary.replace(path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it.
+
+    `StorageError` when something cannot be written, or `path` is there and no regular file: a device would be replaced.
+    """
+    with explained(path):
+        if path.exists() and not path.is_file():
+            raise StorageError(f"{path}: not a regular file; choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")  # hosts may share a folder
+        try:
+            yield temporary
+            temporary.replace(path)
+            fsync_path(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def is_temporary(path: Path) -> bool:
     """Whether a killed `temporary_sibling` may have left this name behind."""
-    return path.name.startswith(".") and path.name.endswith(_TEMPORARY_SUFFIX)
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME
 from maskgen.core.errors import OutputExistsError
+from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import fsync_path, save_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -33,7 +34,7 @@ class CheckpointWriter:
 
     `config` becomes `config.json`, `files` are copied beside it (tokenizer and the like), `extra` maps file names to
     JSON values, or to paths of files to copy. Raises `OutputExistsError` if `out_dir` exists or another process is
-    writing it; `OSError` (disk full) passes through and leaves no output.
+    writing it, and `StorageError` (a full disk) that leaves no output.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CheckpointWriter:
         self._json = {**(extra or {}), "config.json": config}
         self._files = list(files)
         self._shard_bytes = shard_bytes
-        self._partial = self.out_dir.with_name(f".{self.out_dir.name}.partial")
+        self._partial = self.out_dir.with_name(f".{self.out_dir.name}{TEMPORARY_SUFFIX}")
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -56,11 +57,12 @@ class CheckpointWriter:
         self.total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        self._check_free()
-        if not self._acquire():
-            raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
-        for leftover in self._partial.iterdir():
-            leftover.unlink()
+        with explained(self.out_dir):
+            self._check_free()
+            if not self._acquire():
+                raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
+            for leftover in self._partial.iterdir():
+                leftover.unlink()
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -68,7 +70,8 @@ class CheckpointWriter:
         assert name not in self._names, f"{name} was added before"
         self._names.add(name)
         if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._write_shard()
+            with explained(self.out_dir):
+                self._write_shard()
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes
 
@@ -78,7 +81,8 @@ class CheckpointWriter:
         finished = False
         try:
             if kind is None:
-                self._finish()
+                with explained(self.out_dir):
+                    self._finish()
                 finished = True
         finally:
             if not finished:

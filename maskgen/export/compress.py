@@ -30,7 +30,7 @@ from maskgen.core.checkpoint import (
     read_dense_config,
     read_headers,
 )
-from maskgen.core.companions import companion_files
+from maskgen.core.companions import check_companions, companion_files
 from maskgen.core.config import CONFIG_KEY, CorrectionConfig, SparseConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
@@ -170,6 +170,7 @@ def decompress(sparse_dir: Path, out_dir: Path, shard_bytes: int = SHARD_BYTES) 
     in the dtype `config.json` names (`SparseCheckpoint.weight_dtype`).
     """
     checkpoint = SparseCheckpoint.open(sparse_dir)
+    check_companions(sparse_dir)
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != CONFIG_KEY}
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
         for name, module in stored_modules(checkpoint):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskgen.core import layout
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.companions import companion_files
+from maskgen.core.companions import check_companions, companion_files
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import StoredLayer
@@ -28,6 +28,7 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
     already: a second rounding would only add error.
     """
     checkpoint = SparseCheckpoint.open(sparse_dir)
+    check_companions(sparse_dir)
     if values == FLOAT or checkpoint.config.values != FLOAT:
         raise FormatError(
             f"{sparse_dir}: values {checkpoint.config.values} cannot become {clip(values)}; quantise float values to "

@@ -1,4 +1,7 @@
-"""What transformers raises about files it cannot use, as one `ModelError` with one line."""
+"""What transformers raises about files it cannot use, as one `ModelError` with one line.
+
+A machine that fails, rather than a file, is left to `maskgen.core.failures`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
-from maskgen.core.errors import ModelError, SparseError
+from maskgen.core.errors import ModelError, OutOfMemoryError, SparseError
+from maskgen.core.failures import in_words
 
 HF_ERRORS = (
     OSError,
@@ -34,7 +38,12 @@ def clear_errors(path: Path, what: str = "transformers cannot load it", advice: 
         yield
     except SparseError:
         raise
-    except HF_ERRORS as error:
+    except Exception as error:
+        if isinstance(in_words(error), OutOfMemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        # tokenizers knows no class of errors but `Exception` itself
+        if not isinstance(error, HF_ERRORS) and type(error) is not Exception:
+            raise
         raise ModelError(f"{path}: {what}: {first_line(error)}{advice}") from error
 
 

@@ -109,10 +109,8 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
 
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer; `ModelError` when the directory holds none."""
-    try:
+    with clear_errors(path, "no usable tokenizer"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {first_line(error)}") from None
 
 
 def linear_names(path: Path) -> list[str]:

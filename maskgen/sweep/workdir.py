@@ -15,15 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from maskgen.core.checkpoint import VALUES_SUFFIX
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.core.files import (
-    fsync_path,
     is_temporary,
     open_tensors,
     read_json,
+    save_tensors,
     temporary_sibling,
     write_json,
 )
@@ -92,8 +90,7 @@ class WorkDir:
             tensors[name + BITMASK_SUFFIX] = packed.bitmask.cpu().contiguous()
         path = self._path(block)
         with temporary_sibling(path) as temporary:
-            save_file(tensors, temporary, metadata={"run": self.run_digest})
-            fsync_path(temporary)
+            save_tensors(tensors, temporary, {"run": self.run_digest})
         self._file_of.update(dict.fromkeys(layers, path))
 
     def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedTensor]:

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from maskgen.core.digest import digest_files
-from maskgen.core.errors import FormatError, NumericalError, OutputExistsError
+from maskgen.core.errors import FormatError, NumericalError, OutOfMemoryError, OutputExistsError, StorageError
+from maskgen.core.failures import explained, in_words
 from maskgen.core.files import fsync_path, read_json, write_json
 from maskgen.numerics.shards import local
 from maskgen.train.step import Session
@@ -59,8 +60,8 @@ class Checkpoints:
     def save(self, session: Session, extra: Mapping[str, Tensor]) -> None:
         """Write what `session` has learned and `extra` tensors, unless this step is saved already.
 
-        Raises `NumericalError` rather than keep NaN or infinity, and `OSError` when the disk is full; checkpoints that
-        exist are as they were.
+        Raises `NumericalError` rather than keep NaN or infinity, and `StorageError` when the disk is full; checkpoints
+        that exist are as they were.
         """
         if self.saved_step == session.step:
             return
@@ -71,14 +72,15 @@ class Checkpoints:
         path = self._path(session.step)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            with _dcp_errors():
+            with explained(path), _dcp_errors():
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
             if session.group.first:
-                self._finish(partial, path, session)
+                with explained(path):
+                    self._finish(partial, path, session)
             session.group.wait()
-        except OSError as error:
+        except (StorageError, OutOfMemoryError):
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"{path}: cannot be written: {error}") from error
+            raise
         self.saved_step = session.step
 
     def _finish(self, partial: Path, path: Path, session: Session) -> None:
@@ -209,6 +211,6 @@ def _dcp_errors() -> Iterator[None]:
             yield
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            if isinstance(cause, OSError):
+            if isinstance(cause, OSError) or isinstance(in_words(cause), OutOfMemoryError):
                 raise cause from None
             raise FormatError(f"not a checkpoint of this model: {cause}") from None

@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from maskgen.core.errors import FormatError
+from maskgen.core.failures import explained
 from maskgen.core.files import fsync_path, temporary_sibling
 
 LOG_FILE = "maskgen_log.jsonl"
@@ -49,21 +50,20 @@ class TrainLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # What could not be written is tried again here; that must not hide the error that says so.
-        with nullcontext() if error is None else suppress(OSError):
+        with explained(self.path) if error is None else suppress(OSError):
             self._file.close()
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one line; fields that are None are left out."""
         line = _line({"kind": kind, **{key: value for key, value in record.items() if value is not None}})
-        try:
+        with explained(self.path):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise OSError(f"{self.path}: cannot be written: {error}") from error
 
     def flush(self) -> None:
         """Everything so far is on disk when this returns."""
-        os.fsync(self._file.fileno())
+        with explained(self.path):
+            os.fsync(self._file.fileno())
 
 
 def read(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgen.core.errors import NumericalError
+from maskgen.core.errors import NumericalError, OutOfMemoryError, StorageError
+from maskgen.core.failures import explained
 from maskgen.core.mask import pack_bits, unpack_bits
 from maskgen.data.corpus import Corpus
 from maskgen.methods.learned import Mode
@@ -133,7 +134,7 @@ def fit(
 ) -> None:
     """Train `session` to its last step, from the newest checkpoint if there is one.
 
-    Raises `NumericalError` and `OSError`; both say what is kept.
+    Raises `NumericalError`, `StorageError` and `OutOfMemoryError`, which say what is kept.
     """
     watch = Watch.begin(session, prior)
     if session.group.first:
@@ -142,11 +143,10 @@ def fit(
     checkpoints.restore(session, watch.last)
     with TrainLog(log_file, header, session.step) if session.group.first else nullcontext() as log:
         try:
-            _loop(session, corpus, log, checkpoints, watch, cadence, progress)
-        except NumericalError as error:
-            raise NumericalError(f"{error}; {checkpoints.what_is_kept()}") from error
-        except OSError as error:
-            raise OSError(f"{error}; {checkpoints.what_is_kept()}; make room and run the same command again") from error
+            with explained(log_file.parent):
+                _loop(session, corpus, log, checkpoints, watch, cadence, progress)
+        except (NumericalError, StorageError, OutOfMemoryError) as error:
+            raise type(error)(f"{error}; {checkpoints.what_is_kept()}") from error
 
 
 def _loop(

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from maskgen.core.errors import OutOfMemoryError, StorageError
+from maskgen.core.failures import explained
 from sparse_serve.cli.request import from_flags
 from sparse_serve.gate.report import Verdict
 from sparse_serve.gate.request import DType, GateRequest, GateStep
@@ -74,15 +76,16 @@ def main(args: argparse.Namespace) -> int:
 
     todo = runner.plan(from_flags(GateRequest, args, _FLAGS))
     try:
-        report = runner.run(todo, on_step=_show)
-    except (GateError, EngineStartError, EngineDiedError) as error:
+        with explained():
+            report = runner.run(todo, on_step=_show)
+    except (GateError, EngineStartError, EngineDiedError, StorageError, OutOfMemoryError) as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
         return Verdict.ERROR.exit_code
     except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
         logger.exception("the gate could not measure")
         return Verdict.ERROR.exit_code
+    print(report.to_markdown(), end="", flush=True)
     written = report.write(args.out)
-    print(report.to_markdown(), end="")
     print(f"\nwritten: {', '.join(map(str, written))}")
     return report.verdict.exit_code
 

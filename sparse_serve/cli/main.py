@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
+from maskgen.core.failures import explained
 
 _VERBS = {
     "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",
@@ -25,12 +26,14 @@ _USES_VLLMS_LAYERS = ("bench", "tune", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 fine, 2 wrong usage or input, 130 interrupted; 1 if the engine died
-    (serve), a gate did not pass, or a dense model would be faster somewhere (doctor)."""
+    """Run one verb. Returns the exit code: 0 fine, 2 wrong usage or input, 130 interrupted, 141 nobody reads the output
+    any more; 1 if the engine died (serve), a gate did not pass, or a dense model would be faster somewhere (doctor)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     try:
         return _run(arguments)
+    except BrokenPipeError:
+        return 141
     except (SparseError, OSError) as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
         return 2
@@ -52,7 +55,8 @@ def _run(arguments: list[str]) -> int:
     args.others = others
     if others and verb not in _TAKES_VLLMS_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return int(module.main(args))
+    with explained():
+        return int(module.main(args))
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maskgen.core.errors import SparseError
+from maskgen.core.failures import explained
 from sparse_serve.cli import settings as settings_flags
 from sparse_serve.cli import terminal
 from sparse_serve.cli.terminal import Terminal
@@ -59,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if not args.verbose:
             shown = terminal.redirected()
-        code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
+        with explained():
+            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log_line(shown)}")
         return 2

@@ -21,6 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from maskgen.core.files import temporary_sibling
 from maskgen.core.perplexity import Perplexity
 from sparse_serve.engine import EngineInfo
 
@@ -100,10 +101,10 @@ class GateReport:
     def write(self, folder: str | Path) -> list[Path]:
         """Write `report.json` and `report.md` into `folder`, which is made if needed; returns their paths."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         texts = {folder / "report.json": self.to_json(), folder / "report.md": self.to_markdown()}
         for path, text in texts.items():
-            path.write_text(text, "utf-8")
+            with temporary_sibling(path) as temporary:
+                temporary.write_text(text, "utf-8")
         return list(texts)
 
     def to_json(self) -> str:

@@ -15,6 +15,8 @@ KINDS = {
     errors.DataError: ValueError,
     errors.NumericalError: ArithmeticError,
     errors.OutputExistsError: FileExistsError,
+    errors.StorageError: OSError,
+    errors.OutOfMemoryError: MemoryError,
 }
 
 

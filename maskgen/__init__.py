@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         quantise,
     )
     from maskgen.api.events import (
-        DemoProgress,
         Event,
         HeldOut,
         Listener,
@@ -72,7 +71,7 @@ _HOMES = {
         "PermuteRequest", "PruneRequest", "QuantiseRequest", "ReportRequest",
     ),
     "maskgen.api.events": (
-        "DemoProgress", "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep",
+        "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep",
     ),
     "maskgen.api.pruning": ("AlreadyFinished", "LearnResult", "PruneResult", "learn", "prune", "run"),
     "maskgen.api.converting": (
@@ -94,7 +93,6 @@ __all__ = [
     "CompressResult",
     "DecompressRequest",
     "DecompressResult",
-    "DemoProgress",
     "DemoRequest",
     "DemoResult",
     "EvaluateRequest",

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from maskgen.sweep.driver import Progress as SweepProgress
-from maskgen.train.demo import Progress as DemoProgress
 from maskgen.train.loop import HeldOut, Stage
 from maskgen.train.step import TrainingStep
 
-__all__ = ["DemoProgress", "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
+__all__ = ["Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,13 @@ class Scored:
     windows: int
 
 
-Event = Stage | SweepProgress | TrainingStep | HeldOut | Scored | DemoProgress
+Event = Stage | SweepProgress | TrainingStep | HeldOut | Scored
 """
-`Stage`          something begins: loading the model, a prior, training, writing
+`Stage`          something begins: converting a file, loading the model, a prior, training, writing
 `SweepProgress`  a layer or a block of a one-shot run is done
 `TrainingStep`   an optimiser step is done
 `HeldOut`        the masks of now were evaluated on held-out text
 `Scored`         windows of an evaluation are done
-`DemoProgress`   a training step of the demo model is done
 """
 
 Listener = Callable[[Event], None]

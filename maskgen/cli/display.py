@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskgen.api.converting import PermuteResult
-from maskgen.api.events import Event, HeldOut, Listener, Scored, Stage, SweepProgress, TrainingStep
+from maskgen.api.events import Event, HeldOut, Listener, Stage, SweepProgress, TrainingStep
 from maskgen.api.measuring import EvaluateResult
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.export.compress import CompressReport
@@ -110,11 +110,8 @@ class Shown:
         elif isinstance(event, HeldOut):
             self.look = event
             self.bar.update(self.task, note=f"held-out perplexity {event.perplexity:.2f}")
-        elif isinstance(event, Scored):
-            self._update("scoring", event.done, event.windows, "")
         else:
-            note = f"loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s  {event.remaining_s:.0f} s to go"
-            self._update("training", event.step, event.steps, note)
+            self._update("scoring", event.done, event.windows, "")
 
     def _training(self, log: TrainingStep) -> str:
         began = self.began = self.began or log

@@ -22,7 +22,7 @@ from maskgen.core.failures import explained
 
 _EXAMPLES = """\
 examples:
-  maskgen demo --out demo                                     a tiny trained model and text to try everything on
+  maskgen demo --out demo                                     a small chat model and text to try everything on
   maskgen run sparsegpt --model demo/model --data demo/calibration.txt --out demo/sparse
   maskgen run maskllm --model demo/model --data demo/calibration.txt --out demo/learned
   maskgen eval demo/sparse --data demo/heldout.txt            perplexity, protocol stated

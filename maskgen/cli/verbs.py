@@ -102,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """A tiny trained model and text."""
+    """A chat model and text."""
     model.quiet()
     with display.progress() as show:
         result = measuring.demo(request(DemoRequest, args), show)

@@ -131,19 +131,27 @@ class Reporter:
 
 def ready_block(info: EngineInfo, http: str, grpc: str) -> str:
     """What a person wants to read and paste once the server is up."""
+    path, body = example(info)
     share = f"{info.sparse_layers} sparse layers" if info.sparse_layers else "a dense model"
-    body = json.dumps({"model": info.model, "prompt": "Hello", "max_tokens": 16})
-    complete = ["curl", f"http://{http}/v1/completions", "-H", "content-type: application/json", "-d", body]
+    call = ["curl", f"http://{http}{path}", "-H", "content-type: application/json", "-d", json.dumps(body)]
     generate = [*_this_command(), "generate", "--address", grpc, "--max-tokens", "16", "Hello"]
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 
   HTTP  http://{http}
-        {shlex.join(complete)}
+        {shlex.join(call)}
   gRPC  {grpc}
         {shlex.join(generate)}
   see   {shlex.join(["curl", f"http://{http}/metrics"])}
 """
+
+
+def example(info: EngineInfo) -> tuple[str, dict[str, object]]:
+    """Path and body of an HTTP request to try: a chat where the model has a chat template, else text to continue."""
+    if not info.chat:
+        return "/v1/completions", {"model": info.model, "prompt": "Hello", "max_tokens": 16}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    return "/v1/chat/completions", {"model": info.model, "messages": messages, "max_tokens": 32}
 
 
 def warnings(info: EngineInfo) -> list[str]:

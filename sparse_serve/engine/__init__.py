@@ -30,7 +30,7 @@ class EngineInfo:
     `kernels` counts sparse layers per kernel. Layers the engine fuses (query, key and value) count once. `choices` are
     those that were measured, of several ranks the slowest; none if kernels were asked for by name, or none had a
     competitor. `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they
-    would take dense; both are 0 for a dense model.
+    would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
     """
 
     model: str
@@ -43,6 +43,7 @@ class EngineInfo:
     choices: tuple[KernelChoice, ...] = ()
     sparse_weight_bytes: int = 0
     dense_equivalent_bytes: int = 0
+    chat: bool = False
 
 
 @dataclass(frozen=True)

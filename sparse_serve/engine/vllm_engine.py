@@ -25,6 +25,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import psutil
@@ -33,7 +34,7 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_defaults
-from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, takes_chat, to_chunk
 from sparse_serve.runtime import machine, processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -139,7 +140,7 @@ class VllmEngine:
         info = engine_info(name, model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
-        return info
+        return replace(info, chat=takes_chat(self.args.chat_template, self.client.renderer.tokenizer))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""

@@ -96,6 +96,11 @@ def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tenso
     )
 
 
+def takes_chat(template: str | None, tokenizer: Any) -> bool:
+    """Whether chat requests can be answered: there is a template, from a flag or beside the model's tokenizer."""
+    return bool(template or getattr(tokenizer, "chat_template", None))
+
+
 def _slowest(choices: Iterable[KernelChoice]) -> tuple[KernelChoice, ...]:
     """Every rank measures for itself, and a step waits for the last one: of equal choices the least speedup."""
     kinds: dict[KernelChoice, KernelChoice] = {}

@@ -13,12 +13,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskgen.cli import parser as cli
-from maskgen.hf import new_llama
-from maskgen.train import demo
 
 HEAD = 64
+BOS, EOS = "<s>", "</s>"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+"""The model only continues text, so a conversation is its text."""
 
 
 def main() -> int:
@@ -38,9 +41,9 @@ def main() -> int:
 
 def build(args: argparse.Namespace) -> None:
     """A bfloat16 Llama and its tokenizer in `out/dense`."""
-    tokenizer = demo.train_tokenizer(topics, args.vocabulary)
+    tokenizer = train_tokenizer(args.vocabulary)
     torch.manual_seed(0)
-    model = new_llama.new_llama(
+    config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
@@ -49,11 +52,30 @@ def build(args: argparse.Namespace) -> None:
         num_key_value_heads=args.kv_heads,
         max_position_embeddings=args.max_tokens,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.token_to_id(demo.BOS),
-        eos_token_id=tokenizer.token_to_id(demo.EOS),
-        pad_token_id=tokenizer.token_to_id(demo.PAD),
+        bos_token_id=0,
+        eos_token_id=1,
     )
-    new_llama.save(model, tokenizer.to_str(), args.out / "dense", demo.CHAT_TEMPLATE)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(args.out / "dense")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=args.max_tokens, bos_token=BOS, eos_token=EOS
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(args.out / "dense")
+
+
+def train_tokenizer(vocabulary: int) -> Tokenizer:
+    """Byte-level BPE: any text in, the same text out."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(topics.values(), trainer)
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""docs/python.md: its blocks are run as they stand, in order; only the demo model is smaller than a reader's."""
+"""docs/python.md: its blocks are run as they stand, in order; only the demo is a tiny model instead of a reader's."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import maskgen
-from maskgen.train import demo
+from maskgen.data import demo
+from tests import models
 from tests.architecture.source import ROOT
-from tests.maskgen.train.test_demo import DOCUMENTS, TINY
 
 PAGE = ROOT / "docs" / "python.md"
 TEXT = PAGE.read_text("utf-8")
@@ -24,8 +25,14 @@ def blocks() -> list[str]:
 
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    build, small = demo.build, replace(TINY, max_tokens=256)
-    monkeypatch.setattr(demo, "build", lambda out, progress: build(out, progress, small, DOCUMENTS))
+    def build(out: Path | None, tell: Callable[[str], None]) -> Path:
+        folder = tmp_path / "cache" / "demo"
+        models.save("llama", folder / "model", dtype=torch.bfloat16, max_position_embeddings=256)
+        (folder / "calibration.txt").write_text(models.TEXT[:20_000])
+        (folder / "heldout.txt").write_text(models.TEXT[20_000:])
+        return folder
+
+    monkeypatch.setattr(demo, "build", build)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
@@ -33,7 +40,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for block in blocks():
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
-    assert "7 layers, 56.25% of their bytes" in said
+    assert f"{7 * models.LAYERS} layers, 56.25% of their bytes" in said
     assert re.search(r"perplexity \d+\.\d+ dense, \d+\.\d+ sparse\nwindow 256, non-overlapping", said)
     assert [int(step) for step in re.findall(r"^step (\d+): held-out perplexity", said, re.MULTILINE)] == [0, 10, 20]
     assert "RequestError PruneRequest: no field 'sampels'" in said

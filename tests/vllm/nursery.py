@@ -28,7 +28,15 @@ from _pytest.runner import runtestprotocol
 
 from sparse_serve.runtime import processes
 
-AS_USERS_DO = {"test_server", "test_endings", "test_stock", "test_compiled", "test_bench_serve", "test_docs"}
+AS_USERS_DO = {
+    "test_server",
+    "test_endings",
+    "test_stock",
+    "test_compiled",
+    "test_bench_serve",
+    "test_demo",
+    "test_docs",
+}
 """Modules whose tests start every process anew."""
 
 ARCHITECTURES = [f"{name}ForCausalLM" for name in ("GPTNeoX", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]

@@ -35,6 +35,14 @@ def test_the_printed_request_survives_quotes_in_the_models_name(model: str) -> N
     assert json.loads(words[-1])["model"] == model
 
 
+def test_a_model_with_a_chat_template_is_called_with_a_chat() -> None:
+    chat = dataclasses.replace(INFO, chat=True)
+    (line,) = [line for line in ready_block(chat, "127.0.0.1:1", "127.0.0.1:2").splitlines() if "/v1/" in line]
+    words = shlex.split(line)
+    assert words[1] == "http://127.0.0.1:1/v1/chat/completions"
+    assert [message["role"] for message in json.loads(words[-1])["messages"]] == ["user"]
+
+
 def test_the_printed_command_needs_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "an environment"
     folder.mkdir()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
-from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, takes_chat, to_chunk
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -21,6 +21,12 @@ def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> No
 @pytest.mark.parametrize(("asked", "given"), [(None, DEFAULT_MAX_TOKENS), (5, 5), (10**9, 100)])
 def test_max_tokens_has_a_default_and_a_cap(asked: int | None, given: int) -> None:
     assert sampling_arguments(Sampling(max_tokens=asked), {}, 100)["max_tokens"] == given
+
+
+def test_a_chat_needs_a_template_of_a_flag_or_of_the_tokenizer() -> None:
+    with_template, without = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template=None)
+    assert takes_chat(None, with_template) and takes_chat("file.jinja", without)
+    assert not takes_chat(None, without) and not takes_chat(None, None)
 
 
 def logprob(value: float, rank: int) -> SimpleNamespace:

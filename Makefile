@@ -18,6 +18,9 @@ DATA ?=
 EVAL ?=
 LABEL ?= demo
 ARGS ?=
+# Values of the recipe that `serve` changes, such as calibration.samples=64. The demo is calibrated on little text, so
+# that a first start takes minutes; with SET= it gets what the recipe says.
+SET ?= $(if $(MODEL),,calibration.samples=16 calibration.window_tokens=512)
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -50,7 +53,7 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [DATA=text] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [SET="key=value"] [DATA=text] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
@@ -63,9 +66,10 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  fi
 	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$({ facts "$$model" "$$RECIPE" "$$data" | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
+	  key=$$({ facts "$$model" "$$RECIPE" "$$data" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
-	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" --model "$$model" --data "$$data" --out "$$checkpoint"
+	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) \
+	    --model "$$model" --data "$$data" --out "$$checkpoint"
 	fi
 	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
@@ -143,12 +147,13 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	else
 	  echo "== environment"
 	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 3.7 GB, a few minutes)"
-	  pip install --quiet --no-deps "$$(grep ^torch== $(LOCK))" || {
+	  # what is not compiled here is when it is imported, and that is a small part of it
+	  pip install --quiet --no-compile --no-deps "$$(grep ^torch== $(LOCK))" || {
 	    echo "error: the package index in use has no $$(grep ^torch== $(LOCK)). Choose Linux, Pip, CPU on PyTorch's 'Get started' page" >&2
 	    echo "       and pass the index address it shows: make PIP_EXTRA_INDEX_URL=ADDRESS $(or $(MAKECMDGOALS),install)" >&2
 	    exit 1
 	  }
-	  pip install --quiet --no-deps -r $(LOCK)
+	  pip install --quiet --no-compile --no-deps -r $(LOCK)
 	  SPARSE_SERVE_NATIVE=required pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	fi
 	echo "   environment: $$SECONDS s"

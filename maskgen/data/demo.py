@@ -21,6 +21,7 @@ from pathlib import Path
 
 from maskgen.core.digest import digest_bytes, digest_file
 from maskgen.core.errors import FormatError, OutputExistsError, SparseError
+from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import write_json
 from maskgen.data.demo_text import split, standard_documents
 from maskgen.hf import gguf
@@ -86,11 +87,12 @@ def build(
         raise OutputExistsError(f"{out} exists and is not a demo; remove it or choose another output")
     weights = weights_file()
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    temporary = out.with_name(f".{out.name}.{os.getpid():08x}{TEMPORARY_SUFFIX}")
     try:
-        temporary.mkdir()
-        _build(temporary, weights, tell, documents)
-        temporary.rename(out)
+        with explained(out):
+            temporary.mkdir()
+            _build(temporary, weights, tell, documents)
+            temporary.rename(out)
     except OSError:
         if not (out / PROVENANCE_FILE).is_file():  # else another process was faster
             raise

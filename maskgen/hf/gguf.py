@@ -32,12 +32,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from maskgen.core.digest import digest_file, digest_json
 from maskgen.core.errors import FormatError, ModelError, SparseError, clip
+from maskgen.core.failures import TEMPORARY_SUFFIX, explained
+from maskgen.core.files import fsync_path
 from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
 
 MAGIC = b"GGUF"
 _READERS = ("gguf", "accelerate")
 _SOURCE = "; start from the model's Hugging Face directory instead"
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def converted(path: Path, tell: Callable[[str], None]) -> Path:
     try:
         if not out.is_dir():
             tell(f"converting {path.name}")
-            for left in folder.glob(f".{out.name}.*{_PARTIAL}"):  # of a process that was killed: we have its lock
-                shutil.rmtree(left, ignore_errors=True)
+            # a process that was killed may have left a part: nobody else holds the lock now
+            for part in folder.glob(f".{out.name}.*{TEMPORARY_SUFFIX}"):
+                shutil.rmtree(part, ignore_errors=True)
             convert(path, out)
     finally:
         lock.release()
@@ -100,7 +102,7 @@ def convert(path: Path, out: Path) -> None:
 
     bfloat16 weights, config, generation config, tokenizer and chat template; whole or not at all. Raises `FormatError`
     (no GGUF file, damaged, cut off), `ModelError` (transformers cannot read this architecture from GGUF), `SparseError`
-    (a package is missing), `OSError`.
+    (a package is missing), `StorageError` (a full disk).
     """
     _check_packages(path)
     header = _read_header(path)
@@ -118,11 +120,14 @@ def convert(path: Path, out: Path) -> None:
             output_loading_info=True,
         )
     _check_weights(path, model, info["missing_keys"])
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(out)
+        with explained(out):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                fsync_path(file)
+            temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

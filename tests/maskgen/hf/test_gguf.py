@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import itertools
 import json
 import multiprocessing
+import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import FormatError, ModelError, SparseError
+from maskgen.core.errors import FormatError, ModelError, SparseError, StorageError
 from maskgen.hf import gguf, model
 from tests import gguf_files, models
-
-Refused = Callable[[Path], str]
 
 
 def silent(what: str) -> None:
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_is_removed(file: Path, own_cache: Path) -> N
     assert gguf.converted(file, silent) == made and not left.exists()
 
 
-def _convert(file: Path, place: str, answers: multiprocessing.Queue[str]) -> None:
+def _convert(file: Path, answers: multiprocessing.Queue[str]) -> None:
     told: list[str] = []
     gguf.converted(file, told.append)
     answers.put(told[-1])
@@ -112,7 +112,7 @@ def _convert(file: Path, place: str, answers: multiprocessing.Queue[str]) -> Non
 def test_two_processes_convert_a_file_once(file: Path, own_cache: Path) -> None:
     context = multiprocessing.get_context("fork")
     answers: multiprocessing.Queue[str] = context.Queue()
-    workers = [context.Process(target=_convert, args=(file, str(own_cache), answers)) for _ in range(2)]
+    workers = [context.Process(target=_convert, args=(file, answers)) for _ in range(2)]
     for worker in workers:
         worker.start()
     assert sorted(answers.get(timeout=60) for _ in workers)[0] == "converting tiny.gguf"
@@ -172,6 +172,20 @@ def test_numbers_that_are_none_are_found(file: Path, tmp_path: Path) -> None:
     data = file.read_bytes()
     (tmp_path / "nan.gguf").write_bytes(data[:-34] + b"\xff\x7f" + data[-32:])  # the scale of the last block
     assert "NaN or infinity" in error_of(tmp_path / "nan.gguf", FormatError)
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_full_disk_is_one_line(fails_at: int, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count(1)
+
+    def full(descriptor: int) -> None:
+        if next(calls) >= fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"/out: No space left on device; make room"):
+        gguf.convert(file, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_is_no_gguf(tmp_path: Path) -> None:

@@ -11,23 +11,25 @@ on top and is the same for sparse and dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import FormatError
 from maskgen.core.values import FLOAT
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime.request import Request
 from sparse_serve.tuning.selection import AUTO, Ask, Choice, buckets_of, choice_for
 from sparse_serve.tuning.timing import torch_threads
+
+if TYPE_CHECKING:
+    from sparse_serve.plugin.served import ServedLayers
 
 Kinds = dict[LinearSpec, dict[str, list[str]]]
 """By what a kernel sees of them: layers as vLLM has and names them, and the checkpoint's layers each consists of."""
@@ -72,11 +74,13 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found. `memory` is None after `tune`, which does not read the weights."""
+    """What was found. `dense`: the other matrices, and why each is dense. `memory` is None after `tune`, which does not
+    read the weights."""
 
     checkpoint: SparseCheckpoint
     kinds: Kinds
     choices: list[Choice]
+    dense: Mapping[str, str]
     memory: Memory | None = None
 
     @property
@@ -105,29 +109,38 @@ class Survey:
 def tune(request: SurveyRequest, track: Track = iter) -> Survey:
     """Measure every kind of layer anew, and keep the result where a server finds it."""
     checkpoint = SparseCheckpoint.open(request.checkpoint, verify_bits=False)
-    kinds = kinds_of(checkpoint, request.dtype)
+    layers = _served_layers(checkpoint)
+    kinds = kinds_of(checkpoint, layers.sparse, request.dtype)
     with torch_threads(request.threads):
-        return Survey(checkpoint, kinds, _choices(kinds, Ask.AGAIN, track))
+        return Survey(checkpoint, kinds, _choices(kinds, Ask.AGAIN, track), layers.dense)
 
 
 def examine(request: SurveyRequest, track: Track = iter) -> Survey:
     """Verify the checkpoint (every bit of its masks is read), measure what is not known, count memory.
 
-    Raises `FormatError` for a checkpoint that is damaged or dense, `KernelError` where no kernel can serve a layer.
+    Raises `FormatError` for a checkpoint that is damaged, dense or not to be served sparse by vLLM, `SettingsError`
+    where vLLM has no such model, `KernelError` where no kernel can serve a layer.
     """
     checkpoint = SparseCheckpoint.open(request.checkpoint)
-    kinds = kinds_of(checkpoint, request.dtype)
+    layers = _served_layers(checkpoint)
+    kinds = kinds_of(checkpoint, layers.sparse, request.dtype)
     with torch_threads(request.threads):
         choices = _choices(kinds, Ask.ALWAYS, track)
-        return Survey(checkpoint, kinds, choices, memory_of(checkpoint, kinds, choices))
+        return Survey(checkpoint, kinds, choices, layers.dense, memory_of(checkpoint, kinds, choices))
 
 
-def kinds_of(checkpoint: SparseCheckpoint, dtype: str | None) -> Kinds:
-    """The kinds of sparse layers that a server of this checkpoint has, on a single rank."""
+def _served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
+    from sparse_serve.plugin.served import served_layers  # seconds, which --help does not have
+
+    return served_layers(checkpoint)
+
+
+def kinds_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtype: str | None) -> Kinds:
+    """The kinds of vLLM's sparse `layers` (by name, the checkpoint's layers in each), on a single rank."""
     config, kinds = checkpoint.config, Kinds()
     served = getattr(torch, dtype) if dtype else checkpoint.weight_dtype(config.targets[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, parts in _served(checkpoint):
+    for name, parts in layers.items():
         shapes = [checkpoint.headers[f"{part}.bitmask"].shape for part in parts]
         spec = LinearSpec(
             sum(rows for rows, _ in shapes), shapes[0][1] * 8, config.pattern, served, device, config.values
@@ -155,25 +168,3 @@ def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choi
 
 def _choices(kinds: Kinds, ask: Ask, track: Track) -> list[Choice]:
     return [choice_for(spec, AUTO, dense_layers(spec.device_type), ask) for spec in track(list(kinds))]
-
-
-def _served(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, list[str]]]:
-    """Name in vLLM, and the checkpoint's layers that are in it; `FormatError` where vLLM would refuse too."""
-    from sparse_serve.plugin.fused import fused_layers  # seconds, which --help does not have
-
-    targets = set(checkpoint.config.targets)
-    fused = fused_layers(checkpoint.hf_config.get("architectures") or [])
-    whole = {part: (name, parts) for name, parts in fused.items() for part in parts}
-    done: set[str] = set()
-    for target in checkpoint.config.targets:
-        parent, _, leaf = target.rpartition(".")
-        name, leaves = whole.get(leaf, (leaf, [leaf]))
-        parts = [f"{parent}.{part}" for part in leaves]
-        if not set(parts) <= targets:
-            raise FormatError(
-                f"{parent}.{name} is one layer in vLLM, but of {parts} only {sorted(targets & set(parts))} are sparse; "
-                "make all of them sparse or none"
-            )
-        if parts[0] not in done:
-            done.update(parts)
-            yield f"{parent}.{name}", parts

@@ -1,6 +1,7 @@
 """`sparse-serve doctor DIR`: will this checkpoint be served sparse, by what, and is it worth it on this machine?
 
-Every bit of the masks is read and counted, as a server does at its start. Then, for each kind of layer: which kernel
+Every bit of the masks is read and counted, as a server does at its start. vLLM's model is built without weights: does
+it have every sparse layer, and why are the others dense? Then, for each kind of layer: which kernel
 serves it at which number of tokens, and why others cannot; the memory that takes; and the time of all sparse layers of
 a step against the same layers dense.
 """
@@ -8,6 +9,8 @@ a step against the same layers dense.
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -59,10 +62,20 @@ def _describe(console: Console, found: Survey) -> None:
     )
     console.print(
         f"  {len(config.targets)} layers are sparse, exactly {config.pattern.n} of every {config.pattern.m} weights "
-        f"kept; dense are {', '.join(config.ignored) or 'none'}"
+        "kept"
     )
+    for line in dense_lines(found.dense):
+        console.print(f"  dense: {line}")
     dtype = str(spec.dtype).removeprefix("torch.")
     console.print(f"  on {device_name(spec.device_type)} ({spec.device_type}), as {dtype}\n")
+
+
+def dense_lines(dense: Mapping[str, str]) -> list[str]:
+    """The layers that are dense, a line for each reason; numbers of blocks and experts as "*"."""
+    reasons: dict[str, dict[str, None]] = {}
+    for name, reason in dense.items():
+        reasons.setdefault(reason, {})[re.sub(r"\.\d+(?=\.|$)", ".*", name)] = None
+    return [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
 
 
 def memory_line(memory: Memory) -> str:

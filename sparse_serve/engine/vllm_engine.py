@@ -34,7 +34,7 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_defaults
-from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
 from sparse_serve.runtime import machine, processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -107,7 +107,7 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from sparse_serve.plugin.linear import verify
+        from sparse_serve.plugin.config import verify
 
         if is_sparse_checkpoint(self.args.model):
             verify(self.args.model)
@@ -135,7 +135,7 @@ class VllmEngine:
         ranks = await self.client.collective_rpc("sparse_stats")
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
-            _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served, model)
+            _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served)
         name = (self.args.served_model_name or [self.args.model])[0]
         info = engine_info(name, model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         for kernel, layers in sorted(info.kernels.items()):
@@ -265,19 +265,12 @@ def _translated() -> Iterator[None]:
         raise EngineDiedError("the engine has died; this server is going down") from error
 
 
-def _check_manifest(checkpoint: SparseCheckpoint, served: Sequence[str], model_config: Any) -> None:
-    """Raise `EngineStartError` unless every target of the manifest is served sparse. `served` has vLLM's names."""
-    from vllm.model_executor.model_loader.utils import get_model_cls
-
-    model_class = get_model_cls(model_config)
-    targets = list(checkpoint.config.targets)
-    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
-    if mapper is not None:
-        targets = mapper.apply_list(targets)
-    missing = missing_targets(targets, served, getattr(model_class, "packed_modules_mapping", {}))
+def _check_manifest(checkpoint: SparseCheckpoint, served: Sequence[str]) -> None:
+    """Raise `EngineStartError` unless every target of the manifest is among those `served` sparse."""
+    missing = sorted(set(checkpoint.config.targets) - set(served))
     if missing:
         raise EngineStartError(
-            f"{len(missing)} of {len(targets)} layers of {checkpoint.path} are not served sparse: "
+            f"{len(missing)} of {len(checkpoint.config.targets)} layers of {checkpoint.path} are not served sparse: "
             f"{', '.join(missing[:5])}; is the plugin installed, and does VLLM_PLUGINS leave it in?"
         )
 

@@ -110,16 +110,6 @@ def _slowest(choices: Iterable[KernelChoice]) -> tuple[KernelChoice, ...]:
     return tuple(kinds.values())
 
 
-def missing_targets(targets: Sequence[str], served: Sequence[str], fused: Mapping[str, Sequence[str]]) -> list[str]:
-    """The targets that no served layer covers. `served` may name fused layers; `fused` says what is in them, such as
-    `qkv_proj` -> `q_proj`, `k_proj`, `v_proj`. Targets may have been renamed to the fused name already."""
-    covered = set()
-    for name in served:
-        parent, dot, leaf = name.rpartition(".")
-        covered |= {name, *(parent + dot + part for part in fused.get(leaf, ()))}
-    return sorted(set(targets) - covered)
-
-
 def _positions(token_ids: Any, tables: Any, top: int | None) -> tuple[PositionLogprobs, ...]:
     """`tables` has, per position, vLLM's dict of token id -> Logprob; it may be absent."""
     if top is None or not tables:

@@ -14,10 +14,10 @@ import logging
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
-    from sparse_serve.plugin import linear
+    from sparse_serve.plugin import config
     from sparse_serve.runtime import processes
 
     if not logging.getLogger().handlers:  # a process of vLLM's own, which prints only loggers below "vllm"
         logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
     processes.follow()
-    linear.register()
+    config.register()

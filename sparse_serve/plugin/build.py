@@ -50,11 +50,13 @@ class BuiltModel:
     `layers`: each linear layer that vLLM asks the quantization config about, under vLLM's name, and the modules of the
     checkpoint whose `weight` it loads there (several where vLLM fuses them, in order; none if it is made in another
     way). `read_directly`: those among them whose dense weight vLLM's other code reads, so that they cannot be packed.
+    `elsewhere`: every other module of the checkpoint that has a `weight`, and the kind of vLLM's module that loads it.
     """
 
     model_class: str
     layers: Mapping[str, list[str]]
     read_directly: frozenset[str]
+    elsewhere: Mapping[str, str]
 
 
 class AllDense(QuantizationConfig):
@@ -89,32 +91,33 @@ class AllDense(QuantizationConfig):
 
 
 def build(directory: Path, headers: Mapping[str, TensorHeader]) -> BuiltModel:
-    """Build vLLM's model of a Hugging Face directory (its `config.json` is enough) that has tensors of these headers.
+    """Build vLLM's model of a Hugging Face directory. `headers` are those of all its tensors, none of them packed.
 
     Raises whatever vLLM raises for a model it cannot build or a tensor it has no place for.
     """
-    arguments = EngineArgs(model=str(directory), skip_tokenizer_init=True, enforce_eager=True, load_format="dummy")
+    arguments = EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        load_format="dummy",
+        hf_overrides={"quantization_config": None},
+    )
     vllm_config = arguments.create_engine_config()
     quant_config = vllm_config.quant_config = AllDense()
     with set_current_vllm_config(vllm_config), _single_rank():
         model = _build(vllm_config)
         tensors = {name: torch.empty(h.shape, dtype=_DTYPES[h.dtype], device="meta") for name, h in headers.items()}
         flow = _load(model, tensors)
-    asked = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=True)
-        if isinstance(module, LinearBase) and module.quant_config is quant_config
-    }
-    layers = {
-        module.prefix: [
-            source.removesuffix(WEIGHT_SUFFIX)
-            for source in flow.sources(module.weight)
-            if source.endswith(WEIGHT_SUFFIX)
-        ]
-        for module in asked.values()
-    }
+    layers: dict[str, list[str]] = {}
+    elsewhere: dict[str, str] = {}
+    for module in model.modules():
+        if isinstance(module, LinearBase) and module.quant_config is quant_config:
+            layers[module.prefix] = flow.modules(module.weight)
+            continue
+        for parameter in module.parameters(recurse=False):
+            elsewhere.update(dict.fromkeys(flow.modules(parameter), type(module).__name__))
     direct = frozenset(module.kv_b_proj.prefix for module in model.modules() if isinstance(module, MLAAttention))
-    return BuiltModel(type(model).__name__, layers, direct & layers.keys())
+    return BuiltModel(type(model).__name__, layers, direct & layers.keys(), elsewhere)
 
 
 def _build(vllm_config: VllmConfig) -> nn.Module:
@@ -156,6 +159,11 @@ class _Flow(TorchDispatchMode):
         """The names of what went into `tensor`, in the order of its elements."""
         places = self._places.get(_memory(tensor), {})
         return sorted(places, key=places.__getitem__)
+
+    def modules(self, parameter: Tensor) -> list[str]:
+        """The names of the modules whose `weight` went into a parameter, in that order."""
+        weights = [name for name in self.sources(parameter) if name.endswith(WEIGHT_SUFFIX)]
+        return [name.removesuffix(WEIGHT_SUFFIX) for name in weights]
 
     def _note(self, tensors: Iterable[Any], names: Iterable[str], place: int) -> None:
         for tensor in tensors:

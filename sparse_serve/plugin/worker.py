@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 class SparseStats(TypedDict):
     """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype.
 
+    `sparse_names` are the checkpoint's layers that are served sparse, several for one of vLLM's where it fuses them.
     `kernels` counts layers; two kernels that share a layer are joined by `+`. `choices` are the fields of
     `sparse_serve.engine.KernelChoice`, for each kind of layer and bucket of tokens that was measured.
     """
@@ -56,7 +57,7 @@ class WorkerExtension:
                 assert method.choice is not None
                 kernels["+".join(method.choice.plan.kernels)] += 1
                 choices[method.choice.spec] = method.choice
-                stats["sparse_names"].append(method.prefix)
+                stats["sparse_names"] += method.stored
                 stats["sparse_weight_bytes"] += sum(getattr(module, name).nbytes for name in method.tensor_names)
                 stats["dense_equivalent_bytes"] += method.dense_bytes
             elif type(method).__name__ == "UnquantizedLinearMethod":

@@ -64,7 +64,7 @@ def set_startup_error_file(path: Path | None) -> None:
 
 
 def verified_files() -> str | None:
-    """Digest of the files of the checkpoint that was verified last (`plugin.linear.verify`), or None."""
+    """Digest of the files of the checkpoint that was verified last (`plugin.config.verify`), or None."""
     return os.environ.get(_VERIFIED)
 
 

@@ -55,7 +55,7 @@ def prepare() -> None:
     from vllm.model_executor.models import registry
 
     import sparse_serve.engine.vllm_engine
-    import sparse_serve.plugin.linear  # noqa: F401
+    import sparse_serve.plugin.config  # noqa: F401
 
     torch._dynamo.config.disable = True  # read from TORCHDYNAMO_DISABLE, but earlier than a test can set that
     for architecture in ARCHITECTURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from sparse_serve.bench.survey import kinds_of, memory_of
-from sparse_serve.cli.doctor import memory_line
+from sparse_serve.cli.doctor import dense_lines, memory_line
 from sparse_serve.kernels import reference
+from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.tuning.dispatch import Plan
 from sparse_serve.tuning.selection import BUCKETS, Choice
 from tests import models
+from tests.vllm import families, tiny
 from tests.vllm.nursery import command
 from tests.vllm.offline import serve
 from tests.vllm.serving import SHAPE, damage_digest
@@ -44,6 +48,7 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     for layer in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
         assert f"{models.LAYERS} {layer}" in told.stdout
     assert f"{len(SparseCheckpoint.open(sparse).config.targets)} layers are sparse, exactly 2 of every 4" in told.stdout
+    assert "dense: lm_head, model.embed_tokens (outside of the decoder blocks)" in told.stdout
     assert "memory of these layers" in told.stdout and "sparse ms" in told.stdout
 
     with serve(sparse, kernel="auto") as llm:
@@ -51,6 +56,32 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     assert figures(cache) == known, "nothing was left to measure"
     if set(stats["kernels"]) != {"reference"}:  # where the native kernel cannot be used
         assert len(stats["choices"]) == 4 * len(BUCKETS)
+
+
+def test_what_vllm_cannot_serve_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:
+    from sparse_serve.plugin.served import READ, served_layers
+
+    config = tiny.configs("DeepseekV2ForCausalLM")[1]
+    sparse, _ = families.prune(config, tmp_path, also=("kv_b_proj",))
+    words = "READ, so it cannot be served packed; prune again with it dense: --set 'ignore=[\"*.kv_b_proj\"]'"
+    with pytest.raises(FormatError, match=re.escape(words.replace("READ", READ))):
+        served_layers(SparseCheckpoint.open(sparse))
+    told = command("doctor", sparse)
+    assert (told.returncode, told.stderr.count("\n"), READ in told.stderr) == (2, 1, True)
+    file = sparse / "config.json"
+    file.write_text(file.read_text().replace("DeepseekV2ForCausalLM", "NobodysForCausalLM"))
+    with pytest.raises(SettingsError, match=r"vLLM \S+ cannot serve it \(NobodysForCausalLM\)"):
+        served_layers(SparseCheckpoint.open(sparse))
+
+
+def test_why_layers_are_dense_is_said(tmp_path: Path) -> None:
+    from sparse_serve.plugin.served import EXPERTS, NOT_PACKABLE, served_layers
+
+    sparse, _ = families.prune(tiny.configs("Qwen2MoeForCausalLM")[0], tmp_path)
+    lines = dense_lines(served_layers(SparseCheckpoint.open(sparse)).dense)
+    experts = ", ".join(f"model.layers.*.mlp.experts.*.{part}_proj" for part in ("down", "gate", "up"))
+    assert f"{experts} ({EXPERTS})" in lines
+    assert f"model.layers.*.mlp.gate, model.layers.*.mlp.shared_expert_gate ({NOT_PACKABLE})" in lines
 
 
 def test_what_a_doctor_does_not_examine(tmp_path: Path) -> None:
@@ -79,6 +110,8 @@ def test_the_memory_counted_is_that_of_the_device_served_on(tmp_path: Path, monk
 
     monkeypatch.setattr(reference, "prepare", on_meta)
     checkpoint = SparseCheckpoint.open(tmp_path / "sparse")
-    kinds = {replace(kind, device_type="meta"): layers for kind, layers in kinds_of(checkpoint, "float32").items()}
+    layers = {name: [name] for name in checkpoint.config.targets}
+    found = kinds_of(checkpoint, layers, "float32")
+    kinds = {replace(kind, device_type="meta"): names for kind, names in found.items()}
     told = memory_line(memory_of(checkpoint, kinds, [Choice(kind, Plan.of("reference")) for kind in kinds]))
     assert "0.5312 of it" in told

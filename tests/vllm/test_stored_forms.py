@@ -77,7 +77,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the directory was not verified, each layer still is."""
-    from sparse_serve.plugin.linear import SparseNMConfig, SparseNMLinearMethod
+    from sparse_serve.plugin.config import SparseNMConfig
+    from sparse_serve.plugin.linear import SparseNMLinearMethod
 
     monkeypatch.setattr(SparseNMConfig, "check_all_attached", lambda config: None)
     config = SparseCheckpoint.open(make("llama", tmp_path, "int8", None)).config

@@ -36,7 +36,7 @@ def test_masks_of_another_run_are_refused_by_vllm(checkpoint: Path) -> None:
 
 
 def test_the_same_files_are_read_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_serve.plugin.linear import verify
+    from sparse_serve.plugin.config import verify
 
     opened: list[str] = []
     really_open = SparseCheckpoint.open
@@ -51,7 +51,7 @@ def test_the_same_files_are_read_once(checkpoint: Path, monkeypatch: pytest.Monk
 
 
 def test_a_refused_checkpoint_stays_refused(checkpoint: Path) -> None:
-    from sparse_serve.plugin.linear import verify
+    from sparse_serve.plugin.config import verify
 
     damage_digest(checkpoint)
     for _ in range(2):

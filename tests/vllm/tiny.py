@@ -43,6 +43,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("first_k_dense_replace", "n_group", "topk_group"), 1),
     "num_nextn_predict_layers": 0,
+    "vocab_size_per_layer_input": models.VOCABULARY,
+    "hidden_size_per_layer_input": 32,
     # vLLM's attention with a latent cache (MLA) has kernels of these sizes only
     "kv_lora_rank": 512,
     "q_lora_rank": 128,
@@ -54,13 +56,31 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
 }
 
+_OPTIONAL = ("q_lora_rank", "sliding_window")
 _NO_Q_LORA = {"q_lora_rank": None}
+_EVERY_OTHER = ["sliding_attention", "full_attention"]
 EXTRA: dict[str, list[dict[str, Any]]] = {
-    "AfmoeForCausalLM": [{"score_func": "sigmoid", "route_norm": True, "num_dense_layers": 1}],
+    "AfmoeForCausalLM": [
+        {"score_func": "sigmoid", "route_norm": True, "num_dense_layers": 1, "n_group": 1, "topk_group": 1}
+    ],
     "DeepseekV2ForCausalLM": [{}, _NO_Q_LORA],
     "DeepseekV3ForCausalLM": [{"topk_method": "noaux_tc"}, {"topk_method": "noaux_tc", **_NO_Q_LORA}],
     "FalconForCausalLM": [{}, {"new_decoder_architecture": True, "num_kv_heads": 2}],
+    "Gemma3nForCausalLM": [
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": _EVERY_OTHER * 2,
+            "vocab_size_per_layer_input": 320,
+        }
+    ],
     "Glm4MoeForCausalLM": [{"head_dim": 32}],
+    "Glm4MoeLiteForCausalLM": [{"first_k_dense_replace": 1}],
+    "HYV3ForCausalLM": [{"first_k_dense_replace": 1, "expert_hidden_dim": 64}],
+    "Lfm2ForCausalLM": [{"block_dim": 128, "conv_dim": 128, "layer_types": ["conv", "full_attention"]}],
+    "Lfm2MoeForCausalLM": [{"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}],
+    "Mamba2ForCausalLM": [{"num_heads": 8, "head_dim": 32}],
+    "MiniMaxM2ForCausalLM": [{"rotary_dim": 16, "scoring_func": "sigmoid"}],
     "Qwen2MoeForCausalLM": [{"mlp_only_layers": [0]}],
     "Qwen3MoeForCausalLM": [{"mlp_only_layers": [0]}],
     "Qwen3NextForCausalLM": [{"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0]}],
@@ -74,21 +94,28 @@ def architectures() -> set[str]:
 
 def configs(architecture: str) -> list[PretrainedConfig]:
     """Small configurations of a family, one for each of its variants; `LookupError` if transformers has no such one."""
-    kinds = [kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if architecture in _names(name)]
+    wanted = architecture.lower()  # PhiMoE's is not spelled alike
+    entries = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    kinds = [kind for kind, entry in entries if wanted in map(str.lower, _names(entry))]
     if not kinds:
         raise LookupError(f"transformers has no causal language model {architecture}")
     kind = next((kind for kind in kinds if kind.endswith("_text")), kinds[0])
     return [_config(kind, architecture, changes) for changes in EXTRA.get(architecture, [{}])]
 
 
-def save(config: PretrainedConfig, directory: Path) -> nn.Module:
+def save(config: PretrainedConfig, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random model of a configuration, written as an ordinary Hugging Face directory; `ValueError` if it is large."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if weights > MAX_WEIGHTS:
         raise ValueError(f"{config.architectures}: {weights} weights with a small configuration")
     model: nn.Module = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a fresh model's outputs are so small that a mistake would not show
+        for _, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    model.to(dtype).save_pretrained(directory)
     return model
 
 
@@ -98,15 +125,22 @@ def _config(kind: str, architecture: str, changes: dict[str, Any]) -> Pretrained
     fields = vars(cls).get("attribute_map", {})
     small = {}
     for name, value in SMALL.items():
-        known = hasattr(default, name) and not isinstance(getattr(cls, fields.get(name, name), None), property)
-        optional = name in ("q_lora_rank", "sliding_window") and known and getattr(default, name) is None
-        if known and not optional:
+        known = _has(default, name) and not isinstance(getattr(cls, fields.get(name, name), None), property)
+        if known and not (name in _OPTIONAL and getattr(default, name) is None):
             small[name] = value
     if "kv_lora_rank" in small:
         small["num_key_value_heads"] = SMALL["num_attention_heads"]
         small.pop("head_dim", None)
     config: PretrainedConfig = cls(**{**small, **changes}, architectures=[architecture])
     return config
+
+
+def _has(config: PretrainedConfig, name: str) -> bool:
+    """Whether a configuration has a setting, be it one for each layer, which cannot be read as one."""
+    try:
+        return hasattr(config, name)
+    except RuntimeError:
+        return True
 
 
 def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:

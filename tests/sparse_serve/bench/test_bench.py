@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_a_survey_measures_with_the_threads_asked_for_and_leaves_the_process_as_
     function: Callable[..., survey.Survey], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(survey, "kinds_of", lambda checkpoint, dtype: {})
+    monkeypatch.setattr(survey, "_served_layers", lambda checkpoint: SimpleNamespace(sparse={}, dense={}))
 
     def track(kinds: list[LinearSpec]) -> list[LinearSpec]:
         seen.append(torch.get_num_threads())

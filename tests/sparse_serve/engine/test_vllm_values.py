@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
-from sparse_serve.engine.vllm_values import engine_info, missing_targets, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -60,23 +60,6 @@ def test_absent_log_probabilities_stay_absent() -> None:
     completion = SimpleNamespace(text="", token_ids=[4], finish_reason=None, logprobs=None)
     made = to_chunk(SimpleNamespace(outputs=[completion], prompt_token_ids=[1], prompt_logprobs=None), 1, Sampling())
     assert (made.finish_reason, made.logprobs, made.prompt_logprobs) == (None, (), ())
-
-
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-
-
-@pytest.mark.parametrize(
-    ("targets", "served", "missing"),
-    [
-        (["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj"], ["a.qkv_proj", "a.o_proj"], []),
-        (["a.qkv_proj", "a.o_proj"], ["a.qkv_proj", "a.o_proj"], []),
-        (["a.q_proj", "b.q_proj"], ["a.qkv_proj"], ["b.q_proj"]),
-        (["a.o_proj"], [], ["a.o_proj"]),
-        (["o_proj"], ["o_proj"], []),
-    ],
-)
-def test_targets_without_a_served_layer_are_named(targets: list[str], served: list[str], missing: list[str]) -> None:
-    assert missing_targets(targets, served, FUSED) == missing
 
 
 def test_ranks_share_layers_and_stages_do_not() -> None:

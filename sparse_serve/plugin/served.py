@@ -1,0 +1,116 @@
+"""What vLLM makes of a sparse checkpoint, found out without loading it: which layers it serves packed, and which not.
+
+The checkpoint is shown to vLLM's model (`build`) as the dense one it was made from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm import __version__
+
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader
+from maskgen.core.errors import FormatError
+from maskgen.core.layout import suffixes
+from maskgen.core.mask import BITMASK_SUFFIX
+from sparse_serve.plugin.build import BuiltModel, build
+from sparse_serve.runtime.errors import SettingsError
+
+OUTSIDE = "outside of the decoder blocks"
+NOT_PACKABLE = "vLLM builds it without asking how it is stored"
+EXPERTS = "vLLM runs all experts of a layer in one kernel, on dense weights"
+READ = "vLLM reads its dense weight"
+CHOSEN = "left dense when the checkpoint was made"
+
+_BLOCK_INDEX = re.compile(r"\.\d+\.")
+_EXPERTS_CLASS = "RoutedExperts"
+
+
+@dataclass(frozen=True)
+class ServedLayers:
+    """`sparse`: vLLM's packed layers, and the checkpoint's layers in each. `dense`: the checkpoint's other matrices,
+    and why each is dense.
+    """
+
+    sparse: Mapping[str, list[str]]
+    dense: Mapping[str, str]
+
+
+def served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
+    """Ask vLLM. Raises `SettingsError` if it has no such model, `FormatError` if it cannot hold some target packed."""
+    headers = _dense_headers(checkpoint)
+    try:
+        built = build(checkpoint.path, headers)
+    except Exception as error:  # whatever a model of vLLM's raises
+        architectures = ", ".join(map(str, checkpoint.hf_config.get("architectures") or ["none in config.json"]))
+        raise SettingsError(
+            f"{checkpoint.path}: vLLM {__version__} cannot serve it ({architectures}): {_reason(error)}; for other "
+            "engines, make it dense again with maskgen decompress"
+        ) from error
+    return ServedLayers(_sparse(checkpoint, built), _dense(checkpoint, built, headers))
+
+
+def _sparse(checkpoint: SparseCheckpoint, built: BuiltModel) -> dict[str, list[str]]:
+    targets = set(checkpoint.config.targets)
+    sparse = {}
+    for name, parts in built.layers.items():
+        packed = targets.intersection(parts)
+        if packed and name in built.read_directly:
+            raise FormatError(f"{name}: {READ}, so it cannot be served packed; {_again(name)}")
+        if packed and len(packed) < len(parts):
+            raise FormatError(
+                f"{name} is one layer in vLLM, but of {parts} only {sorted(packed)} are sparse; make all of them "
+                "sparse or none"
+            )
+        if packed:
+            sparse[name] = parts
+    missing = sorted(targets.difference(*sparse.values()))
+    if missing:
+        why = EXPERTS if built.elsewhere.get(missing[0]) == _EXPERTS_CLASS else NOT_PACKABLE
+        raise FormatError(
+            f"{checkpoint.path}: {len(missing)} of {len(targets)} sparse layers cannot be served packed by vLLM "
+            f"{__version__}, first {missing[0]}: {why}; {_again(missing[0])}"
+        )
+    return sparse
+
+
+def _again(name: str) -> str:
+    return f"prune again with it dense: --set 'ignore=[\"*.{name.rpartition('.')[2]}\"]'"
+
+
+def _dense(checkpoint: SparseCheckpoint, built: BuiltModel, headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+    targets = set(checkpoint.config.targets)
+    packable = {part: name for name, parts in built.layers.items() for part in parts}
+    dense = {}
+    for tensor, header in headers.items():
+        name = tensor.removesuffix(WEIGHT_SUFFIX)
+        if name in targets or len(header.shape) < 2:
+            continue
+        if not _BLOCK_INDEX.search(name):
+            dense[name] = OUTSIDE
+        elif name in packable:
+            dense[name] = READ if packable[name] in built.read_directly else CHOSEN
+        else:
+            dense[name] = EXPERTS if built.elsewhere.get(name) == _EXPERTS_CLASS else NOT_PACKABLE
+    return dense
+
+
+def _dense_headers(checkpoint: SparseCheckpoint) -> dict[str, TensorHeader]:
+    """Headers of the tensors that the checkpoint has when it is dense."""
+    targets, packed = checkpoint.config.targets, suffixes(checkpoint.config)
+    stored = {name + suffix for name in targets for suffix in packed}
+    headers = {name: header for name, header in checkpoint.headers.items() if name not in stored}
+    for name in targets:
+        bitmask = checkpoint.headers[name + BITMASK_SUFFIX]
+        rows, packed_columns = bitmask.shape
+        headers[name + WEIGHT_SUFFIX] = TensorHeader(bitmask.path, "F32", (rows, packed_columns * 8))
+    return headers
+
+
+def _reason(error: Exception) -> str:
+    """The line that tells why, without the list of everything that vLLM does support."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "validation error for" not in line] or [type(error).__name__]
+    return telling[0].removeprefix("Value error, ").partition(" Supported architectures:")[0]

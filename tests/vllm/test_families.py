@@ -1,0 +1,39 @@
+"""Families whose layers vLLM names, fuses or builds in ways of their own, served sparse against transformers.
+
+All the others: `python -m tests.vllm.families`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.vllm import families, tiny
+
+FAMILIES = {
+    "Gemma3ForCausalLM": 8,  # sliding windows, norms of queries and keys
+    "Phi3ForCausalLM": 8,  # stored fused, as vLLM has it
+    "Glm4ForCausalLM": 8,  # half of it is, and with biases
+    "GPTJForCausalLM": 8,  # fused by a class that does not say so
+    "FalconForCausalLM": 8,  # stored fused, attention beside the MLP
+    "CohereForCausalLM": 8,
+    "Qwen2MoeForCausalLM": 8,  # a shared expert, and its gate that is no layer of vLLM's
+    "Qwen3MoeForCausalLM": 6,  # a router that is no `nn.Linear`
+}
+"""Linear layers that are sparse in vLLM, in two blocks."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_is_served_as_transformers_computes_it(name: str, tmp_path: Path) -> None:
+    found = families.agreement(tiny.configs(name)[-1], tmp_path)
+    assert (found.sparse_layers, found.same_tokens) == (FAMILIES[name], found.tokens)
+    assert found.error < 2e-5 * max(1.0, found.spread)
+    assert found.distinct > 6, "a constant would hide a mistake"
+
+
+def test_attention_with_a_latent_cache_keeps_the_layer_dense_that_it_reads(tmp_path: Path) -> None:
+    """In bfloat16, in which vLLM runs it on a CPU: tokens may differ."""
+    found = families.agreement(tiny.configs("DeepseekV2ForCausalLM")[-1], tmp_path)
+    assert found.sparse_layers == 10, "per block three of attention and two of an MLP or shared expert"
+    assert found.error < 0.1 * found.spread

@@ -108,11 +108,13 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from sparse_serve.plugin.config import verify
+        from sparse_serve.plugin.served import unknown_architecture
 
         if is_sparse_checkpoint(self.args.model):
             verify(self.args.model)
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
-        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        with unknown_architecture(self.args.model):
+            config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
             raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
         # vLLM runs no hook in its engine process until that has talked to the server, but it unpickles this first

@@ -6,12 +6,13 @@ The checkpoint is shown to vLLM's model (`build`) as the dense one it was made f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vllm import __version__
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader, is_sparse_checkpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.layout import suffixes
 from maskgen.core.mask import BITMASK_SUFFIX
@@ -44,12 +45,27 @@ def served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
     try:
         built = build(checkpoint.path, headers)
     except Exception as error:  # whatever a model of vLLM's raises
-        architectures = ", ".join(map(str, checkpoint.hf_config.get("architectures") or ["none in config.json"]))
-        raise SettingsError(
-            f"{checkpoint.path}: vLLM {__version__} cannot serve it ({architectures}): {_reason(error)}; for other "
-            "engines, make it dense again with maskgen decompress"
-        ) from error
+        raise _cannot_serve(checkpoint, error) from error
     return ServedLayers(_sparse(checkpoint, built), _dense(checkpoint, built, headers))
+
+
+@contextmanager
+def unknown_architecture(model: str) -> Iterator[None]:
+    """Say what to do with a sparse checkpoint for which vLLM has no model; for what makes vLLM's configuration."""
+    try:
+        yield
+    except ValueError as error:
+        if is_sparse_checkpoint(model) and "Model architectures" in str(error):
+            raise _cannot_serve(SparseCheckpoint.open(model, verify_bits=False), error) from error
+        raise
+
+
+def _cannot_serve(checkpoint: SparseCheckpoint, error: Exception) -> SettingsError:
+    architectures = ", ".join(map(str, checkpoint.hf_config.get("architectures") or ["none in config.json"]))
+    return SettingsError(
+        f"{checkpoint.path}: vLLM {__version__} cannot serve it ({architectures}): {_reason(error)}; for other engines "
+        "maskgen decompress makes it dense again"
+    )
 
 
 def _sparse(checkpoint: SparseCheckpoint, built: BuiltModel) -> dict[str, list[str]]:

@@ -6,6 +6,8 @@ Messages name fields of the request in backticks; the command line shows its fla
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from maskgen.core.checkpoint import is_sparse_checkpoint, read_headers
 from maskgen.core.companions import check_companions
 from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError, StorageError
 from maskgen.core.files import read_json
+from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.compress import model_label
@@ -25,6 +28,7 @@ from maskgen.methods import LocalMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
+from maskgen.train.parallel import is_first
 from maskgen.train.prior import load_prior
 
 
@@ -52,6 +56,32 @@ def writable(path: Path) -> None:
     """`StorageError` if `path` cannot be written, as far as can be told without writing."""
     if path.exists() and not path.is_file():
         raise StorageError(f"{path}: not a regular file; choose another name")
+    _check_folder(path)
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """No other process makes `out` meanwhile; of the processes that torchrun starts, the first one sees to it.
+
+    Raises `OutputExistsError` when another one is at work on it, `StorageError` where nothing can be made.
+    """
+    if out.name in ("", ".."):
+        raise OutputExistsError(f"{out} exists; choose another output")
+    _check_folder(out)
+    with exclusive(out) if is_first() else nullcontext():
+        yield
+
+
+@contextmanager
+def new_output(out: Path) -> Iterator[None]:
+    """`claimed`, for an output that must not be there yet."""
+    absent(out)
+    with claimed(out):
+        yield
+
+
+def _check_folder(path: Path) -> None:
+    """`StorageError` unless `path`, or the first directory to be made on the way to it, can be made."""
     folder = path.absolute().parent
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
@@ -77,8 +107,7 @@ def find_model(source: str, progress: Listener) -> Path:
 
     Raises `ModelError` when there is none, and `FormatError` naming a file that is missing or cut off.
     """
-    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one
-    model_dir = model.resolve(source, lambda what: progress(Stage(what)) if speaks else None)
+    model_dir = model.resolve(source, lambda what: progress(Stage(what)) if is_first() else None)
     read_json(model_dir / "config.json")
     read_headers(model_dir)
     check_companions(model_dir)

@@ -15,7 +15,7 @@ from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.pruning import calibration_windows, load_checked
 from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.digest import digest_weights
+from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.failures import explained
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
@@ -66,22 +66,23 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     """
     recipe = checks.load_recipe(request)
     permute_module.score_method(recipe)
-    checks.absent(request.out)
-    task = checks.settled(request, recipe, progress)
-    checks.calibration(request, task)
-    windows_ST, _ = calibration_windows(request, task)
-    provenance = {
-        "recipe": task.recipe.resolved(),
-        "base_model": task.label,
-        "base_digest": digest_weights(task.model_dir),
-        "data_digest": None if windows_ST is None else tokens.digest_tokens(windows_ST),
-    }
-    arrangements = _arrange(task, windows_ST, progress)
-    gc.collect()
-    progress(Stage("writing"))
-    return PermuteResult(
-        request.out, task.recipe, permute_module.write(task.model_dir, arrangements, request.out, provenance)
-    )
+    with checks.new_output(request.out):
+        task = checks.settled(request, recipe, progress)
+        checks.calibration(request, task)
+        windows_ST, _ = calibration_windows(request, task)
+        weights = StoredModel.of(task.model_dir)
+        provenance = {
+            "recipe": task.recipe.resolved(),
+            "base_model": task.label,
+            "base_digest": digest_weights(task.model_dir),
+            "data_digest": None if windows_ST is None else tokens.digest_tokens(windows_ST),
+        }
+        arrangements = _arrange(task, windows_ST, progress)
+        gc.collect()
+        progress(Stage("writing"))
+        weights.check()
+        report = permute_module.write(task.model_dir, arrangements, request.out, provenance)
+    return PermuteResult(request.out, task.recipe, report)
 
 
 @explained()
@@ -90,11 +91,11 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
 
     Raises `FormatError` when the masks are of other weights, `ModelError`, `OutputExistsError`.
     """
-    checks.absent(request.out)
-    masks = compress_module.load_masks(request.masks)
-    model_dir = checks.find_model(request.model, progress)
-    ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
-    written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
+    with checks.new_output(request.out):
+        masks = compress_module.load_masks(request.masks)
+        model_dir = checks.find_model(request.model, progress)
+        ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
+        written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
     return CompressResult(request.out, written)
 
 
@@ -104,8 +105,8 @@ def quantise(request: QuantiseRequest) -> CompressResult:
 
     Raises `FormatError` when the values are quantised already, `OutputExistsError`.
     """
-    checks.absent(request.out)
-    return CompressResult(request.out, quantise_module.quantise(request.model, request.out, request.values))
+    with checks.new_output(request.out):
+        return CompressResult(request.out, quantise_module.quantise(request.model, request.out, request.values))
 
 
 @explained()
@@ -115,11 +116,11 @@ def decompress(request: DecompressRequest) -> DecompressResult:
     Raises `FormatError` for what is neither, `OutputExistsError`, and for a GGUF file what `maskgen.hf.gguf.convert`
     does.
     """
-    checks.absent(request.out)
-    if gguf.is_gguf(request.model):
-        gguf.convert(request.model, request.out)
-        return DecompressResult(request.out, sum(file.stat().st_size for file in request.out.iterdir()), False)
-    total_bytes = compress_module.decompress(request.model, request.out)
+    with checks.new_output(request.out):
+        if gguf.is_gguf(request.model):
+            gguf.convert(request.model, request.out)
+            return DecompressResult(request.out, sum(file.stat().st_size for file in request.out.iterdir()), False)
+        total_bytes = compress_module.decompress(request.model, request.out)
     config = SparseCheckpoint.open(request.model, verify_bits=False).config
     return DecompressResult(request.out, total_bytes, config.correction is not None)
 

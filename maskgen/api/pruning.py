@@ -20,8 +20,8 @@ from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import SparseConfig
-from maskgen.core.digest import digest_weights
-from maskgen.core.errors import OutputExistsError, RecipeError
+from maskgen.core.digest import StoredModel, digest_weights
+from maskgen.core.errors import OutputExistsError, RecipeError, RequestError
 from maskgen.core.failures import explained
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
@@ -94,8 +94,9 @@ def prune(request: PruneRequest, progress: Listener = silent) -> PruneResult | A
     if not checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a learned method; use learn, or run, with a LearnRequest")
     checks.no_training_fields(request, recipe)
-    task = _settled(request, recipe, progress)
-    return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
+    with checks.claimed(request.out):
+        task = _settled(request, recipe, progress)
+        return task if isinstance(task, AlreadyFinished) else _prune(request, task, progress)
 
 
 @explained()
@@ -109,8 +110,9 @@ def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | A
     recipe = checks.load_recipe(request)
     if checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a one-shot method; use prune, or run")
-    task = _settled(request, recipe, progress)
-    return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
+    with checks.claimed(request.out):
+        task = _settled(request, recipe, progress)
+        return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
 
 
 @explained()
@@ -121,18 +123,22 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
     """
     checks.is_request(request, LearnRequest, "run")
     recipe = checks.load_recipe(request)
-    task = _settled(request, recipe, progress)
-    if isinstance(task, AlreadyFinished):
-        return task
-    if not checks.is_one_shot(recipe):
-        return _learn(request, task, progress)
-    checks.no_training_fields(request, recipe)
-    return _prune(request, task, progress)
+    with checks.claimed(request.out):
+        task = _settled(request, recipe, progress)
+        if isinstance(task, AlreadyFinished):
+            return task
+        if not checks.is_one_shot(recipe):
+            return _learn(request, task, progress)
+        checks.no_training_fields(request, recipe)
+        return _prune(request, task, progress)
 
 
 def _settled(request: PruneRequest, recipe: Recipe, progress: Listener) -> Task | AlreadyFinished:
     """The task, unless its result is there already, and only the work directory is left to remove."""
     work = work_dir(request.out)
+    for folder in (request.out, work):
+        if request.masks_out is not None and request.masks_out.absolute().is_relative_to(folder.absolute()):
+            raise RequestError(f"`masks_out` {request.masks_out}: is in {folder}; choose a place outside of it")
     cleaning_up = request.out.exists() and is_left_over(work) and not request.keep_work
     if not cleaning_up:
         checks.absent(request.out, request.masks_out)
@@ -154,12 +160,14 @@ def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
 def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult:
     task = checks.one_shot(request, task)
     recipe = task.recipe
+    weights = StoredModel.of(task.model_dir)
     base_digest = digest_weights(task.model_dir)
     check_base(task.prior, task.model_dir, base_digest)
     windows_ST, bos = calibration_windows(request, task)
     report, work = _sweep(request.out, task, windows_ST, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
+    weights.check()
     masks = work.mask_set(base_digest, recipe.digest())
     config = SparseConfig(
         pattern=recipe.pattern,

@@ -1,6 +1,6 @@
 """The `maskgen` command: parse arguments, run one verb, turn errors into one line and an exit code.
 
-Exit codes: 0 done, 2 something the user can fix (one line on stderr says what), 130 interrupted, 141 nobody reads the
+Exit codes: 0 done, 2 something the user can fix (one line on stderr says what), 130 interrupted, 1 nobody reads the
 output any more (`maskgen inspect DIR | head`). Anything else is a bug in maskgen and ends in a traceback. What decides
 a result lives in the recipe; flags are about files and machines. torch and transformers are imported by the verb that
 needs them, so `--help` is immediate.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         _drop_output()
-        return 141
+        return 1
     except (SparseError, OSError) as error:
         print(f"maskgen: error: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         _drop_output()

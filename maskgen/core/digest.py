@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,31 @@ def digest_weights(model_dir: Path | str) -> str:
     if not paths:
         raise FormatError(f"{model_dir}: no *.safetensors files; convert the model with save_pretrained first")
     return digest_files(paths)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """Size and time of the last change of a model's config and weights, by file, to notice that they were replaced."""
+
+    model_dir: Path
+    files: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, model_dir: Path) -> StoredModel:
+        """As it is now."""
+        paths = [model_dir / "config.json", *model_dir.glob("*.safetensors")]
+        states = {path.name: path.stat() for path in paths if path.exists()}
+        return cls(model_dir, {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()})
+
+    def check(self) -> None:
+        """`FormatError` if a file was changed, added or removed since."""
+        now = StoredModel.of(self.model_dir).files
+        for name in sorted(self.files.keys() | now.keys()):
+            if self.files.get(name) != now.get(name):
+                raise FormatError(
+                    f"{self.model_dir / name}: changed while the run was at work, so its result would be of two "
+                    "models; run again on a model that stays as it is"
+                )
 
 
 def derive_seed(*parts: int) -> int:

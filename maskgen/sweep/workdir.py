@@ -8,11 +8,9 @@ in.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from maskgen.core.checkpoint import VALUES_SUFFIX
@@ -143,20 +141,6 @@ def reserve_for_run(path: Path, run_digest: str) -> None:
             f"{path}: belongs to another run (different recipe, model, data, prior, kind of device or version of "
             "torch); delete it to start over, or choose another `out`"
         )
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lock a work directory for this process; `OutputExistsError` if another process is at work in it."""
-    descriptor = os.open(path / _RUN_FILE, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputExistsError(f"{path}: another process is at work on this run; wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _holds_only_leftovers(path: Path) -> bool:

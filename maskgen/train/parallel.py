@@ -130,6 +130,11 @@ class Group:
             self.wait()
 
 
+def is_first() -> bool:
+    """Whether this is process 0 of those that `torchrun` started, or the only one; known before they have joined."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 ALONE = Group()
 """One process on the CPU."""
 

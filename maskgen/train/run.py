@@ -16,14 +16,13 @@ import gc
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskgen.core.digest import digest_json, digest_weights
+from maskgen.core.digest import StoredModel, digest_json, digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress
@@ -32,7 +31,7 @@ from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import Progress, check_prior
-from maskgen.sweep.workdir import TOKENS_FOLDER, locked, reserve_for_run, work_dir
+from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run, work_dir
 from maskgen.train import result
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
@@ -89,30 +88,31 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
     """Run a learned method from its newest checkpoint, if there is one, to its result.
 
     In a group of processes only the first one writes, calls `progress` and returns something. Raises every
-    `SparseError` and `OSError`; the work directory stays, for the next attempt.
+    `SparseError` and `OSError`; the work directory stays, for the next attempt. That no other process is at work on the
+    same output is the caller's part (`maskgen.core.lock`).
     """
-    with ExitStack() as held:
-        with joined(job.device, job.shard) as group:
-            tell = progress if group.first else _ignore
-            start = _begin(job, group, held, tell)
-            tell(Stage("loading"))
-            session, dense = _session(job, start.prior, group)
-            header = _header(job, session, start)
-            bits = None if start.prior is None else start.prior.bitmasks
-            tell(Stage("training"))
-            fit(session, start.corpus, job.work / WORK_LOG_FILE, header, start.checkpoints, bits, job.cadence, tell)
-        if not group.first:
-            return None
-        if group.world > 1:  # what is split over processes is put together from its last checkpoint
-            del session
-            gc.collect()
-            session, dense = _session(_assembly(job), start.prior, ALONE)
-            start.checkpoints.restore_model(session)
-        tell(Stage("writing"))
-        log_file = job.work / WORK_LOG_FILE
-        extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
-        written = result.write(session, start.origin, job.out, dense, extra, job.masks_out)
-        return Learned(read(log_file), written)
+    with joined(job.device, job.shard) as group:
+        tell = progress if group.first else _ignore
+        start = _begin(job, group, tell)
+        tell(Stage("loading"))
+        session, dense = _session(job, start.prior, group)
+        header = _header(job, session, start)
+        bits = None if start.prior is None else start.prior.bitmasks
+        tell(Stage("training"))
+        fit(session, start.corpus, job.work / WORK_LOG_FILE, header, start.checkpoints, bits, job.cadence, tell)
+    if not group.first:
+        return None
+    if group.world > 1:  # what is split over processes is put together from its last checkpoint
+        del session
+        gc.collect()
+        session, dense = _session(_assembly(job), start.prior, ALONE)
+        start.checkpoints.restore_model(session)
+    tell(Stage("writing"))
+    start.weights.check()
+    log_file = job.work / WORK_LOG_FILE
+    extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
+    written = result.write(session, start.origin, job.out, dense, extra, job.masks_out)
+    return Learned(read(log_file), written)
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,14 @@ class _Start:
     prior: MaskSet | None
     provenance: Mapping[str, Any]
     checkpoints: Checkpoints
+    weights: StoredModel
 
 
-def _begin(job: Job, group: Group, held: ExitStack, tell: Callable[[Event], None]) -> _Start:
-    """Read the text, claim and lock (in `held`) the work directory, find or make the prior."""
+def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
+    """Read the text, claim the work directory, find or make the prior."""
     wanted, method = job.recipe, job.recipe.build_method()
     assert isinstance(method, LearnedMethod)
+    weights = StoredModel.of(job.model_dir)
     base_digest = group.broadcast(lambda: digest_weights(job.model_dir))
     check_base(job.prior, job.model_dir, base_digest)
     origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern)
@@ -144,14 +146,12 @@ def _begin(job: Job, group: Group, held: ExitStack, tell: Callable[[Event], None
         arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__)}
         run_digest = digest_json({**digests, **arithmetic})
         reserve_for_run(job.work, run_digest)
-        if group.first:
-            held.enter_context(locked(job.work))
         prior = job.prior
         if prior is None and method.uses_prior:
             prior = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
             digests["prior"] = prior.digest()
     checkpoints = Checkpoints(job.work / "checkpoints", run_digest, job.cadence.keep_checkpoints)
-    return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints)
+    return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights)
 
 
 def _ignore(event: Event) -> None:

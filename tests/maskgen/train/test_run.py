@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.digest import digest_weights
+from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
 from maskgen.export import compress
 from maskgen.hf import model
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe
-from maskgen.sweep import workdir
 from maskgen.train import prior
 from maskgen.train import run as learn
 from maskgen.train.log import LOG_FILE, read
@@ -251,9 +252,9 @@ def test_two_processes_do_not_share_a_run(
     argv = words("maskllm", model_dir(), text_file, tmp_path / "out")
     assert run(capsys, *argv, "--keep-work")[0] == 0
     (tmp_path / "out").rename(tmp_path / "first")
-    with workdir.locked(tmp_path / "out.work"):
+    with exclusive(tmp_path / "out"):
         code, _, errors = run(capsys, *argv)
-    assert code == 2 and "out.work: another process is at work on this run" in errors
+    assert code == 2 and f"out: process {os.getpid()} on " in errors and "is writing it; wait for it" in errors
     assert run(capsys, *argv)[0] == 0
 
 

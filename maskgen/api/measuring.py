@@ -13,7 +13,7 @@ from maskgen.api import checks
 from maskgen.api.events import Listener, Scored, Stage, silent
 from maskgen.api.requests import DemoRequest, EvaluateRequest, InspectRequest, ReportRequest
 from maskgen.core.divergence import Divergence
-from maskgen.core.errors import ModelError, RequestError, SparseError
+from maskgen.core.errors import DataError, ModelError, RequestError, SparseError
 from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
@@ -169,7 +169,11 @@ def _windows(request: EvaluateRequest, model_dir: Path) -> tuple[Protocol, dict[
         name = str(source) if sources.is_hub(source) or names.count(source.name) > 1 else source.name
         if name in texts:
             raise RequestError(f"`data` {name}: given twice; give every text once")
-        texts[name] = protocol.windows(tokens.read_tokens(source, tokenizer).tolist(), bos.ids)
+        ids = tokens.read_tokens(source, tokenizer).tolist()
+        try:
+            texts[name] = protocol.windows(ids, bos.ids)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     return protocol, texts, tokenizer.get_vocab()
 
 

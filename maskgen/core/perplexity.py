@@ -71,7 +71,10 @@ class Protocol:
         step = min(self.stride, length)
         starts = range(0, len(ids) - length + 1, step)[: self.max_windows]
         if not starts:
-            raise DataError(f"text of {len(ids)} tokens: shorter than one window of {self.window_tokens}")
+            raise DataError(
+                f"text of {len(ids)} tokens: shorter than one window of {self.window_tokens}; give more text, or lower "
+                "`window_tokens`"
+            )
         first, later = max(1, len(prefix)), max(1, len(prefix) + length - step)
         return [Window([*prefix, *ids[start : start + length]], later if start else first) for start in starts]
 

@@ -28,6 +28,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -39,15 +40,23 @@ MAX_RATIO = 200
 FREE_BYTES = 64 << 20
 """So much may be unpacked at any ratio."""
 
-LINES, JSON, CSV, TSV, PARQUET, NUMPY, SAFETENSORS, TEXT = (
-    "lines", "json", "csv", "tsv", "parquet", "npy", "safetensors", "text",
-)  # fmt: skip
-IDS = (NUMPY, SAFETENSORS)
-"""Formats of token ids."""
+
+class Kind(Enum):
+    """What a file holds."""
+
+    LINES = "JSON lines"
+    JSON = "JSON"
+    CSV = "comma-separated values"
+    TSV = "tab-separated values"
+    PARQUET = "parquet"
+    NUMPY = "token ids of numpy"
+    SAFETENSORS = "token ids of safetensors"
+    TEXT = "plain text"
+
 
 _SUFFIXES = {
-    ".jsonl": LINES, ".ndjson": LINES, ".jsonlines": LINES, ".json": JSON, ".csv": CSV, ".tsv": TSV,
-    ".parquet": PARQUET, ".npy": NUMPY, ".safetensors": SAFETENSORS,
+    ".jsonl": Kind.LINES, ".ndjson": Kind.LINES, ".jsonlines": Kind.LINES, ".json": Kind.JSON, ".csv": Kind.CSV,
+    ".tsv": Kind.TSV, ".parquet": Kind.PARQUET, ".npy": Kind.NUMPY, ".safetensors": Kind.SAFETENSORS,
 }  # fmt: skip
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _PLAIN = (".txt", ".text", ".md")
@@ -76,7 +85,7 @@ _KNOWN = (
 class Format:
     """What a file is: its kind, how it is compressed ("" or a suffix), and whether its name says that it is `plain`."""
 
-    kind: str
+    kind: Kind
     packed: str = ""
     plain: bool = False
 
@@ -86,10 +95,10 @@ def format_of(path: Path) -> Format:
     suffix = path.suffix.lower()
     packed = suffix if suffix in _PACKED else ""
     inner = Path(path.stem).suffix.lower() if packed else suffix
-    kind = _SUFFIXES.get(inner, TEXT)
+    kind = _SUFFIXES.get(inner, Kind.TEXT)
     if inner in _NO_TEXT:
         raise DataError(f"{path}: {inner} files are not read; {_KNOWN}")
-    if packed and (kind in IDS or inner in _PACKED):
+    if packed and (kind in (Kind.NUMPY, Kind.SAFETENSORS) or inner in _PACKED):
         raise DataError(f"{path}: {inner} inside of {packed} is not read; unpack it first")
     return Format(kind, packed, inner in _PLAIN)
 
@@ -107,7 +116,7 @@ def readable(path: Path) -> Iterator[None]:
             raise DataError(f"{path}: not a regular file; give a file of text or token ids, or hf:org/name")
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); {_instead(path)}") from None
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); {instead(path)}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -188,7 +197,7 @@ class _Unpacked(io.RawIOBase):
         return len(block)
 
 
-def _instead(path: Path) -> str:
+def instead(path: Path) -> str:
     """What to do with a file that is no UTF-8 text."""
     with path.open("rb") as file:
         start = file.read(8)

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from maskgen.core.errors import DataError, clip
-from maskgen.data import formats, json_rows
+from maskgen.data import json_rows
 from maskgen.data.columns import column_of, text_of_cell, text_of_row
-from maskgen.data.formats import Format, format_of, needs, open_seekable, open_text
+from maskgen.data.formats import Format, Kind, format_of, instead, needs, open_seekable, open_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def documents(source: Path | str, tokenizer: Any = None) -> Iterator[Iterator[st
     if is_hub(source):
         return _each(_hub_rows(str(source), tokenizer))
     path = Path(source)
-    kind = format_of(path)
-    if kind.kind == formats.TEXT:
-        return iter([_chunks(path, kind)])
-    return _each(_READERS[kind.kind](path, kind, tokenizer))
+    form = format_of(path)
+    if form.kind is Kind.TEXT:
+        return iter([_chunks(path, form)])
+    return _each(_READERS[form.kind](path, form, tokenizer))
 
 
 def _each(texts: Iterator[str]) -> Iterator[Iterator[str]]:
@@ -66,21 +66,21 @@ def _each(texts: Iterator[str]) -> Iterator[Iterator[str]]:
         yield iter([text])
 
 
-def _chunks(path: Path, kind: Format) -> Iterator[str]:
+def _chunks(path: Path, form: Format) -> Iterator[str]:
     """Plain text. A zero byte is in none: it is binary data, or UTF-16, whose half it may look like."""
-    with open_text(path, kind.packed) as file:
+    with open_text(path, form.packed) as file:
         done = 0
         while chunk := file.read(READ_CHARS):
             if not done:
-                _check_plain(path, kind, chunk)
+                _check_plain(path, form, chunk)
             if "\0" in chunk:
                 where = done + chunk.index("\0")
-                raise DataError(f"{path}: not UTF-8 text (a zero byte at character {where}); convert it to UTF-8")
+                raise DataError(f"{path}: not UTF-8 text (a zero byte at character {where}); {instead(path)}")
             done += len(chunk)
             yield chunk
 
 
-def _check_plain(path: Path, kind: Format, start: str) -> None:
+def _check_plain(path: Path, form: Format, start: str) -> None:
     """Rows of JSON are not taken for one document because of a name, unless it says that they are plain text."""
     try:
         found, _ = json.JSONDecoder().raw_decode(start.lstrip("[ \t\r\n"))
@@ -88,7 +88,7 @@ def _check_plain(path: Path, kind: Format, start: str) -> None:
         return
     if not isinstance(found, dict) or not found:
         return
-    if not kind.plain:
+    if not form.plain:
         raise DataError(
             f"{path}: begins with a JSON object; name it .json or .jsonl to have its rows read, or .txt to have all of "
             "it read as plain text"
@@ -96,8 +96,8 @@ def _check_plain(path: Path, kind: Format, start: str) -> None:
     logger.warning("%s: begins with a JSON object, and is read as plain text; is it a .json or .jsonl file?", path)
 
 
-def _lines(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
-    with open_text(path, kind.packed) as file:
+def _lines(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:
+    with open_text(path, form.packed) as file:
         for number, line in _bounded_lines(path, file):
             if not line.isspace():
                 try:
@@ -115,16 +115,16 @@ def _bounded_lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def _json(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
-    with open_text(path, kind.packed) as file:
+def _json(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:
+    with open_text(path, form.packed) as file:
         for where, row in json_rows.rows(file, str(path), READ_CHARS, MAX_DOCUMENT_CHARS):
             yield text_of_row(row, tokenizer, str(path), where)
 
 
-def _table(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+def _table(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:
     """Rows of a .csv or .tsv file, under a line of column names. Quoting that does not end is an error."""
-    delimiter = "\t" if kind.kind == formats.TSV else ","
-    with open_text(path, kind.packed, newline="") as file:
+    delimiter = "\t" if form.kind is Kind.TSV else ","
+    with open_text(path, form.packed, newline="") as file:
         rows = csv.reader((line for _, line in _bounded_lines(path, file)), delimiter=delimiter, strict=True)
         names = _next_row(rows, path)
         if names is None:
@@ -150,14 +150,14 @@ def _next_row(rows: Any, path: Path) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _columns(path: Path, kind: Format, tokenizer: Any) -> Iterator[str]:
+def _columns(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:
     """Rows of a .parquet file, read row group by row group."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise DataError(f"{path}: {needs('pyarrow')}") from None
-    with open_seekable(path, kind.packed) as stored:
+    with open_seekable(path, form.packed) as stored:
         try:
             with parquet.ParquetFile(stored) as file:
                 name = column_of(file.schema_arrow.names, str(path))
@@ -199,10 +199,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_READERS: dict[str, Callable[[Path, Format, Any], Iterator[str]]] = {
-    formats.LINES: _lines,
-    formats.JSON: _json,
-    formats.CSV: _table,
-    formats.TSV: _table,
-    formats.PARQUET: _columns,
+_READERS: dict[Kind, Callable[[Path, Format, Any], Iterator[str]]] = {
+    Kind.LINES: _lines,
+    Kind.JSON: _json,
+    Kind.CSV: _table,
+    Kind.TSV: _table,
+    Kind.PARQUET: _columns,
 }

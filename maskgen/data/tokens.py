@@ -32,8 +32,9 @@ from torch import Tensor
 from maskgen.core.digest import digest_tensors
 from maskgen.core.errors import DataError, FormatError, clip
 from maskgen.core.files import check_tensor_names, open_tensors
-from maskgen.data import formats, sources
+from maskgen.data import sources
 from maskgen.data.bos import Bos
+from maskgen.data.formats import Kind, format_of, readable
 
 PIECE_CHARS = 500_000
 """Characters tokenised at a time."""
@@ -61,10 +62,10 @@ def read_tokens(source: Path | str, tokenizer: Any) -> Tensor:
 
 def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
     """The token ids of a source, int32, a piece at a time; `DataError` also when there are none."""
-    kind = formats.TEXT if sources.is_hub(source) else formats.format_of(Path(source)).kind
-    if kind == formats.NUMPY:
+    kind = Kind.TEXT if sources.is_hub(source) else format_of(Path(source)).kind
+    if kind is Kind.NUMPY:
         pieces = _checked(_numpy_ids(Path(source)), source, len(tokenizer))
-    elif kind == formats.SAFETENSORS:
+    elif kind is Kind.SAFETENSORS:
         pieces = _checked(_safetensors_ids(Path(source)), source, len(tokenizer))
     else:
         pieces = _tokenised(sources.documents(source, tokenizer), tokenizer)
@@ -173,7 +174,7 @@ def _checked(arrays: Iterable[np.ndarray[Any, Any]], source: Path | str, vocabul
 
 def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     """The ids of a `.npy` file, `CHUNK_IDS` at a time; `DataError` if it is damaged or holds anything else."""
-    with formats.readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         kind, count, start = _npy_header(path, file.read(_NPY_HEADER_BYTES))
         data_bytes = path.stat().st_size - start
         if data_bytes != count * kind.itemsize:
@@ -201,7 +202,7 @@ def _npy_header(path: Path, content: bytes) -> tuple[np.dtype[Any], int, int]:
 
 
 def _safetensors_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    with formats.readable(path):
+    with readable(path):
         try:
             with open_tensors(path) as file:
                 check_tensor_names(path)

@@ -15,7 +15,6 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError
 from maskgen.core.mask import MaskSet
 from maskgen.data import demo
-from maskgen.data.bos import Bos
 from maskgen.hf import model
 from tests import models
 
@@ -279,22 +278,3 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_read(name: str, tmp
     }
     with pytest.raises(OutputExistsError, match="exists; remove it or choose another output"):
         getattr(maskgen, name)(requests[name]())
-
-
-def test_a_model_whose_tokenizer_puts_bos_in_front_is_pruned_trained_and_scored_with_it(
-    text_file: Path, tmp_path: Path
-) -> None:
-    dense = models.save("llama", tmp_path / "dense", tokens=models.bos_tokenizer)
-    own, without = (maskgen.prune(prune(dense, text_file, tmp_path / f"{bos}", bos=bos)) for bos in (None, False))
-    assert isinstance(own, maskgen.PruneResult) and own.bos == Bos((2,), True)
-    assert isinstance(without, maskgen.PruneResult) and without.bos == Bos((), True)
-    one, two = (SparseCheckpoint.open(result.out).config for result in (own, without))
-    assert one.recipe_digest == two.recipe_digest and one.mask_digest != two.mask_digest
-
-    learned = maskgen.learn(learn(dense, text_file, tmp_path / "learned"))
-    assert isinstance(learned, maskgen.LearnResult) and learned.records[0]["bos"] == {"ids": [2], "own": True}
-    scored = maskgen.evaluate(maskgen.EvaluateRequest(model=dense, data=text_file, window_tokens=16, max_windows=2))
-    assert [window.ids[0] for window in scored.windows] == [2, 2] and scored.perplexity.protocol.bos
-    assert "BOS in each (as the tokenizer does by itself)" in scored.perplexity.protocol.describe()
-    plain = maskgen.EvaluateRequest(model=dense, data=text_file, window_tokens=16, max_windows=2, bos=False)
-    assert not maskgen.evaluate(plain).perplexity.protocol.bos

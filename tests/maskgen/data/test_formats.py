@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from maskgen.core.errors import DataError
 from maskgen.data import formats
-from maskgen.data.formats import Format, format_of
+from maskgen.data.formats import Format, Kind, format_of
 from maskgen.data.sources import documents
 
 TEXTS = ["the river", "saw é boats\r\nand lamps"]
@@ -107,10 +107,10 @@ def test_what_is_not_unpacked(name: str) -> None:
 
 
 def test_formats_by_name() -> None:
-    assert format_of(Path("x/a.tar/b.JSONL.Gz")) == Format(formats.LINES, ".gz")
-    assert format_of(Path("a.NPY")).kind == formats.NUMPY
-    assert format_of(Path(".txt")) == Format(formats.TEXT), "a hidden file without a suffix"
-    assert format_of(Path("a.txt.xz")) == Format(formats.TEXT, ".xz", plain=True)
+    assert format_of(Path("x/a.tar/b.JSONL.Gz")) == Format(Kind.LINES, ".gz")
+    assert format_of(Path("a.NPY")).kind == Kind.NUMPY
+    assert format_of(Path(".txt")) == Format(Kind.TEXT), "a hidden file without a suffix"
+    assert format_of(Path("a.txt.xz")) == Format(Kind.TEXT, ".xz", plain=True)
 
 
 @pytest.mark.parametrize("start", ["", " \n", "[", "[\n  "])
@@ -143,6 +143,7 @@ def test_text_that_only_looks_like_json(content: str, tmp_path: Path) -> None:
         (gzip.compress(b"text"), r"not UTF-8 text \(.*\); it begins like a \.gz file: name it so"),
         (zst(b"text" * 50), r"it begins like a \.zst file"),
         (lzma.compress(b"text"), r"it begins like a \.xz file"),
+        (b"PAR1\x15\x00text", r"a zero byte at character 5\); it begins like a \.parquet file: name it so"),
     ],
 )
 def test_what_is_not_utf8(content: bytes, message: str, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Event,
         HeldOut,
         Listener,
+        Planned,
         Scored,
         Stage,
         SweepProgress,
@@ -71,7 +72,7 @@ _HOMES = {
         "PermuteRequest", "PruneRequest", "QuantiseRequest", "ReportRequest",
     ),
     "maskgen.api.events": (
-        "Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep",
+        "Event", "HeldOut", "Listener", "Planned", "Scored", "Stage", "SweepProgress", "TrainingStep",
     ),
     "maskgen.api.pruning": ("AlreadyFinished", "LearnResult", "PruneResult", "learn", "prune", "run"),
     "maskgen.api.converting": (
@@ -106,6 +107,7 @@ __all__ = [
     "Listener",
     "PermuteRequest",
     "PermuteResult",
+    "Planned",
     "PruneRequest",
     "PruneResult",
     "QuantiseRequest",

@@ -103,8 +103,12 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A random model of one of `BUILDERS`; `changes` override its config."""
+    return randomise(BUILDERS[kind](**changes), seed, dtype)
+
+
+def randomise(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Fill a model with seeded random numbers: weights larger than an initialisation's, biases and norms too."""
     generator = torch.Generator().manual_seed(seed)
-    model = BUILDERS[kind](**changes)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
-from maskgen.core.checkpoint import is_sparse_checkpoint, read_headers
+from maskgen.core.checkpoint import is_sparse_checkpoint, read_dense_config, read_headers
 from maskgen.core.companions import check_companions
 from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError, StorageError
 from maskgen.core.files import read_json
@@ -23,7 +23,8 @@ from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.compress import model_label
-from maskgen.hf import model
+from maskgen.hf import model, planning, servable
+from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe as recipe_module
@@ -34,12 +35,16 @@ from maskgen.train.prior import load_prior
 
 @dataclass(frozen=True)
 class Task:
-    """A request's recipe, settled for its dense model in `model_dir` (`label` for people), and where to compute."""
+    """A request's recipe, settled for its dense model in `model_dir` (`label` for people), and where to compute.
+
+    `plan` says what will be pruned; its layers are on torch's meta device.
+    """
 
     recipe: Recipe
     model_dir: Path
     label: str
     device: str
+    plan: Plan
     prior: MaskSet | None = None
 
 
@@ -127,7 +132,10 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
     if is_sparse_checkpoint(model_dir):
         raise ModelError(f"{request.model}: already sparse; start from the dense model")
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))
-    return Task(recipe, model_dir, label(request.model, model_dir), device)
+    if isinstance(request, PruneRequest) and not request.allow_unserved:
+        servable.table().check(servable.architectures(read_dense_config(model_dir)))
+    plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore)
+    return Task(recipe, model_dir, label(request.model, model_dir), device, plan)
 
 
 def one_shot(request: PruneRequest, task: Task) -> Task:
@@ -138,7 +146,7 @@ def one_shot(request: PruneRequest, task: Task) -> Task:
     if method.uses_prior and prior is None:
         raise RecipeError(f"method {recipe.method.name} with these options needs masks to start from; give `prior`")
     calibration(request, task)
-    return Task(recipe, task.model_dir, task.label, task.device, prior)
+    return replace(task, prior=prior)
 
 
 def learned(request: LearnRequest, task: Task) -> Task:
@@ -158,7 +166,7 @@ def learned(request: LearnRequest, task: Task) -> Task:
     own = recipe.prior_recipe()
     if method.uses_prior and prior is None and own is not None and own.local_method().needs_data:
         check_window_tokens(recipe.calibration.window_tokens, limit)
-    return Task(recipe, task.model_dir, task.label, task.device, prior)
+    return replace(task, prior=prior)
 
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:

@@ -21,7 +21,7 @@ from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport
-from maskgen.hf import gguf, model
+from maskgen.hf import gguf, planning
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep import permute as permute_module
 from maskgen.sweep.arrange import Arrangement
@@ -94,7 +94,7 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
     with checks.new_output(request.out):
         masks = compress_module.load_masks(request.masks)
         model_dir = checks.find_model(request.model, progress)
-        ignored = tuple(name for name in model.linear_names(model_dir) if name not in masks.bitmasks)
+        ignored = planning.dense_names(model_dir, masks.bitmasks)
         written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
     return CompressResult(request.out, written)
 
@@ -128,4 +128,5 @@ def decompress(request: DecompressRequest) -> DecompressResult:
 def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:
     """Load and order. The dense model lives in here only: what follows needs the memory, and not the model."""
     progress(Stage("loading"))
-    return permute_module.find(load_checked(task), task.recipe, windows_ST, task.device, progress)
+    loaded, plan = load_checked(task)
+    return permute_module.find(loaded, plan, task.recipe, windows_ST, task.device, progress)

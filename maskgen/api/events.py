@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from maskgen.hf.planning import Planned
 from maskgen.sweep.driver import Progress as SweepProgress
 from maskgen.train.loop import HeldOut, Stage
 from maskgen.train.step import TrainingStep
 
-__all__ = ["Event", "HeldOut", "Listener", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
+__all__ = ["Event", "HeldOut", "Listener", "Planned", "Scored", "Stage", "SweepProgress", "TrainingStep", "silent"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Scored:
     windows: int
 
 
-Event = Stage | SweepProgress | TrainingStep | HeldOut | Scored
+Event = Planned | Stage | SweepProgress | TrainingStep | HeldOut | Scored
 """
+`Planned`        it is settled what will be pruned
 `Stage`          something begins: converting a file, loading the model, a prior, training, writing
 `SweepProgress`  a layer or a block of a one-shot run is done
 `TrainingStep`   an optimiser step is done

@@ -29,7 +29,8 @@ from maskgen.data import tokens
 from maskgen.data.bos import Bos
 from maskgen.export import compress
 from maskgen.export.compress import CompressReport
-from maskgen.hf import model
+from maskgen.hf import model, planning
+from maskgen.hf.planning import Plan
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import SweepReport, sweep
@@ -46,11 +47,12 @@ from maskgen.train.run import Job
 class PruneResult:
     """A checkpoint in `out`, what the sweep did and cost, and what was written.
 
-    `peak_memory_bytes` is the peak of this process's memory. `bos` is what calibration windows begin with (None: the
-    method needs none).
+    `plan` says what was pruned and what stayed dense. `peak_memory_bytes` is the peak of this process's memory. `bos`
+    is what calibration windows begin with (None: the method needs none).
     """
 
     out: Path
+    plan: Plan
     sweep: SweepReport
     written: CompressReport
     peak_memory_bytes: int
@@ -59,9 +61,13 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class LearnResult:
-    """A result in `out`, what was written, and the records of the training log (`maskgen.train.log`)."""
+    """A result in `out`, what was written, and the records of the training log (`maskgen.train.log`).
+
+    `plan` says what was trained to be sparse and what stayed dense.
+    """
 
     out: Path
+    plan: Plan
     written: Written
     records: Sequence[Mapping[str, Any]]
 
@@ -164,6 +170,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     base_digest = digest_weights(task.model_dir)
     check_base(task.prior, task.model_dir, base_digest)
     windows_ST, bos = calibration_windows(request, task)
+    progress(task.plan.planned())
     report, work = _sweep(request.out, task, windows_ST, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
@@ -172,7 +179,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     config = SparseConfig(
         pattern=recipe.pattern,
         targets=masks.names,
-        ignored=tuple(report.ignored),
+        ignored=task.plan.listed,
         mask_digest=masks.digest(),
         recipe_digest=recipe.digest(),
         base_model=task.label,
@@ -188,7 +195,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)
-    return PruneResult(request.out, report, written, peak_rss_bytes(), bos)
+    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos)
 
 
 def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
@@ -197,6 +204,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         recipe=task.recipe,
         model_dir=task.model_dir,
         label=task.label,
+        planned=task.plan.planned(),
         data=request.data,
         out=request.out,
         bos=request.bos,
@@ -213,7 +221,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
     if found is None:
         return None
     finish(job.work, request.keep_work)
-    return LearnResult(request.out, found.written, found.records)
+    return LearnResult(request.out, task.plan, found.written, found.records)
 
 
 def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> tuple[Tensor | None, Bos | None]:
@@ -225,18 +233,19 @@ def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> t
     generator = torch.Generator().manual_seed(section.seed)
     tokenizer = model.load_tokenizer(task.model_dir)
     bos = Bos.of(tokenizer, request.bos)
-    return tokens.calibration_windows(
+    windows_ST = tokens.calibration_windows(
         request.data, tokenizer, section.samples, section.window_tokens, generator, bos
-    ), bos
+    )
+    model.check_ids(windows_ST, tokenizer, task.model_dir)
+    return windows_ST, bos
 
 
-def load_checked(task: Task) -> torch.nn.Module:
-    """The dense model, when nothing about its directory will be refused in the end."""
+def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
+    """The dense model, when nothing about its directory will be refused in the end, and what of it is pruned."""
+    targets = [name for block in task.plan.targets for name in block]
+    compress.check_source(task.model_dir, task.recipe.pattern, targets, task.plan.listed)
     loaded = model.load(task.model_dir)
-    plan = model.plan(loaded, task.recipe.pattern, task.recipe.ignore)
-    targets = [name for block in plan.targets for name in block]
-    compress.check_source(task.model_dir, task.recipe.pattern, targets, plan.ignored)
-    return loaded
+    return loaded, planning.plan_of(task.model_dir, task.recipe.pattern, task.recipe.ignore, loaded)
 
 
 def _sweep(
@@ -248,5 +257,7 @@ def _sweep(
     """
     masks, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
     progress(Stage("loading"))
-    loaded = load_checked(task)
-    return sweep(loaded, task.recipe, windows_ST, work_dir(out), base_digest, task.device, progress, masks, digest)
+    loaded, plan = load_checked(task)
+    return sweep(
+        loaded, plan, task.recipe, windows_ST, work_dir(out), base_digest, task.device, progress, masks, digest
+    )

@@ -96,12 +96,14 @@ class _FromRecipe(Request):
 class PruneRequest(_FromRecipe):
     """A one-shot run. `prior` are masks to start from (a mask file or a sparse checkpoint of the same model).
 
-    `masks_out` is a file to write the masks to as well. With `keep_work` the directory OUT.work, from which a stopped
-    run continues, is kept after success.
+    `masks_out` is a file to write the masks to as well. A model that vLLM does not have is refused, unless
+    `allow_unserved` says that the result is for transformers only. With `keep_work` the directory OUT.work, from which
+    a stopped run continues, is kept after success.
     """
 
     prior: Path | None = None
     masks_out: Path | None = None
+    allow_unserved: bool = False
     keep_work: bool = False
 
 

@@ -54,6 +54,11 @@ def _add_run(verbs: Verbs) -> None:
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
     )
+    parser.add_argument(
+        "--allow-unserved",
+        action="store_true",
+        help="go on with a model that vLLM does not have, for use in transformers only (default: it is refused)",
+    )
     parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
 
 

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from maskgen.api.converting import PermuteResult
-from maskgen.api.events import Event, HeldOut, Listener, Stage, SweepProgress, TrainingStep
+from maskgen.api.events import Event, HeldOut, Listener, Planned, Scored, Stage, SweepProgress, TrainingStep
 from maskgen.api.measuring import EvaluateResult
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
+from maskgen.cli.kept import print_kept, print_planned
 from maskgen.export.compress import CompressReport
 from maskgen.export.inspect import InspectReport
 from maskgen.export.slice import ShrinkReport
-from maskgen.hf.model import OUTSIDE
 from maskgen.sweep.driver import SweepReport
 from maskgen.train.result import DenseReport, Written
 
@@ -45,6 +45,9 @@ def progress() -> Iterator[Listener]:
         shown: list[Shown] = []
 
         def show(event: Event) -> None:
+            if isinstance(event, Planned):
+                print_planned(event)  # the first event, before anything is drawn
+                return
             if not shown:
                 shown.append(Shown(drawn.enter_context(_bar())))
             shown[0].show(event)
@@ -110,7 +113,7 @@ class Shown:
         elif isinstance(event, HeldOut):
             self.look = event
             self.bar.update(self.task, note=f"held-out perplexity {event.perplexity:.2f}")
-        else:
+        elif isinstance(event, Scored):
             self._update("scoring", event.done, event.windows, "")
 
     def _training(self, log: TrainingStep) -> str:
@@ -146,9 +149,11 @@ def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
         _print_sweep(result.sweep, result.peak_memory_bytes)
         if result.bos is not None:
             say(f"  calibration windows: {result.bos.describe()}")
+        print_kept(result.plan.kept)
         print_compressed(result.out, result.written)
     elif isinstance(result, LearnResult):
         print_training(result.records, result.log)
+        print_kept(result.plan.kept)
         _print_written(result.out, result.written)
     else:
         say(f"{result.out} is finished; what an earlier process had left of its work directory is removed")
@@ -161,9 +166,6 @@ def _print_sweep(report: SweepReport, peak_bytes: int) -> None:
     )
     if report.resumed_blocks:
         say(f"  {report.resumed_blocks} blocks were finished by an earlier run")
-    for name, why in report.ignored.items():
-        if why != OUTSIDE:
-            say(f"  kept dense: {name}: {why}")
 
 
 def _print_written(out: Path, written: Written) -> None:
@@ -275,6 +277,7 @@ def print_inspect(report: InspectReport) -> None:
         f"{len(report.packed_layers)} of {len(report.layers)} matrices packed; {megabytes(stored_bytes)} stored, "
         f"{megabytes(dense_bytes)} if dense, {megabytes(report.other_bytes)} of other tensors"
     )
+    print_kept(report.kept)
     correction_bytes = sum(layer.correction_bytes for layer in report.layers)
     if correction_bytes:
         say(f"  {megabytes(correction_bytes)} of what is stored are corrections")

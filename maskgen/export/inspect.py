@@ -9,7 +9,7 @@ Legend: O = out features, I = in features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_c
 from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT
+from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LayerReport:
 class InspectReport:
     """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases).
 
-    `pattern` is what layers are compared with. `compressed` says whether the directory is a sparse checkpoint, and then
+    `pattern` is what layers are compared with. `kept` says what of the decoder blocks of a sparse checkpoint is dense,
+    experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then
     `values` how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
     """
 
@@ -56,6 +58,7 @@ class InspectReport:
     layers: list[LayerReport]
     other_bytes: int
     values: str = FLOAT
+    kept: list[KeptDense] = field(default_factory=list)
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -99,7 +102,11 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
             layers.append(_dense_layer(module, tensor, pattern))
         else:
             other_bytes += tensor.nbytes
-    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, checkpoint.config.values)
+    shapes = {name: header.shape for name, header in checkpoint.headers.items()}
+    targets = {layer.name: (layer.out_features, layer.in_features) for layer in layers if layer.stored == "packed"}
+    others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
+    kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config))
+    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, checkpoint.config.values, kept)
 
 
 def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -40,6 +40,7 @@ from maskgen.core import layout
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint
 from maskgen.core.config import QUANT_METHOD, SparseConfig
 from maskgen.core.errors import FormatError
+from maskgen.hf.stored import renamed
 
 
 def register() -> None:
@@ -142,12 +143,8 @@ def _check_names(
 ) -> None:
     """`FormatError` unless the checkpoint's names, renamed by transformers, are exactly those of the model's
     weights."""
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    provided: set[str] = set()
-    for name in checkpoint.headers:
-        renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        provided.update(_targets(renamed, source, converters))
+    stored = renamed(checkpoint.headers, conversions, model.base_model_prefix, expected)
+    provided = {target for one in stored.values() for target in one.targets}
     tied = set(model.all_tied_weights_keys)
     missing = sorted(set(expected) - provided - tied - _matching(expected, model._keys_to_ignore_on_load_missing))
     extra = sorted(provided - set(expected) - _matching(provided, model._keys_to_ignore_on_load_unexpected))
@@ -161,15 +158,6 @@ def _check_names(
                 f"{checkpoint.path}: {problem}, such as {names[0]}; load it with AutoModelForCausalLM, or write the "
                 "checkpoint again with maskgen"
             )
-
-
-def _targets(renamed: str, source: str | None, converters: list[Any]) -> list[str]:
-    """Names of the model tensors made from one checkpoint tensor: several when the model splits a fused weight."""
-    if source is None:
-        return [renamed]
-    converter = next(converter for converter in converters if source in converter.source_patterns)
-    first, *_ = converter.target_patterns
-    return [renamed.replace(first, target) for target in converter.target_patterns]
 
 
 def _pattern(suffix: str) -> str:

@@ -33,7 +33,7 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.data.tokens import digest_tokens
 from maskgen.hf import blocks
-from maskgen.hf.model import Plan, plan
+from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
@@ -93,6 +93,7 @@ def run_digest(
 @torch.no_grad()
 def sweep(
     model: nn.Module,
+    todo: Plan,
     recipe: Recipe,
     windows: Tensor | None,
     work_dir: Path,
@@ -102,15 +103,15 @@ def sweep(
     prior: Callable[[str], Tensor] | None = None,
     prior_digest: str | None = None,
 ) -> tuple[SweepReport, WorkDir]:
-    """Prune `model` (on the CPU) in place; the packed layers are in the returned `WorkDir`.
+    """Prune the layers that `todo` plans of `model` (on the CPU) in place; packed, they are in the returned `WorkDir`.
 
     `windows` are calibration tokens `[S, T]`, or None for a method that needs none. `base_digest` is the digest of the
     weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
     is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`, and for no other.
-    Raises `ModelError`, `DataError`, `RecipeError`, `NumericalError` (naming the layer), and `OutputExistsError` when
+    Raises `ModelError`, `DataError`, `NumericalError` (naming the layer), and `OutputExistsError` when
     `work_dir` belongs to another run.
     """
-    todo, method = plan(model, recipe.pattern, recipe.ignore), recipe.local_method()
+    method = recipe.local_method()
     assert (windows is not None or not method.needs_data) and (prior is not None) == method.uses_prior
     data = windows if method.needs_data else None
     if prior is not None:

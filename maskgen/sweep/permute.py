@@ -33,7 +33,8 @@ from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.hf import blocks
-from maskgen.hf.model import decoder_blocks, max_tokens, plan
+from maskgen.hf.model import max_tokens
+from maskgen.hf.planning import Plan, decoder_blocks
 from maskgen.methods import ScoreMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.numerics.units import FEEDS, NEURONS, kind_of
@@ -81,19 +82,20 @@ def score_method(recipe: Recipe) -> ScoreMethod:
 @torch.no_grad()
 def find(
     model: nn.Module,
+    todo: Plan,
     recipe: Recipe,
     windows_ST: Tensor | None,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Arrangement]:
-    """Find an order for the neurons of every FFN that `recipe` prunes, and bring `model` into it.
+    """Find an order for the neurons of every FFN that `todo` plans to prune, and bring `model` into it.
 
     `windows_ST` are calibration tokens, or None for a method that needs none. Returns the orders by the name of each
     `down_proj`. Raises `RecipeError` (the method has no scores), `DataError` (calibration text), `NumericalError`
     (NaN, or a layer that no input reached), and `ModelError`: there is no such FFN, or a block computes something else
     in its new order.
     """
-    method, todo, started_s = score_method(recipe), plan(model, recipe.pattern, recipe.ignore), time.perf_counter()
+    method, started_s = score_method(recipe), time.perf_counter()
     prefix, _ = decoder_blocks(model)
     ffn_outputs = [
         {name: linear for name, linear in block.items() if kind_of(name) == NEURONS} for block in todo.targets
@@ -105,7 +107,7 @@ def find(
         )
     windows_ST = _windows(model, recipe, method, windows_ST)
     recording = blocks.record(model, todo.blocks, windows_ST.split(recipe.calibration.batch))
-    run = _Run(method, recipe.pattern, recording, torch.device(device))
+    run = _Run(method, recipe.pattern, recording, torch.device(device), todo.stored)
     arrangements: dict[str, Arrangement] = {}
     for index, block in enumerate(todo.blocks):
         with blocks.upcast(block, run.device):
@@ -166,12 +168,16 @@ def _windows(model: nn.Module, recipe: Recipe, method: ScoreMethod, windows_ST: 
 
 @dataclass(frozen=True)
 class _Run:
-    """One pass over a model; `recording.hidden` holds the inputs of the block that comes next."""
+    """One pass over a model; `recording.hidden` holds the inputs of the block that comes next.
+
+    `stored` maps names of the model's tensors to those in the files.
+    """
 
     method: ScoreMethod
     pattern: NMPattern
     recording: blocks.Recording
     device: torch.device
+    stored: Mapping[str, str]
 
     def reorder(
         self, index: int, block: nn.Module, block_name: str, ffn_outputs: Mapping[str, nn.Linear]
@@ -187,7 +193,8 @@ class _Run:
             arrangements[name] = arrange(score_OI, self.pattern)
         orders = {name: one.order.to(self.device) for name, one in arrangements.items()}
         for name, parameter in block.named_parameters():
-            parameter.data = reordered(f"{block_name}.{name}", parameter.data, orders)
+            own = f"{block_name}.{name}"
+            parameter.data = reordered(self.stored.get(own, own), parameter.data, orders)
         again_BTD = blocks.run(block, first_BTD, call, self.device)
         _check_same(first_BTD, self.recording.hidden[0], again_BTD, block_name)
         return arrangements

@@ -17,6 +17,7 @@ from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus
 from maskgen.export.compress import load_masks
 from maskgen.hf import model
+from maskgen.hf.planning import plan_of
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.driver import Progress, sweep
 from maskgen.train.loop import Stage
@@ -90,7 +91,9 @@ def _sweep(
 ) -> MaskSet:
     """Sweep a throw-away copy of the model."""
     windows_ST = _calibration(recipe, corpus) if recipe.local_method().needs_data else None
-    _, blocks = sweep(model.load(model_dir), recipe, windows_ST, work, base_digest, device, progress)
+    loaded = model.load(model_dir)
+    plan = plan_of(model_dir, recipe.pattern, recipe.ignore, loaded)
+    _, blocks = sweep(loaded, plan, recipe, windows_ST, work, base_digest, device, progress)
     return blocks.mask_set(base_digest, recipe.digest())
 
 

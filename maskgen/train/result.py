@@ -156,11 +156,20 @@ def _others(session: Session, headers: Mapping[str, TensorHeader]) -> dict[str, 
     A tensor of several names (a tied head) goes by the first of them here.
     """
     found: dict[str, Tensor] = {}
+    modules = {
+        name.rpartition(".")[0]
+        for name, stored in session.stored.items()
+        if stored.rpartition(".")[0] in session.layers
+    }
     for name, tensor in trained_tensors(session).items():
         module, _, kind = name.rpartition(".")
-        if module in session.layers and kind != "bias":
+        if module in modules and kind != "bias":
             continue
-        if name not in headers:
-            raise ModelError(f"{name} is to be trained, but the model directory stores no tensor of that name")
-        found[name] = tensor
+        stored = session.stored.get(name, name)
+        if stored not in headers:
+            raise ModelError(
+                f"{name} is to be trained, but the model directory stores it in other tensors; train what is pruned "
+                "only (train.scope = 'targets')"
+            )
+        found[stored] = tensor
     return found

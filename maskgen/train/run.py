@@ -27,7 +27,8 @@ from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress
 from maskgen.export import slice as slice_module
-from maskgen.hf import model
+from maskgen.hf import model, planning
+from maskgen.hf.planning import Planned
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import Progress, check_prior
@@ -44,7 +45,7 @@ from maskgen.train.step import Session, TrainingStep, prepare
 PROVENANCE_FILE = "maskgen_provenance.json"
 """Digests of everything a result was made from, written beside the weights."""
 
-Event = Stage | Progress | TrainingStep | HeldOut
+Event = Planned | Stage | Progress | TrainingStep | HeldOut
 """What a run tells of its progress; `Progress` is the prior's."""
 
 
@@ -52,14 +53,15 @@ Event = Stage | Progress | TrainingStep | HeldOut
 class Job:
     """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given.
 
-    `label` names the dense model in `model_dir` for people. `bos` says whether windows of text begin with BOS (None: as
-    the tokenizer does by itself). `out` and `masks_out` are written. The rest is about the
-    machine, and changes no bit of the result.
+    `label` names the dense model in `model_dir` for people, `planned` says what is pruned of it. `bos` says whether
+    windows of text begin with BOS (None: as the tokenizer does by itself). `out` and `masks_out` are written. The rest
+    is about the machine, and changes no bit of the result.
     """
 
     recipe: Recipe
     model_dir: Path
     label: str
+    planned: Planned
     data: Sequence[Path]
     out: Path
     bos: bool | None = None
@@ -93,6 +95,7 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
     """
     with joined(job.device, job.shard) as group:
         tell = progress if group.first else _ignore
+        tell(job.planned)
         start = _begin(job, group, tell)
         tell(Stage("loading"))
         session, dense = _session(job, start.prior, group)
@@ -170,7 +173,11 @@ def read_corpus(
 ) -> Corpus:
     """Training and held-out windows of the text, as the recipe wants them; tokenised once, into `cache_dir`."""
     assert wanted.train is not None
-    return load_corpus(files, model.load_tokenizer(model_dir), wanted.train, cache_dir, bos)
+    tokenizer = model.load_tokenizer(model_dir)
+    corpus = load_corpus(files, tokenizer, wanted.train, cache_dir, bos)
+    for windows_ST in (*corpus.files, corpus.heldout):
+        model.check_ids(windows_ST, tokenizer, model_dir)
+    return corpus
 
 
 def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, list[str]]:
@@ -184,10 +191,10 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
     in_float32 = method.trains_weights or wanted.train.scope == "all" or wanted.train.dtype == "float32"
     device = "cpu" if group.shard else group.device  # sharding moves a block at a time
     loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", device)
-    plan = model.plan(loaded, wanted.pattern, wanted.ignore)
+    plan = planning.plan_of(model_dir, wanted.pattern, wanted.ignore, loaded)
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:
-        compress.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.ignored)
+        compress.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.listed)
     if prior is not None:
         check_prior(prior.mask, dict(targets), wanted.pattern)
     units = slice_module.units(loaded) if method.result is Result.SLICED else {}
@@ -196,7 +203,7 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
         loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, job.checkpoint_activations
     )
     result.check(session, model_dir)
-    return session, [*plan.ignored, *(name for name, _ in targets if name not in session.layers)]
+    return session, [*plan.listed, *(name for name, _ in targets if name not in session.layers)]
 
 
 def _header(job: Job, session: Session, start: _Start) -> dict[str, Any]:

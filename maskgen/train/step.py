@@ -27,7 +27,7 @@ from maskgen.core.digest import derive_seed
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.data.corpus import Corpus
-from maskgen.hf.model import Plan, decoder_blocks
+from maskgen.hf.planning import Plan, decoder_blocks
 from maskgen.methods.learned import (
     FixedLinear,
     Layers,
@@ -66,7 +66,8 @@ class TrainingStep:
 class Session:
     """A model under training: its replaced layers, the objective and the optimiser.
 
-    `learning` are the `layers` that learn: all of them, unless the recipe learns in some blocks only. `runner` is
+    `layers` go by their stored names; `stored` maps names of the model's tensors to those in the files. `learning` are
+    the `layers` that learn: all of them, unless the recipe learns in some blocks only. `runner` is
     `model` as its forward passes are run, which in a group of processes takes more than calling it. `step`
     steps are done, in `elapsed_s` seconds (those of earlier processes included).
     """
@@ -80,6 +81,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     group: Group
     runner: nn.Module
+    stored: Mapping[str, str]
     step: int = 0
     earlier_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
@@ -200,7 +202,7 @@ def prepare(
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
     objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
-    return Session(model, method, spec, layers, learning, objective, optimizer, group, runner)
+    return Session(model, method, spec, layers, learning, objective, optimizer, group, runner, plan.stored)
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -223,6 +225,7 @@ def _attach(
 ) -> dict[str, LearnedLinear]:
     generator = torch.Generator().manual_seed(spec.seed)
     layers: dict[str, LearnedLinear] = {}
+    modules = {id(module): name for name, module in model.named_modules()}
     active = _active_blocks(spec, len(plan.blocks), method, prior is not None)
     targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
     for index, (block, name, linear) in enumerate(targets):
@@ -230,7 +233,7 @@ def _attach(
         target = TargetLayer(index, name, linear, pattern, mask, units.get(name))
         layer = method.attach(target, generator) if block in active else FixedLinear(target)
         if layer is not None:
-            model.set_submodule(name, layer)
+            model.set_submodule(modules[id(linear)], layer)
             layers[name] = layer
     return layers
 

@@ -26,6 +26,7 @@ from torch.nn.functional import linear as dense_linear
 
 from maskgen.core.pattern import NMPattern
 from maskgen.hf import model
+from maskgen.hf.planning import plan
 from maskgen.methods.learned import StepContext, TargetLayer, learned_parameters
 from maskgen.methods.learned.maskllm import MaskLLM, MaskLLMLinear
 from tests.bench import record
@@ -126,7 +127,7 @@ def prepare(net: Any, variant: str, windows: int, window_tokens: int) -> tuple[C
     kind = PlainLinear if variant == "plain" else MaskLLMLinear
     generator = torch.Generator().manual_seed(0)
     net.requires_grad_(False)
-    targets = [item for block in model.plan(net, pattern).targets for item in block.items()]
+    targets = [item for block in plan(net, pattern).targets for item in block.items()]
     layers = {}
     for index, (name, linear) in enumerate(targets):
         prior_OI = pattern.mask_from_scores(linear.weight.float().abs())

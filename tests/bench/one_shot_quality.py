@@ -20,6 +20,7 @@ from maskgen.core.digest import digest_weights
 from maskgen.core.perplexity import Protocol
 from maskgen.data import tokens
 from maskgen.hf import evaluate, model
+from maskgen.hf.planning import plan_of
 from maskgen.recipes import recipe
 from maskgen.sweep.driver import sweep
 from tests.bench import record
@@ -82,8 +83,9 @@ def _measure(
             args.calibrate, tokenizer, calibration.samples, calibration.window_tokens, generator
         )
     pruned = model.load(args.model)
+    todo = plan_of(args.model, wanted.pattern, model=pruned)
     with tempfile.TemporaryDirectory() as work:
-        report, _ = sweep(pruned, wanted, windows, Path(work) / "work", digest_weights(args.model))
+        report, _ = sweep(pruned, todo, wanted, windows, Path(work) / "work", digest_weights(args.model))
     return {
         "recipe": name,
         "seed": seed,

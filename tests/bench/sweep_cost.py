@@ -70,6 +70,7 @@ def measure(name: str, folder: str) -> dict[str, Any]:
     """Run one recipe and report seconds and bytes."""
     from maskgen.core.digest import digest_weights
     from maskgen.hf import model
+    from maskgen.hf.planning import plan_of
     from maskgen.numerics.memory import peak_rss_bytes
     from maskgen.recipes import recipe
     from maskgen.sweep.driver import sweep
@@ -77,12 +78,13 @@ def measure(name: str, folder: str) -> dict[str, Any]:
     wanted = recipe.load(name, [f"calibration.samples={SAMPLES}", f"calibration.window_tokens={WINDOW_TOKENS}"])
     base_digest, before_bytes = digest_weights(folder), peak_rss_bytes()
     dense = model.load(Path(folder))
+    todo = plan_of(Path(folder), wanted.pattern, model=dense)
     block = max(sum(weight.numel() for weight in block.parameters()) for block in dense.model.layers)
     widest = max(linear.in_features for linear in dense.modules() if isinstance(linear, torch.nn.Linear))
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(4096, (SAMPLES, WINDOW_TOKENS), generator=generator)
     with tempfile.TemporaryDirectory() as work:
-        report, _ = sweep(dense, wanted, windows, Path(work) / "work", base_digest)
+        report, _ = sweep(dense, todo, wanted, windows, Path(work) / "work", base_digest)
     return {
         "recipe": name,
         "million_weights": round(report.million_weights, 2),

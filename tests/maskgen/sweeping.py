@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskgen.hf.planning import plan
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.driver import SweepReport, sweep
@@ -29,4 +30,5 @@ def windows(samples: int = 10, seed: int = 0) -> Tensor:
 def run(
     model: nn.Module, wanted: Recipe, work: Path, data: Tensor | None = None, **options: Any
 ) -> tuple[SweepReport, WorkDir]:
-    return sweep(model, wanted, windows() if data is None else data, work, BASE, **options)
+    todo = plan(model, wanted.pattern, wanted.ignore)
+    return sweep(model, todo, wanted, windows() if data is None else data, work, BASE, **options)

@@ -20,7 +20,7 @@ from maskgen.core.digest import derive_seed
 from maskgen.core.pattern import NMPattern
 from maskgen.data.corpus import Corpus
 from maskgen.export import slice as slice_module
-from maskgen.hf import model as loader
+from maskgen.hf.planning import plan
 from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.recipes.sections import Training
@@ -112,7 +112,7 @@ def session(
     model = models.build(kind).requires_grad_(False)
     method = method or Toy()
     units = slice_module.units(model) if method.result is Result.SLICED else {}
-    return prepare(model, loader.plan(model, pattern), units, method, wanted, prior, pattern, group, checkpointed)
+    return prepare(model, plan(model, pattern), units, method, wanted, prior, pattern, group, checkpointed)
 
 
 def state(of: Session) -> dict[str, Tensor]:

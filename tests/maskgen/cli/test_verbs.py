@@ -98,9 +98,12 @@ def test_compress_of_a_model_transformers_cannot_make(
 ) -> None:
     models.magnitude_masks(model_dir(), NMPattern(2, 4)).save(tmp_path / "masks.safetensors")
     broken = shutil.copytree(model_dir(), tmp_path / "broken")
-    for change in ({"model_type": "nobody"}, {"model_type": "vit"}, {"hidden_size": "wide"}, {"pad_token_id": -9999}):
+    for change in ({"model_type": "nobody"}, {"hidden_size": "wide"}, {"pad_token_id": -9999}):
         shutil.copy(model_dir() / "config.json", broken)
         edit_config(broken, lambda config, change=change: config.update(change))
         argv = ["compress", broken, tmp_path / "masks.safetensors", "--out", tmp_path / "o"]
         code, _, errors = run(capsys, *argv)
         assert code == 2 and "broken: transformers cannot load it: " in errors, change
+    edit_config(broken, lambda config: config.update({"model_type": "vit", "pad_token_id": 0}))
+    code, _, errors = run(capsys, *argv)
+    assert code == 2 and "broken: LlamaForCausalLM is not supported: " in errors

@@ -19,6 +19,7 @@ from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_head
 from maskgen.core.errors import FormatError, ModelError, OutputExistsError
 from maskgen.export import slice as slice_module
 from maskgen.hf import model as loader
+from maskgen.hf.planning import plan
 from maskgen.methods import create
 from maskgen.methods.learned import Mode
 from maskgen.numerics.unit_linear import parameter_count_of
@@ -45,7 +46,7 @@ def trained(model_dir: Path, method: str = "maskprune", steps: int = 6, **option
     sites = slice_module.units(model)
     if not any(name.endswith(HEADS) for name in sites):
         options["keep_kv_groups"] = 0
-    session = prepare(model, loader.plan(model, PATTERN), sites, create(method, options), spec, None, PATTERN)
+    session = prepare(model, plan(model, PATTERN), sites, create(method, options), spec, None, PATTERN)
     text = corpus()
     for _ in range(steps):
         session.run_step(text, 4)
@@ -91,7 +92,7 @@ def test_the_fraction_of_parameters_is_counted_exactly(kind: str, tmp_path: Path
     before, after = (
         sum(
             sum(tensor.numel() for tensor in linear.parameters())
-            for block in loader.plan(loader.load(path), PATTERN).targets
+            for block in plan(loader.load(path), PATTERN).targets
             for linear in block.values()
         )
         for path in (dense, tmp_path / "sliced")

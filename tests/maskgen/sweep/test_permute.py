@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import ModelError, NumericalError
+from maskgen.core.pattern import NMPattern
 from maskgen.export.inspect import inspect
 from maskgen.hf import model as loader
+from maskgen.hf.planning import plan
 from maskgen.recipes.recipe import load
 from maskgen.sweep import permute
 from tests import models
@@ -45,7 +47,9 @@ def windows() -> Tensor:
 
 def reorder(dense: Path, out: Path, settings: list[str], name: str = "ria") -> permute.PermuteReport:
     recipe = load(name, settings)
-    found = permute.find(loader.load(dense), recipe, windows() if name == "ria" else None)
+    model = loader.load(dense)
+    todo = plan(model, recipe.pattern, recipe.ignore)
+    found = permute.find(model, todo, recipe, windows() if name == "ria" else None)
     return permute.write(dense, found, out, {"base_digest": "x"}, shard_bytes=60_000)
 
 
@@ -132,7 +136,7 @@ def test_an_ffn_that_is_another_function_is_found_out(model_dir: ModelDir, stren
     windows_ST = windows()
     windows_ST[0, 0] = 0
     with pytest.raises(ModelError, match=r"model\.layers\.1: .* differs by"):
-        permute.find(model, load("ria", SETTINGS), windows_ST)
+        permute.find(model, plan(model, NMPattern(2, 4)), load("ria", SETTINGS), windows_ST)
 
 
 def test_a_layer_that_no_input_reaches(model_dir: ModelDir) -> None:
@@ -140,7 +144,7 @@ def test_a_layer_that_no_input_reaches(model_dir: ModelDir) -> None:
     mlp = model.model.layers[1].mlp  # type: ignore[union-attr, index]
     mlp.forward = lambda x: x
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down_proj: no calibration input"):
-        permute.find(model, load("ria", SETTINGS), windows())
+        permute.find(model, plan(model, NMPattern(2, 4)), load("ria", SETTINGS), windows())
 
 
 def test_checked_on_what_a_short_model_reads(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, and what of each is pruned: see `FAMILIES`.
 
 `pruned` are names of layers relative to a decoder block, `dense` those of matrices in blocks that stay dense (all
-experts under one name), with "*" for numbers. A family without `pruned` is refused.
+experts under one name), with "*" for numbers. A family without `pruned` is refused; `served` says whether vLLM has it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Family:
     config: Callable[[], Any]
     pruned: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    served: bool = True
     make: Callable[[Any], nn.Module] = field(default=transformers.AutoModelForCausalLM.from_config)
 
     def save(self, directory: Path, **options: Any) -> Path:
@@ -144,6 +145,7 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family(
         _config("Mpt", {}, vocab_size=VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=models.MAX_TOKENS),
         ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
+        served=False,
     ),
     "mixtral": Family(
         _config("Mixtral", _MOE, num_local_experts=4),

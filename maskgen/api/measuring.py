@@ -142,6 +142,8 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
             f"{request.model} and {request.against} make different tokens of the same text; `against` takes the dense "
             "model that the other was made from"
         )
+    for windows in texts.values():
+        model.check_ids(torch.tensor([max(window.ids) for window in windows]), vocabulary, model_dir)
     progress(Stage("loading"))
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     loaded = model.load(model_dir, dtype, device)

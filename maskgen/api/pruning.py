@@ -236,7 +236,7 @@ def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> t
     windows_ST = tokens.calibration_windows(
         request.data, tokenizer, section.samples, section.window_tokens, generator, bos
     )
-    model.check_ids(windows_ST, tokenizer, task.model_dir)
+    model.check_ids(windows_ST, tokenizer.get_vocab(), task.model_dir)
     return windows_ST, bos
 
 

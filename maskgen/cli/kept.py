@@ -21,8 +21,11 @@ def print_planned(planned: Planned) -> None:
             "when it does"
         )
     if planned.share < SMALL_SHARE:
-        _say(f"only {percent(planned.share)} of the weights in decoder blocks will be pruned ({planned.layers} layers)")
-        print_kept(planned.kept)
+        kept = ", ".join(f"{one.name} {percent(one.share)}" for one in planned.kept)
+        _say(
+            f"only {percent(planned.share)} of the weights in decoder blocks will be pruned ({planned.layers} layers); "
+            f"these stay dense: {kept}"
+        )
 
 
 def print_kept(kept: Sequence[KeptDense]) -> None:

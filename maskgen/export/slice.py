@@ -24,7 +24,7 @@ from maskgen.core.companions import companion_files
 from maskgen.core.errors import ModelError, clip
 from maskgen.core.files import read_json
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
-from maskgen.hf.planning import decoder_blocks
+from maskgen.hf.layers import decoder_blocks
 from maskgen.numerics.units import FEEDS, HEADS, NEURONS, LinearShape, count_parameters, kind_of
 
 PROJECTIONS = {*FEEDS, *FEEDS[HEADS], *FEEDS[NEURONS]}

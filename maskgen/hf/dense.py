@@ -21,7 +21,7 @@ from maskgen.hf.stored import numbers_as_stars
 OUTSIDE = "outside the decoder blocks"
 """The reason why linear layers such as `lm_head` stay dense."""
 
-EXPERTS = "engines run all experts of a layer as one, and have no sparse kernel for that"
+EXPERTS = "engines run the experts of a layer as one, and there is no sparse kernel for that"
 ROUTER = "decides which experts a token goes to; engines read its weight themselves"
 LATENT = "part of latent attention; engines read its weight themselves"
 NOT_SERVED = "vLLM keeps it dense"
@@ -29,7 +29,7 @@ NOT_LINEAR = "not a linear layer"
 LEFT_OUT = "the recipe or the masks left it out"
 NOT_ALONE = "stored in other tensors than transformers makes of it"
 
-_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
+_EXPERTS = "engines run the experts of a layer as one, and there is no sparse kernel for that"
 _PLACE = re.compile(r"(.+?)\.\d+\..+")
 _LATENT = "kv_b_proj"
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate", "router.layer", "router.classifier")

@@ -6,7 +6,7 @@ This file and `loader` are the only ones that read models with transformers; `pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +116,20 @@ def stored_max_tokens(path: Path) -> int | None:
     return _context_tokens(_config(path))
 
 
-def check_ids(ids: Tensor, tokenizer: Any, path: Path) -> None:
+def check_ids(ids: Tensor, vocabulary: Mapping[str, int], path: Path) -> None:
     """Raise `DataError` if `ids`, of any shape, hold a token that the embedding of the model in `path` has no row for.
 
-    A tokenizer may know more tokens than the model it comes with, as long as the text has none of them.
+    `vocabulary` are the tokens of its tokenizer, which may be more than the model has rows for, as long as the text has
+    none of these.
     """
     rows = _config(path).get_text_config(decoder=True).vocab_size
     largest = int(ids.max()) if ids.numel() else 0
     if largest >= rows:
+        token = next((token for token, number in vocabulary.items() if number == largest), "unknown")
         raise DataError(
-            f"{path}: the text has token {largest} ({clip(tokenizer.convert_ids_to_tokens(largest))}), but the model's "
-            f"embedding has {rows} rows; use the tokenizer that the model was trained with, or give the model rows "
-            "for the new tokens (resize_token_embeddings) and train them"
+            f"{path}: the text has token {largest} ({clip(token)}), but the model's embedding has {rows} rows; use the "
+            "tokenizer that the model was trained with, or give the model rows for the new tokens "
+            "(resize_token_embeddings) and train them"
         )
 
 

@@ -33,8 +33,9 @@ from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.hf import blocks
+from maskgen.hf.layers import decoder_blocks
 from maskgen.hf.model import max_tokens
-from maskgen.hf.planning import Plan, decoder_blocks
+from maskgen.hf.planning import Plan
 from maskgen.methods import ScoreMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.numerics.units import FEEDS, NEURONS, kind_of

@@ -175,8 +175,9 @@ def read_corpus(
     assert wanted.train is not None
     tokenizer = model.load_tokenizer(model_dir)
     corpus = load_corpus(files, tokenizer, wanted.train, cache_dir, bos)
+    vocabulary = tokenizer.get_vocab()
     for windows_ST in (*corpus.files, corpus.heldout):
-        model.check_ids(windows_ST, tokenizer, model_dir)
+        model.check_ids(windows_ST, vocabulary, model_dir)
     return corpus
 
 

@@ -27,7 +27,8 @@ from maskgen.core.digest import derive_seed
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.data.corpus import Corpus
-from maskgen.hf.planning import Plan, decoder_blocks
+from maskgen.hf.layers import decoder_blocks
+from maskgen.hf.planning import Plan
 from maskgen.methods.learned import (
     FixedLinear,
     Layers,

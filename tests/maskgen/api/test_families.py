@@ -69,7 +69,8 @@ def check_plan(plan: Plan, targets: set[str], original: Mapping[str, Tensor]) ->
 def test_pruned_as_a_whole(name: str, text_file: Path, tmp_path: Path) -> None:
     dense = FAMILIES[name].save(tmp_path / "dense", dtype=torch.bfloat16)
     original, before_BTV = dict(iterate_tensors(read_headers(dense))), logits(dense)
-    for recipe, needed in (("magnitude", {}), ("wanda", {"data": text_file, "overrides": SMALL})):
+    unserved = {} if FAMILIES[name].served else {"allow_unserved": True}
+    for recipe, needed in (("magnitude", unserved), ("wanda", {"data": text_file, "overrides": SMALL, **unserved})):
         sparse, masked = tmp_path / recipe, tmp_path / f"{recipe}-masked"
         result = maskgen.prune(maskgen.PruneRequest(recipe=recipe, model=dense, out=sparse, **needed))
         assert isinstance(result, maskgen.PruneResult)
@@ -88,6 +89,13 @@ def test_pruned_as_a_whole(name: str, text_file: Path, tmp_path: Path) -> None:
         maskgen.decompress(maskgen.DecompressRequest(model=sparse, out=masked))
         assert torch.equal(logits(sparse), logits(masked)) and not torch.equal(logits(sparse), before_BTV)
         assert maskgen.inspect(maskgen.InspectRequest(model=sparse)).kept == result.plan.kept
+
+
+def test_what_vllm_does_not_have_is_refused_unless_allowed(tmp_path: Path) -> None:
+    dense = FAMILIES["mpt"].save(tmp_path / "dense")
+    with pytest.raises(ModelError, match=r"MptForCausalLM: vLLM 0\.\d+\.\d+ has no such model, .*`allow_unserved`"):
+        maskgen.prune(maskgen.PruneRequest(recipe="magnitude", model=dense, out=tmp_path / "sparse"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.pruned])

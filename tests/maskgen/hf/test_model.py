@@ -41,11 +41,11 @@ def test_tokens_without_a_row_of_the_embedding_are_named(model_dir: Callable[...
     tokenizer.add_tokens(["<tool>"])
     (number,) = tokenizer.convert_tokens_to_ids(["<tool>"])
     assert number == models.VOCABULARY
-    model.check_ids(torch.tensor([[0, number - 1]]), tokenizer, path)
-    model.check_ids(torch.tensor([], dtype=torch.long), tokenizer, path)
+    model.check_ids(torch.tensor([[0, number - 1]]), tokenizer.get_vocab(), path)
+    model.check_ids(torch.tensor([], dtype=torch.long), tokenizer.get_vocab(), path)
     message = rf"the text has token {number} \('<tool>'\), but the model's embedding has {models.VOCABULARY} rows"
     with pytest.raises(DataError, match=message):
-        model.check_ids(torch.tensor([[0, number]]), tokenizer, path)
+        model.check_ids(torch.tensor([[0, number]]), tokenizer.get_vocab(), path)
 
 
 def test_a_missing_weight_is_an_error_not_a_random_one(model_dir: Callable[..., Path], tmp_path: Path) -> None:

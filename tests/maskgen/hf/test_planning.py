@@ -7,7 +7,7 @@ from torch import nn
 
 from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.hf import planning
+from maskgen.hf import layers, planning
 from maskgen.hf.dense import OUTSIDE
 from tests import models
 
@@ -56,16 +56,16 @@ def test_a_model_without_blocks_is_refused() -> None:
     built = models.build("llama")
     built.config.num_hidden_layers = 5
     with pytest.raises(ModelError, match=r"expected one ModuleList of 5 decoder blocks .*found none"):
-        planning.decoder_blocks(built)
+        layers.decoder_blocks(built)
     built.config.num_hidden_layers = models.LAYERS
     built.twin = nn.ModuleList(nn.Linear(8, 8) for _ in range(models.LAYERS))
     with pytest.raises(ModelError, match=r"found \['model\.layers', 'twin'\]"):
-        planning.decoder_blocks(built)
+        layers.decoder_blocks(built)
 
 
 def test_lists_inside_blocks_are_not_mistaken_for_the_blocks() -> None:
     built = models.build("llama")
     for block in built.model.layers:
         block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(models.LAYERS))
-    name, blocks = planning.decoder_blocks(built)
+    name, blocks = layers.decoder_blocks(built)
     assert name == "model.layers" and len(blocks) == models.LAYERS

@@ -163,7 +163,7 @@ def test_held_out_text_is_seen_by_nobody(
 ) -> None:
     seen = []
     swept = prior.sweep
-    monkeypatch.setattr(prior, "sweep", lambda *args: seen.append(args[2]) or swept(*args))
+    monkeypatch.setattr(prior, "sweep", lambda *args: seen.append(args[3]) or swept(*args))
     out = tmp_path / "out"
     argv = words("maskllm", model_dir(), text_file, out)
     assert run(capsys, *argv, "--set", "train.heldout_windows=600", "--set", "calibration.samples=200")[0] == 0

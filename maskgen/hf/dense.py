@@ -29,7 +29,7 @@ NOT_LINEAR = "not a linear layer"
 LEFT_OUT = "the recipe or the masks left it out"
 NOT_ALONE = "stored in other tensors than transformers makes of it"
 
-_EXPERTS = "engines run the experts of a layer as one, and there is no sparse kernel for that"
+_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _PLACE = re.compile(r"(.+?)\.\d+\..+")
 _LATENT = "kv_b_proj"
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate", "router.layer", "router.classifier")

@@ -4,8 +4,8 @@
 
 A tiny random model of the family (`tests.vllm.tiny`) loses half of the weights of every linear layer that the table of
 architectures says vLLM can hold packed, by magnitude. vLLM serves the checkpoint in float32, and what it says of
-`offline.PROMPTS` is compared with transformers on the same weights, masked, in float32. Some families' dense layers run
-in bfloat16 only on vLLM's CPU backend; those are served in that, so that greedy tokens may differ.
+`offline.PROMPTS` is compared with transformers on the same weights, masked. Some families run in bfloat16 only on
+vLLM's CPU backend; those are compared with vLLM itself, serving the masked weights dense.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ BFLOAT16 = {
 class Agreement:
     """Sparse layers in vLLM, the largest difference of a log-probability, and greedy tokens that are the same.
 
-    `spread` is the standard deviation of transformers' log-probabilities, `distinct` its number of different tokens: of
-    outputs that are nearly constant an agreement says nothing.
+    `spread` is the standard deviation of the expected log-probabilities, `distinct` the number of different tokens
+    expected: of outputs that are nearly constant an agreement says nothing.
     """
 
     sparse_layers: int
@@ -59,7 +59,11 @@ def agreement(config: PretrainedConfig, root: Path) -> Agreement:
     """Prune a random model of a configuration, serve it, and compare."""
     dtype = "bfloat16" if BFLOAT16.intersection(config.architectures or []) else "float32"
     sparse, masked = prune(config, root, dtype=getattr(torch, dtype))
-    tokens, logprobs = offline.transformers_oracle(masked)
+    if dtype == "float32":
+        tokens, logprobs = offline.transformers_oracle(masked)
+    else:
+        with offline.serve(masked, dtype) as llm:
+            logprobs, tokens = offline.prompt_logprobs(llm), offline.greedy(llm)
     with offline.serve(sparse, dtype) as llm:
         layers = llm.collective_rpc("sparse_stats")[0]["sparse_layers"]
         served_logprobs, served_tokens = offline.prompt_logprobs(llm), offline.greedy(llm)

@@ -39,8 +39,14 @@ AS_USERS_DO = {
 }
 """Modules whose tests start every process anew."""
 
-ARCHITECTURES = [f"{name}ForCausalLM" for name in ("GPTNeoX", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]
-"""Those of `tests.models`."""
+ARCHITECTURES = [
+    f"{name}ForCausalLM"
+    for name in (
+        *("Cohere", "DeepseekV2", "Falcon", "GPTJ", "GPTNeoX", "Gemma3", "Glm4", "Llama", "Mistral", "OPT", "Phi3"),
+        *("Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe"),
+    )
+]
+"""Those that tests serve."""
 
 
 @functools.cache

@@ -29,11 +29,10 @@ def test_is_served_as_transformers_computes_it(name: str, tmp_path: Path) -> Non
     found = families.agreement(tiny.configs(name)[-1], tmp_path)
     assert (found.sparse_layers, found.same_tokens) == (FAMILIES[name], found.tokens)
     assert found.error < 2e-5 * max(1.0, found.spread)
-    assert found.distinct > 6, "a constant would hide a mistake"
+    assert found.distinct > 2 and found.spread > 0.05, "a constant would hide a mistake"
 
 
 def test_attention_with_a_latent_cache_keeps_the_layer_dense_that_it_reads(tmp_path: Path) -> None:
-    """In bfloat16, in which vLLM runs it on a CPU: tokens may differ."""
     found = families.agreement(tiny.configs("DeepseekV2ForCausalLM")[-1], tmp_path)
     assert found.sparse_layers == 10, "per block three of attention and two of an MLP or shared expert"
-    assert found.error < 0.1 * found.spread
+    assert found.error < 0.05 * found.spread, "in bfloat16, and so not the same tokens"

@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
     # and linear attention goes from these heads to its state
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 128),
 }
 
 _OPTIONAL = ("q_lora_rank", "sliding_window")

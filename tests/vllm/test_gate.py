@@ -31,7 +31,10 @@ def set_by_a_start(environ: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Dense and sparse, of the kind whose tokenizer puts BOS in front by itself."""
     sparse, _ = make_sparse("llama", tmp_path)
+    for directory in (tmp_path / "base", sparse):
+        models.bos_tokenizer().save_pretrained(directory)
     return tmp_path / "base", sparse
 
 
@@ -62,6 +65,7 @@ def test_one_measurement_is_judged_by_two_limits(
     assert results["memory"]["numbers"]["fraction"] == pytest.approx(0.5 + 1 / 32, rel=0.06)
     assert report["provenance"]["base_matches"] is True
     assert len(report["evidence"]["sparse"]["served"]["nll_per_window"]) == 24
+    assert report["evidence"]["sparse"]["served"]["protocol"]["bos"] is True
     assert str(tmp_path) not in json.dumps(report)
     assert "# Gate: PASS" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core import layout
-from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, SparseConfig
+from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, WEIGHTS_KEY, SparseConfig
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, read_json
 from maskgen.core.layout import VALUES_SUFFIX as VALUES_SUFFIX  # the two names everybody needs
@@ -122,6 +122,11 @@ def read_dense_config(model_dir: Path) -> dict[str, Any]:
     hf_config = read_json(model_dir / "config.json")
     if CONFIG_KEY in hf_config:
         raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
+    if hf_config.get(WEIGHTS_KEY) not in (None, SINGLE_NAME, INDEX_NAME):
+        raise FormatError(
+            f"{model_dir}: config.json names {clip(hf_config[WEIGHTS_KEY])} in {WEIGHTS_KEY}, but weights are read "
+            f"from {SINGLE_NAME} or by {INDEX_NAME}; save_pretrained the model again"
+        )
     return hf_config
 
 

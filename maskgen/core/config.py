@@ -8,6 +8,7 @@ code, a file, or an amount of memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,16 @@ from maskgen.core.values import FLOAT, KINDS
 QUANT_METHOD = "sparse_nm"
 FORMAT_VERSION = 2
 CONFIG_KEY = "quantization_config"
+
+WEIGHTS_KEY = "transformers_weights"
+"""Where `config.json` may name the file that transformers takes weights from."""
+
+GUARD = (
+    "this checkpoint is sparse; call maskgen.hf.loader.register() first, or make it dense with `maskgen decompress DIR "
+    "--out DENSE`"
+)
+"""Stands under `WEIGHTS_KEY`. transformers passes over a `quant_method` that it does not know and would fill the layers
+with random numbers; it refuses what is no name of a safetensors file, with this text."""
 
 _KEYS = (
     "quant_method",
@@ -177,6 +188,20 @@ class SparseConfig:
             values=value["values"],
             correction=CorrectionConfig.from_dict(value["correction"]),
         )
+
+
+def sparse_hf_config(hf_config: Mapping[str, Any], sparse: SparseConfig) -> dict[str, Any]:
+    """`config.json` of a sparse checkpoint, from that of its dense model or of another sparse one.
+
+    The guard is for configurations that transformers loads, which have a `model_type`.
+    """
+    guard = {WEIGHTS_KEY: GUARD} if "model_type" in hf_config else {}
+    return {**dense_hf_config(hf_config), CONFIG_KEY: sparse.to_dict(), **guard}
+
+
+def dense_hf_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of the dense model that a checkpoint is decompressed to."""
+    return {key: value for key, value in hf_config.items() if key not in (CONFIG_KEY, WEIGHTS_KEY)}
 
 
 def check_module_name(name: Any, where: str) -> None:

@@ -31,7 +31,7 @@ from maskgen.core.checkpoint import (
     read_headers,
 )
 from maskgen.core.companions import check_companions, companion_files
-from maskgen.core.config import CONFIG_KEY, CorrectionConfig, SparseConfig
+from maskgen.core.config import CorrectionConfig, SparseConfig, dense_hf_config, sparse_hf_config
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
@@ -120,7 +120,7 @@ def compress(
     sizes = {"dense": 0, "packed": 0}
     targets = set(config.targets)
     with CheckpointWriter(
-        out_dir, {**hf_config, CONFIG_KEY: config.to_dict()}, companion_files(model_dir), extra, shard_bytes
+        out_dir, sparse_hf_config(hf_config, config), companion_files(model_dir), extra, shard_bytes
     ) as writer:
         for name, tensor in iterate_tensors(headers):
             module = name.removesuffix(WEIGHT_SUFFIX)
@@ -171,8 +171,9 @@ def decompress(sparse_dir: Path, out_dir: Path, shard_bytes: int = SHARD_BYTES) 
     """
     checkpoint = SparseCheckpoint.open(sparse_dir)
     check_companions(sparse_dir)
-    hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != CONFIG_KEY}
-    with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
+    with CheckpointWriter(
+        out_dir, dense_hf_config(checkpoint.hf_config), companion_files(sparse_dir), shard_bytes=shard_bytes
+    ) as writer:
         for name, module in stored_modules(checkpoint):
             if module is None:
                 writer.add(name, checkpoint.tensor(name))

@@ -13,7 +13,7 @@ from pathlib import Path
 from maskgen.core import layout
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.companions import check_companions, companion_files
-from maskgen.core.config import CONFIG_KEY
+from maskgen.core.config import sparse_hf_config
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
@@ -35,7 +35,7 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
             f"{' or '.join(CODE_DTYPES)}"
         )
     config = replace(checkpoint.config, values=values)
-    hf_config = {**checkpoint.hf_config, CONFIG_KEY: config.to_dict()}
+    hf_config = sparse_hf_config(checkpoint.hf_config, config)
     sizes = {"dense": 0, "packed": 0}
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
         for name, module in stored_modules(checkpoint):

@@ -6,8 +6,9 @@ correction y += S (X x) is folded into the weight, mask * W + S X, summed in flo
 evaluates the same function, exactly so when it is loaded in float32, and with the sum rounded once when it is loaded in
 bfloat16 (a server keeps both terms apart and rounds them separately).
 
-Without this hook transformers only warns about an unknown `quant_method` and fills every target layer with random
-numbers. So this file is strict:
+Without this hook transformers refuses a checkpoint (`core.config.GUARD`). One that was written before there was a guard
+it loads with a warning about an unknown `quant_method`, and fills every target layer with random numbers. So this file
+is strict:
 
 * the directory is verified by `SparseCheckpoint.open`, before a weight is read;
 * checkpoint names go through the model's own renamings first; a model weight with no tensor, or a tensor that is
@@ -38,7 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from maskgen.core import layout
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint
-from maskgen.core.config import QUANT_METHOD, SparseConfig
+from maskgen.core.config import QUANT_METHOD, WEIGHTS_KEY, SparseConfig
 from maskgen.core.errors import FormatError
 from maskgen.hf.stored import renamed
 
@@ -91,6 +92,12 @@ class _SparseLoader(HfQuantizer):
     _checkpoint: SparseCheckpoint
     _expected: dict[str, Tensor]
     _model: nn.Module
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The first method that sees the config: take the guard away, or any name of a file that nobody verified."""
+        if hasattr(config, WEIGHTS_KEY):
+            delattr(config, WEIGHTS_KEY)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

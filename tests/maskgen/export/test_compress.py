@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
-from maskgen.core.config import SparseConfig
+from maskgen.core.config import GUARD, WEIGHTS_KEY, SparseConfig
 from maskgen.core.errors import FormatError, ModelError, NumericalError, OutputExistsError, PatternError
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import PackedTensor, StoredLayer
@@ -107,6 +107,7 @@ def test_config_gains_a_section_and_loses_it_again(tmp_path: Path) -> None:
     original = json.loads((dense / "config.json").read_text("utf-8"))
     written = json.loads((tmp_path / "sparse" / "config.json").read_text("utf-8"))
     section = written.pop("quantization_config")
+    assert written.pop(WEIGHTS_KEY) == GUARD
     assert written == original
     assert section == manifest(masks, base_model="dense").to_dict()
     decompress(tmp_path / "sparse", tmp_path / "again")

@@ -1,11 +1,11 @@
 """Converts gRPC messages to engine types and back, and checks the limits of requests.
 
 A request is checked here before the engine sees it: everything that has a number or a length has a limit, and the
-error names the field. Numbers that are merely odd (a temperature of 90) are the model's business; NaN is not a number.
+error names the field. Numbers that are merely odd (a penalty of 90) are the model's business; NaN is not a number.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
@@ -28,7 +28,7 @@ _REASONS = {
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 _FLOAT_BOUNDS = {
-    "temperature": (0.0, 1e4),
+    "temperature": (0.0, 2.0),
     "top_p": (1e-9, 1.0),
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
@@ -39,12 +39,16 @@ _INT32_MAX = 2**31 - 1
 
 
 def read_request(
-    message: pb.GenerateRequest | pb.GenerateStreamRequest, info: EngineInfo, settings: Settings
+    message: pb.GenerateRequest | pb.GenerateStreamRequest, info: EngineInfo, models: Sequence[str], settings: Settings
 ) -> GenerateRequest:
-    """Check a request and convert it. Raises `BadRequestError`, or `UnknownModelError` if it names another model."""
-    if message.model and message.model != info.model:
-        raise UnknownModelError(f"model {message.model!r} is not served here; {info.model!r} is")
-    return GenerateRequest(_prompt(message, info), _sampling(message.sampling, info, settings))
+    """Check a request and convert it. `models` are the names that it may ask for.
+
+    Raises `BadRequestError`, or `UnknownModelError` if it names another model.
+    """
+    if message.model and message.model not in models:
+        known = ", ".join(map(repr, models))
+        raise UnknownModelError(f"model {message.model!r} is not served here; expected one of: {known}")
+    return GenerateRequest(_prompt(message, info), _sampling(message.sampling, info, settings), message.model)
 
 
 def _prompt(message: pb.GenerateRequest | pb.GenerateStreamRequest, info: EngineInfo) -> str | tuple[int, ...]:
@@ -142,10 +146,11 @@ def whole_response(chunks: list[Chunk]) -> pb.GenerateResponse:
     )
 
 
-def model_info(info: EngineInfo) -> pb.GetModelInfoResponse:
-    """What is served, as a message."""
+def model_info(info: EngineInfo, models: Sequence[str]) -> pb.GetModelInfoResponse:
+    """What is served, under these names, as a message."""
     return pb.GetModelInfoResponse(
         model=info.model,
+        models=models,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
         dtype=info.dtype,

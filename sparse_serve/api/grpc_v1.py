@@ -119,11 +119,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """What is served."""
         async with self._answering("GetModelInfo", call):
             info = self._context.served()
-        return messages.model_info(info)
+        return messages.model_info(info, self._context.engine.models)
 
     async def _generate(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> AsyncGenerator[Chunk, None]:
-        checked = messages.read_request(request, self._context.served(), self._context.settings)
-        async with contextlib.aclosing(self._context.engine.generate(checked)) as chunks:
+        info, engine = self._context.served(), self._context.engine
+        checked = messages.read_request(request, info, engine.models, self._context.settings)
+        async with contextlib.aclosing(engine.generate(checked)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

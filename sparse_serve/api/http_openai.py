@@ -2,7 +2,7 @@
 
 `build_app` and `init_app_state` are what `vllm serve` itself uses: completions, chat, models, streaming, tool calls and
 `/metrics` behave as documented there, and `/metrics` shows this server's metrics too, as both use the default registry.
-Only three things are ours. The listener stands before it (admission, counting, body size). Its lifespan is run here,
+Four things are ours. The listener stands before it (admission, counting, body size). Its lifespan is run here,
 because the listener's server started long before this application existed. And the server object that vLLM may ask to
 exit when the engine dies is a dummy: this process watches the engine itself, and ends every API in order.
 """
@@ -11,6 +11,7 @@ import contextlib
 from types import SimpleNamespace
 
 from sparse_serve.runtime.errors import EngineStartError
+from sparse_serve.runtime.startup_error import reason
 from sparse_serve.server.context import ServerContext
 
 
@@ -42,7 +43,11 @@ class OpenAiApi:
             raise EngineStartError(f"the OpenAI API needs a started vLLM engine, not {type(engine).__name__}")
         tasks = await engine.client.get_supported_tasks()
         app = build_app(engine.args, tasks, engine.client.model_config)
-        await init_app_state(engine.client, app.state, engine.args, tasks)
+        try:
+            await init_app_state(engine.client, app.state, engine.args, tasks)
+        except Exception as error:
+            raise EngineStartError(f"the OpenAI API did not start: {reason(error)}") from error
+        engine.adapters = app.state.openai_serving_models.lora_requests
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
         self._context.listener.set_main(app)

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="the gRPC API (default: %(default)s)"
     )
     parser.add_argument(
+        "--model", metavar="NAME", default="", help="of the model or LoRA adapter (default: the served model)"
+    )
+    parser.add_argument(
         "--max-tokens", metavar="N", type=int, default=64, help="most tokens to generate (default: %(default)s)"
     )
     parser.add_argument(
@@ -44,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     if not 0 < args.max_tokens < 2**31:
         raise CallError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
     sampling = pb.Sampling(max_tokens=args.max_tokens, temperature=args.temperature)
-    request = pb.GenerateStreamRequest(text=args.prompt, sampling=sampling)
+    request = pb.GenerateStreamRequest(text=args.prompt, sampling=sampling, model=args.model)
     with grpc.insecure_channel(args.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         try:

@@ -23,6 +23,7 @@ from sparse_serve.cli import terminal
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
 from sparse_serve.runtime import processes
+from sparse_serve.runtime.startup_error import reason
 from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Server, Stopped
 from sparse_serve.server.settings import Settings
 
@@ -55,7 +56,9 @@ def main(args: argparse.Namespace) -> int:
     processes.follow()  # a benchmark that started this server, if one did
     from sparse_serve.engine.vllm_engine import VllmEngine
 
-    engine = VllmEngine(args.model, args.others, settings.drain_s)
+    # a flag of both: without this, vLLM's own HTTP API would not hear of it
+    flags = [*args.others, f"--max-logprobs={settings.max_logprobs}"]
+    engine = VllmEngine(args.model, flags, settings.drain_s)
     shown = terminal.plain()
     try:
         if not args.verbose:
@@ -63,11 +66,11 @@ def main(args: argparse.Namespace) -> int:
         with explained():
             code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
     except (SparseError, OSError) as error:
-        shown.note(f"sparse-serve: error: {error}{_log_line(shown)}")
+        shown.note(f"sparse-serve: error: {error}{_log(shown)}")
         return 2
     except Exception as error:
         logger.exception("the server failed")
-        shown.note(f"sparse-serve: error: {type(error).__name__}: {error}{_log_line(shown)}")
+        shown.note(f"sparse-serve: error: {reason(error)}{_log(shown)}")
         return 1
     if engine.is_loading:
         # stopped in the middle of a download, say, whose threads Python would wait for
@@ -76,9 +79,9 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def _log_line(shown: Terminal) -> str:
-    """A second line for an error, if there is a log that says more."""
-    return f"\nlog: {shown.log}" if shown.log else ""
+def _log(shown: Terminal) -> str:
+    """The end of an error's line, if there is a log that says more. The last line printed says what went wrong."""
+    return f"; log: {shown.log}" if shown.log else ""
 
 
 async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event], None]) -> int:
@@ -123,8 +126,7 @@ class Reporter:
             case CutOff(requests, limit_s):
                 self._shown.note(f"{requests} request{'s' * (requests != 1)} did not finish in {limit_s:g} s: cut off")
             case EngineDied():
-                where = f"; log: {self._shown.log}" if self._shown.log else ""
-                self._shown.note(f"sparse-serve: error: the engine has died{where}")
+                self._shown.note(f"sparse-serve: error: the engine has died{_log(self._shown)}")
             case Stopped():
                 self._shown.note("stopped")
 

@@ -75,10 +75,14 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it."""
+    """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it.
+
+    `model` is one of `Engine.models`; empty: the served model.
+    """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    model: str = ""
 
 
 class FinishReason(Enum):
@@ -129,8 +133,13 @@ class Engine(Protocol):
     async def start(self) -> EngineInfo:
         """Load the model. Raises `EngineStartError` or `SettingsError`, leaving no process behind."""
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names a request may ask for: those of the served model, `EngineInfo.model` first, then LoRA adapters."""
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Generate. Raises `BadRequestError`, `OverloadedError` or `EngineDiedError` while iterated."""
+        """Generate. Raises `BadRequestError`, `UnknownModelError`, `OverloadedError` or `EngineDiedError` while
+        iterated."""
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first

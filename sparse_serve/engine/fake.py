@@ -43,6 +43,7 @@ class FakeEngine:
         self.start_s = start_s
         self.start_error = start_error
         self.fail_with: Exception | None = None
+        self.models: tuple[str, ...] = (INFO.model,)
         self.started = False
         self.stopped = False
         self.aborted: list[GenerateRequest] = []

@@ -28,6 +28,9 @@ from sparse_serve.runtime.errors import SettingsError
 _GIB = 1 << 30
 _MAX_KV_CACHE_GIB = 4
 _MAX_SEQUENCES = 128
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "tokenization_*.py")
+"""Files one of which a tokenizer has, as far as vLLM and transformers know."""
+
 _REFUSED = {
     "port": "use --http-port",
     "uds": "this server listens on TCP; use --host and --http-port",
@@ -39,6 +42,7 @@ _REFUSED = {
         ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
         "it would encrypt the HTTP API only; put a proxy in front",
     ),
+    "config": "write it in two words, --config FILE: with = in between vLLM does not read the file",
     "worker_extension_cls": "the server uses it to count the sparse layers of each worker",
     "root_path": "the HTTP API's own routes would not follow; let the proxy strip the prefix",
     "api_server_count": "one process holds both APIs; run more replicas instead",
@@ -87,6 +91,21 @@ def check_model(model: str) -> None:
         raise SettingsError(
             f"{model} is not a directory; expected one, or a Hugging Face name such as owner/model, before vLLM's flags"
         )
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """Raise `SettingsError` for a directory that has no tokenizer in it, where vLLM's own words name none of this."""
+    directory = Path(args.tokenizer or args.model)
+    if args.skip_tokenizer_init:
+        return
+    if directory.is_dir():
+        if not any(found for pattern in _TOKENIZERS for found in directory.glob(pattern)):
+            raise SettingsError(
+                f"{directory} has no tokenizer (tokenizer.json, tokenizer.model, ...); copy it from the base model, or "
+                "name a directory that has one with --tokenizer"
+            )
+    elif str(args.tokenizer).startswith((".", "/", "~")):
+        raise SettingsError(f"--tokenizer is {args.tokenizer}; expected a directory or a Hugging Face name")
 
 
 def resolve_hub_model(args: Namespace, environ: Mapping[str, str]) -> None:

@@ -18,36 +18,36 @@ workers really hold on sparse kernels are compared with its manifest: vLLM merel
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
-from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_defaults
+from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults
+from sparse_serve.engine.vllm_flags import parse
 from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
-from sparse_serve.runtime import machine, processes
+from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
     EngineDiedError,
     EngineStartError,
     OverloadedError,
     SettingsError,
+    UnknownModelError,
 )
-from sparse_serve.runtime.startup_error import collect_startup_error
+from sparse_serve.runtime.startup_error import collect_startup_error, reason, record_failed_processes
 
 logger = logging.getLogger(__name__)
 
-WORKER_EXTENSION = "sparse_serve.plugin.worker.WorkerExtension"
 _KILL_AFTER_S = 10.0
 
 
@@ -55,12 +55,13 @@ class VllmEngine:
     """Implements `Engine`. `model` is a directory or a Hugging Face name, `flags` are any of `vllm serve`.
 
     `drain_s`: how long the engine process itself finishes running requests when a signal reaches it directly, as a
-    Ctrl-C in a terminal does.
+    Ctrl-C in a terminal does. `adapters`, by name, are vLLM's own objects; the API that loads them sets and changes it.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
+        self.adapters: Mapping[str, Any] = {}
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
         self._drain_s = drain_s
@@ -94,12 +95,12 @@ class VllmEngine:
                 if isinstance(error, SparseError) or not isinstance(error, Exception):
                     raise
                 logger.exception("vLLM did not start")
-                why = startup_error() or f"{_last_line(error)}; the log says more"
-                raise EngineStartError(f"the engine did not start: {why}") from None
+                raise EngineStartError(f"the engine did not start: {startup_error() or reason(error)}") from None
 
     def _load(self) -> None:
         """Everything slow and blocking, in order; runs in the start thread."""
         processes.lead()
+        record_failed_processes()
         vllm_defaults.set_common(os.environ)
         self.args = parse(self._command, self._drain_s)
         self._check_wanted()
@@ -107,16 +108,24 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from sparse_serve.engine import vllm_detokenizer
         from sparse_serve.plugin.config import verify
         from sparse_serve.plugin.served import unknown_architecture
 
+        vllm_detokenizer.install()
         if is_sparse_checkpoint(self.args.model):
             verify(self.args.model)
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
             config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.model_config.runner_type != "generate":
+            raise SettingsError(
+                f"{self.args.model} would run as a {config.model_config.runner_type} model; this server serves models "
+                "that generate text"
+            )
         if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
             raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
+        vllm_adapters.check(self.args, config)
         # vLLM runs no hook in its engine process until that has talked to the server, but it unpickles this first
         config.follow = processes.Follow()
         self._check_wanted()
@@ -138,11 +147,27 @@ class VllmEngine:
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
             _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served)
-        name = (self.args.served_model_name or [self.args.model])[0]
-        info = engine_info(name, model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
+        info = engine_info(self.models[0], model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         return replace(info, chat=takes_chat(self.args.chat_template, self.client.renderer.tokenizer))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names a request may ask for. See `Engine.models`."""
+        return (*self._names(), *self.adapters)
+
+    def _names(self) -> list[str]:
+        assert self.args is not None
+        return list(self.args.served_model_name or [self.args.model])
+
+    def _adapter(self, name: str) -> Any:
+        """vLLM's request for the adapter of this name; None for the model itself."""
+        if not name or name in self._names():
+            return None
+        if name not in self.adapters:
+            raise UnknownModelError(f"the adapter {name!r} is no longer loaded")
+        return self.adapters[name]
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""
@@ -156,7 +181,8 @@ class VllmEngine:
         completion_tokens = 0
         with _translated():
             params = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
-            outputs = self.client.generate(source, params, f"grpc-{uuid.uuid4().hex}")
+            name, adapter = f"grpc-{uuid.uuid4().hex}", self._adapter(request.model)
+            outputs = self.client.generate(source, params, name, lora_request=adapter)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     completion_tokens += len(output.outputs[0].token_ids)
@@ -203,54 +229,6 @@ class VllmEngine:
         return processes.descendants(os.getpid()) - self._others
 
 
-def parse(command: Sequence[str], drain_s: float) -> Namespace:
-    """vLLM's flags, read by vLLM's own parser, with this server's defaults. Raises `SettingsError`.
-
-    vLLM offers its flags as an argparse parser only, and its application and configuration take the namespace that
-    comes out of it: hence argparse outside of the cli rooms.
-    """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise SettingsError(f"{message}; `python -m sparse_serve.cli.vllm serve --help=all` lists vLLM's flags")
-
-    parser = make_arg_parser(Parser(prog="sparse-serve serve"))
-    defaults = parser.parse_args([])
-    on_cpu = current_platform.is_cpu()
-    parser.set_defaults(shutdown_timeout=math.ceil(drain_s))
-    if on_cpu:
-        parser.set_defaults(enforce_eager=True)
-    args = parser.parse_args(list(command))
-    vllm_defaults.check_flags(args, defaults, os.environ)
-    args.model = args.model_tag or args.model
-    args.worker_extension_cls = WORKER_EXTENSION
-    if on_cpu:
-        vllm_defaults.check_cpu(args)
-        vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
-    try:
-        validate_parsed_serve_args(args)
-    except (ValueError, TypeError) as error:
-        raise SettingsError(str(error)) from None
-    vllm_defaults.resolve_hub_model(args, os.environ)
-    if on_cpu:
-        args.dtype = _cpu_dtype(args)
-    return args
-
-
-def _cpu_dtype(args: Namespace) -> str:
-    """On CPU, vLLM's "auto" silently turns a float32 checkpoint into bfloat16; here "auto" is the checkpoint's."""
-    from vllm.transformers_utils.config import get_config
-
-    if args.dtype != "auto":
-        return str(args.dtype)
-    config = get_config(args.model, args.trust_remote_code, revision=args.revision)
-    dtype = str(config.get_text_config().dtype).removeprefix("torch.")
-    return dtype if dtype in ("float32", "float16", "bfloat16") else "auto"
-
-
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """vLLM's exceptions as ours. What is not listed is unexpected, and stays as it is."""
@@ -284,8 +262,3 @@ def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

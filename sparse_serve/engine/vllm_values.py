@@ -25,6 +25,9 @@ _SAME_NAME = (
     "frequency_penalty",
     "repetition_penalty",
 )
+_SEED_IN_PLACE_OF_MINUS_1 = -(2**62)
+"""vLLM takes a seed of -1 for "random", and here it is a seed like any other."""
+
 _REASONS = {
     "stop": FinishReason.STOP,
     "repetition": FinishReason.STOP,
@@ -48,7 +51,7 @@ def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], ma
     max_tokens = sampling.max_tokens or model_defaults.get("max_tokens") or DEFAULT_MAX_TOKENS
     return arguments | {
         "max_tokens": min(max_tokens, max_model_len),
-        "seed": sampling.seed,
+        "seed": _SEED_IN_PLACE_OF_MINUS_1 if sampling.seed == -1 else sampling.seed,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,

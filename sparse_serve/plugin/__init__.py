@@ -14,10 +14,12 @@ import logging
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
-    from sparse_serve.plugin import config
-    from sparse_serve.runtime import processes
+    from sparse_serve.plugin import config, lora
+    from sparse_serve.runtime import processes, startup_error
 
     if not logging.getLogger().handlers:  # a process of vLLM's own, which prints only loggers below "vllm"
         logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
     processes.follow()
+    startup_error.record_failed_processes()
     config.register()
+    lora.register()

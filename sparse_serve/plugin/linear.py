@@ -136,12 +136,12 @@ class SparseNMLinearMethod(LinearMethodBase):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         if self.correction is not None:
             self.correction.finish_loading(layer)
+        # vLLM's LoRA layers ask this attribute for the device, and call `apply` for the product
+        layer.weight_packed = torch.empty(0, device=packed.values.device)
         self.choice, self.kernel_names, self.dense_bytes = choice, tuple(tensors), packed.dense_nbytes(self.dtype)
         logger.info_once("sparse_nm: %s", str(choice))
         if choice.is_last_resort:
-            logger.warning_once(
-                "sparse_nm: only the reference kernel serves this here, slower than dense: %s", str(choice)
-            )
+            logger.warning_once("sparse_nm: only the reference kernel serves this, slower than dense: %s", str(choice))
         if choice.slower:
             logger.warning_once("sparse_nm: slower than dense with %s tokens: %s", str(choice.slower), str(choice))
 

@@ -52,7 +52,7 @@ class WorkerExtension:
         kernels: Counter[str] = Counter()
         choices: dict[LinearSpec, Choice] = {}
         for module in model.modules():
-            method = getattr(module, "quant_method", None)
+            method = vars(module).get("quant_method")  # a LoRA layer would answer for the layer inside it
             if isinstance(method, SparseNMLinearMethod):
                 assert method.choice is not None
                 kernels["+".join(method.choice.plan.kernels)] += 1

@@ -63,7 +63,7 @@ class BadRequestError(ServeError, ValueError):
 
 
 class UnknownModelError(ServeError, LookupError):
-    """A request asks for a model other than the served one."""
+    """A request asks for a model that is not served here. The message names those that are."""
 
 
 class OverloadedError(ServeError, RuntimeError):

@@ -58,9 +58,7 @@ class Settings(BaseSettings):
     max_stop_bytes: int = Field(
         256, ge=1, le=1 << 16, description="longest stop string of a gRPC request, in bytes of UTF-8"
     )
-    max_logprobs: int = Field(
-        20, ge=0, le=1024, description="most top log-probabilities per position of a gRPC request"
-    )
+    max_logprobs: int = Field(20, ge=0, le=1024, description="most top log-probabilities per position")
     reflection: bool = Field(True, description="answer gRPC reflection, so that tools can list the services")
 
     def __init__(self, **flags: Any) -> None:

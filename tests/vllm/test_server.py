@@ -21,6 +21,8 @@ import grpc
 import pytest
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from tests import models
+from tests.vllm.adapters import save_adapter
 from tests.vllm.serving import (
     PROMPT,
     SHAPE,
@@ -43,9 +45,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     logs = tmp_path_factory.mktemp("log")
     template = logs / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    running = launch(
-        make_checkpoint(logs), logs, "--served-model-name=tiny", "--drain-s=60", f"--chat-template={template}"
-    )
+    checkpoint = make_checkpoint(logs)
+    save_adapter(logs / "dense", logs / "adapter")
+    names = ["--served-model-name", "tiny", "second", "--enable-lora", f"--lora-modules=adapter={logs / 'adapter'}"]
+    running = launch(checkpoint, logs, *names, "--drain-s=60", f"--chat-template={template}", "--max-logprobs=25")
     try:
         yield wait_ready(running)
     finally:
@@ -101,6 +104,13 @@ def test_log_probabilities_agree_between_the_apis(server: Running) -> None:
     assert len(over_grpc.prompt_logprobs) == over_grpc.usage.prompt_tokens - 1
 
 
+def test_both_apis_have_one_limit_of_log_probabilities(server: Running) -> None:
+    (entry,) = server.stub.Generate(grpc_request(1, logprobs=25)).logprobs
+    assert len(entry.top) == 25
+    assert http_error(server, "/v1/completions", http_request(1, logprobs=26)).code == 400
+    assert json.loads(server.get("/v1/completions", http_request(1, logprobs=25)))
+
+
 def test_stop_strings_and_stop_tokens_end_generation(server: Running) -> None:
     whole = server.stub.Generate(grpc_request(24))
     third = whole.token_ids[2]
@@ -113,12 +123,46 @@ def test_stop_strings_and_stop_tokens_end_generation(server: Running) -> None:
     assert stopped.text == whole.text[: whole.text.index(word)]
 
 
-def test_a_seed_makes_sampling_repeatable(server: Running) -> None:
+def test_a_seed_makes_sampling_repeatable_whatever_it_is(server: Running) -> None:
     def sampled(seed: int) -> str:
         sampling = pb.Sampling(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)
         return server.stub.Generate(pb.GenerateRequest(text=PROMPT, sampling=sampling)).text
 
-    assert sampled(1) == sampled(1) != sampled(2)
+    seeds = (-(2**63), -2, -1, 0, 1, 2, 2**63 - 1)
+    once, again = map(sampled, seeds), map(sampled, seeds)
+    texts = list(once)
+    assert texts == list(again) and len(set(texts)) == len(seeds)
+
+
+def test_every_served_name_and_every_adapter_is_a_model_on_both_apis(server: Running) -> None:
+    texts = {}
+    for name in ("", "tiny", "second", "adapter"):
+        request = grpc_request(24)
+        request.model = name
+        texts[name] = server.stub.Generate(request).text
+        body = http_request(24) | {"model": name or None}
+        assert json.loads(server.get("/v1/completions", body))["choices"][0]["text"] == texts[name]
+    assert texts[""] == texts["tiny"] == texts["second"] != texts["adapter"]
+    info = server.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert list(info.models) == ["tiny", "second", "adapter"]
+    assert [model["id"] for model in json.loads(server.get("/v1/models"))["data"]] == list(info.models)
+    with pytest.raises(grpc.RpcError, match="NOT_FOUND") as caught:
+        server.stub.Generate(pb.GenerateRequest(text="a", model="third"))
+    assert caught.value.details() == "model 'third' is not served here; expected one of: 'tiny', 'second', 'adapter'"
+
+
+def test_a_prompt_that_ends_inside_a_character_is_not_part_of_the_answer(server: Running) -> None:
+    tokenizer = models.tokenizer()
+    ids = tokenizer.encode("Hello world \N{HOT PEPPER}", add_special_tokens=False)[:-1]
+    over_http = json.loads(server.get("/v1/completions", http_request(8, prompt=ids, return_token_ids=True)))
+    prompt = pb.TokenIds(ids=ids)
+    sampling = pb.Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    over_grpc = server.stub.Generate(pb.GenerateRequest(token_ids=prompt, sampling=sampling))
+    (choice,) = over_http["choices"]
+    assert choice["token_ids"] == list(over_grpc.token_ids)
+    assert choice["text"] == over_grpc.text
+    expected = tokenizer.decode(over_grpc.token_ids)
+    assert over_grpc.text == expected.rstrip("\ufffd") and over_grpc.text, "what is unfinished at the end is held back"
 
 
 def test_max_tokens_is_cut_to_what_fits(server: Running) -> None:
@@ -140,7 +184,7 @@ def test_bad_requests_are_the_clients_fault_on_both_apis(server: Running) -> Non
     for request, code in (
         (long_text, "INVALID_ARGUMENT"),
         (pb.GenerateRequest(text="a", model="other"), "NOT_FOUND"),
-        (grpc_request(4, logprobs=21), "INVALID_ARGUMENT"),
+        (grpc_request(4, logprobs=26), "INVALID_ARGUMENT"),
     ):
         with pytest.raises(grpc.RpcError, match=code):
             server.stub.Generate(request)

@@ -16,11 +16,12 @@ from sparse_serve.server.settings import Settings
 
 SETTINGS = Settings(max_stop=2, max_stop_bytes=4, max_logprobs=5)
 VOCAB = INFO.vocab_size
+MODELS = ("fake", "second", "adapter")
 
 
 def read(text: str = "a", model: str = "", **sampling: Any):
     return messages.read_request(
-        pb.GenerateRequest(text=text, model=model, sampling=pb.Sampling(**sampling)), INFO, SETTINGS
+        pb.GenerateRequest(text=text, model=model, sampling=pb.Sampling(**sampling)), INFO, MODELS, SETTINGS
     )
 
 
@@ -31,6 +32,7 @@ def read(text: str = "a", model: str = "", **sampling: Any):
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 2.5}, "temperature is 2.5; expected a number from 0 to 2"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": 2**32 - 1}, "top_k is"),
@@ -61,12 +63,12 @@ def test_limits_themselves_are_allowed() -> None:
 
 
 def test_an_absent_sampling_is_all_defaults() -> None:
-    assert messages.read_request(pb.GenerateRequest(text="a"), INFO, SETTINGS).sampling == Sampling()
+    assert messages.read_request(pb.GenerateRequest(text="a"), INFO, MODELS, SETTINGS).sampling == Sampling()
 
 
 def test_the_prompt_is_given_once_and_is_not_empty() -> None:
     def read_prompt(**prompt: Any):
-        return messages.read_request(pb.GenerateStreamRequest(**prompt), INFO, SETTINGS).prompt
+        return messages.read_request(pb.GenerateStreamRequest(**prompt), INFO, MODELS, SETTINGS).prompt
 
     assert read_prompt(text="hi") == "hi"
     assert read_prompt(token_ids=pb.TokenIds(ids=[0, VOCAB - 1])) == (0, VOCAB - 1)
@@ -81,10 +83,19 @@ def test_the_prompt_is_given_once_and_is_not_empty() -> None:
             read_prompt(**prompt)
 
 
-def test_the_model_may_be_named_but_only_rightly() -> None:
-    assert read(model=INFO.model).prompt == "a"
-    with pytest.raises(UnknownModelError, match="'other' is not served here; 'fake' is"):
+@pytest.mark.parametrize("name", ["", *MODELS])
+def test_every_served_name_may_be_asked_for(name: str) -> None:
+    assert read(model=name).model == name
+
+
+def test_another_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UnknownModelError, match="'other' is not served here; expected one of: 'fake', 'second', 'adap"):
         read(model="other")
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_every_seed_is_a_seed(seed: int) -> None:
+    assert read(seed=seed).sampling.seed == seed
 
 
 def test_every_finish_reason_has_a_value_of_its_own() -> None:
@@ -101,9 +112,9 @@ def test_any_bytes_are_a_request_or_a_named_error(data: bytes) -> None:
     except Exception:
         return
     try:
-        request = messages.read_request(message, INFO, SETTINGS)
+        request = messages.read_request(message, INFO, MODELS, SETTINGS)
     except (BadRequestError, UnknownModelError) as error:
         assert str(error)
         return
-    assert request.sampling.temperature is None or 0 <= request.sampling.temperature <= 1e4
+    assert request.sampling.temperature is None or 0 <= request.sampling.temperature <= 2
     assert len(request.sampling.stop) <= 2

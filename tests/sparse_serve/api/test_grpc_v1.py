@@ -88,6 +88,7 @@ async def test_model_info() -> None:
     assert (info.model, info.max_model_len, info.vocab_size) == (INFO.model, INFO.max_model_len, INFO.vocab_size)
     assert (info.sparse_layers, info.dense_layers, dict(info.kernels)) == (3, 1, {"reference": 2, "cpu": 1})
     assert (info.sparse_weight_bytes, info.dense_equivalent_bytes) == (900, 1600)
+    assert list(info.models) == ["fake"]
 
 
 async def failure(call) -> grpc.aio.AioRpcError:
@@ -104,10 +105,15 @@ async def test_a_bad_request_is_invalid_argument_naming_the_field() -> None:
     assert server.engine.requests == []
 
 
-async def test_another_model_is_not_found() -> None:
+async def test_another_model_is_not_found_until_it_is_served() -> None:
     async with running() as server:
-        error = await failure(server.stub.Generate(pb.GenerateRequest(text="a", model="other")))
-    assert error.code() is grpc.StatusCode.NOT_FOUND
+        request = pb.GenerateRequest(text="a", model="adapter")
+        error = await failure(server.stub.Generate(request))
+        assert (error.code(), "'fake'" in error.details()) == (grpc.StatusCode.NOT_FOUND, True)
+        server.engine.models = ("fake", "adapter")
+        assert list((await server.stub.GetModelInfo(pb.GetModelInfoRequest())).models) == ["fake", "adapter"]
+        assert (await server.stub.Generate(request)).text
+    assert server.engine.requests[0].model == "adapter"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,16 @@ def test_a_chat_needs_a_template_of_a_flag_or_of_the_tokenizer() -> None:
     assert not takes_chat(None, without) and not takes_chat(None, None)
 
 
+@pytest.mark.parametrize("seed", [None, -(2**63), -2, 0, 7, 2**63 - 1])
+def test_a_seed_is_handed_on(seed: int | None) -> None:
+    assert sampling_arguments(Sampling(seed=seed), {}, 100)["seed"] == seed
+
+
+def test_the_seed_that_vllm_takes_for_none_becomes_another() -> None:
+    seed = sampling_arguments(Sampling(seed=-1), {}, 100)["seed"]
+    assert -(2**63) <= seed < 2**63 and seed != -1
+
+
 def logprob(value: float, rank: int) -> SimpleNamespace:
     return SimpleNamespace(logprob=value, rank=rank)
 

@@ -143,7 +143,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes")
+    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,7 @@ class GetModelInfoResponse(_message.Message):
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     SPARSE_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DENSE_EQUIVALENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -169,4 +170,5 @@ class GetModelInfoResponse(_message.Message):
     kernels: _containers.ScalarMap[str, int]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...

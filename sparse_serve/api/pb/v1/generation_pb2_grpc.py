@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generates text with the one model this server has loaded.
+    """Generates text with the one model this server has loaded, or with one of its LoRA adapters.
     """
 
     def __init__(self, channel):
@@ -53,7 +53,7 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generates text with the one model this server has loaded.
+    """Generates text with the one model this server has loaded, or with one of its LoRA adapters.
     """
 
     def Generate(self, request, context):
@@ -104,7 +104,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generates text with the one model this server has loaded.
+    """Generates text with the one model this server has loaded, or with one of its LoRA adapters.
     """
 
     @staticmethod

@@ -1,0 +1,65 @@
+"""Reads vLLM's flags with vLLM's own parser."""
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sparse_serve.engine import vllm_defaults
+from sparse_serve.runtime import machine
+from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.runtime.startup_error import reason
+
+WORKER_EXTENSION = "sparse_serve.plugin.worker.WorkerExtension"
+
+
+def parse(command: Sequence[str], drain_s: float) -> Namespace:
+    """vLLM's flags, read by vLLM's own parser, with this server's defaults. Raises `SettingsError`.
+
+    vLLM offers its flags as an argparse parser only, and its application and configuration take the namespace that
+    comes out of it: hence argparse outside of the cli rooms.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise SettingsError(
+                f"{reason(message)}; `python -m sparse_serve.cli.vllm serve --help=all` lists vLLM's flags"
+            )
+
+    parser = make_arg_parser(Parser(prog="sparse-serve serve"))
+    defaults = parser.parse_args([])
+    on_cpu = current_platform.is_cpu()
+    parser.set_defaults(shutdown_timeout=math.ceil(drain_s))
+    if on_cpu:
+        parser.set_defaults(enforce_eager=True)
+    args = parser.parse_args(list(command))
+    vllm_defaults.check_flags(args, defaults, os.environ)
+    args.model = args.model_tag or args.model
+    args.worker_extension_cls = WORKER_EXTENSION
+    if on_cpu:
+        vllm_defaults.check_cpu(args)
+        vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
+    try:
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(reason(error)) from None
+    vllm_defaults.resolve_hub_model(args, os.environ)
+    vllm_defaults.check_tokenizer(args)
+    if on_cpu:
+        args.dtype = _cpu_dtype(args)
+    return args
+
+
+def _cpu_dtype(args: Namespace) -> str:
+    """On CPU, vLLM's "auto" silently turns a float32 checkpoint into bfloat16; here "auto" is the checkpoint's."""
+    from vllm.transformers_utils.config import get_config
+
+    if args.dtype != "auto":
+        return str(args.dtype)
+    config = get_config(args.model, args.trust_remote_code, revision=args.revision)
+    dtype = str(config.get_text_config().dtype).removeprefix("torch.")
+    return dtype if dtype in ("float32", "float16", "bfloat16") else "auto"

@@ -81,6 +81,7 @@ def test_field_numbers_never_change() -> None:
             "kernels": 7,
             "sparse_weight_bytes": 8,
             "dense_equivalent_bytes": 9,
+            "models": 10,
         },
     }
 

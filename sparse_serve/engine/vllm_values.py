@@ -25,7 +25,7 @@ _SAME_NAME = (
     "frequency_penalty",
     "repetition_penalty",
 )
-_SEED_IN_PLACE_OF_MINUS_1 = -(2**62)
+_SEED_IN_PLACE_OF_MINUS_1 = -0x5EED_5EED_5EED
 """vLLM takes a seed of -1 for "random", and here it is a seed like any other."""
 
 _REASONS = {

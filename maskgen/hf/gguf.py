@@ -38,6 +38,8 @@ from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
 
 MAGIC = b"GGUF"
 _READERS = ("gguf", "accelerate")
+_ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
+_FACTS = ("general.architecture", "general.type", "split.count", "tokenizer.ggml.model", _ADD_BOS, _ADD_EOS)
 _SOURCE = "; start from the model's Hugging Face directory instead"
 
 
@@ -156,7 +158,7 @@ def _read_header(path: Path) -> _Header:
 
     try:
         fields = GGUFReader(path).fields
-        facts = {name: one.contents() for name, one in fields.items() if not name.startswith("tokenizer.ggml.tok")}
+        facts = {name: fields[name].contents() for name in _FACTS if name in fields}
         architecture = str(facts["general.architecture"])
     except HF_ERRORS as error:
         size = path.stat().st_size
@@ -170,9 +172,9 @@ def _read_header(path: Path) -> _Header:
         raise ModelError(f"{path}: one of {parts} parts; join them with `llama-gguf-split --merge`")
     # llama.cpp's SentencePiece models start every text with BOS unless they say otherwise
     around = {"add_bos_token": facts.get("tokenizer.ggml.model") == "llama"}
-    for name in ("add_bos_token", "add_eos_token"):
-        if f"tokenizer.ggml.{name}" in facts:
-            around[name] = bool(facts[f"tokenizer.ggml.{name}"])
+    for key in (_ADD_BOS, _ADD_EOS):
+        if key in facts:
+            around[key.rpartition(".")[2]] = bool(facts[key])
     return _Header(architecture, around)
 
 

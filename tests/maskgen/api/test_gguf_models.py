@@ -36,6 +36,7 @@ def test_a_gguf_file_is_a_model(text_file: Path, tmp_path: Path, monkeypatch: py
 def test_one_process_of_a_group_speaks(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     gguf_files.save(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")  # as torchrun sets it
     monkeypatch.setenv("RANK", "1")
     heard = Heard()
     assert checks.find_model(str(tmp_path / "tiny.gguf"), heard).is_dir() and not heard

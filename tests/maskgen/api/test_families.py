@@ -31,6 +31,14 @@ REFUSED = {
     "llava": "LlavaForConditionalGeneration is not supported: .*AutoModelForCausalLM",
 }
 SMALL = {"calibration.samples": 4, "calibration.window_tokens": 24, "calibration.batch": 2}
+LEARNED = {
+    "train.steps": 2,
+    "train.batch": 2,
+    "train.window_tokens": 16,
+    "train.heldout_windows": 4,
+    "calibration.samples": 4,
+    "calibration.window_tokens": 16,
+}
 IN_BLOCK = re.compile(
     r"(?:language_model\.)?(?:gpt_neox|model|model\.decoder|transformer)\.(?:layers|h|blocks)\.\d+\.(.+)"
 )
@@ -89,6 +97,18 @@ def test_pruned_as_a_whole(name: str, text_file: Path, tmp_path: Path) -> None:
         maskgen.decompress(maskgen.DecompressRequest(model=sparse, out=masked))
         assert torch.equal(logits(sparse), logits(masked)) and not torch.equal(logits(sparse), before_BTV)
         assert maskgen.inspect(maskgen.InspectRequest(model=sparse)).kept == result.plan.kept
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("gemma3_vision", "maskllm"), ("phi3", "adaptive_sparse_slorb")])
+def test_learned_masks_under_stored_names(name: str, recipe: str, text_file: Path, tmp_path: Path) -> None:
+    dense, sparse = FAMILIES[name].save(tmp_path / "dense"), tmp_path / "sparse"
+    result = maskgen.learn(
+        maskgen.LearnRequest(recipe=recipe, model=dense, data=text_file, out=sparse, overrides=LEARNED)
+    )
+    assert isinstance(result, maskgen.LearnResult)
+    assert relative(SparseCheckpoint.open(sparse).config.targets) == set(FAMILIES[name].pruned)
+    maskgen.decompress(maskgen.DecompressRequest(model=sparse, out=tmp_path / "masked"))
+    assert torch.equal(logits(sparse), logits(tmp_path / "masked")) and logits(sparse).isfinite().all()
 
 
 def test_what_vllm_does_not_have_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -149,7 +149,24 @@ class SparseNMConfig(QuantizationConfig):
     def _stored_names(self, prefix: str) -> list[str]:
         """What the checkpoint may hold of one of vLLM's layers, under vLLM's names for it."""
         groups = [[prefix], self._packed_modules(prefix), _stacked_modules(prefix)]
-        return next((names for names in groups if any(map(self._is_known, names))), groups[1] or groups[0])
+        found = next((names for names in groups if any(map(self._is_known, names))), None)
+        return found or self._same_block(groups[1] or groups[0])
+
+    def _same_block(self, names: list[str]) -> list[str]:
+        """The known layers of the same block with the same last names, if there is one of each.
+
+        Some classes leave a level out of what they call a layer: `layers.0.qkv_proj` is in `layers.0.self_attn`.
+        """
+        block = _BLOCK_INDEX.search(names[0])
+        if block is None:
+            return names
+        inside = [
+            name
+            for name in {*self.targets, *self.ignored, *(self.dense or ())}
+            if name.startswith(names[0][: block.end()])
+        ]
+        found = [[name for name in inside if name.rpartition(".")[2] == want.rpartition(".")[2]] for want in names]
+        return [name for (name,) in found] if all(len(same) == 1 for same in found) else names
 
     def _packed_modules(self, prefix: str) -> list[str]:
         parent, dot, leaf = prefix.rpartition(".")

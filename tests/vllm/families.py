@@ -87,11 +87,14 @@ def prune(
     (architecture,) = config.architectures or [""]
     packable = set(json.loads(architectures.TABLE.read_text())["architectures"][architecture]["sparse"])
     inside = architectures.in_blocks(model, config)
+    headers, pattern, masks = read_headers(base), NMPattern(2, 4), {}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    pattern, masks = NMPattern(2, 4), {}
-    for name, tensor in iterate_tensors(read_headers(base)):
+    linears = {name for name in linears if name + WEIGHT_SUFFIX in headers}  # tied and renamed ones have none
+    for name, tensor in iterate_tensors(headers):
         module = name.removesuffix(WEIGHT_SUFFIX)
-        if module in linears and (inside(module) in packable or architectures.last(module) in also):
+        if module not in linears or tensor.shape[1] % pattern.column_multiple:
+            continue
+        if inside(module) in packable or architectures.last(module) in also:
             masks[module] = pattern.mask_from_scores(tensor.abs())
     mask_set = MaskSet.from_masks(pattern, masks, digest_weights(base), digest_json({"method": "magnitude"}))
     compress_masks(base, mask_set, sparse, tuple(sorted(linears - masks.keys())))

@@ -111,6 +111,19 @@ def test_a_target_that_no_layer_claims_is_refused(monkeypatch: pytest.MonkeyPatc
     config.check_all_attached()
 
 
+def test_a_layer_whose_name_leaves_a_level_out_is_found_in_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon-H1 calls its `self_attn.qkv_proj` by a shorter name."""
+    from sparse_serve.plugin import config as plugin
+
+    digest = digest_json({})
+    targets = tuple(f"model.layers.1{block}.self_attn.{part}_proj" for block in ("", "0") for part in "qkv")
+    config = plugin.SparseNMConfig(SparseConfig(NMPattern(2, 4), targets, (), digest, digest, "base", digest))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    monkeypatch.setattr(plugin, "_stacked_modules", lambda prefix: [])
+    assert config._stored_names("model.layers.1.qkv_proj") == list(targets[:3])
+    assert config._stored_names("model.layers.2.qkv_proj") == [f"model.layers.2.{part}_proj" for part in "qkv"]
+
+
 def test_damaged_bits_never_reach_a_kernel(tmp_path: Path) -> None:
     sparse, _ = make_sparse("llama", tmp_path)
     file = sparse / "model.safetensors"

@@ -79,6 +79,7 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     "HYV3ForCausalLM": [{"first_k_dense_replace": 1, "expert_hidden_dim": 64}],
     "Lfm2ForCausalLM": [{"block_dim": 128, "conv_dim": 128, "layer_types": ["conv", "full_attention"]}],
     "Lfm2MoeForCausalLM": [{"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}],
+    "Llama4ForCausalLM": [{"num_experts_per_tok": 1}],
     "Mamba2ForCausalLM": [{"num_heads": 8, "head_dim": 32}],
     "MiniMaxM2ForCausalLM": [{"rotary_dim": 16, "scoring_func": "sigmoid"}],
     "Qwen2MoeForCausalLM": [{"mlp_only_layers": [0]}],

@@ -55,11 +55,16 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
 
 
 def _cpu_dtype(args: Namespace) -> str:
-    """On CPU, vLLM's "auto" silently turns a float32 checkpoint into bfloat16; here "auto" is the checkpoint's."""
+    """On CPU, vLLM's "auto" silently turns a float32 checkpoint into bfloat16; here "auto" is the checkpoint's.
+
+    Not so where vLLM's CPU backend has attention in bfloat16 only: with a latent cache (MLA), and linear (gated delta).
+    """
     from vllm.transformers_utils.config import get_config
 
     if args.dtype != "auto":
         return str(args.dtype)
-    config = get_config(args.model, args.trust_remote_code, revision=args.revision)
-    dtype = str(config.get_text_config().dtype).removeprefix("torch.")
+    config = get_config(args.model, args.trust_remote_code, revision=args.revision).get_text_config()
+    if getattr(config, "kv_lora_rank", None) or getattr(config, "linear_num_key_heads", None):
+        return "auto"
+    dtype = str(config.dtype).removeprefix("torch.")
     return dtype if dtype in ("float32", "float16", "bfloat16") else "auto"

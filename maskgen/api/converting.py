@@ -12,11 +12,12 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
-from maskgen.api.pruning import calibration_windows, load_checked
+from maskgen.api.pruning import load_checked, read_text
 from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.failures import explained
+from maskgen.core.quality import QUALITY_FILE
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import quantise as quantise_module
@@ -39,10 +40,15 @@ class PermuteResult:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A sparse checkpoint in `out`, and what was written."""
+    """A sparse checkpoint in `out`, and what was written.
+
+    With `quality_dropped`, what was measured of the checkpoint that it was made from is not true of its new values, and
+    was left out.
+    """
 
     out: Path
     written: CompressReport
+    quality_dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     with checks.new_output(request.out):
         task = checks.settled(request, recipe, progress)
         checks.calibration(request, task)
-        windows_ST, _ = calibration_windows(request, task)
+        windows_ST, _, _ = read_text(request, task)
         weights = StoredModel.of(task.model_dir)
         provenance = {
             "recipe": task.recipe.resolved(),
@@ -106,7 +112,8 @@ def quantise(request: QuantiseRequest) -> CompressResult:
     Raises `FormatError` when the values are quantised already, `OutputExistsError`.
     """
     with checks.new_output(request.out):
-        return CompressResult(request.out, quantise_module.quantise(request.model, request.out, request.values))
+        written = quantise_module.quantise(request.model, request.out, request.values)
+    return CompressResult(request.out, written, (request.model / QUALITY_FILE).is_file())
 
 
 @explained()

@@ -17,6 +17,7 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
+from maskgen.api.heldout import NO_TEXT, SHORT_TEXT, measure_dense, measure_pruned
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import SparseConfig
@@ -25,12 +26,15 @@ from maskgen.core.errors import OutputExistsError, RecipeError, RequestError
 from maskgen.core.failures import explained
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
+from maskgen.core.quality import Quality, stored
 from maskgen.data import tokens
 from maskgen.data.bos import Bos
+from maskgen.data.heldout import HeldOut
 from maskgen.export import compress
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model, planning
 from maskgen.hf.planning import Plan
+from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import SweepReport, sweep
@@ -48,7 +52,8 @@ class PruneResult:
     """A checkpoint in `out`, what the sweep did and cost, and what was written.
 
     `plan` says what was pruned and what stayed dense. `peak_memory_bytes` is the peak of this process's memory. `bos`
-    is what calibration windows begin with (None: the method needs none).
+    is what calibration windows begin with (None: the method needs none). `quality` is what was measured on held-out
+    text, or why nothing was.
     """
 
     out: Path
@@ -57,19 +62,22 @@ class PruneResult:
     written: CompressReport
     peak_memory_bytes: int
     bos: Bos | None = None
+    quality: Quality | str = NO_TEXT
 
 
 @dataclass(frozen=True)
 class LearnResult:
     """A result in `out`, what was written, and the records of the training log (`maskgen.train.log`).
 
-    `plan` says what was trained to be sparse and what stayed dense.
+    `plan` says what was trained to be sparse and what stayed dense. `quality` is what was measured on held-out text, or
+    why nothing was.
     """
 
     out: Path
     plan: Plan
     written: Written
     records: Sequence[Mapping[str, Any]]
+    quality: Quality | str
 
     @property
     def log(self) -> Path:
@@ -169,9 +177,9 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     weights = StoredModel.of(task.model_dir)
     base_digest = digest_weights(task.model_dir)
     check_base(task.prior, task.model_dir, base_digest)
-    windows_ST, bos = calibration_windows(request, task)
+    windows_ST, bos, text = read_text(request, task)
     progress(task.plan.planned())
-    report, work = _sweep(request.out, task, windows_ST, base_digest, progress)
+    report, work, quality = _sweep(request.out, task, windows_ST, text, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
     weights.check()
@@ -190,12 +198,12 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
         config,
         lambda name, weight: StoredLayer(work.packed(name)),
         request.out,
-        {RECIPE_FILE: recipe.resolved()},
+        {RECIPE_FILE: recipe.resolved(), **stored(quality)},
     )
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)
-    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos)
+    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality)
 
 
 def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
@@ -221,23 +229,37 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
     if found is None:
         return None
     finish(job.work, request.keep_work)
-    return LearnResult(request.out, task.plan, found.written, found.records)
+    return LearnResult(request.out, task.plan, found.written, found.records, found.quality)
 
 
-def calibration_windows(request: PruneRequest | PermuteRequest, task: Task) -> tuple[Tensor | None, Bos | None]:
-    """Windows of calibration text `[S, T]` (windows, tokens), and what they begin with; None where none are needed."""
-    section = task.recipe.calibration
-    if not task.recipe.local_method().needs_data:
-        return None, None
-    assert section.window_tokens is not None
-    generator = torch.Generator().manual_seed(section.seed)
+def read_text(
+    request: PruneRequest | PermuteRequest, task: Task
+) -> tuple[Tensor | None, Bos | None, HeldOutText | str]:
+    """Windows of calibration text `[S, T]` (windows, tokens), what they begin with, and held-out text or why none.
+
+    The first two are None for a method that needs no text; what it is given is read for the held-out windows alone.
+    """
+    section, needs_data = task.recipe.calibration, task.recipe.local_method().needs_data
+    if not request.data:
+        return None, None, NO_TEXT
     tokenizer = model.load_tokenizer(task.model_dir)
-    bos = Bos.of(tokenizer, request.bos)
-    windows_ST = tokens.calibration_windows(
-        request.data, tokenizer, section.samples, section.window_tokens, generator, bos
-    )
-    model.check_ids(windows_ST, tokenizer.get_vocab(), task.model_dir)
-    return windows_ST, bos
+    bos, windows_ST = Bos.of(tokenizer, request.bos), None
+    heldout = HeldOut(len(request.data), model.stored_max_tokens(task.model_dir), bos)
+    if needs_data:
+        assert section.window_tokens is not None
+        generator = torch.Generator().manual_seed(section.seed)
+        windows_ST = tokens.calibration_windows(
+            request.data, tokenizer, section.samples, section.window_tokens, generator, bos, heldout
+        )
+    else:
+        for source in request.data:
+            heldout.take(source, tokens.read_tokens(source, tokenizer))
+    ids_ST = heldout.windows()
+    for ids in (windows_ST, ids_ST):
+        if ids is not None:
+            model.check_ids(ids, tokenizer.get_vocab(), task.model_dir)
+    text = SHORT_TEXT if ids_ST is None else HeldOutText(ids_ST, len(bos.ids), heldout.names)
+    return windows_ST, bos if needs_data else None, text
 
 
 def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
@@ -249,15 +271,22 @@ def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
 
 
 def _sweep(
-    out: Path, task: Task, windows_ST: Tensor | None, base_digest: str, progress: Listener
-) -> tuple[SweepReport, WorkDir]:
-    """Load and sweep. The dense model lives in here only: what follows needs the memory, and not the model.
+    out: Path,
+    task: Task,
+    windows_ST: Tensor | None,
+    text: HeldOutText | str,
+    base_digest: str,
+    progress: Listener,
+) -> tuple[SweepReport, WorkDir, Quality | str]:
+    """Load, measure, sweep, and measure again. The dense model lives in here only: what follows needs the memory.
 
     Some architectures refer to themselves, which only the collector undoes; the caller runs it.
     """
+    recipe, device = task.recipe, task.device
     masks, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
     progress(Stage("loading"))
     loaded, plan = load_checked(task)
-    return sweep(
-        loaded, plan, task.recipe, windows_ST, work_dir(out), base_digest, task.device, progress, masks, digest
-    )
+    before = measure_dense(loaded, plan.blocks, text, device, progress)
+    report, work = sweep(loaded, plan, recipe, windows_ST, work_dir(out), base_digest, device, progress, masks, digest)
+    quality = measure_pruned(loaded, before, recipe.method.name, str(recipe.pattern), device, progress)
+    return report, work, quality

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from maskgen.api.converting import PermuteResult
 from maskgen.api.events import Event, HeldOut, Listener, Planned, Scored, Stage, SweepProgress, TrainingStep
-from maskgen.api.measuring import EvaluateResult
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.cli.kept import print_kept, print_planned
 from maskgen.export.compress import CompressReport
@@ -222,33 +221,6 @@ def print_permuted(result: PermuteResult) -> None:
     )
     say(f"  of the {recipe.method.name} scores there {recipe.pattern} keeps {before:.2%} -> {after:.2%}")
     say(f"next: maskgen run {recipe.method.name} --model {out} --data FILE --out DIR, or any other recipe")
-
-
-def print_evaluated(result: EvaluateResult) -> None:
-    """The perplexity with its protocol; as a table for several texts, or beside a dense model."""
-    first = result.texts[0].perplexity
-    windows = sum(len(text.perplexity.nll_per_window) for text in result.texts)
-    scored = sum(sum(text.perplexity.scored_tokens_per_window) for text in result.texts)
-    if len(result.texts) == 1 and result.against is None:
-        say(f"perplexity {first.value:.4f}")
-    else:
-        Console().print(_evaluated_table(result))
-    say(f"  {windows} windows, {scored} scored tokens, {first.protocol.describe()}, {result.dtype}")
-    if result.against is not None:
-        say(f"  dense: {result.against}; KL(dense || model) in nats per token; top-1: the same token is the likeliest")
-
-
-def _evaluated_table(result: EvaluateResult) -> Table:
-    table = Table()
-    table.add_column("text", overflow="fold")
-    for heading in ("windows", "perplexity", *(("dense", "KL", "top-1") if result.against is not None else ())):
-        table.add_column(heading, justify="right")
-    for text in result.texts:
-        cells = [str(len(text.windows)), f"{text.value:.4f}"]
-        if text.dense is not None and text.divergence is not None:
-            cells += [f"{text.dense.value:.4f}", f"{text.divergence.kl:.4f}", f"{text.divergence.agreement:.2%}"]
-        table.add_row(Text(text.text), *cells)
-    return table
 
 
 def print_inspect(report: InspectReport) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from maskgen.api import checks, converting, measuring, pruning
+from maskgen.api.pruning import LearnResult, PruneResult
 from maskgen.api.requests import (
     CompressRequest,
     DecompressRequest,
@@ -21,7 +22,7 @@ from maskgen.api.requests import (
     ReportRequest,
     Request,
 )
-from maskgen.cli import display
+from maskgen.cli import display, measured
 from maskgen.core.errors import RequestError
 from maskgen.core.files import write_json
 from maskgen.hf import model
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
         result = pruning.run(request(LearnRequest, args), show)
     if result is not None:  # another process of the group speaks
         display.print_run(result)
+    if isinstance(result, PruneResult | LearnResult):
+        measured.print_quality(result.quality)
 
 
 def permute(args: argparse.Namespace) -> None:
@@ -63,6 +66,8 @@ def quantise(args: argparse.Namespace) -> None:
     """Sparse checkpoint with float values -> one with 8-bit values."""
     result = converting.quantise(request(QuantiseRequest, args))
     display.print_compressed(result.out, result.written)
+    if result.quality_dropped:
+        measured.print_quality(f"what is known of {args.model} was measured with other values; use maskgen eval")
 
 
 def decompress(args: argparse.Namespace) -> None:
@@ -81,6 +86,8 @@ def inspect(args: argparse.Namespace) -> None:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         display.print_inspect(report)
+        if report.quality is not None:
+            measured.print_quality(report.quality)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -94,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise RequestError(f"--windows-out {args.windows_out}: holds the windows of one text; give one with --data")
     with display.progress() as show:
         result = measuring.evaluate(wanted, show)
-    display.print_evaluated(result)
+    measured.print_evaluated(result)
     if "json" in args:
         write_json(args.json, result.to_dict())
     if "windows_out" in args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from maskgen.core.checkpoint import MISTRAL_CONFIG
 from maskgen.core.errors import FormatError
 from maskgen.core.files import check_no_pointer
+from maskgen.core.quality import QUALITY_FILE
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -22,14 +23,15 @@ SNAPSHOT_PATTERNS = ("*.safetensors", *("*" + suffix for suffix in _SUFFIXES))
 def companion_files(model_dir: Path) -> list[Path]:
     """The files of `model_dir` to copy beside its weights when they are written in another form, sorted.
 
-    `config.json` and the index of the shards are not among them: they are written with the weights.
+    `config.json` and the index of the shards are not among them: they are written with the weights. Neither is what was
+    measured of the model, which is not true of what it becomes.
     """
     return sorted(
         path
         for path in model_dir.iterdir()
         if path.is_file()
         and path.suffix in _SUFFIXES
-        and path.name not in ("config.json", MISTRAL_CONFIG)
+        and path.name not in ("config.json", MISTRAL_CONFIG, QUALITY_FILE)
         and not path.name.endswith(".index.json")
     )
 

@@ -35,6 +35,7 @@ from maskgen.core.files import check_tensor_names, open_tensors
 from maskgen.data import sources
 from maskgen.data.bos import Bos
 from maskgen.data.formats import Kind, format_of, readable
+from maskgen.data.heldout import HeldOut
 
 PIECE_CHARS = 500_000
 """Characters tokenised at a time."""
@@ -84,10 +85,12 @@ def calibration_windows(
     window_tokens: int,
     generator: torch.Generator,
     bos: Bos | None = None,
+    heldout: HeldOut | None = None,
 ) -> Tensor:
     """Cut `samples` random windows from one or more sources, int64 `[S, T]`, each with `bos` in front.
 
-    `bos` None is what the tokenizer does by itself. Raises `DataError` when a source is too short.
+    `bos` None is what the tokenizer does by itself. What `heldout` takes of a source is left out. Raises `DataError`
+    when a source is too short.
     """
     assert files
     bos = Bos.of(tokenizer) if bos is None else bos
@@ -98,6 +101,8 @@ def calibration_windows(
         if not mine:
             raise DataError(f"{len(files)} files for {samples} samples; raise calibration.samples or give fewer files")
         ids = read_tokens(file, tokenizer)
+        if heldout is not None:
+            ids = heldout.take(file, ids, needed=text_tokens)
         starts = len(ids) - text_tokens + 1
         if starts < 1:
             raise DataError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, iterate_tensors, read_headers
 from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
+from maskgen.core.quality import Quality, read_quality
 from maskgen.core.values import FLOAT
 from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
 
@@ -48,8 +49,9 @@ class InspectReport:
     """All weight matrices of a directory, embeddings too, and the bytes of everything else (norms, biases).
 
     `pattern` is what layers are compared with. `kept` says what of the decoder blocks of a sparse checkpoint is dense,
-    experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then
-    `values` how packed weights are stored: `float`, `int8` or `fp8_e4m3`.
+    experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then `values` how packed
+    weights are stored: `float`, `int8` or `fp8_e4m3`. `quality` is what was measured when the model was made, if that
+    is known.
     """
 
     path: str
@@ -59,6 +61,7 @@ class InspectReport:
     other_bytes: int
     values: str = FLOAT
     kept: list[KeptDense] = field(default_factory=list)
+    quality: Quality | None = None
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -85,7 +88,7 @@ def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
             layers.append(_dense_layer(name.removesuffix(WEIGHT_SUFFIX), tensor, pattern))
         else:
             other_bytes += tensor.nbytes
-    return InspectReport(str(path), str(pattern), False, layers, other_bytes)
+    return InspectReport(str(path), str(pattern), False, layers, other_bytes, quality=read_quality(path))
 
 
 def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
@@ -106,7 +109,8 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     targets = {layer.name: (layer.out_features, layer.in_features) for layer in layers if layer.stored == "packed"}
     others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
     kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config))
-    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, checkpoint.config.values, kept)
+    quality, values = read_quality(checkpoint.path), checkpoint.config.values
+    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality)
 
 
 def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:

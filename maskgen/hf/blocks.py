@@ -145,13 +145,14 @@ def _record_batch(
             raise _LastBlockReached
         return as_output(hidden_BTD)
 
-    with _replaced_forward(blocks, stub):
+    with replaced_forward(blocks, stub):
         _forward(model, ids_BT)
     return _first(inputs[0]), calls
 
 
 @contextlib.contextmanager
-def _replaced_forward(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+    """Every block runs `stub` instead of itself, and is as it was afterwards."""
     own = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:

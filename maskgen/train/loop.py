@@ -61,7 +61,7 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Stage:
-    """What begins now: "loading", "prior" (masks to start from are made), "training", "writing"."""
+    """What begins now: "loading", "prior" (masks to start from are made), "training", "measuring", "writing"."""
 
     name: str
 

@@ -60,7 +60,7 @@ class Objective:
     def __call__(self, student: nn.Module, ids_BT: Tensor) -> Loss:
         """The loss of windows `[B, T]` (T - 1 predicted tokens each), averaged over all of them."""
         teacher_BTV = self._teach(student, ids_BT) if self.weight > 0 else None
-        student_BTV = self._logits(student, ids_BT)
+        student_BTV = self.logits(student, ids_BT)
         target_BT = pad(ids_BT[:, 1:], (0, 1), value=NO_TARGET)
         total, ce, divergence = MixedLoss.apply(student_BTV, teacher_BTV, target_BT, self.weight, self.temperature)
         return Loss(total, float(ce), float(divergence))
@@ -68,11 +68,11 @@ class Objective:
     @torch.no_grad()
     def _teach(self, student: nn.Module, ids_BT: Tensor) -> Tensor:
         if self.teacher is not None:
-            return self._logits(self.teacher, ids_BT)
+            return self.logits(self.teacher, ids_BT)
         with in_mode(self.layers, Mode.DENSE):
-            return self._logits(student, ids_BT)
+            return self.logits(student, ids_BT)
 
-    def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """Logits `[B, T, V]`, in the dtype they are computed in."""
         with autocast(ids_BT.device, self.compute_dtype):
             logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits

@@ -24,6 +24,7 @@ import torch
 
 from maskgen.core.digest import StoredModel, digest_json, digest_weights
 from maskgen.core.mask import MaskSet
+from maskgen.core.quality import Quality, stored
 from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress
 from maskgen.export import slice as slice_module
@@ -35,6 +36,7 @@ from maskgen.sweep.driver import Progress, check_prior
 from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run, work_dir
 from maskgen.train import result
 from maskgen.train.checkpoints import Checkpoints
+from maskgen.train.heldout import measure_quality
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.train.loop import Cadence, HeldOut, Stage, fit
 from maskgen.train.parallel import ALONE, Group, joined
@@ -80,10 +82,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run did: the records of its log (`maskgen.train.log`), and what was written."""
+    """What a run did: the records of its log (`maskgen.train.log`), what was written, and how good that is.
+
+    `quality` was measured on held-out text; or it is why it was not.
+    """
 
     records: Sequence[Mapping[str, Any]]
     written: Written
+    quality: Quality | str
 
 
 def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
@@ -110,12 +116,15 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         gc.collect()
         session, dense = _session(_assembly(job), start.prior, ALONE)
         start.checkpoints.restore_model(session)
+    tell(Stage("measuring"))
+    names = [file.name for file in job.data]
+    quality = measure_quality(session, start.corpus, names, job.recipe, job.model_dir)
     tell(Stage("writing"))
     start.weights.check()
     log_file = job.work / WORK_LOG_FILE
     extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
-    written = result.write(session, start.origin, job.out, dense, extra, job.masks_out)
-    return Learned(read(log_file), written)
+    written = result.write(session, start.origin, job.out, dense, {**extra, **stored(quality)}, job.masks_out)
+    return Learned(read(log_file), written, quality)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from maskgen.core.quality import Quality
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import (
     Chunk,
@@ -159,6 +160,20 @@ def model_info(info: EngineInfo, models: Sequence[str]) -> pb.GetModelInfoRespon
         kernels=info.kernels,
         sparse_weight_bytes=info.sparse_weight_bytes,
         dense_equivalent_bytes=info.dense_equivalent_bytes,
+        quality=None if info.quality is None else _quality(info.quality),
+    )
+
+
+def _quality(quality: Quality) -> pb.Quality:
+    return pb.Quality(
+        dense_perplexity=quality.dense_perplexity,
+        perplexity=quality.perplexity,
+        kl_divergence=quality.kl,
+        top1_agreement=quality.agreement,
+        windows=quality.windows,
+        window_tokens=quality.window_tokens,
+        texts=quality.texts,
+        bad=quality.is_bad,
     )
 
 

@@ -48,6 +48,8 @@ class OpsApi:
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
         engine = None if context.info is None else dataclasses.asdict(context.info)
+        if engine is not None and context.info is not None and context.info.quality is not None:
+            engine["quality"] |= {"bad": context.info.quality.is_bad, "advice": context.info.quality.advice()}
         body = {
             "phase": context.admission.phase.value,
             "engine": engine,

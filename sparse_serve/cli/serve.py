@@ -139,13 +139,21 @@ def ready_block(info: EngineInfo, http: str, grpc: str) -> str:
     generate = [*_this_command(), "generate", "--address", grpc, "--max-tokens", "16", "Hello"]
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
-
+{quality_line(info)}
   HTTP  http://{http}
         {shlex.join(call)}
   gRPC  {grpc}
         {shlex.join(generate)}
   see   {shlex.join(["curl", f"http://{http}/metrics"])}
 """
+
+
+def quality_line(info: EngineInfo) -> str:
+    """What was measured of the model when it was pruned, with an end of line; nothing where that is not known."""
+    if info.quality is None:
+        return ""
+    bad = "; that is bad, and `maskgen inspect` says what to try" if info.quality.is_bad else ""
+    return f"quality: {info.quality.describe()}{bad}\n"
 
 
 def example(info: EngineInfo) -> tuple[str, dict[str, object]]:

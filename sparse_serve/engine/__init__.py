@@ -8,7 +8,10 @@ model, for tests of everything around the engine; `vllm_engine.py` is the real o
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # it imports torch, which a client does without
+    from maskgen.core.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class EngineInfo:
     those that were measured, of several ranks the slowest; none if kernels were asked for by name, or none had a
     competitor. `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they
     would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
+    `quality` is what was measured of the model when it was pruned, if that is known.
     """
 
     model: str
@@ -43,6 +47,7 @@ class EngineInfo:
     choices: tuple[KernelChoice, ...] = ()
     sparse_weight_bytes: int = 0
     dense_equivalent_bytes: int = 0
+    quality: "Quality | None" = None
     chat: bool = False
 
 

@@ -9,6 +9,7 @@ die.
 import asyncio
 from collections.abc import AsyncGenerator
 
+from maskgen.core.quality import Quality
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
@@ -32,6 +33,7 @@ INFO = EngineInfo(
     choices=(KernelChoice(64, 32, "float", 4, "cpu", 1.5),),
     sparse_weight_bytes=900,
     dense_equivalent_bytes=1600,
+    quality=Quality(20.0, 50.0, 0.75, 0.5, 16, 512, False, ("a.txt",), "sparsegpt", "2:4"),
 )
 
 

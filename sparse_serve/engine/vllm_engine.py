@@ -34,7 +34,7 @@ from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults
 from sparse_serve.engine.vllm_flags import parse
-from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, known_quality, sampling_arguments, takes_chat, to_chunk
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -150,7 +150,8 @@ class VllmEngine:
         info = engine_info(self.models[0], model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
-        return replace(info, chat=takes_chat(self.args.chat_template, self.client.renderer.tokenizer))
+        chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
+        return replace(info, chat=chat, quality=known_quality(self.args.model))
 
     @property
     def models(self) -> tuple[str, ...]:

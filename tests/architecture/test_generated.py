@@ -82,6 +82,17 @@ def test_field_numbers_never_change() -> None:
             "sparse_weight_bytes": 8,
             "dense_equivalent_bytes": 9,
             "models": 10,
+            "quality": 11,
+        },
+        "Quality": {
+            "dense_perplexity": 1,
+            "perplexity": 2,
+            "kl_divergence": 3,
+            "top1_agreement": 4,
+            "windows": 5,
+            "window_tokens": 6,
+            "texts": 7,
+            "bad": 8,
         },
     }
 

@@ -59,7 +59,7 @@ def test_prune_twice_in_one_process(model_dir: ModelDir, text_file: Path, tmp_pa
     result = maskgen.prune(prune(dense, text_file, tmp_path / "one", masks_out=masks), heard)
     assert isinstance(result, maskgen.PruneResult) and result.out == tmp_path / "one"
     assert len(result.sweep.targets) == 7 * models.LAYERS == result.written.targets
-    assert stages(heard) == ["loading", "writing"]
+    assert stages(heard) == ["loading", "measuring", "measuring", "writing"]
     done = [event.block for event in heard.of(maskgen.SweepProgress) if event.what == "block done"]
     assert done == list(range(models.LAYERS))
     assert SparseCheckpoint.open(result.out).config.mask_digest == MaskSet.load(masks).digest()
@@ -72,7 +72,7 @@ def test_learn_tells_every_step_and_look(model_dir: ModelDir, text_file: Path, t
     heard = Heard()
     result = maskgen.learn(learn(model_dir(), text_file, tmp_path / "out", eval_every=2), heard)
     assert isinstance(result, maskgen.LearnResult) and result.log.is_file()
-    assert stages(heard) == ["prior", "loading", "training", "writing"]
+    assert stages(heard) == ["prior", "loading", "training", "measuring", "writing"]
     assert [event.step for event in heard.of(maskgen.TrainingStep)] == [1, 2, 3, 4]
     looks = heard.of(maskgen.HeldOut)
     assert [event.step for event in looks] == [0, 2, 4]

@@ -19,7 +19,14 @@ def test_a_gguf_file_is_a_model(text_file: Path, tmp_path: Path, monkeypatch: py
     gguf_files.save(file)
     result = maskgen.prune(prune(file, text_file, tmp_path / "sparse", recipe="magnitude", overrides={}), heard)
     assert isinstance(result, maskgen.PruneResult)
-    assert stages(heard) == ["reading tiny.gguf", "converting tiny.gguf", "loading", "writing"]
+    assert stages(heard) == [
+        "reading tiny.gguf",
+        "converting tiny.gguf",
+        "loading",
+        "measuring",
+        "measuring",
+        "writing",
+    ]
     assert SparseCheckpoint.open(result.out).config.base_model == "tiny"
 
     dense = maskgen.decompress(maskgen.DecompressRequest(model=file, out=tmp_path / "dense"))

@@ -9,10 +9,7 @@ import pytest
 from rich.progress import Progress
 
 from maskgen.api.events import HeldOut, Scored, Stage, SweepProgress, TrainingStep
-from maskgen.api.measuring import EvaluateResult, TextResult
 from maskgen.cli import display
-from maskgen.core.divergence import Divergence
-from maskgen.core.perplexity import Perplexity, Protocol, Window
 
 STEP = TrainingStep(1, 11, 3.25, 3.0, 0.5, 1.0, 1e-3, 4096, 10.0, 700_000_000)
 LOOK = HeldOut(0, 4.0, 54.598, 1.0, 0.0, 0.5, 3.9, 49.402)
@@ -93,21 +90,3 @@ def test_the_summary_of_a_training_run(capsys: pytest.CaptureFixture[str], devic
         f"  2 steps, 8,192 tokens, 2:05, peak memory of the {where} 700.0 MB",
         "  90.00% of the mask is as it was at the start; log in out/log.jsonl",
     ]
-
-
-def test_an_evaluation_of_several_texts_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    def text(name: str, nll: float) -> TextResult:
-        dense, sparse = (Perplexity(Protocol(8), [value], [7], "sha256:0") for value in (1.0, nll))
-        return TextResult(name, sparse, [Window([0] * 8, 1)], dense, Divergence([nll / 4], [0.625], [7]))
-
-    display.print_evaluated(EvaluateResult("sparse", "bfloat16", [text("a.txt", 2.0), text("b.txt", 3.0)], "base"))
-    shown = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
-    assert rows == [
-        ["a.txt", "1", "7.3891", "2.7183", "0.5000", "62.50%"],
-        ["b.txt", "1", "20.0855", "2.7183", "0.7500", "62.50%"],
-    ]
-    assert "2 windows, 14 scored tokens, window 8, non-overlapping" in shown and "dense: base" in shown
-
-    display.print_evaluated(EvaluateResult("sparse", "bfloat16", [text("a.txt", 2.0)]))
-    assert capsys.readouterr().out.startswith("perplexity 7.3891\n")

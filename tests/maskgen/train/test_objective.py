@@ -96,7 +96,7 @@ def test_the_gradient_lies_in_the_teacher_s_logits_and_serves_once() -> None:
 def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the student's nor the teacher's: they are the widest tensors there are."""
     trained, made, sliced = session(distill_weight=0.5), [], []
-    forward, losses = trained.objective._logits, objective.slice_losses
+    forward, losses = trained.objective.logits, objective.slice_losses
 
     def storage(of: Tensor) -> int:
         return of.untyped_storage().data_ptr()

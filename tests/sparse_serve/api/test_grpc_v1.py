@@ -89,6 +89,10 @@ async def test_model_info() -> None:
     assert (info.sparse_layers, info.dense_layers, dict(info.kernels)) == (3, 1, {"reference": 2, "cpu": 1})
     assert (info.sparse_weight_bytes, info.dense_equivalent_bytes) == (900, 1600)
     assert list(info.models) == ["fake"]
+    quality = info.quality
+    assert (quality.dense_perplexity, quality.perplexity, quality.kl_divergence) == (20.0, 50.0, 0.75)
+    assert (quality.top1_agreement, quality.windows, quality.window_tokens) == (0.5, 16, 512)
+    assert list(quality.texts) == ["a.txt"] and quality.bad
 
 
 async def failure(call) -> grpc.aio.AioRpcError:

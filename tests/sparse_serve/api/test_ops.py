@@ -25,3 +25,6 @@ async def test_info_shows_engine_and_settings_once_started() -> None:
         info = (await server.http.get("/sparse-serve/info")).json()
     assert info["engine"]["kernels"] == {"reference": 2, "cpu": 1}
     assert info["settings"]["max_stop"] == 5
+    quality = info["engine"]["quality"]
+    assert (quality["dense_perplexity"], quality["perplexity"], quality["kl"]) == (20.0, 50.0, 0.75)
+    assert quality["texts"] == ["a.txt"] and quality["bad"] and len(quality["advice"]) == 2

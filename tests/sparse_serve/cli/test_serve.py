@@ -43,6 +43,15 @@ def test_a_model_with_a_chat_template_is_called_with_a_chat() -> None:
     assert [message["role"] for message in json.loads(words[-1])["messages"]] == ["user"]
 
 
+def test_the_block_says_how_good_the_model_is() -> None:
+    assert INFO.quality is not None
+    (line,) = [line for line in ready_block(INFO, "h:1", "h:2").splitlines() if line.startswith("quality: ")]
+    assert line == f"quality: {INFO.quality.describe()}; that is bad, and `maskgen inspect` says what to try"
+    good = dataclasses.replace(INFO, quality=dataclasses.replace(INFO.quality, perplexity=21.0))
+    assert "that is bad" not in ready_block(good, "h:1", "h:2")
+    assert "quality" not in ready_block(dataclasses.replace(INFO, quality=None), "h:1", "h:2")
+
+
 def test_the_printed_command_needs_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "an environment"
     folder.mkdir()
@@ -69,7 +78,7 @@ def test_a_start_and_a_quiet_end_are_few_lines(capsys: pytest.CaptureFixture[str
     assert "DIR" in start and str(LOG) in start and "--verbose" in start
     assert started.startswith("started in ")
     assert (stopping, stopped) == ("stopping", "stopped")
-    assert len((out + err).splitlines()) <= 13
+    assert len((out + err).splitlines()) <= 14
 
 
 def test_requests_that_are_waited_for_or_cut_off_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

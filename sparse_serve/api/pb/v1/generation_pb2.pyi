@@ -142,8 +142,28 @@ class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Quality(_message.Message):
+    __slots__ = ("dense_perplexity", "perplexity", "kl_divergence", "top1_agreement", "windows", "window_tokens", "texts", "bad")
+    DENSE_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    KL_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    TOP1_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    BAD_FIELD_NUMBER: _ClassVar[int]
+    dense_perplexity: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    windows: int
+    window_tokens: int
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    bad: bool
+    def __init__(self, dense_perplexity: _Optional[float] = ..., perplexity: _Optional[float] = ..., kl_divergence: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., windows: _Optional[int] = ..., window_tokens: _Optional[int] = ..., texts: _Optional[_Iterable[str]] = ..., bad: _Optional[bool] = ...) -> None: ...
+
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models")
+    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models", "quality")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +181,7 @@ class GetModelInfoResponse(_message.Message):
     SPARSE_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DENSE_EQUIVALENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -171,4 +192,5 @@ class GetModelInfoResponse(_message.Message):
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    quality: Quality
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ...) -> None: ...

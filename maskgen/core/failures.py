@@ -59,7 +59,7 @@ def explained(where: Path | str | None = None) -> Iterator[None]:
         known = in_words(error, where)
         if known is None or known is error:
             raise
-        raise known from error
+        raise known from None if isinstance(error, SafetensorError) else error
 
 
 def in_words(error: BaseException, where: Path | str | None = None) -> SparseError | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import logging
 import multiprocessing
 import os
@@ -31,13 +32,14 @@ from sparse_serve.runtime import processes
 AS_USERS_DO = {
     "test_server",
     "test_endings",
+    "test_starts",
     "test_stock",
     "test_compiled",
     "test_bench_serve",
     "test_demo",
     "test_docs",
 }
-"""Modules whose tests start every process anew."""
+"""Modules whose tests are not children of the pytest process: they start processes anew, or have a `Nursery`."""
 
 ARCHITECTURES = [
     f"{name}ForCausalLM"
@@ -141,6 +143,46 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
 
 
+class Nursery:
+    """A process that has imported vLLM and nothing else: its children may start what does not survive a fork.
+
+    gRPC is such a thing: a server hangs in a child of a process that has had one, as the pytest process may have.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.vllm.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def command(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """`command` in that process, with the environment of this one."""
+        argv = [str(word) for word in words]
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps({"argv": argv, "environment": dict(os.environ)}), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(argv, answer["status"], answer["out"], answer["err"])
+
+    def close(self) -> None:
+        """End the process and what it may still be running."""
+        below = processes.descendants(self._process.pid)
+        self._process.kill()
+        processes.kill(below)
+        self._process.communicate()
+
+
+def _serve_commands() -> None:
+    """The loop of the process of a `Nursery`: one request a line on stdin, one answer a line on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints while it is imported is no answer
+    for line in sys.stdin:
+        request = json.loads(line)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        done = command(*request["argv"])
+        answer = {"status": done.returncode, "out": done.stdout, "err": done.stderr}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 def fork(work: Callable[[], int]) -> int:
     """Exit status of a child that does `work`; negative, the signal that ended it."""
     sys.stdout.flush()
@@ -166,3 +208,7 @@ def fork(work: Callable[[], int]) -> int:
         processes.kill(below)
         os.waitpid(pid, 0)
         raise
+
+
+if __name__ == "__main__":
+    _serve_commands()

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm.nursery import command
+from tests.vllm.nursery import Nursery
 from tests.vllm.serving import make_checkpoint
+
+pytestmark = pytest.mark.xdist_group("starts")
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    clean = Nursery()
+    yield clean
+    clean.close()
 
 
 @pytest.fixture
@@ -19,14 +31,19 @@ def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_checkpoint(tmp_path)
 
 
-def refusal(model: Path, *flags: str) -> str:
+@pytest.fixture
+def refusal(nursery: Nursery) -> Refusal:
     """The one line that a failed start prints after it has said that it starts; without its ends."""
-    done = command("serve", model, *flags, "--http-port=0", "--grpc-port=0")
-    assert (done.returncode, done.stdout) == (2, "")
-    _, line = done.stderr.splitlines()
-    found = re.fullmatch(r"sparse-serve: error: (.*); log: (.*)", line)
-    assert found and Path(found[2]).read_text(), line
-    return found[1]
+
+    def start(model: Path, *flags: str) -> str:
+        done = nursery.command("serve", model, *flags, "--http-port=0", "--grpc-port=0")
+        assert (done.returncode, done.stdout) == (2, "")
+        _, line = done.stderr.splitlines()
+        found = re.fullmatch(r"sparse-serve: error: (.*); log: (.*)", line)
+        assert found and Path(found[2]).read_text(), line
+        return found[1]
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -44,7 +61,7 @@ def refusal(model: Path, *flags: str) -> str:
         ),
     ],
 )
-def test_what_is_wrong_with_flags(sparse: Path, flag: str, reason: str) -> None:
+def test_what_is_wrong_with_flags(sparse: Path, refusal: Refusal, flag: str, reason: str) -> None:
     assert re.search(reason, refusal(sparse, flag))
 
 
@@ -56,11 +73,11 @@ def test_what_is_wrong_with_flags(sparse: Path, flag: str, reason: str) -> None:
         ("--load-format=nope", "Load format `nope` is not supported"),
     ],
 )
-def test_what_only_the_engines_process_knows(sparse: Path, flag: str, reason: str) -> None:
+def test_what_only_the_engines_process_knows(sparse: Path, refusal: Refusal, flag: str, reason: str) -> None:
     assert refusal(sparse, flag).startswith(f"the engine did not start: {reason}")
 
 
-def test_what_only_the_http_api_knows(sparse: Path) -> None:
+def test_what_only_the_http_api_knows(sparse: Path, refusal: Refusal) -> None:
     line = refusal(sparse, "--enable-auto-tool-choice", "--tool-call-parser=nope")
     assert line.startswith("the OpenAI API did not start: ") and "'nope'" in line
 
@@ -74,7 +91,7 @@ def test_what_only_the_http_api_knows(sparse: Path) -> None:
         ({"intermediate_size": 100}, r"start \(0\) \+ length \(100\) exceeds dimension size \(96\)"),
     ],
 )
-def test_what_is_wrong_with_a_dense_model(sparse: Path, changes: dict[str, Any], reason: str) -> None:
+def test_what_is_wrong_with_a_dense_model(sparse: Path, refusal: Refusal, changes: dict[str, Any], reason: str) -> None:
     file = sparse.parent / "dense" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert re.search(reason, refusal(file.parent))

@@ -109,7 +109,7 @@ def test_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         sliced.append((storage(teacher_NV), storage(student_NV)))
         return losses(student_NV, teacher_NV, *rest)
 
-    monkeypatch.setattr(Objective, "_logits", lambda self, *args: note_logits(*args))
+    monkeypatch.setattr(Objective, "logits", lambda self, *args: note_logits(*args))
     monkeypatch.setattr(objective, "slice_losses", note_slices)
     trained.objective(trained.model, corpus().heldout[:3])
     assert sliced == [(storage(made[0]), storage(made[1]))]

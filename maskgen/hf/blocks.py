@@ -160,7 +160,7 @@ def replaced_forward(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> I
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
-            del block.forward
+            block.__dict__.pop("forward", None)  # Ctrl-C may have come before it was replaced
             if forward is not None:
                 block.forward = forward
 

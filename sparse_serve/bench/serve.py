@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY
 from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
 from sparse_serve.bench.record import run_metadata
@@ -34,7 +35,7 @@ from sparse_serve.runtime.errors import BenchError, SettingsError
 from sparse_serve.runtime.request import Request
 
 MODELS = ("dense", "sparse")
-_NEED_NOT_AGREE = {"quantization_config", "transformers_version", "_name_or_path"}
+_NEED_NOT_AGREE = {CONFIG_KEY, WEIGHTS_KEY, "transformers_version", "_name_or_path"}
 
 
 @dataclass(frozen=True)

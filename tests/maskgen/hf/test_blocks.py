@@ -113,6 +113,19 @@ def test_forward_methods_come_back_even_after_an_error() -> None:
     assert model.blocks[0].__dict__["forward"] is mine
 
 
+def test_ctrl_c_while_forward_methods_are_replaced_is_not_lost() -> None:
+    class Stops(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "forward":
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    first, second = nn.Linear(1, 1), Stops(1, 1)
+    with pytest.raises(KeyboardInterrupt), blocks.replaced_forward([first, second], lambda: None):
+        pytest.fail("the second block was replaced")
+    assert "forward" not in first.__dict__ | second.__dict__
+
+
 def test_a_model_that_skips_blocks_is_refused() -> None:
     model = Decoder(skip=True)
     with pytest.raises(ModelError, match="does not run every decoder block once"):

@@ -175,7 +175,7 @@ def test_a_full_disk_says_what_is_kept(where: str, tmp_path: Path, monkeypatch: 
             )
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", RUN)
-    with pytest.raises(OSError, match="No space left on device; make room.*; the checkpoint of step 2 is kept in"):
+    with pytest.raises(OSError, match=r"No space left on device; make room.*; the checkpoint of step 2 is kept in"):
         fit(session(), corpus(), tmp_path / "log.jsonl", HEADER, checkpoints, None, OFTEN, progress)
     monkeypatch.undo()
     whole, again = session(), session()

@@ -21,6 +21,7 @@ from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figur
 from sparse_serve.cli.bench import serve_table
 from sparse_serve.runtime import environment, processes
 from sparse_serve.runtime.errors import BenchError, SettingsError
+from tests import models
 
 LOAD = Load(clients=2, requests=3, input_tokens=16, output_tokens=8)
 REPORT: dict[str, Any] = {
@@ -196,3 +197,9 @@ def test_the_environment_is_left_as_it_was_when_a_server_does_not_start(
     with pytest.raises(BenchError, match="no server"):
         serve.run(serve.ServeRequest(dense=tmp_path, sparse=tmp_path))
     assert leaders == [os.getpid()] and dict(os.environ) == before
+
+
+def test_a_checkpoint_of_maskgen_is_compared_with_its_dense_model(tmp_path: Path) -> None:
+    models.save("llama", tmp_path / "dense")
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    check(tmp_path / "dense", tmp_path / "sparse")

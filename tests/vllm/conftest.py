@@ -27,8 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
     for item in here:
         item.add_marker(pytest.mark.filterwarnings("ignore"))
-        if item.path.stem not in nursery.AS_USERS_DO:
-            item.add_marker(pytest.mark.xdist_group("nursery"))
 
 
 @pytest.hookimpl(tryfirst=True)

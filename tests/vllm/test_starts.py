@@ -13,8 +13,6 @@ import pytest
 from tests.vllm.nursery import Nursery
 from tests.vllm.serving import make_checkpoint
 
-pytestmark = pytest.mark.xdist_group("starts")
-
 Refusal = Callable[..., str]
 
 

@@ -77,7 +77,7 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 test: install $(WEIGHTS) ## run the whole CPU test suite in two processes [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest tests -n 2 --dist loadfile $(ARGS)
 
-quick: install ## run the fast tests only: no engine, no training; under a minute [ARGS="-k name"]
+quick: install ## run the fast tests only: no engine, no training [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest $(QUICK) -n 2 --dist loadfile $(ARGS)
 
 check: install ## lint, formatting, types, which room imports which

@@ -31,12 +31,12 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader
-from maskgen.core.config import QUANT_METHOD
+from sparse_serve.plugin.config import AnyDevice
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
@@ -59,26 +59,8 @@ class BuiltModel:
     elsewhere: Mapping[str, str]
 
 
-class AllDense(QuantizationConfig):
+class AllDense(AnyDevice):
     """A quantization config that leaves every layer dense. vLLM asks it about those it would ask `linear` about."""
-
-    def get_name(self) -> str:
-        """The name of the method it stands for."""
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All there are."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Any device."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """No file."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AllDense:

@@ -40,16 +40,8 @@ logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its 
 _BLOCK_INDEX = re.compile(r"\.(\d+)\.")
 
 
-class SparseNMConfig(QuantizationConfig):
-    """The manifest of a checkpoint, as vLLM's quantization config. Module names follow vLLM's renaming."""
-
-    def __init__(self, config: SparseConfig) -> None:
-        super().__init__()
-        self.pattern, self.values, self.correction = config.pattern, config.values, config.correction
-        self.targets = {name: name for name in config.targets}  # by vLLM's name, the manifest's
-        self.ignored = set(config.ignored)
-        self.dense: set[str] | None = None  # what has a `weight` in the files, if these can be looked at
-        self.attached: set[str] = set()
+class AnyDevice(QuantizationConfig):
+    """What a quantization config of this plugin answers vLLM whatever it does with the layers."""
 
     def get_name(self) -> str:
         """The `quant_method` of `config.json`."""
@@ -68,6 +60,18 @@ class SparseNMConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """No separate file: everything is in `config.json`."""
         return []
+
+
+class SparseNMConfig(AnyDevice):
+    """The manifest of a checkpoint, as vLLM's quantization config. Module names follow vLLM's renaming."""
+
+    def __init__(self, config: SparseConfig) -> None:
+        super().__init__()
+        self.pattern, self.values, self.correction = config.pattern, config.values, config.correction
+        self.targets = {name: name for name in config.targets}  # by vLLM's name, the manifest's
+        self.ignored = set(config.ignored)
+        self.dense: set[str] | None = None  # what has a `weight` in the files, if these can be looked at
+        self.attached: set[str] = set()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseNMConfig:

@@ -30,10 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not _is_here(item) or item.path.stem in nursery.AS_USERS_DO:
         return None
-    nursery.run_item(item)
+    nursery.run_item(item, nextitem)
     return True
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch._dynamo
 from _pytest.runner import runtestprotocol
 
 from sparse_serve.runtime import processes
@@ -54,7 +55,6 @@ ARCHITECTURES = [
 @functools.cache
 def prepare() -> None:
     """Import vLLM, and what it imports late, into this process."""
-    import torch._dynamo
     import vllm.entrypoints.openai.api_server
     import vllm.v1.engine.async_llm
     import vllm.v1.executor.multiproc_executor
@@ -65,7 +65,6 @@ def prepare() -> None:
     import sparse_serve.engine.vllm_engine
     import sparse_serve.plugin.config  # noqa: F401
 
-    torch._dynamo.config.disable = True  # read from TORCHDYNAMO_DISABLE, but earlier than a test can set that
     for architecture in ARCHITECTURES:
         registry.ModelRegistry.models[architecture].load_model_cls()
     for method in quantization.QUANTIZATION_METHODS:
@@ -79,7 +78,7 @@ def prepare() -> None:
     gc.freeze()  # vLLM collects garbage ten times in the life of an engine; children need not look through all this
 
 
-def run_item(item: pytest.Item) -> None:
+def run_item(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Run one test in a child, and report what it reports."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     prepare()
@@ -98,6 +97,8 @@ def run_item(item: pytest.Item) -> None:
             reports = _reports(item, answer) if status == 0 else [_failed(item, _ending(status))]
         except pytest.fail.Exception as time_limit:
             reports = [_failed(item, str(time_limit))]
+    # What the test before this one left set up, because this one shares it, ends where the next one does not.
+    item.session._setupstate.teardown_exact(nextitem)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -191,6 +192,8 @@ def fork(work: Callable[[], int]) -> int:
     if pid == 0:
         status = 70
         try:
+            # As TORCHDYNAMO_DISABLE says, which is read too early; and not in this process, whose later tests compile.
+            torch._dynamo.config.disable = True
             status = work()
         except SystemExit as ending:
             status = ending.code if isinstance(ending.code, int) else 1

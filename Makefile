@@ -18,9 +18,8 @@ DATA ?=
 EVAL ?=
 LABEL ?= demo
 ARGS ?=
-# Values of the recipe that `serve` changes, such as calibration.samples=64. The demo is calibrated on little text, so
-# that a first start takes minutes; with SET= it gets what the recipe says.
-SET ?= $(if $(MODEL),,calibration.samples=16 calibration.window_tokens=512)
+# Values of the recipe that `serve` changes, such as calibration.samples=64.
+SET ?=
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -32,8 +31,8 @@ QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v2
-# That the demo's weights are installed; `serve` wants them unless it needs no demo, or has one.
+DEMO := $(CACHE)/demo-v3
+# That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.
 WEIGHTS := $(VENV)/.demo-weights
 SPARSE := $(if $(MODEL),$(shell grep -ls sparse_nm '$(MODEL)/config.json'))
 SERVE_WEIGHTS := $(if $(or $(and $(MODEL),$(DATA)),$(SPARSE),$(wildcard $(DEMO)/demo.json)),,$(WEIGHTS))
@@ -53,7 +52,7 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [SET="key=value"] [DATA=text] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [SET="key=value"] [DATA="texts"] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
@@ -64,12 +63,12 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  if [[ -n $$MODEL && -z $$DATA ]]; then
 	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
 	  fi
-	  model=$${MODEL:-$$DEMO/model} data=$${DATA:-$$DEMO/calibration.txt}
+	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO"/calibration/*.txt})
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$({ facts "$$model" "$$RECIPE" "$$data" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
+	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
 	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) \
-	    --model "$$model" --data "$$data" --out "$$checkpoint"
+	    --model "$$model" --data "$${data[@]}" --out "$$checkpoint"
 	fi
 	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
@@ -101,8 +100,8 @@ gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON
 	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)
 
 quality: install $(if $(MODEL),,demo) ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
-	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-$$DEMO/calibration.txt} \
-	  --eval $${EVAL:-$$DEMO/heldout.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
+	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-"$$DEMO"/calibration/*.txt} \
+	  --eval $${EVAL:-"$$DEMO"/heldout/*.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
 
 proto: install ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py

@@ -116,14 +116,14 @@ class DemoResult:
         return self.out / "model"
 
     @property
-    def calibration(self) -> Path:
-        """Text to calibrate on."""
-        return self.out / "calibration.txt"
+    def calibration(self) -> list[Path]:
+        """Text to calibrate on: a file of each kind."""
+        return sorted((self.out / demo_module.CALIBRATION).iterdir())
 
     @property
-    def heldout(self) -> Path:
-        """Text of the same kind, none of which is in `calibration`."""
-        return self.out / "heldout.txt"
+    def heldout(self) -> list[Path]:
+        """Text of the same kinds, none of which is in `calibration`."""
+        return sorted((self.out / demo_module.HELDOUT).iterdir())
 
 
 @explained()
@@ -228,8 +228,8 @@ def report(request: ReportRequest) -> ReportResult:
 def demo(request: DemoRequest | None = None, progress: Listener = silent) -> DemoResult:
     """Make a real chat model and text to try everything on (`maskgen.data.demo`), or find it made.
 
-    Raises `OutputExistsError` when the directory holds something else, `SparseError` when the package that carries the
-    weights is not installed, or none was given and the user has no home directory.
+    Raises `OutputExistsError` when the directory holds something else, `SparseError` when a package that carries the
+    weights or the text is not installed, or none was given and the user has no home directory.
     """
     out = None if request is None else request.out
     return DemoResult(demo_module.build(out, lambda what: progress(Stage(what))))

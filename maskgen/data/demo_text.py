@@ -24,7 +24,7 @@ import re
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -126,13 +126,22 @@ def _docstrings(path: Path) -> Iterator[str]:
 def split(documents: Documents) -> Corpus:
     """About a tenth of the documents held out, by name; `DataError` when either side is empty."""
     names = sorted(name for name, text in documents.items() if text.strip())
-    heldout_names = {name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0}
+    heldout_names = {name for name in names if _number(name) % 10 == 0}
     seen: set[str] = set()
     heldout = {name: _unseen(documents[name], seen) for name in names if name in heldout_names}
     train = {name: _unseen(documents[name], seen) for name in names if name not in heldout_names}
     if not heldout or not train:
         raise DataError(f"{len(names)} documents cannot be split in two; give a few dozen")
     return Corpus(train, heldout)
+
+
+def shuffled(names: Iterable[str]) -> list[str]:
+    """Names in an order that looks random, and is the same on every machine."""
+    return sorted(names, key=_number)
+
+
+def _number(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
 def _unseen(text: str, seen: set[str]) -> str:

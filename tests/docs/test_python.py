@@ -28,9 +28,9 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     def build(out: Path | None, tell: Callable[[str], None]) -> Path:
         folder = tmp_path / "cache" / "demo"
         models.save("llama", folder / "model", dtype=torch.bfloat16, max_position_embeddings=256)
-        for part, text in (("calibration", models.TEXT[:20_000]), ("heldout", models.TEXT[20_000:])):
-            (folder / part).mkdir()
-            (folder / part / "news.txt").write_text(text)
+        (folder / "calibration.txt").write_text(models.TEXT[:20_000])
+        (folder / "heldout").mkdir()
+        (folder / "heldout" / "news.txt").write_text(models.TEXT[20_000:])
         return folder
 
     monkeypatch.setattr(demo, "build", build)

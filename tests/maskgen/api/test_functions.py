@@ -207,9 +207,8 @@ def test_report_and_demo(model_dir: ModelDir, text_file: Path, tmp_path: Path, m
 
     def build(out: Path, tell: Callable[[str], None]) -> Path:
         tell("converting")
-        for folder in ("calibration", "heldout"):
-            (out / folder).mkdir(parents=True)
-            (out / folder / "news.txt").write_text("News.")
+        (out / "heldout").mkdir(parents=True)
+        (out / "heldout" / "news.txt").write_text("News.")
         return out
 
     monkeypatch.setattr(demo, "build", build)
@@ -217,7 +216,7 @@ def test_report_and_demo(model_dir: ModelDir, text_file: Path, tmp_path: Path, m
     made = maskgen.demo(maskgen.DemoRequest(out=out), heard)
     assert (made.model, made.calibration, made.heldout) == (
         out / "model",
-        [out / "calibration" / "news.txt"],
+        out / "calibration.txt",
         [out / "heldout" / "news.txt"],
     )
     assert stages(heard) == ["converting"]

@@ -235,4 +235,4 @@ def test_demo_says_what_to_do_next(
 ) -> None:
     monkeypatch.setattr(measuring.demo_module, "build", lambda out, progress: out)
     code, text, _ = run(capsys, "demo", "--out", tmp_path / "demo")
-    assert code == 0 and f"--model {tmp_path}/demo/model --data {tmp_path}/demo/calibration/*.txt" in text
+    assert code == 0 and f"--model {tmp_path}/demo/model --data {tmp_path}/demo/calibration.txt" in text

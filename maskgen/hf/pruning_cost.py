@@ -24,7 +24,8 @@ from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.core.quality import MAX_TEXTS, Quality, name_for_people
 from maskgen.hf import blocks as blocks_module
 from maskgen.hf.errors import HF_ERRORS, first_line
-from maskgen.hf.evaluate import Logits, Measured, logits_of, measure
+from maskgen.hf.evaluate import Measured, measure
+from maskgen.hf.logits import Logits, logits_of
 
 _LARGEST_NLL = 700.0
 """Of a model that is lost; the perplexity is a number even then."""
@@ -69,30 +70,36 @@ class Baseline:
         found: list[Any] = []
         handle = blocks[-1].register_forward_hook(lambda block, args, output: found.append(_moved(output, "cpu")))
         try:
+            logits = logits_of(model)
+            found.clear()
             for index, ids_1T in enumerate(text.ids_ST.split(1)):
-                logits_1TV = logits_of(model)(ids_1T)
+                last = logits(ids_1T)
                 progress(index + 1, len(text.ids_ST))
         except HF_ERRORS as error:
             raise ModelError(f"the dense model cannot be run on text alone: {first_line(error)}") from error
         finally:
             handle.remove()
-        again = cls(text, blocks, found[-1:])._logits(model)
-        if len(found) != len(text.ids_ST) or not torch.equal(again(text.ids_ST[-1:]), logits_1TV):
+        again = cls(text, blocks, found[-1:])._logits(logits)
+        if len(found) != len(text.ids_ST) or not _same_pieces(again(text.ids_ST[-1:]), last):
             raise ModelError("more than the last block's output decides the logits of this architecture")
         return cls(text, blocks, found)
 
     def compare(self, model: nn.Module, progress: Callable[[int, int], None]) -> Measured:
         """Run the model again, pruned by now. Raises `NumericalError`."""
-        return measure(logits_of(model), self.text.windows, self.text.protocol, 1, self._logits(model), progress)
+        logits = logits_of(model)
+        return measure(logits, self.text.windows, self.text.protocol, 1, self._logits(logits), progress)
 
-    def _logits(self, model: nn.Module) -> Logits:
-        """The dense model's logits of one window after the other, in the order they were recorded."""
-        outputs = iter(self.outputs)
+    def _logits(self, logits: Logits) -> Logits:
+        """The dense model's logits of one window after the other, in the order they were recorded.
 
-        def run(ids_BT: Tensor) -> Tensor:
-            output = _moved(next(outputs), next(model.parameters()).device)
+        `logits` are those of the model as it is now.
+        """
+        outputs, device = iter(self.outputs), next(self.blocks[0].parameters()).device
+
+        def run(ids_BT: Tensor) -> Iterator[Tensor]:
+            output = _moved(next(outputs), device)
             with blocks_module.replaced_forward(self.blocks, lambda *args, **kwargs: output):
-                return logits_of(model)(ids_BT)
+                return logits(ids_BT)  # the blocks have run when it returns
 
         return run
 
@@ -131,6 +138,10 @@ def quality_of(measured: Measured, text: HeldOutText, method: str, pattern: str)
 def _perplexity(measured: Perplexity) -> float:
     mean = math.fsum(measured.nll_per_window) / len(measured.nll_per_window)
     return math.exp(min(mean, _LARGEST_NLL))
+
+
+def _same_pieces(found: Iterator[Tensor], expected: Iterator[Tensor]) -> bool:
+    return all(torch.equal(found_BnV, other_BnV) for found_BnV, other_BnV in zip(found, expected, strict=True))
 
 
 def _moved(value: Any, device: str | torch.device) -> Any:

@@ -15,7 +15,8 @@ from maskgen.core.quality import Quality
 from maskgen.data.corpus import Corpus
 from maskgen.data.heldout import WINDOW_TOKENS, WINDOWS
 from maskgen.hf import model
-from maskgen.hf.evaluate import Logits, logits_of, measure
+from maskgen.hf.evaluate import measure
+from maskgen.hf.logits import Logits, logits_of
 from maskgen.hf.pruning_cost import HeldOutText, quality_of
 from maskgen.methods.learned import Mode, Result
 from maskgen.recipes.recipe import Recipe
@@ -43,7 +44,7 @@ def _in_mode(session: Session, mode: Mode) -> Logits:
         with in_mode(session.layers, mode):
             return session.objective.logits(session.model, ids_BT.to(session.device))
 
-    return run
+    return logits_of(session.model, run)
 
 
 def _dense(session: Session, model_dir: Path) -> Logits:
@@ -53,4 +54,4 @@ def _dense(session: Session, model_dir: Path) -> Logits:
     teacher = session.objective.teacher
     if teacher is None:
         return logits_of(model.load(model_dir, "auto", str(session.device)))
-    return lambda ids_BT: session.objective.logits(teacher, ids_BT.to(session.device))
+    return logits_of(teacher, lambda ids_BT: session.objective.logits(teacher, ids_BT.to(session.device)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from maskgen.core.divergence import Divergence
 from maskgen.core.errors import DataError, ModelError, NumericalError
 from maskgen.core.perplexity import Protocol
 from maskgen.hf import evaluate
+from maskgen.hf.logits import Logits, logits_of
 from tests import models
 
 IDS = torch.randint(models.VOCABULARY, (100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -68,7 +70,7 @@ def test_progress_and_half_precision() -> None:
 def against(
     model: torch.nn.Module, dense: torch.nn.Module, protocol: Protocol, batch: int = 1
 ) -> tuple[evaluate.Measured, Divergence]:
-    logits = (evaluate.logits_of(model), evaluate.logits_of(dense))
+    logits = (logits_of(model), logits_of(dense))
     found = evaluate.measure(logits[0], protocol.windows(IDS), protocol, batch, logits[1])
     assert found.divergence is not None and found.dense is not None
     return found, found.divergence
@@ -118,11 +120,11 @@ def test_neither_slices_nor_batches_change_a_divergence(rows: int, batch: int, s
 def test_logits_of_minus_infinity_are_probability_0() -> None:
     """Some models mask what pads their vocabulary: that adds nothing, and is no NaN."""
 
-    def logits(seed: int, masked: bool) -> evaluate.Logits:
-        def run(ids_BT: torch.Tensor) -> torch.Tensor:
+    def logits(seed: int, masked: bool) -> Logits:
+        def run(ids_BT: torch.Tensor) -> Iterator[torch.Tensor]:
             logits_BTV = torch.randn(*ids_BT.shape, 9, generator=torch.Generator().manual_seed(seed))
             padding_BTV = torch.full((*ids_BT.shape, 3), -torch.inf)
-            return torch.cat([logits_BTV, padding_BTV], -1) if masked else logits_BTV
+            return iter([torch.cat([logits_BTV, padding_BTV], -1) if masked else logits_BTV])
 
         return run
 

@@ -10,6 +10,7 @@ import torch
 from maskgen.core.errors import ModelError
 from maskgen.hf import evaluate
 from maskgen.hf.layers import decoder_blocks
+from maskgen.hf.logits import logits_of
 from maskgen.hf.pruning_cost import Baseline, HeldOutText, placed, quality_of
 from tests import models
 
@@ -36,7 +37,7 @@ def test_the_dense_model_is_there_again(kind: str, dtype: torch.dtype) -> None:
     damage(pruned)
     with placed(pruned, "cpu"):
         found = before.compare(pruned, told)
-    both = (evaluate.logits_of(pruned), evaluate.logits_of(dense))
+    both = (logits_of(pruned), logits_of(dense))
     assert found == evaluate.measure(both[0], TEXT.windows, TEXT.protocol, 1, both[1])
     quality = quality_of(found, TEXT, "wanda", "2:4")
     assert (quality.windows, quality.window_tokens, quality.texts) == (3, 24, ("text",)) and quality.kl > 0

@@ -6,6 +6,7 @@ Messages name fields of the request in backticks; the command line shows its fla
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,9 +16,18 @@ import torch
 
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
-from maskgen.core.checkpoint import is_sparse_checkpoint, read_dense_config, read_headers
+from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint, read_dense_config, read_headers
 from maskgen.core.companions import check_companions
-from maskgen.core.errors import DataError, ModelError, OutputExistsError, RecipeError, RequestError, StorageError
+from maskgen.core.digest import digest_weights
+from maskgen.core.errors import (
+    DataError,
+    ModelError,
+    OutputExistsError,
+    RecipeError,
+    RequestError,
+    StorageError,
+    clip,
+)
 from maskgen.core.files import read_json
 from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
@@ -31,13 +41,17 @@ from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.train.parallel import is_first
 from maskgen.train.prior import load_prior
+from maskgen.train.start import Start
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Task:
     """A request's recipe, settled for its dense model in `model_dir` (`label` for people), and where to compute.
 
-    `plan` says what will be pruned; its layers are on torch's meta device.
+    `plan` says what will be pruned; its layers are on torch's meta device. `start` is the sparse checkpoint that the
+    request names as its model, to be trained further.
     """
 
     recipe: Recipe
@@ -46,6 +60,7 @@ class Task:
     device: str
     plan: Plan
     prior: MaskSet | None = None
+    start: Start | None = None
 
 
 def absent(*paths: Path | None) -> None:
@@ -129,13 +144,65 @@ def label(source: str, model_dir: Path) -> str:
 def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Listener) -> Task:
     """Find the device and the dense model, and settle the recipe for it."""
     device, model_dir = resolve_device(request.device), find_model(request.model, progress)
+    name, start = label(request.model, model_dir), None
     if is_sparse_checkpoint(model_dir):
-        raise ModelError(f"{request.model}: already sparse; start from the dense model")
+        start = _start(request, model_dir, recipe, progress)
+        name, model_dir = start.checkpoint.config.base_model, start.model_dir
+    elif isinstance(request, LearnRequest) and request.teacher is not None:
+        raise RequestError(
+            f"`teacher` {request.teacher}: {request.model} is dense, and is its own teacher; leave it out, or give a "
+            "sparse checkpoint as `model`"
+        )
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))
     if isinstance(request, PruneRequest) and not request.allow_unserved:
         servable.table().check(servable.architectures(read_dense_config(model_dir)))
     plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore)
-    return Task(recipe, model_dir, label(request.model, model_dir), device, plan)
+    if start is not None:
+        start.check_form(
+            recipe.pattern, _learned(recipe).correction, {name for block in plan.targets for name in block}
+        )
+    return Task(recipe, model_dir, name, device, plan, start=start)
+
+
+def _start(request: PruneRequest | PermuteRequest, sparse_dir: Path, recipe: Recipe, progress: Listener) -> Start:
+    """The sparse checkpoint to train further, and the dense model it was made from.
+
+    Raises `ModelError` for a method that does not train weights, or when there is no dense model.
+    """
+    method = recipe.build_method()
+    if not isinstance(request, LearnRequest) or not isinstance(method, LearnedMethod) or not method.trains_weights:
+        also = ", with this checkpoint as `prior`" if isinstance(request, PruneRequest) and method.uses_prior else ""
+        raise ModelError(f"{request.model}: already sparse; start from the dense model{also}")
+    if request.prior is not None:
+        raise RequestError(f"`prior` {request.prior}: {request.model} is sparse and has masks of its own; leave it out")
+    checkpoint = SparseCheckpoint.open(sparse_dir)
+    start = Start(checkpoint, _dense_model(checkpoint, request.teacher, progress))
+    if is_first():
+        start.check_base(digest_weights(start.model_dir))
+    return start
+
+
+def _dense_model(checkpoint: SparseCheckpoint, given: str | None, progress: Listener) -> Path:
+    """The directory of the model that `given` names, or that a checkpoint states as its base.
+
+    What it states is taken for the name of a directory or a GGUF file beside it, or for a hub id, and never for a path.
+    """
+    name = checkpoint.config.base_model
+    if given is None:
+        folder = checkpoint.path.absolute().parent
+        beside = [folder / name, folder / f"{name}.gguf"] if Path(name).name == name != ".." else []
+        given = next((str(path) for path in beside if path.exists()), name if _HUB_ID.fullmatch(name) else None)
+        advice = f"{checkpoint.path}: made from {clip(name)}, %s; give that dense model as `teacher`"
+        if given is None:
+            raise ModelError(advice % "which is not beside it")
+        try:
+            return find_model(given, progress)
+        except ModelError as error:
+            raise ModelError(advice % f"which cannot be used: {error}") from None
+    model_dir = find_model(given, progress)
+    if is_sparse_checkpoint(model_dir):
+        raise ModelError(f"`teacher` {given}: a sparse checkpoint; give the dense model, {clip(name)}")
+    return model_dir
 
 
 def one_shot(request: PruneRequest, task: Task) -> Task:
@@ -152,19 +219,19 @@ def one_shot(request: PruneRequest, task: Task) -> Task:
 def learned(request: LearnRequest, task: Task) -> Task:
     """The task with its prior, when everything that a learned run needs is there."""
     recipe, name = task.recipe, task.recipe.method.name
-    method = recipe.build_method()
-    assert isinstance(method, LearnedMethod) and recipe.train is not None
+    method = _learned(recipe)
+    assert recipe.train is not None
     if request.masks_out is not None and method.result is not Result.SPARSE:
         raise RecipeError(f"`masks_out` {request.masks_out}: {name} writes a dense model, without masks; leave it out")
     prior = load_prior(request.prior, method.uses_prior, recipe)
-    if method.uses_prior and prior is None and recipe.prior is None:
+    if method.uses_prior and prior is None and recipe.prior is None and task.start is None:
         raise RecipeError(f"{name} starts from a mask: give `prior`, or a [prior] section in the recipe")
     if not request.data:
         raise DataError(f"method {name} learns from text; give it with `data`")
     limit = model.stored_max_tokens(task.model_dir)
     check_window_tokens(recipe.train.window_tokens, limit, "train")
     own = recipe.prior_recipe()
-    if method.uses_prior and prior is None and own is not None and own.local_method().needs_data:
+    if method.uses_prior and prior is None and task.start is None and own is not None and own.local_method().needs_data:
         check_window_tokens(recipe.calibration.window_tokens, limit)
     return replace(task, prior=prior)
 
@@ -195,6 +262,12 @@ def no_training_fields(request: PruneRequest, recipe: Recipe) -> None:
 def load_recipe(request: PruneRequest | PermuteRequest) -> Recipe:
     """The recipe that a request names, with its overrides."""
     return recipe_module.load(request.recipe, request.overrides)
+
+
+def _learned(recipe: Recipe) -> LearnedMethod:
+    method = recipe.build_method()
+    assert isinstance(method, LearnedMethod)
+    return method
 
 
 def is_one_shot(recipe: Recipe) -> bool:

@@ -218,6 +218,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         bos=request.bos,
         masks_out=request.masks_out,
         prior=task.prior,
+        start=task.start,
         device=task.device,
         cadence=Cadence(
             request.micro_batch, request.eval_every or 0, request.checkpoint_every or 0, request.keep_checkpoints

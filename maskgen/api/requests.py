@@ -108,7 +108,12 @@ class PruneRequest(_FromRecipe):
 
 
 class LearnRequest(PruneRequest):
-    """A run of a learned method. The fields change how it goes, never what comes out.
+    """A run of a learned method. But for `teacher`, the fields change how it goes, never what comes out.
+
+    Methods that train weights go on from a sparse checkpoint, too, given as `model`: from its weights and its masks,
+    while the dense model that it was made from stays the teacher of a distillation and the base of the result.
+    `teacher` is that dense model; without it, it is looked for under the name that the checkpoint states, beside the
+    checkpoint and among hub ids. Its digest must be the one that the checkpoint states.
 
     `micro_batch` is windows per forward pass and bounds memory. `eval_every` is steps between looks at the held-out
     perplexity of the masks (by default five looks a run), `checkpoint_every` steps between checkpoints (by default one
@@ -117,6 +122,7 @@ class LearnRequest(PruneRequest):
     (FSDP2) instead of keeping a copy in each (DDP).
     """
 
+    teacher: _Model | None = None
     micro_batch: _Count = 8
     eval_every: _Count | None = None
     checkpoint_every: _Count | None = None

@@ -49,7 +49,11 @@ def _add_run(verbs: Verbs) -> None:
         "The result is a complete Hugging Face directory. A run that is stopped continues when started again with the "
         "same arguments: what is done is kept in OUT.work until the result is written.",
     )
-    _add_inputs(parser, "a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all)")
+    _add_inputs(
+        parser,
+        "a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all)",
+        "; for methods that train weights (adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
+    )
     _add_training(parser)
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
@@ -62,11 +66,13 @@ def _add_run(verbs: Verbs) -> None:
     parser.add_argument("--keep-work", action="store_true", help="keep OUT.work after success (default: it is deleted)")
 
 
-def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
-    """What `run` and `permute` start from, and where they write."""
+def _add_inputs(parser: argparse.ArgumentParser, recipes: str, also: str = "") -> None:
+    """What `run` and `permute` start from, and where they write; `also` is what else may be the model."""
     parser.add_argument("recipe", help=f"{recipes}, or the path of a .toml file")
     parser.add_argument(
-        "--model", required=True, help="dense model: a Hugging Face directory, a hub id (org/name) or a GGUF file"
+        "--model",
+        required=True,
+        help=f"dense model: a Hugging Face directory, a hub id (org/name) or a GGUF file{also}",
     )
     parser.add_argument(
         "--data",
@@ -89,7 +95,7 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    """Flags of learned methods. They change how a run goes, never what comes out, but for `--prior`."""
+    """Flags of learned methods. They change how a run goes, never what comes out, but for `--prior` and `--teacher`."""
     group = parser.add_argument_group("learned methods")
     group.add_argument(
         "--prior",
@@ -97,6 +103,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model) in place of "
         "the recipe's [prior] (default: the recipe's)",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="DENSE",
+        help="the dense model that a sparse --model was made from (default: as it says, beside it or on the hub)",
     )
     group.add_argument(
         "--micro-batch",

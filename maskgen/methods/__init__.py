@@ -48,6 +48,11 @@ class Solution:
 class Method:
     """Base of all methods: a frozen dataclass whose fields are the options."""
 
+    @property
+    def uses_prior(self) -> bool:
+        """Whether layers need a mask to start from, with these options."""
+        return False
+
     def check_pattern(self, pattern: NMPattern) -> None:
         """Raise `RecipeError` if `pattern` cannot be had with these options. Called when a recipe is read."""
 
@@ -79,11 +84,6 @@ class LocalMethod(Method, ABC):
     """
 
     needs_data: ClassVar[bool] = True
-
-    @property
-    def uses_prior(self) -> bool:
-        """Whether `solve` needs a mask to start from, with these options."""
-        return False
 
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
         """Add a batch of a layer's float32 inputs `[T, I]` to its statistics and return them.

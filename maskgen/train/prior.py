@@ -18,6 +18,7 @@ from maskgen.data.corpus import Corpus
 from maskgen.export.compress import load_masks
 from maskgen.hf import model
 from maskgen.hf.planning import plan_of
+from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.driver import Progress, sweep
 from maskgen.train.loop import Stage
@@ -35,7 +36,12 @@ def load_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
     if path is None:
         return None
     if not used:
-        raise RecipeError(f"`prior` {path}: {wanted.method.name} with these options starts from no mask; leave it out")
+        method = wanted.build_method()
+        trains = isinstance(method, LearnedMethod) and method.trains_weights
+        advice = ", or give a sparse checkpoint as `model` to go on from its weights and masks" if trains else ""
+        raise RecipeError(
+            f"`prior` {path}: {wanted.method.name} with these options starts from no mask; leave it out{advice}"
+        )
     masks = load_masks(path)
     if masks.pattern != wanted.pattern:
         raise RecipeError(f"`prior` {path}: its pattern is {masks.pattern}, the recipe's is {wanted.pattern}")

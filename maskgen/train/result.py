@@ -35,18 +35,23 @@ from maskgen.export import slice as slice_module
 from maskgen.export.compress import CompressReport
 from maskgen.methods.learned import Result
 from maskgen.train.checkpoints import trained_tensors
+from maskgen.train.start import Start
 from maskgen.train.step import Session
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a result comes from: the dense model in `model_dir`, under a label for people, and a recipe."""
+    """What a result comes from: the dense model in `model_dir`, under a label for people, and a recipe.
+
+    `start` is the checkpoint that training went on from, if it was one.
+    """
 
     model_dir: Path
     label: str
     base_digest: str
     recipe_digest: str
     pattern: NMPattern
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def write_sparse(
             weight_OI = solution.weight.to("cpu", weight_OI.dtype)
         return StoredLayer(PackedTensor.pack(weight_OI, solution.mask.cpu(), origin.pattern, name), solution.correction)
 
-    others = _others(session, read_headers(origin.model_dir))
+    others = _replaced(session, origin, read_headers(origin.model_dir))
     return masks, compress.compress(origin.model_dir, config, pack, out_dir, extra, others=others)
 
 
@@ -117,7 +122,7 @@ def write_sparse(
 def write_dense(session: Session, origin: Origin, out_dir: Path, extra: Mapping[str, Any]) -> DenseReport:
     """The model with its trained tensors in place of the stored ones, in the stored dtypes."""
     headers = read_headers(origin.model_dir)
-    others = _others(session, headers)
+    others = _replaced(session, origin, headers)
     hf_config = read_json(origin.model_dir / "config.json")
     with CheckpointWriter(out_dir, hf_config, companion_files(origin.model_dir), extra) as writer:
         for name, stored in iterate_tensors(headers):
@@ -148,6 +153,13 @@ def check(session: Session, model_dir: Path) -> None:
             raise ModelError(f"{model_dir}: stores no tensor {name + WEIGHT_SUFFIX}, which the result is to replace")
     if session.method.result is Result.SLICED:
         slice_module.check(model_dir, session.method.kept_units(session.layers))
+
+
+def _replaced(session: Session, origin: Origin, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:
+    """Tensors of no replaced layer that are not the dense model's: trained now, or before in what training went on
+    from."""
+    earlier = {} if origin.start is None else origin.start.changed
+    return {**earlier, **_others(session, headers)}
 
 
 def _others(session: Session, headers: Mapping[str, TensorHeader]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ from maskgen.train.heldout import measure_quality
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.train.loop import Cadence, HeldOut, Stage, fit
 from maskgen.train.parallel import ALONE, Group, joined
+from maskgen.train.prepare import prepare
 from maskgen.train.prior import check_base, make_prior
 from maskgen.train.result import Origin, Written
-from maskgen.train.step import Session, TrainingStep, prepare
+from maskgen.train.start import Start
+from maskgen.train.step import Session, TrainingStep
 
 PROVENANCE_FILE = "maskgen_provenance.json"
 """Digests of everything a result was made from, written beside the weights."""
@@ -53,7 +56,8 @@ Event = Planned | Stage | Progress | TrainingStep | HeldOut
 
 @dataclass(frozen=True)
 class Job:
-    """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given.
+    """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given, `start`
+    is a sparse checkpoint that was, to go on from.
 
     `label` names the dense model in `model_dir` for people, `planned` says what is pruned of it. `bos` says whether
     windows of text begin with BOS (None: as the tokenizer does by itself). `out` and `masks_out` are written. The rest
@@ -69,6 +73,7 @@ class Job:
     bos: bool | None = None
     masks_out: Path | None = None
     prior: MaskSet | None = None
+    start: Start | None = None
     device: str = "cpu"
     cadence: Cadence = field(default_factory=Cadence)
     checkpoint_activations: bool = False
@@ -120,7 +125,8 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
     names = [file.name for file in job.data]
     quality = measure_quality(session, start.corpus, names, job.recipe, job.model_dir)
     tell(Stage("writing"))
-    start.weights.check()
+    for model_files in start.weights:
+        model_files.check()
     log_file = job.work / WORK_LOG_FILE
     extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
     written = result.write(session, start.origin, job.out, dense, {**extra, **stored(quality)}, job.masks_out)
@@ -136,17 +142,18 @@ class _Start:
     prior: MaskSet | None
     provenance: Mapping[str, Any]
     checkpoints: Checkpoints
-    weights: StoredModel
+    weights: Sequence[StoredModel]
 
 
 def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
     """Read the text, claim the work directory, find or make the prior."""
     wanted, method = job.recipe, job.recipe.build_method()
     assert isinstance(method, LearnedMethod)
-    weights = StoredModel.of(job.model_dir)
-    base_digest = group.broadcast(lambda: digest_weights(job.model_dir))
+    sources = [job.model_dir] if job.start is None else [job.model_dir, job.start.checkpoint.path]
+    weights = [StoredModel.of(source) for source in sources]
+    base_digest, *start_digest = [group.broadcast(partial(digest_weights, source)) for source in sources]
     check_base(job.prior, job.model_dir, base_digest)
-    origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern)
+    origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern, job.start)
     with group.first_leads():
         corpus = read_corpus(wanted, job.data, job.model_dir, job.work / TOKENS_FOLDER, job.bos)
         digests = {
@@ -155,11 +162,13 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
             "data": corpus.digest(),
             "prior": None if job.prior is None else job.prior.digest(),
         }
+        if start_digest:
+            (digests["start"],) = start_digest
         arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__)}
         run_digest = digest_json({**digests, **arithmetic})
         reserve_for_run(job.work, run_digest)
         prior = job.prior
-        if prior is None and method.uses_prior:
+        if prior is None and job.start is None and method.uses_prior:
             prior = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
             digests["prior"] = prior.digest()
     checkpoints = Checkpoints(job.work / "checkpoints", run_digest, job.cadence.keep_checkpoints)
@@ -210,7 +219,7 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
     units = slice_module.units(loaded) if method.result is Result.SLICED else {}
     mask = None if prior is None else prior.mask
     session = prepare(
-        loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, job.checkpoint_activations
+        loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, job.checkpoint_activations, job.start
     )
     result.check(session, model_dir)
     return session, [*plan.listed, *(name for name, _ in targets if name not in session.layers)]

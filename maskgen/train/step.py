@@ -1,9 +1,8 @@
 """One training step of a learned method, over the whole model.
 
-    every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too (scope = "all")
-    for each step:  before_step -> forward, loss, backward (per micro-batch) -> clip -> optimiser -> after_step
+    before_step -> forward, loss, backward (per micro-batch) -> clip -> optimiser -> after_step
 
-`loop` repeats the step. Everything a step does is a function of the recipe and the step's
+`prepare` makes the session, `loop` repeats the step. Everything a step does is a function of the recipe and the step's
 number: which windows it sees, the noise, the learning rate. So resuming needs parameters, buffers and optimiser states
 only, and ends with the same bits.
 
@@ -12,39 +11,23 @@ Legend: B = batch, T = tokens, S = windows.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
 
 from maskgen.core.digest import derive_seed
-from maskgen.core.errors import NumericalError, RecipeError
-from maskgen.core.pattern import NMPattern
+from maskgen.core.errors import NumericalError
 from maskgen.data.corpus import Corpus
-from maskgen.hf.layers import decoder_blocks
-from maskgen.hf.planning import Plan
-from maskgen.methods.learned import (
-    FixedLinear,
-    Layers,
-    LearnedLinear,
-    LearnedMethod,
-    Mode,
-    Result,
-    StepContext,
-    TargetLayer,
-    learned_parameters,
-)
+from maskgen.methods.learned import Layers, LearnedMethod, Mode, StepContext
 from maskgen.numerics.memory import peak_memory_bytes
 from maskgen.numerics.shards import full
 from maskgen.recipes.sections import Training
 from maskgen.train.objective import Objective, in_mode
-from maskgen.train.parallel import ALONE, Group
+from maskgen.train.parallel import Group
 
 
 @dataclass(frozen=True)
@@ -170,115 +153,16 @@ class Session:
             )
 
 
-def prepare(
-    model: nn.Module,
-    plan: Plan,
-    units: Mapping[str, int],
-    method: LearnedMethod,
-    spec: Training,
-    prior: Callable[[str], Tensor] | None,
-    pattern: NMPattern,
-    group: Group = ALONE,
-    checkpointed: bool = False,
-) -> Session:
-    """Replace the layers of `plan` in `model` and build what trains them. `prior` gives a bool mask per layer name.
-
-    With `checkpointed`, only the inputs of the decoder's blocks are kept for the backward pass, which runs each block
-    again: same bits, less memory.
-    """
-    group.check_batch(spec.batch, spec.noise_samples)
-    model.requires_grad_(False)
-    teacher = None
-    if method.trains_weights and spec.distill_weight > 0:
-        teacher = _copy(model, spec.torch_dtype)
-        group.split(teacher, decoder_blocks(teacher)[1])
-    others = _train_others(model, plan) if spec.scope == "all" else []
-    layers = _attach(model, plan, units, method, spec, prior, pattern)
-    assert learned_parameters(layers), "the method attached nothing that can be trained"
-    blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
-    runner = group.wrap(model, blocks)
-    parameters = {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
-    learning = {name: layer for name, layer in layers.items() if not isinstance(layer, FixedLinear)}
-    optimizer = method.optimizer(learning, [parameters[name] for name in others], spec.lr)
-    for settings in optimizer.param_groups:
-        settings["initial_lr"] = settings["lr"]
-    objective = Objective(layers, spec.distill_weight, spec.distill_temperature, spec.torch_dtype, teacher)
-    return Session(model, method, spec, layers, learning, objective, optimizer, group, runner, plan.stored)
-
-
-def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy with its parameters in `dtype`; buffers (rotary frequencies) stay as they are."""
-    copies: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, copies)
-
-
-def _attach(
-    model: nn.Module,
-    plan: Plan,
-    units: Mapping[str, int],
-    method: LearnedMethod,
-    spec: Training,
-    prior: Callable[[str], Tensor] | None,
-    pattern: NMPattern,
-) -> dict[str, LearnedLinear]:
-    generator = torch.Generator().manual_seed(spec.seed)
-    layers: dict[str, LearnedLinear] = {}
-    modules = {id(module): name for name, module in model.named_modules()}
-    active = _active_blocks(spec, len(plan.blocks), method, prior is not None)
-    targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
-    for index, (block, name, linear) in enumerate(targets):
-        mask = None if prior is None else prior(name).to(linear.weight.device)
-        target = TargetLayer(index, name, linear, pattern, mask, units.get(name))
-        layer = method.attach(target, generator) if block in active else FixedLinear(target)
-        if layer is not None:
-            model.set_submodule(modules[id(linear)], layer)
-            layers[name] = layer
-    return layers
-
-
-def _active_blocks(spec: Training, blocks: int, method: LearnedMethod, has_prior: bool) -> range:
-    if spec.blocks is None:
-        return range(blocks)
-    if not has_prior or method.result is not Result.SPARSE or spec.scope == "all":
-        raise RecipeError(
-            f"train.blocks {list(spec.blocks)}: the other blocks keep a prior's masks, so this needs a method that "
-            "starts from one, with scope = 'targets'"
-        )
-    if spec.blocks[1] > blocks:
-        raise RecipeError(f"train.blocks {list(spec.blocks)}: the model has {blocks} blocks, numbered from 0")
-    return range(*spec.blocks)
-
-
-def _train_others(model: nn.Module, plan: Plan) -> list[str]:
-    """Make everything but the plan's targets trainable; its names."""
-    targets = {id(item) for block in plan.targets for linear in block.values() for item in linear.parameters()}
-    others = [name for name, parameter in model.named_parameters() if id(parameter) not in targets]
-    for name in others:
-        model.get_parameter(name).requires_grad_(True)
-    return others
-
-
-def _checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Put torch's wrapper around every block; the wrapped blocks."""
-    names = {id(module): name for name, module in model.named_modules()}
-    wrapped = []
-    for block in blocks:
-        wrapped.append(checkpoint_wrapper(block, preserve_rng_state=False))
-        model.set_submodule(names[id(block)], wrapped[-1])
-    return wrapped
-
-
 @torch.no_grad()
 def heldout_nll(session: Session, windows_ST: Tensor, batch: int, mode: Mode = Mode.HARD) -> float:
     """Mean negative log-likelihood of held-out windows `[S, T]`: HARD masks as exported now, or the DENSE model."""
-    objective = Objective(session.layers, 0.0, 1.0, session.spec.torch_dtype)
+    objective, model = Objective(session.layers, 0.0, 1.0, session.spec.torch_dtype), session.model
+    if mode is Mode.DENSE and session.objective.teacher is not None:
+        model = session.objective.teacher
     total = 0.0
     with in_mode(session.layers, mode):
         for ids_BT in windows_ST.split(batch):
-            total += objective(session.model, ids_BT.to(session.device)).cross_entropy * len(ids_BT)
+            total += objective(model, ids_BT.to(session.device)).cross_entropy * len(ids_BT)
     return total / len(windows_ST)
 
 

@@ -25,7 +25,8 @@ from maskgen.methods import Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, Result, StepContext, TargetLayer
 from maskgen.recipes.sections import Training
 from maskgen.train.parallel import ALONE, Group
-from maskgen.train.step import Session, prepare
+from maskgen.train.prepare import prepare
+from maskgen.train.step import Session
 from tests import models
 
 PATTERN = NMPattern(2, 4)

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
+from maskgen.core.config import CorrectionConfig
 from maskgen.core.pattern import NMPattern
-from maskgen.methods import Method, Solution
+from maskgen.methods import Correction, Method, Solution
+from maskgen.numerics.shards import full
 
 
 class Mode(Enum):
@@ -76,7 +78,8 @@ class TargetLayer:
     `index` is its number among the target layers of the model, `name` its module name. `prior_OI` is a bool mask
     `[O, I]` to start from, or None. `units` matters to methods that remove whole heads or hidden neurons: into how many
     equal ranges its input columns divide, which is the number of key-value groups for an attention output and the
-    hidden width for an FFN output; None for every other layer.
+    hidden width for an FFN output; None for every other layer. `correction` is what the checkpoint that training goes
+    on from has beside the layer, in float32; `linear` then holds that checkpoint's weight.
     """
 
     index: int
@@ -85,6 +88,7 @@ class TargetLayer:
     pattern: NMPattern
     prior_OI: Tensor | None = None
     units: int | None = None
+    correction: Correction | None = None
 
 
 class LearnedLinear(nn.Module, ABC):
@@ -167,6 +171,10 @@ class FixedLinear(LearnedLinear):
         """The prior."""
         return self.get_buffer("kept_OI")
 
+    def solution(self) -> Solution:
+        """The prior, and the weight as it was loaded: that of the checkpoint, where training goes on from one."""
+        return Solution(self.mask(), full(self.weight.detach()) * self.mask())
+
 
 Layers = Mapping[str, LearnedLinear]
 """Every replaced layer by full module name, in model order."""
@@ -184,9 +192,9 @@ class LearnedMethod(Method, ABC):
     result: ClassVar[Result] = Result.SPARSE
 
     @property
-    def uses_prior(self) -> bool:
-        """Whether target layers need a mask to start from, with these options."""
-        return False
+    def correction(self) -> CorrectionConfig | None:
+        """The form of the correction that every layer of the result has, with these options; None without one."""
+        return None
 
     @abstractmethod
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:

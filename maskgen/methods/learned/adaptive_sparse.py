@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
+from maskgen.core.config import CorrectionConfig
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Correction, Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
@@ -76,8 +77,8 @@ class AdaptiveLinear(LearnedLinear):
         super().__init__(target)
         self.method = method
         self.weight.requires_grad_(True)
-        kept_OI = target.prior_OI if method.uses_prior else self.magnitude_mask()
-        assert kept_OI is not None, "the driver gives a prior to methods that ask for one"
+        assert target.prior_OI is not None or not method.uses_prior, "methods that ask for a prior are given one"
+        kept_OI = self.magnitude_mask() if target.prior_OI is None else target.prior_OI
         self.register_buffer("kept_OI", kept_OI.to(self.weight.device, copy=True))
         self.out: nn.Parameter | None = None
         self.pool: nn.Parameter | None = None
@@ -89,10 +90,19 @@ class AdaptiveLinear(LearnedLinear):
                 f"method.slorb_segment {segment}: does not divide the {self.in_features} inputs of {self.name}; "
                 f"choose a divisor, such as {math.gcd(segment, self.in_features)}"
             )
-        lost_OI = self.weight.detach() * ~self.kept_OI
+        self._add_correction(target.correction)
+
+    def _add_correction(self, given: Correction | None) -> None:
+        """Make S and X: those of the checkpoint that training goes on from, or the start of the module docstring."""
+        weight_OI, segment = self.weight.detach(), self.method.slorb_segment
+        if given is not None:
+            self.out = nn.Parameter(given.out.to(weight_OI))
+            self.pool = None if given.pool is None else nn.Parameter(given.pool.to(weight_OI))
+            return
+        lost_OI = weight_OI * ~self.kept_OI
         self.out = nn.Parameter(lost_OI.unflatten(1, (-1, segment)).mean(2))
-        if method.slorb_pool == "trained":
-            runs_K = torch.eye(self.in_features // segment, dtype=self.weight.dtype, device=self.weight.device)
+        if self.method.slorb_pool == "trained":
+            runs_K = torch.eye(self.in_features // segment, dtype=weight_OI.dtype, device=weight_OI.device)
             self.pool = nn.Parameter(runs_K.repeat_interleave(segment, dim=1))
 
     def decay(self) -> float:
@@ -220,6 +230,11 @@ class AdaptiveSparse(LearnedMethod):
         """Whether `mask` is "prior": then the weights are trained under that mask, which stays."""
         return self.mask == "prior"
 
+    @property
+    def correction(self) -> CorrectionConfig | None:
+        """That of SLoRB."""
+        return CorrectionConfig(self.slorb_segment, self.slorb_pool) if self.slorb_segment else None
+
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A layer that trains its own weights under a mask."""
         return AdaptiveLinear(target, self)
@@ -231,8 +246,12 @@ class AdaptiveSparse(LearnedMethod):
         return AnnealedAdamW([*parameters, *others], targets, lr, self.weight_decay, self.second_moment == "raw")
 
     def before_step(self, layers: Layers, context: StepContext) -> None:
-        """Choose the masks again every `refresh_every` steps, but not in the last `settle` of them. S is not reset."""
-        if self.uses_prior or context.step % self.refresh_every or context.step >= (1 - self.settle) * context.steps:
+        """Choose the masks again every `refresh_every` steps, but not in the last `settle` of them. S is not reset.
+
+        In the first step they are what the run starts from.
+        """
+        resting = context.step == 0 or context.step >= (1 - self.settle) * context.steps
+        if self.uses_prior or resting or context.step % self.refresh_every:
             return
         for layer in _layers(layers):
             layer.kept_OI.copy_(layer.magnitude_mask())

@@ -26,7 +26,8 @@ from maskgen.numerics.unit_linear import parameter_count_of
 from maskgen.numerics.units import HEADS, NEURONS
 from maskgen.recipes.sections import Training
 from maskgen.train.objective import in_mode
-from maskgen.train.step import Session, prepare
+from maskgen.train.prepare import prepare
+from maskgen.train.step import Session
 from tests import models
 from tests.maskgen.cli.test_parser import SMALL as CALIBRATION
 from tests.maskgen.cli.test_parser import run

@@ -42,7 +42,7 @@ def test_the_mask_is_refreshed_on_its_days_only(refresh_every: int, settle: floa
         if not torch.equal(layer.mask(), before_OI):
             assert torch.equal(layer.mask(), magnitude(layer.weight))
             refreshed.append(at)
-    assert refreshed == [at for at in range(0, 60, refresh_every) if at < (1 - settle) * 60]
+    assert refreshed == [at for at in range(refresh_every, 60, refresh_every) if at < (1 - settle) * 60]
 
 
 def train(method: AdaptiveSparse, steps: int, seed: int = 0, prior_OI: Tensor | None = None) -> list[AdaptiveLinear]:
@@ -138,7 +138,7 @@ def test_slorb_trains_and_is_not_started_again_by_a_refresh() -> None:
     assert layer.out is not None
     before_OK = layer.out.clone()
     layer.weight.data = random(OUT, IN, seed=9)
-    method.before_step({"a": layer}, StepContext(0, 40))
+    method.before_step({"a": layer}, StepContext(1, 40))
     assert torch.equal(layer.mask(), magnitude(layer.weight)) and torch.equal(layer.out, before_OK)
 
 

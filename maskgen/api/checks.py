@@ -36,11 +36,12 @@ from maskgen.export.compress import model_label
 from maskgen.hf import model, planning, servable
 from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
+from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.train.parallel import is_first
-from maskgen.train.prior import load_prior
+from maskgen.train.prior import load_prior, load_prior_weights
 from maskgen.train.start import Start
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -50,8 +51,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Task:
     """A request's recipe, settled for its dense model in `model_dir` (`label` for people), and where to compute.
 
-    `plan` says what will be pruned; its layers are on torch's meta device. `start` is the sparse checkpoint that the
-    request names as its model, to be trained further.
+    `plan` says what will be pruned; its layers are on torch's meta device. `prior` are masks to start from, and
+    `prior_weights` the checkpoint that has weights to go with them, for a method that trains blocks. `start` is the
+    sparse checkpoint that the request names as its model, to be trained further.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Task:
     plan: Plan
     prior: MaskSet | None = None
     start: Start | None = None
+    prior_weights: SparseCheckpoint | None = None
 
 
 def absent(*paths: Path | None) -> None:
@@ -154,6 +157,8 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
             "sparse checkpoint as `model`"
         )
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))
+    if isinstance(request, PruneRequest) and request.prior is not None and recipe.block_method() is not None:
+        recipe = recipe.model_copy(update={"prior": None})  # what is given takes its place
     if isinstance(request, PruneRequest) and not request.allow_unserved:
         servable.table().check(servable.architectures(read_dense_config(model_dir)))
     plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore)
@@ -208,6 +213,10 @@ def _dense_model(checkpoint: SparseCheckpoint, given: str | None, progress: List
 def one_shot(request: PruneRequest, task: Task) -> Task:
     """The task with its prior, when everything that a one-shot run needs is there."""
     recipe = task.recipe
+    if recipe.block_method() is not None and request.prior is not None:
+        prior = load_prior(request.prior, True, recipe)
+        calibration(request, task)
+        return replace(task, prior=prior, prior_weights=load_prior_weights(request.prior))
     method = recipe.local_method()
     prior = load_prior(request.prior, method.uses_prior, recipe)
     if method.uses_prior and prior is None:
@@ -238,7 +247,7 @@ def learned(request: LearnRequest, task: Task) -> Task:
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:
     """`DataError` when a one-shot method lacks text, or wants more of it at once than the model reads."""
-    if not task.recipe.local_method().needs_data:
+    if not task.recipe.needs_data:
         return
     if not request.data:
         raise DataError(f"method {task.recipe.method.name} needs calibration text; give it with `data`")
@@ -271,5 +280,5 @@ def _learned(recipe: Recipe) -> LearnedMethod:
 
 
 def is_one_shot(recipe: Recipe) -> bool:
-    """Whether its method solves one layer at a time, and is not learned."""
-    return isinstance(recipe.build_method(), LocalMethod)
+    """Whether its method goes from block to block, and is not learned end to end."""
+    return isinstance(recipe.build_method(), LocalMethod | BlockMethod)

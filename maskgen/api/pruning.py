@@ -37,6 +37,7 @@ from maskgen.hf.planning import Plan
 from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
+from maskgen.sweep import reconstruct
 from maskgen.sweep.driver import SweepReport, sweep
 from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
 from maskgen.train import run as run_module
@@ -198,7 +199,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
         config,
         lambda name, weight: StoredLayer(work.packed(name)),
         request.out,
-        {RECIPE_FILE: recipe.resolved(), **stored(quality)},
+        {RECIPE_FILE: recipe.resolved(), **reconstruct.report(report.fitted), **stored(quality)},
     )
     if request.masks_out is not None:
         masks.save(request.masks_out)
@@ -240,7 +241,7 @@ def read_text(
 
     The first two are None for a method that needs no text; what it is given is read for the held-out windows alone.
     """
-    section, needs_data = task.recipe.calibration, task.recipe.local_method().needs_data
+    section, needs_data = task.recipe.calibration, task.recipe.needs_data
     if not request.data:
         return None, None, NO_TEXT
     tokenizer = model.load_tokenizer(task.model_dir)
@@ -285,9 +286,14 @@ def _sweep(
     """
     recipe, device = task.recipe, task.device
     masks, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
+    start, weights = task.prior_weights, None
+    if start is not None:
+        digest, weights = digest_weights(start.path), lambda name: start.packed(name).unpack()
     progress(Stage("loading"))
     loaded, plan = load_checked(task)
     before = measure_dense(loaded, plan.blocks, text, device, progress)
-    report, work = sweep(loaded, plan, recipe, windows_ST, work_dir(out), base_digest, device, progress, masks, digest)
+    report, work = sweep(
+        loaded, plan, recipe, windows_ST, work_dir(out), base_digest, device, progress, masks, digest, weights
+    )
     quality = measure_pruned(loaded, before, recipe.method.name, str(recipe.pattern), device, progress)
     return report, work, quality

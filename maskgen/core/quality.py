@@ -131,14 +131,20 @@ class Step:
 
 
 _SCORED, _SOLVED, _LEARNED = {"wanda", "ria"}, {"sparsegpt", "admm"}, {"maskllm", "proxsparse"}
+_FITTED = {"reconstruct"}
 NEXT = (
     Step(
         "more calibration text, and closer to what the model will read (--data, --set calibration.samples=256)",
-        frozenset(_SCORED | _SOLVED),
+        frozenset(_SCORED | _SOLVED | _FITTED),
     ),
     Step(
         "`maskgen run sparsegpt` or `maskgen run admm`, which also repair the weights that stay",
         frozenset(_SCORED | {"magnitude"}),
+    ),
+    Step(
+        "`maskgen run reconstruct`, which trains the weights that stay, one block at a time against the dense one "
+        "(--prior SPARSE goes on from this result)",
+        frozenset(_SCORED | _SOLVED | {"magnitude"}),
     ),
     Step(
         "more training text and more steps (--data, --set train.steps=...)",
@@ -147,7 +153,7 @@ NEXT = (
     Step(
         "`maskgen run adaptive_sparse`, which trains the weights under the pattern: SmolLM2-135M (dense: 26.5) had "
         "held-out perplexity 30.3 after 6.6 M tokens, which took 107 s on an H200",
-        frozenset(_SCORED | _SOLVED | _LEARNED | {"magnitude"}),
+        frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude"}),
     ),
 )
 """What to try when a model is bad, the cheapest first."""

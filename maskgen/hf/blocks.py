@@ -81,9 +81,13 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tens
 
 def run(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.device) -> Tensor:
     """The output `[B, T, D]` of a float32 block that is on `device`, for an input on the CPU; it is on the CPU, too."""
+    return forward(block, hidden_BTD, call, device).to("cpu")
+
+
+def forward(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.device) -> Tensor:
+    """`run`, with the output left on `device`."""
     args, kwargs = (_cast(part, device) for part in (call.args, call.kwargs))
-    output = block(hidden_BTD.to(device), *args, **kwargs)
-    return _first(output).to("cpu")
+    return _first(block(hidden_BTD.to(device), *args, **kwargs))
 
 
 @contextlib.contextmanager

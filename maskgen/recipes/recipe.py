@@ -28,6 +28,9 @@ the mask to start from, on the `[calibration]` text; it is dropped when the meth
     steps = 300                            # see `Training`; defaults for what is left out
     lr = 1e-3
 
+A method that trains block after block (`reconstruct`) has a `[prior]` too: the one-shot method that prunes the block
+first, on the same calibration text.
+
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """
 
@@ -46,6 +49,7 @@ from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method, create
+from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.sections import Strict, Training
 
@@ -123,14 +127,17 @@ class Recipe(Strict):
     def _check(self) -> Recipe:
         method = self.build_method()
         method.check_pattern(self.pattern)
-        for section in ("prior", "train"):
-            if isinstance(method, LocalMethod) and getattr(self, section) is not None:
+        for section, given, kinds in (
+            ("prior", self.prior, LocalMethod),
+            ("train", self.train, LocalMethod | BlockMethod),
+        ):
+            if isinstance(method, kinds) and given is not None:
                 raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
         if self.prior is not None:
             prior = self.prior.build()
-            if not isinstance(prior, LocalMethod):
+            if isinstance(prior, LearnedMethod):
                 raise RecipeError(f"prior.name: {self.prior.name} is learned itself; expected a one-shot method")
-            if prior.uses_prior:
+            if not isinstance(prior, LocalMethod) or prior.uses_prior:
                 raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
         return self
@@ -148,12 +155,30 @@ class Recipe(Strict):
         return self.model_copy(update=changes)
 
     def build_method(self) -> Method:
-        """The method, ready to use: a `LocalMethod` or a `LearnedMethod`."""
+        """The method, ready to use: a `LocalMethod`, a `BlockMethod` or a `LearnedMethod`."""
         return self.method.build()
 
-    def local_method(self) -> LocalMethod:
-        """The one-shot method; `RecipeError` for a recipe of a learned one."""
+    def block_method(self) -> BlockMethod | None:
+        """The method that trains each block when it is pruned, if this is a recipe of one."""
         method = self.build_method()
+        return method if isinstance(method, BlockMethod) else None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a sweep with this recipe runs the model on text."""
+        return self.block_method() is not None or self.local_method().needs_data
+
+    def local_method(self) -> LocalMethod:
+        """The method that prunes one layer at a time: the recipe's, or that of its [prior] if each block is trained
+        afterwards. `RecipeError` for a recipe without one.
+        """
+        method = self.build_method()
+        if isinstance(method, BlockMethod):
+            if self.prior is None:
+                raise RecipeError(
+                    f"{self.method.name} starts from a mask: give `prior`, or a [prior] section in the recipe"
+                )
+            method = self.prior.build()
         if not isinstance(method, LocalMethod):
             raise RecipeError(f"method.name: {self.method.name} is learned; expected a one-shot method")
         return method

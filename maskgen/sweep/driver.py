@@ -8,7 +8,8 @@
 So the inputs of a block carry the errors that pruning the blocks before it really caused. Only the current block is in
 float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
 block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
-v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run.
+v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A `BlockMethod`
+trains each block once it is pruned (`reconstruct`); the activations of the dense model are then held, too.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
 and ends with the same bits as an uninterrupted one.
@@ -35,9 +36,11 @@ from maskgen.data.tokens import digest_tokens
 from maskgen.hf import blocks
 from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
+from maskgen.methods.blockwise import BlockMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.observe import advance, observe
+from maskgen.sweep.reconstruct import Fitted, Teacher, Training
 from maskgen.sweep.workdir import WorkDir
 
 
@@ -45,7 +48,8 @@ from maskgen.sweep.workdir import WorkDir
 class Progress:
     """How far a run is: it works on block number `block` (from 0) of `blocks`, and has just finished `what`.
 
-    `what` is "calibration inputs", the name of a layer, or "block done". `elapsed_s` counts from the start of the run.
+    `what` is "calibration inputs", the name of a layer, where the training of the block is ("reconstruction, ..."), or
+    "block done". `elapsed_s` counts from the start of the run.
     """
 
     block: int
@@ -61,7 +65,8 @@ class SweepReport:
 
     `targets` are the pruned layers by module name, `ignored` maps those that stay dense to the reason. `solve_s` has
     the seconds spent on each layer solved in this process. `million_weights` counts the weights of the targets.
-    `resumed_blocks` were finished by an earlier process.
+    `resumed_blocks` were finished by an earlier process. `fitted` are the losses of each block that was trained, those
+    of earlier processes included, by its number.
     """
 
     targets: tuple[str, ...]
@@ -71,6 +76,7 @@ class SweepReport:
     million_weights: float
     peak_rss_bytes: int
     resumed_blocks: int
+    fitted: Mapping[int, Fitted] = field(default_factory=dict)
 
     @property
     def s_per_million_weights(self) -> float:
@@ -102,25 +108,33 @@ def sweep(
     progress: Callable[[Progress], None] | None = None,
     prior: Callable[[str], Tensor] | None = None,
     prior_digest: str | None = None,
+    prior_weight: Callable[[str], Tensor] | None = None,
 ) -> tuple[SweepReport, WorkDir]:
     """Prune the layers that `todo` plans of `model` (on the CPU) in place; packed, they are in the returned `WorkDir`.
 
     `windows` are calibration tokens `[S, T]`, or None for a method that needs none. `base_digest` is the digest of the
     weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
     is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`, and for no other.
-    Raises `ModelError`, `DataError`, `NumericalError` (naming the layer), and `OutputExistsError` when
-    `work_dir` belongs to another run.
+    Methods that train a block take them in place of what the recipe's [prior] would make, and with `prior_weight` its
+    weights too, where the mask keeps them. Raises `ModelError`, `DataError`, `NumericalError` (naming the layer or
+    block), and `OutputExistsError` when `work_dir` belongs to another run.
     """
-    method = recipe.local_method()
-    assert (windows is not None or not method.needs_data) and (prior is not None) == method.uses_prior
-    data = windows if method.needs_data else None
+    fits = recipe.block_method()
+    method = None if fits is not None and prior is not None else recipe.local_method()
+    assert windows is not None or not recipe.needs_data
+    assert method is None or (prior is not None) == method.uses_prior
+    data = windows if recipe.needs_data else None
     if prior is not None:
         check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
     work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), recipe.pattern)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
-    run = _Sweep(method, todo, work, torch.device(device), progress, max(unfinished, default=-1), prior)
+    run = _Sweep(
+        method, fits, recipe.calibration.seed, todo, work, torch.device(device), progress, max(unfinished, default=-1),
+        prior, prior_weight,
+    )  # fmt: skip
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
+        run.teacher = None if fits is None else Teacher.of(run.recording)
     for index in range(len(todo.blocks)):
         run.prune_block(index)
     count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
@@ -132,6 +146,7 @@ def sweep(
         million_weights=count / 1e6,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_blocks=run.resumed_blocks,
+        fitted=run.fitted,
     )
     return report, work
 
@@ -140,15 +155,20 @@ def sweep(
 class _Sweep:
     """One run over one model: the state that goes from block to block."""
 
-    method: LocalMethod
+    method: LocalMethod | None
+    fits: BlockMethod | None
+    seed: int
     plan: Plan
     work: WorkDir
     device: torch.device
     progress: Callable[[Progress], None] | None
     last_to_solve: int
     prior: Callable[[str], Tensor] | None = None
+    prior_weight: Callable[[str], Tensor] | None = None
     recording: blocks.Recording | None = None
+    teacher: Teacher | None = None
     solve_s: dict[str, float] = field(default_factory=dict)
+    fitted: dict[int, Fitted] = field(default_factory=dict)
     resumed_blocks: int = 0
     started_s: float = field(default_factory=time.perf_counter)
 
@@ -157,22 +177,35 @@ class _Sweep:
         block, targets = self.plan.blocks[index], self.plan.targets[index]
         dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
         with blocks.upcast(block, self.device):
+            if self.teacher is not None and self.recording is not None and index <= self.last_to_solve:
+                self.teacher.run(block, index, self.recording, self.device)
             if self.work.has(index):
-                layers = self.work.load(index, {name: linear.weight.shape for name, linear in targets.items()})
+                layers, fitted = self.work.load(index, {name: linear.weight.shape for name, linear in targets.items()})
                 self.resumed_blocks += 1
+                self._put(index, layers)
             else:
-                layers = self._solve(index, dtypes)
-                self.work.save(index, layers)
-            for name, packed in layers.items():
-                targets[name].weight.data = packed.unpack().to(self.device, blocks.COMPUTE_DTYPE)
+                layers, fitted = self._solve(index, dtypes), None
+                self._put(index, layers)
+                if self.fits is not None and layers:
+                    layers, fitted = self._fit(index, layers, dtypes)
+                self.work.save(index, layers, fitted)
+            if fitted is not None:
+                self.fitted[index] = fitted
             if self.recording is not None and index < self.last_to_solve:
                 advance(block, index, self.recording, self.device)
+            if self.teacher is not None:
+                self.teacher.advance()
         self._report(index, "block done")
+
+    def _put(self, index: int, layers: Mapping[str, PackedTensor]) -> None:
+        for name, packed in layers.items():
+            linear = self.plan.targets[index][name]
+            linear.weight.data = packed.unpack().to(self.device, blocks.COMPUTE_DTYPE)
 
     def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, PackedTensor]:
         targets = self.plan.targets[index]
         inputs = None
-        if self.recording is not None and targets:
+        if self.recording is not None and targets and self.method is not None and self.method.needs_data:
             inputs = observe(self.method, targets, self.plan.blocks[index], index, self.recording, self.device)
             self._report(index, "calibration inputs")
         layers = {}
@@ -181,10 +214,33 @@ class _Sweep:
             stats = None if inputs is None else inputs.take(name)
             prior_OI = None if self.prior is None else self.prior(name).to(self.device)
             pattern, dtype = self.work.pattern, dtypes[name]
-            layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
+            if self.method is None:
+                assert prior_OI is not None
+                weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
+                layers[name] = PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name)
+            else:
+                layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
             self.solve_s[name] = time.perf_counter() - started_s
             self._report(index, name)
         return layers
+
+    def _fit(
+        self, index: int, layers: Mapping[str, PackedTensor], dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, PackedTensor], Fitted]:
+        """Train the block that `layers` were put into; its layers as they are then."""
+        assert self.fits is not None and self.recording is not None and self.teacher is not None
+        targets = self.plan.targets[index]
+        masks = {name: packed.mask() for name, packed in layers.items()}
+        training = Training(
+            self.fits, self.plan.blocks[index], index, targets, masks, dtypes, self.recording, self.teacher, self.device
+        )
+        fitted = training.run(self.seed, lambda what: self._report(index, what))
+        self._report(index, f"reconstruction, loss {fitted.before:.4g} -> {fitted.after:.4g}")
+        packed = {
+            name: PackedTensor.pack(linear.weight.to("cpu", dtypes[name]), masks[name], self.work.pattern, name)
+            for name, linear in targets.items()
+        }
+        return packed, fitted
 
     def _report(self, block: int, what: str) -> None:
         if self.progress is not None:

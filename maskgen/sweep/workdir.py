@@ -1,9 +1,9 @@
 """The work directory of a sweep: one file per finished block, so that a killed run continues where it stopped.
 
-`block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, written under a temporary name,
-flushed and renamed: it is whole or absent. `run.json` says which run the directory belongs to (the digest of recipe,
-base weights, data, kind of device and version of torch); a different run raises an error instead of mixing its blocks
-in.
+`block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, and if the block was trained the
+losses of that, written under a temporary name, flushed and renamed: it is whole or absent. `run.json` says which run
+the directory belongs to (the digest of recipe, base weights, data, prior, kind of device and version of torch); a
+different run raises an error instead of mixing its blocks in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from maskgen.core.checkpoint import VALUES_SUFFIX
 from maskgen.core.errors import FormatError, OutputExistsError
@@ -26,6 +28,10 @@ from maskgen.core.files import (
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
+from maskgen.sweep.reconstruct import Fitted
+
+_FITTED = "fitted"
+"""Tensor of a block that was trained: its losses before and after, float64 `[2]`."""
 
 _RUN_FILE = "run.json"
 _KEPT_FILE = "kept"
@@ -80,27 +86,30 @@ class WorkDir:
         """Whether block number `block` is finished."""
         return self._path(block).is_file()
 
-    def save(self, block: int, layers: Mapping[str, PackedTensor]) -> None:
+    def save(self, block: int, layers: Mapping[str, PackedTensor], fitted: Fitted | None = None) -> None:
         """Write block number `block`, atomically; `layers` are its packed layers by module name."""
         tensors = {}
         for name, packed in layers.items():
             tensors[name + VALUES_SUFFIX] = packed.values.cpu().contiguous()
             tensors[name + BITMASK_SUFFIX] = packed.bitmask.cpu().contiguous()
+        if fitted is not None:
+            tensors[_FITTED] = torch.tensor([fitted.before, fitted.after], dtype=torch.float64)
         path = self._path(block)
         with temporary_sibling(path) as temporary:
             save_tensors(tensors, temporary, {"run": self.run_digest})
         self._file_of.update(dict.fromkeys(layers, path))
 
-    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedTensor]:
-        """Read a finished block: its packed layers by module name.
+    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, PackedTensor], Fitted | None]:
+        """Read a finished block: its packed layers by module name, and its losses if it was trained.
 
         `shapes` are the shapes `(O, I)` of the layers the block must hold. `FormatError` names a damaged file.
         """
         path = self._path(block)
         with open_tensors(path) as file:
             metadata, names = file.metadata() or {}, set(file.keys())
+            losses = file.get_tensor(_FITTED).tolist() if _FITTED in names else None
         expected = {name + suffix for name in shapes for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX)}
-        if metadata.get("run") != self.run_digest or names != expected:
+        if metadata.get("run") != self.run_digest or names - {_FITTED} != expected:
             raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")
         self._file_of.update(dict.fromkeys(shapes, path))
         layers = {name: self.packed(name) for name in shapes}
@@ -108,7 +117,7 @@ class WorkDir:
             packed.verify(f"{path}: {name}")
             if packed.shape != tuple(shapes[name]):
                 raise FormatError(f"{path}: {name}: shape {packed.shape}, the model has {tuple(shapes[name])}")
-        return layers
+        return layers, None if losses is None else Fitted(*losses)
 
     def packed(self, name: str) -> PackedTensor:
         """Read one layer of a block that was saved or loaded before; `KeyError` for any other name."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import DataError, FormatError, RecipeError
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus
@@ -46,6 +47,22 @@ def load_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
     if masks.pattern != wanted.pattern:
         raise RecipeError(f"`prior` {path}: its pattern is {masks.pattern}, the recipe's is {wanted.pattern}")
     return masks
+
+
+def load_prior_weights(path: Path) -> SparseCheckpoint | None:
+    """The sparse checkpoint in `path`, whose weights a run goes on from; None for a file of masks alone.
+
+    Raises `RecipeError` for one with corrections, which its weights without them are not meant for.
+    """
+    if not path.is_dir():
+        return None
+    checkpoint = SparseCheckpoint.open(path)
+    if checkpoint.config.correction is not None:
+        raise RecipeError(
+            f"`prior` {path}: has a correction beside its weights, which this method does not go on with; start from "
+            "its masks alone (a file that --masks-out wrote), or from a checkpoint without one"
+        )
+    return checkpoint
 
 
 def check_base(masks: MaskSet | None, model_dir: Path, base_digest: str) -> None:

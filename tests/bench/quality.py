@@ -65,6 +65,7 @@ ROWS = (
     Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=2),
     Row("sparsegpt", "sparsegpt", seeds=2, weights=CHANGE),
     Row("admm", "admm", seeds=2, weights=CHANGE),
+    Row("reconstruct", "reconstruct", seeds=2, weights=CHANGE),
     Row("maskllm", "maskllm", seeds=2),
     Row("proxsparse", "proxsparse", seeds=2),
     Row("adaptive_sparse", "adaptive_sparse", seeds=2, weights=CHANGE),
@@ -235,7 +236,7 @@ def _cost(directory: Path) -> dict[str, Any]:
 
 
 def _calibration_tokens(args: argparse.Namespace, wanted: recipe.Recipe) -> int:
-    if not wanted.local_method().needs_data:
+    if not wanted.needs_data:
         return 0
     calibration = wanted.for_context(model.stored_max_tokens(args.model)).calibration
     assert calibration.window_tokens is not None

@@ -46,9 +46,10 @@ def test_what_is_said() -> None:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("magnitude", ["sparsegpt", "adaptive_sparse"]),
-        ("wanda", ["calibration text", "sparsegpt", "adaptive_sparse"]),
-        ("sparsegpt", ["calibration text", "adaptive_sparse"]),
+        ("magnitude", ["sparsegpt", "reconstruct", "adaptive_sparse"]),
+        ("wanda", ["calibration text", "sparsegpt", "reconstruct", "adaptive_sparse"]),
+        ("sparsegpt", ["calibration text", "reconstruct", "adaptive_sparse"]),
+        ("reconstruct", ["calibration text", "adaptive_sparse"]),
         ("maskllm", ["training text", "adaptive_sparse"]),
         ("adaptive_sparse", ["training text"]),
     ],

@@ -43,6 +43,11 @@ class BlockMethod(Method, ABC):
     inputs: str
 
     @property
+    def uses_prior(self) -> bool:
+        """It can start from any mask, or from what a recipe's [prior] makes."""
+        return True
+
+    @property
     @abstractmethod
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products while the block is trained; weights and loss are float32."""

@@ -179,6 +179,7 @@ class _Sweep:
         with blocks.upcast(block, self.device):
             if self.teacher is not None and self.recording is not None and index <= self.last_to_solve:
                 self.teacher.run(block, index, self.recording, self.device)
+            advanced = False
             if self.work.has(index):
                 layers, fitted = self.work.load(index, {name: linear.weight.shape for name, linear in targets.items()})
                 self.resumed_blocks += 1
@@ -188,10 +189,11 @@ class _Sweep:
                 self._put(index, layers)
                 if self.fits is not None and layers:
                     layers, fitted = self._fit(index, layers, dtypes)
+                    advanced = True
                 self.work.save(index, layers, fitted)
             if fitted is not None:
                 self.fitted[index] = fitted
-            if self.recording is not None and index < self.last_to_solve:
+            if self.recording is not None and index < self.last_to_solve and not advanced:
                 advance(block, index, self.recording, self.device)
             if self.teacher is not None:
                 self.teacher.advance()

@@ -92,9 +92,10 @@ class Training:
     def run(self, seed: int, tell: Callable[[str], None]) -> Fitted:
         """Train the weights of `layers`, in place; they end up rounded to what is stored.
 
+        The outputs of the block take the place of its inputs in `recording.hidden`, as `observe.advance` does it.
         `tell` is called with what there is to say after each epoch. Raises `NumericalError` naming the block.
         """
-        before = self._loss()
+        before = self._loss(lambda batch, output_BTD: None)
         start = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         weights = [layer.weight for layer in self.layers.values()]
         for weight in weights:
@@ -107,11 +108,13 @@ class Training:
                 weight.grad = None
         for name, layer in self.layers.items():
             layer.weight.data = layer.weight.data.to(self.dtypes[name]).to(blocks.COMPUTE_DTYPE)
-        after = self._loss()
+        outputs: dict[int, Tensor] = {}
+        after = self._loss(outputs.__setitem__)
         if not after <= before:
             for name, layer in self.layers.items():
                 layer.weight.data = start[name]
-            after = before
+            after = self._loss(outputs.__setitem__)
+        self.recording.hidden[:] = [outputs[batch] for batch in range(len(outputs))]
         return Fitted(before, after)
 
     def _train(self, weights: Sequence[Tensor], seed: int, tell: Callable[[str], None]) -> None:
@@ -146,10 +149,13 @@ class Training:
     def _run(self, batch: int, inputs_BTD: Tensor) -> Tensor:
         return blocks.forward(self.block, inputs_BTD, self.recording.call(batch, self.index), self.device)
 
-    def _loss(self) -> float:
-        """Mean over all batches, of what the pruned model really reads."""
-        losses = [
-            float(self.method.loss(self._run(batch, inputs_BTD), self.teacher.wanted[batch].to(self.device)))
-            for batch, inputs_BTD in enumerate(self.recording.hidden)
-        ]
+    def _loss(self, keep: Callable[[int, Tensor], None]) -> float:
+        """Mean over all batches, of what the pruned model really reads; `keep` gets number and output of each, on the
+        CPU. Raises `NumericalError` for outputs that are not finite."""
+        losses = []
+        for batch, inputs_BTD in enumerate(self.recording.hidden):
+            output_BTD = self._run(batch, inputs_BTD)
+            blocks.check_finite(output_BTD, f"output of block {self.index}")
+            losses.append(float(self.method.loss(output_BTD, self.teacher.wanted[batch].to(self.device))))
+            keep(batch, output_BTD.to("cpu"))
         return math.fsum(losses) / len(losses)

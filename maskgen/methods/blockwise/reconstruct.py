@@ -35,13 +35,15 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class Reconstruct(BlockMethod):
-    """`lr` is Adam's learning rate at its highest: it rises during the first `warmup` of the steps, then falls in a
-    cosine to `final_lr` times that. `dtype` is that of matrix products, "bfloat16" or "float32".
+    """`lr` is Adam's learning rate at its highest, as a share of the size (root mean square) of a layer's kept weights
+    at the start: Adam's steps do not depend on the size of gradients, and some models have weights ten times as large
+    as others. It rises during the first `warmup` of the steps, then falls in a cosine to `final_lr` times that. `dtype`
+    is that of matrix products, "bfloat16" or "float32".
     """
 
     epochs: int = 8
     inputs: str = "pruned"
-    lr: float = 5e-4
+    lr: float = 0.02
     warmup: float = 0.05
     final_lr: float = 0.0
     dtype: str = "bfloat16"
@@ -68,7 +70,7 @@ class Reconstruct(BlockMethod):
         return _AdamFit(self, weights, masks, steps)
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of step number `step`, from 0, of `steps`."""
+        """The learning rate of step number `step`, from 0, of `steps`, for weights of size 1."""
         warm = self.warmup * steps
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
@@ -81,7 +83,11 @@ class _AdamFit(Fit):
 
     def __init__(self, method: Reconstruct, weights: Sequence[Tensor], masks: Sequence[Tensor], steps: int) -> None:
         self._method, self._weights, self._masks, self._steps = method, weights, masks, steps
-        self._adam = torch.optim.Adam(list(weights), lr=method.lr, betas=(0.9, 0.95))
+        groups = [
+            {"params": [weight], "size": _size(weight.detach(), mask_OI)}
+            for weight, mask_OI in zip(weights, masks, strict=True)
+        ]
+        self._adam = torch.optim.Adam(groups, lr=method.lr, betas=(0.9, 0.95))
         self._step = 0
 
     def step(self, output_BTD: Tensor, wanted_BTD: Tensor) -> float:
@@ -94,11 +100,16 @@ class _AdamFit(Fit):
         for weight, mask_OI, gradient_OI in zip(self._weights, self._masks, gradients, strict=True):
             weight.grad = None if gradient_OI is None else gradient_OI * mask_OI
         for group in self._adam.param_groups:
-            group["lr"] = self._method.lr_at(self._step, self._steps)
+            group["lr"] = group["size"] * self._method.lr_at(self._step, self._steps)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._step += 1
         return value
+
+
+def _size(weight_OI: Tensor, mask_OI: Tensor) -> float:
+    """Root mean square of the kept weights."""
+    return float((weight_OI.square().sum(dtype=torch.float64) / mask_OI.sum().clamp_min(1)).sqrt())
 
 
 METHOD = Reconstruct

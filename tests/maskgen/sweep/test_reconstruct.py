@@ -22,7 +22,7 @@ from tests import models
 from tests.families import FAMILIES
 from tests.maskgen.sweeping import recipe, run, windows
 
-SHORT = ("calibration.samples=10", "method.epochs=3", "method.lr=2e-3", "method.dtype=float32")
+SHORT = ("calibration.samples=10", "method.epochs=3", "method.lr=0.02", "method.dtype=float32")
 WANTED = recipe("reconstruct", *SHORT, "calibration.window_tokens=24", "calibration.batch=4")
 PRUNED = recipe("sparsegpt")
 
@@ -123,7 +123,7 @@ def test_other_inputs_make_other_weights(inputs: str, tmp_path: Path) -> None:
 
 
 def test_training_that_does_not_help_is_undone(tmp_path: Path) -> None:
-    harmful = recipe("reconstruct", *SHORT, "method.lr=0.5", "method.epochs=1")
+    harmful = recipe("reconstruct", *SHORT, "method.lr=5.0", "method.epochs=1")
     model, pruned = models.build("llama"), models.build("llama")
     done, _ = run(model, harmful, tmp_path / "fitted")
     run(pruned, PRUNED, tmp_path / "pruned")

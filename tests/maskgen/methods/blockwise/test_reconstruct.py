@@ -61,6 +61,22 @@ def test_kept_weights_are_fitted_and_pruned_ones_stay_exactly_zero() -> None:
     torch.testing.assert_close(weight_OI.detach(), right_OI * mask_OI, rtol=0, atol=0.05)
 
 
+def test_weights_of_any_size_are_trained_alike() -> None:
+    """The rate is a share of their size: eight times as large ones take the same way."""
+    mask_OI = NMPattern(2, 4).mask_from_scores(random(6, 8).abs())
+
+    def trained(scale: float) -> Tensor:
+        weight_OI = (scale * random(6, 8, seed=2) * mask_OI).requires_grad_(True)
+        x_BTI, wanted_BTO = random(4, 16, 8, seed=1), scale * random(4, 16, 6, seed=3)
+        fit = Reconstruct().fit([weight_OI], [mask_OI], 20)
+        for _ in range(20):
+            fit.step(x_BTI @ weight_OI.T, wanted_BTO)
+        return weight_OI.detach()
+
+    torch.testing.assert_close(trained(8.0), 8 * trained(1.0), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(trained(1.0), random(6, 8, seed=2) * mask_OI, atol=0.05)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     weight_OI = torch.ones(2, 4, requires_grad=True)
     fit = Reconstruct().fit([weight_OI], [torch.ones(2, 4, dtype=torch.bool)], 5)

@@ -177,7 +177,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     recipe = task.recipe
     weights = StoredModel.of(task.model_dir)
     base_digest = digest_weights(task.model_dir)
-    check_base(task.prior, task.model_dir, base_digest)
+    check_base(task.prior, task.model_dir, base_digest, task.prior_weights)
     windows_ST, bos, text = read_text(request, task)
     progress(task.plan.planned())
     report, work, quality = _sweep(request.out, task, windows_ST, text, base_digest, progress)

@@ -101,8 +101,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--prior",
         type=Path,
         metavar="FILE",
-        help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model) in place of "
-        "the recipe's [prior] (default: the recipe's)",
+        help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model, of which "
+        "reconstruct takes the weights, too) in place of the recipe's [prior] (default: the recipe's)",
     )
     group.add_argument(
         "--teacher",

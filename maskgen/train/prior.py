@@ -24,6 +24,7 @@ from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.driver import Progress, sweep
 from maskgen.train.loop import Stage
 from maskgen.train.parallel import Group
+from maskgen.train.start import Start
 
 PRIOR_FILE = "prior.safetensors"
 """In OUT.work: the masks that the recipe's [prior] made."""
@@ -65,12 +66,21 @@ def load_prior_weights(path: Path) -> SparseCheckpoint | None:
     return checkpoint
 
 
-def check_base(masks: MaskSet | None, model_dir: Path, base_digest: str) -> None:
-    """Raise `FormatError` if masks to start from were made for other weights than the model's."""
+def check_base(
+    masks: MaskSet | None, model_dir: Path, base_digest: str, weights: SparseCheckpoint | None = None
+) -> None:
+    """Raise `FormatError` if masks to start from were made for other weights than the model's, and `RecipeError` if the
+    checkpoint whose `weights` go with them differs from the model in more than these."""
     if masks is not None and masks.base_digest != base_digest:
         raise FormatError(
             f"`prior`: made for the weights {masks.base_digest}, but {model_dir} has {base_digest}; a mask is only "
             "valid for the weights it was chosen for"
+        )
+    if weights is not None and (changed := Start(weights, model_dir).changed):
+        raise RecipeError(
+            f"`prior` {weights.path}: {len(changed)} tensors of layers that stay dense were trained too, such as "
+            f"{next(iter(changed))}, and this method keeps the dense model's; start from its masks alone (a file that "
+            "--masks-out wrote)"
         )
 
 

@@ -100,6 +100,19 @@ def test_another_start_does_not_continue_a_run(model_dir: ModelDir, text_file: P
     assert isinstance(done, maskgen.PruneResult) and done.sweep.resumed_blocks == 1
 
 
+def test_a_start_whose_norms_were_trained_is_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    training = {"steps": 2, "batch": 2, "window_tokens": 16, "heldout_windows": 5, "dtype": "float32", "scope": "all"}
+    dense, overrides = model_dir(), {f"train.{key}": value for key, value in training.items()}
+    maskgen.learn(
+        maskgen.LearnRequest(
+            recipe="adaptive_sparse", model=dense, data=text_file, out=tmp_path / "trained", overrides=overrides
+        )
+    )
+    with pytest.raises(RecipeError, match=r"trained: \d+ tensors of layers that stay dense were trained too, such as"):
+        maskgen.run(request(dense, text_file, tmp_path / "out", prior=tmp_path / "trained"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
 def test_starts_that_do_not_fit_are_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
     dense, other = model_dir(), models.save("llama", tmp_path / "other", seed=1)
     models.save_corrected(dense, tmp_path / "corrected", CorrectionConfig(16, "fixed"))

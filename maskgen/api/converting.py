@@ -75,6 +75,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     with checks.new_output(request.out):
         task = checks.settled(request, recipe, progress)
         checks.calibration(request, task)
+        request = checks.with_own_text(request, task, progress)
         windows_ST, _, _ = read_text(request, task)
         weights = StoredModel.of(task.model_dir)
         provenance = {

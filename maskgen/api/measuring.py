@@ -18,7 +18,7 @@ from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.data import demo as demo_module
-from maskgen.data import sources, tokens
+from maskgen.data import own, sources, tokens
 from maskgen.data.bos import Bos
 from maskgen.export import inspect as inspect_module
 from maskgen.export.inspect import InspectReport
@@ -169,6 +169,8 @@ def _windows(request: EvaluateRequest, model_dir: Path) -> tuple[Protocol, dict[
     texts: dict[str, list[Window]] = {}
     names = [source.name for source in request.data]
     for source in request.data:
+        if own.is_own(source):
+            raise RequestError(f"`data` {source}: what a model wrote itself says nothing of its quality; give a file")
         name = str(source) if sources.is_hub(source) or names.count(source.name) > 1 else source.name
         if name in texts:
             raise RequestError(f"`data` {name}: given twice; give every text once")

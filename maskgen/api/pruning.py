@@ -174,6 +174,7 @@ def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
 
 def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult:
     task = checks.one_shot(request, task)
+    request = checks.with_own_text(request, task, progress)
     recipe = task.recipe
     weights = StoredModel.of(task.model_dir)
     base_digest = digest_weights(task.model_dir)
@@ -209,6 +210,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
 
 def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
     task = checks.learned(request, task)
+    request = checks.with_own_text(request, task, progress)
     job = Job(
         recipe=task.recipe,
         model_dir=task.model_dir,

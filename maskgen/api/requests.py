@@ -78,10 +78,11 @@ class _FromRecipe(Request):
 
     `recipe` is the name of a shipped recipe or the path of a .toml file, and `overrides` changes values of it:
     `{"method.damp": 0.05}`, or strings like "method.damp=0.05". `model` is a Hugging Face directory, a hub id or a
-    GGUF file (see `maskgen.hf.gguf`), `data` are files of text or token ids, or "hf:org/name" (see
-    `maskgen.data.sources`). `bos` says whether windows of it begin with BOS, by default as the model's tokenizer does
-    by itself (see `maskgen.data.bos`). `out` is the directory to write; it must not exist. `device` is where to
-    compute: by default "cuda" if there is one, else "cpu".
+    GGUF file (see `maskgen.hf.gguf`), `data` are files of text or token ids, "hf:org/name" (see
+    `maskgen.data.sources`), or "self" for text that the dense model writes (see `maskgen.data.own`). `bos` says whether
+    windows of it begin with BOS, by default as the model's tokenizer does by itself (see `maskgen.data.bos`). `out` is
+    the directory to write; it must not exist. `device` is where to compute: by default "cuda" if there is one, else
+    "cpu".
     """
 
     recipe: str

@@ -79,8 +79,8 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str, also: str = "") -
         nargs="+",
         type=Path,
         metavar="FILE",
-        help=f"calibration or training text: {DATA}; several are mixed in equal parts (default: none; enough for "
-        "methods that need no data, such as magnitude)",
+        help=f"calibration or training text: {DATA}, or self (self:NUMBER) for texts that the dense model writes; "
+        "several are mixed in equal parts (default: none; enough for methods that need no data, such as magnitude)",
     )
     add_bos(parser)
     add_out(parser)

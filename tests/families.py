@@ -138,6 +138,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(_config("Olmo2", _GQA), (*_ATTENTION, *_FFN)),
     "granite": Family(_config("Granite", _GQA), (*_ATTENTION, *_FFN)),
     "glm4": Family(_config("Glm4", _WIDE), (*_ATTENTION, "mlp.gate_up_proj", "mlp.down_proj")),
+    "lfm2": Family(  # states a width of 144, makes it 96
+        _config("Lfm2", _GQA, intermediate_size=144, block_multiple_of=8, layer_types=["full_attention"] * 2),
+        (*_QKV, "self_attn.out_proj", *(f"feed_forward.w{number}" for number in (1, 2, 3))),
+    ),
     "gptj": Family(
         _config("GPTJ", _OLD, rotary_dim=8),
         ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),

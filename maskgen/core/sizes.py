@@ -43,7 +43,7 @@ _MOST_HEADS = 4
 """Heads times their size over the largest dimension; stored projections have that product as a dimension."""
 
 _MOST_UNUSED = 16
-"""`intermediate_size` over `hidden_size` where all blocks have experts instead; real models have up to 6."""
+"""`intermediate_size` over `hidden_size` where no layer has that size; real models have up to 7."""
 
 _BLOCK_INDEX = re.compile(r"\.([0-9]+)\.")
 
@@ -108,8 +108,9 @@ class _Section:
         raise FormatError(f"{self.where}{key} {clip(size)} is not a dimension of any stored tensor")
 
     def _may_be_unused(self, key: str, size: int) -> bool:
-        """Mixtures of experts state the size of a dense layer that they do not have."""
-        if key != "intermediate_size" or self.config.get("moe_intermediate_size") is None:
+        """Mixtures of experts state the size of a dense layer that they do not have, and LFM2 one that it shrinks."""
+        adjusts = self.config.get("block_auto_adjust_ff_dim") is True
+        if key != "intermediate_size" or (self.config.get("moe_intermediate_size") is None and not adjusts):
             return False
         hidden = self.config.get("hidden_size")
         return type(hidden) is int and 1 <= size <= _MOST_UNUSED * hidden

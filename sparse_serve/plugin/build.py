@@ -85,6 +85,8 @@ def build(directory: Path, headers: Mapping[str, TensorHeader]) -> BuiltModel:
         hf_overrides={"quantization_config": None},
     )
     vllm_config = arguments.create_engine_config()
+    for config in (vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config):
+        vars(config).pop("quantization_config", None)  # not None: some of vLLM's classes ask whether there is one
     quant_config = vllm_config.quant_config = AllDense()
     with set_current_vllm_config(vllm_config), _single_rank():
         model = _build(vllm_config)

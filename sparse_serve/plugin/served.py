@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vllm import __version__
+from vllm.model_executor.models.registry import ModelRegistry
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader, is_sparse_checkpoint
 from maskgen.core.errors import FormatError
-from maskgen.core.layout import suffixes
+from maskgen.core.layout import VALUES_SUFFIX, suffixes
 from maskgen.core.mask import BITMASK_SUFFIX
+from maskgen.core.values import FLOAT
 from sparse_serve.plugin.build import BuiltModel, build
 from sparse_serve.runtime.errors import SettingsError
 
@@ -61,11 +63,23 @@ def unknown_architecture(model: str) -> Iterator[None]:
 
 
 def _cannot_serve(checkpoint: SparseCheckpoint, error: Exception) -> SettingsError:
-    architectures = ", ".join(map(str, checkpoint.hf_config.get("architectures") or ["none in config.json"]))
+    names = [str(name) for name in checkpoint.hf_config.get("architectures") or []]
+    reason = _reason(_import_error(names) or error)
     return SettingsError(
-        f"{checkpoint.path}: vLLM {__version__} cannot serve it ({architectures}): {_reason(error)}; for other engines "
-        "maskgen decompress makes it dense again"
+        f"{checkpoint.path}: vLLM {__version__} cannot serve it ({', '.join(names) or 'none in config.json'}): "
+        f"{reason}; for other engines maskgen decompress makes it dense again"
     )
+
+
+def _import_error(architectures: list[str]) -> Exception | None:
+    """Why vLLM's code for a model cannot be imported here, if it cannot: vLLM's own message points to its log."""
+    for name in architectures:
+        try:
+            if name in ModelRegistry.models:
+                ModelRegistry.models[name].load_model_cls()
+        except ImportError as error:
+            return error
+    return None
 
 
 def _sparse(checkpoint: SparseCheckpoint, built: BuiltModel) -> dict[str, list[str]]:
@@ -114,14 +128,16 @@ def _dense(checkpoint: SparseCheckpoint, built: BuiltModel, headers: Mapping[str
 
 
 def _dense_headers(checkpoint: SparseCheckpoint) -> dict[str, TensorHeader]:
-    """Headers of the tensors that the checkpoint has when it is dense."""
+    """Headers of the tensors that the checkpoint has when it is dense, in a dtype that vLLM loads as it is."""
     targets, packed = checkpoint.config.targets, suffixes(checkpoint.config)
-    stored = {name + suffix for name in targets for suffix in packed}
-    headers = {name: header for name, header in checkpoint.headers.items() if name not in stored}
+    parts = {name + suffix for name in targets for suffix in packed}
+    headers = {name: header for name, header in checkpoint.headers.items() if name not in parts}
     for name in targets:
         bitmask = checkpoint.headers[name + BITMASK_SUFFIX]
         rows, packed_columns = bitmask.shape
-        headers[name + WEIGHT_SUFFIX] = TensorHeader(bitmask.path, "F32", (rows, packed_columns * 8))
+        stored = checkpoint.headers[name + VALUES_SUFFIX].dtype
+        dtype = stored if checkpoint.config.values == FLOAT else "BF16"
+        headers[name + WEIGHT_SUFFIX] = TensorHeader(bitmask.path, dtype, (rows, packed_columns * 8))
     return headers
 
 

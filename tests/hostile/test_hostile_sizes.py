@@ -74,6 +74,8 @@ def test_values_that_are_no_size(victim: Path, key: str, value: Any) -> None:
         ({"intermediate_size": 33}, "intermediate_size 33 is not a dimension"),
         ({"intermediate_size": 33, "moe_intermediate_size": 16}, "intermediate_size 33"),
         ({"hidden_size": 32, "intermediate_size": 513, "moe_intermediate_size": 16}, "intermediate_size 513"),
+        ({"intermediate_size": 33, "block_auto_adjust_ff_dim": "true"}, "intermediate_size 33 is not a dimension"),
+        ({"hidden_size": 32, "intermediate_size": 513, "block_auto_adjust_ff_dim": True}, "intermediate_size 513"),
         ({"hidden_size": 32, "intermediate_size": -1, "moe_intermediate_size": 16}, "intermediate_size -1"),
         ({"hidden_size": 32, "intermediate_size": 2.0, "moe_intermediate_size": 16}, r"intermediate_size 2\.0"),
     ],
@@ -115,6 +117,7 @@ def test_text_config_without_end(victim: Path) -> None:
         {"num_key_value_heads": [4, 4], "max_position_embeddings": 2**27},
         {"num_experts": 40, "num_local_experts": 0, "n_routed_experts": 19, "num_experts_per_tok": 2},
         {"hidden_size": HIDDEN, "intermediate_size": 512, "moe_intermediate_size": 16},
+        {"hidden_size": HIDDEN, "intermediate_size": 33, "block_auto_adjust_ff_dim": True},
         {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS},
     ],
 )

@@ -17,18 +17,23 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 from torch import nn
 from transformers import PretrainedConfig
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, TensorHeader, read_headers
+from maskgen.hf.stored import Renamed, tensor_names
 from tests.vllm import nursery, tiny
 
 TABLE = Path(__file__).parents[2] / "maskgen" / "hf" / "vllm_models.json"
-LIMIT_S = 60
+LIMIT_S = 180
 
 Family = dict[str, Any]
 """The entry of one architecture: `fused`, `sparse`, `dense`."""
@@ -77,6 +82,7 @@ def generating() -> list[str]:
 
 def family(architecture: str) -> Family:
     """The entry of an architecture, over all variants of its small configuration."""
+    sys.meta_path.append(Pictures())
     variants = [examine(config) for config in tiny.configs(architecture)]
     fused = {whole: parts for variant in variants for whole, parts in variant["fused"].items()}
     dense = {name for variant in variants for name in variant["dense"]}
@@ -91,10 +97,11 @@ def examine(config: PretrainedConfig) -> Family:
     with tempfile.TemporaryDirectory() as folder:
         model = tiny.save(config, Path(folder))
         headers = read_headers(Path(folder))
-        built = build(Path(folder), headers)
-    inside = in_blocks(model, config)
+        stored = tensor_names(model, headers)
+        built = build(Path(folder), {name: headers[name] for name in of_decoder(model, config, stored)})
+    inside = in_blocks(model, config, stored)
     packable = {source for name in built.layers.keys() - built.read_directly for source in built.layers[name]}
-    linears = {name for name, module in model.named_modules() if is_linear(module)}
+    linears = stored_linears(model, stored)
     found: Family = {"fused": {}, "sparse": set(), "dense": set()}
     for name in linears | set(matrices(headers)):
         relative = inside(name)
@@ -106,8 +113,28 @@ def examine(config: PretrainedConfig) -> Family:
     return found
 
 
-def in_blocks(model: nn.Module, config: Any) -> Callable[[str], str | None]:
-    """A function from a full name to the name relative to its decoder block, expert numbers as "*"; None outside."""
+class Pictures(MetaPathFinder, Loader):
+    """Modules of any content in place of torchvision, where that is missing.
+
+    Models that also see import it to prepare pictures, which no layer depends on.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A spec for every module of torchvision."""
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A module that has every attribute."""
+        module = MagicMock(name=spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+def in_blocks(model: nn.Module, config: Any, stored: Mapping[str, Renamed]) -> Callable[[str], str | None]:
+    """A function from a stored name to the name relative to its decoder block, expert numbers as "*"; None outside."""
     count = config.get_text_config().num_hidden_layers
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     weights = {
@@ -115,13 +142,34 @@ def in_blocks(model: nn.Module, config: Any) -> Callable[[str], str | None]:
         for name, module in lists.items()
         if len(module) == count
     }
-    prefix = re.compile(rf"{re.escape(max(weights, key=weights.__getitem__))}\.\d+\.")
+    blocks = re.compile(rf"{re.escape(max(weights, key=weights.__getitem__))}\.(\d+)\.")
+    places = {
+        name.partition(f".{match[1]}.")[0]
+        for name, one in stored.items()
+        if one.alone and (match := blocks.match(one.targets[0]))
+    }
+    prefix = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(places)))})\.\d+\.")
 
     def relative(name: str) -> str | None:
         match = prefix.match(name)
         return None if match is None else re.sub(r"\.\d+(?=\.|$)", ".*", name[match.end() :])
 
     return relative
+
+
+def of_decoder(model: Any, config: Any, stored: Mapping[str, Renamed]) -> list[str]:
+    """Stored tensors of the part that generates text: transformers does not write those of towers as it found them."""
+    if config.get_text_config() is config:
+        return list(stored)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return [name for name, one in stored.items() if one.targets[0].startswith((f"{prefix}.", "lm_head"))]
+
+
+def stored_linears(model: nn.Module, stored: Mapping[str, Renamed]) -> set[str]:
+    """The linear layers of a model that are stored as they are, by their stored names."""
+    linears = {name + WEIGHT_SUFFIX for name, module in model.named_modules() if is_linear(module)}
+    return {name.removesuffix(WEIGHT_SUFFIX) for name, one in stored.items() if one.alone and one.targets[0] in linears}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -5,7 +5,8 @@
 A tiny random model of the family (`tests.vllm.tiny`) loses half of the weights of every linear layer that the table of
 architectures says vLLM can hold packed, by magnitude. vLLM serves the checkpoint in float32, and what it says of
 `offline.PROMPTS` is compared with transformers on the same weights, masked. Some families run in bfloat16 only on
-vLLM's CPU backend; those are compared with vLLM itself, serving the masked weights dense.
+vLLM's CPU backend, and of some vLLM makes something else than transformers even of dense weights; those are compared
+with vLLM itself, serving the masked weights dense.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, iterate_tensors, read_headers
@@ -28,6 +28,7 @@ from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
 from maskgen.export.compress import compress_masks, decompress
+from maskgen.hf.stored import tensor_names
 from tests import models
 from tests.vllm import architectures, nursery, offline, tiny
 
@@ -37,6 +38,9 @@ BFLOAT16 = {
     "Qwen3NextForCausalLM",
 }
 """Families that vLLM 0.32 does not run in float32 on a CPU, sparse or dense."""
+
+OWN = {"Ernie4_5_MoeForCausalLM", "Lfm2MoeForCausalLM", "Mamba2ForCausalLM"}
+"""Families of which vLLM 0.32 makes something else than transformers of dense random weights, too."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,12 @@ def agreement(config: PretrainedConfig, root: Path) -> Agreement:
     """Prune a random model of a configuration, serve it, and compare."""
     dtype = "bfloat16" if BFLOAT16.intersection(config.architectures or []) else "float32"
     sparse, masked = prune(config, root, dtype=getattr(torch, dtype))
-    if dtype == "float32":
+    return served_like(sparse, masked, dtype, dtype != "float32" or not OWN.isdisjoint(config.architectures or []))
+
+
+def served_like(sparse: Path, masked: Path, dtype: str, with_vllm: bool = False) -> Agreement:
+    """Serve a sparse checkpoint, and compare with transformers on the masked weights, or with vLLM on these."""
+    if not with_vllm:
         tokens, logprobs = offline.transformers_oracle(masked)
     else:
         with offline.serve(masked, dtype) as llm:
@@ -86,10 +95,9 @@ def prune(
     models.tokenizer().save_pretrained(base)
     (architecture,) = config.architectures or [""]
     packable = set(json.loads(architectures.TABLE.read_text())["architectures"][architecture]["sparse"])
-    inside = architectures.in_blocks(model, config)
     headers, pattern, masks = read_headers(base), NMPattern(2, 4), {}
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {name for name in linears if name + WEIGHT_SUFFIX in headers}  # tied and renamed ones have none
+    stored = tensor_names(model, headers)
+    inside, linears = architectures.in_blocks(model, config, stored), architectures.stored_linears(model, stored)
     for name, tensor in iterate_tensors(headers):
         module = name.removesuffix(WEIGHT_SUFFIX)
         if module not in linears or tensor.shape[1] % pattern.column_multiple:

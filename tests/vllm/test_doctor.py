@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
+from maskgen.core.quality import QUALITY_FILE, Quality
 from sparse_serve.bench.survey import kinds_of, memory_of
 from sparse_serve.cli.doctor import dense_lines, memory_line
 from sparse_serve.kernels import reference
@@ -35,6 +37,8 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     sparse, cache = tmp_path / "sparse", tmp_path / "cache"
     models.save("llama", tmp_path / "dense", **SHAPE)
     models.save_sparse(tmp_path / "dense", sparse)
+    quality = Quality(20.0, 50.0, 0.75, 0.5, 16, 512, False, ("a.txt",), "sparsegpt", "2:4")
+    (sparse / QUALITY_FILE).write_text(json.dumps(quality.to_dict()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     tuned = command("tune", sparse, "--dtype", "float32")
     assert tuned.returncode == 0, tuned.stderr
@@ -49,6 +53,8 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
         assert f"{models.LAYERS} {layer}" in told.stdout
     assert f"{len(SparseCheckpoint.open(sparse).config.targets)} layers are sparse, exactly 2 of every 4" in told.stdout
     assert "dense: lm_head, model.embed_tokens (outside of the decoder blocks)" in told.stdout
+    first, *others = (f"  {line}\n" for line in quality.lines())
+    assert "".join([f"  quality: {first.lstrip()}", *others]) in told.stdout and len(others) > 1
     assert "memory of these layers" in told.stdout and "sparse ms" in told.stdout
 
     with serve(sparse, kernel="auto") as llm:
@@ -59,6 +65,8 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
 
 
 def test_what_vllm_cannot_serve_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:
+    from vllm import ModelRegistry
+
     from sparse_serve.plugin.served import READ, served_layers
 
     config = tiny.configs("DeepseekV2ForCausalLM")[1]
@@ -71,6 +79,9 @@ def test_what_vllm_cannot_serve_is_said_in_one_line_with_what_to_do(tmp_path: Pa
     file = sparse / "config.json"
     file.write_text(file.read_text().replace("DeepseekV2ForCausalLM", "NobodysForCausalLM"))
     with pytest.raises(SettingsError, match=r"vLLM \S+ cannot serve it \(NobodysForCausalLM\)"):
+        served_layers(SparseCheckpoint.open(sparse))
+    ModelRegistry.register_model("NobodysForCausalLM", "not_installed.nobody:Nobody")
+    with pytest.raises(SettingsError, match=r"\(NobodysForCausalLM\): No module named 'not_installed'; for other"):
         served_layers(SparseCheckpoint.open(sparse))
 
 

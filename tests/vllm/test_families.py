@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import maskgen
+from tests import models
 from tests.vllm import families, tiny
 
 FAMILIES = {
@@ -36,3 +38,19 @@ def test_attention_with_a_latent_cache_keeps_the_layer_dense_that_it_reads(tmp_p
     found = families.agreement(tiny.configs("DeepseekV2ForCausalLM")[-1], tmp_path)
     assert found.sparse_layers == 10, "per block three of attention and two of an MLP or shared expert"
     assert found.error < 0.05 * found.spread, "in bfloat16, and so not the same tokens"
+
+
+def test_widths_that_no_kernel_is_cut_for_are_dense_or_served(tmp_path: Path) -> None:
+    """260 columns fit no group of 8 and stay dense, by name; 200 and 160 are no multiple of a kernel's tile."""
+    (config,) = tiny.configs("LlamaForCausalLM")
+    config.update({"hidden_size": 260, "intermediate_size": 200, "num_attention_heads": 5, "num_key_value_heads": 1})
+    dense, sparse, masked = tmp_path / "dense", tmp_path / "sparse", tmp_path / "masked"
+    tiny.save(config, dense)
+    models.tokenizer().save_pretrained(dense)
+    pruned = maskgen.prune(maskgen.PruneRequest(recipe="magnitude", model=dense, out=sparse))
+    assert isinstance(pruned, maskgen.PruneResult)
+    assert {one.reason for one in pruned.plan.kept} == {"in_features 260 is not a multiple of 8"}
+    maskgen.decompress(maskgen.DecompressRequest(model=sparse, out=masked))
+    found = families.served_like(sparse, masked, "float32")
+    assert (found.sparse_layers, found.same_tokens) == (4, found.tokens), "o_proj and down_proj of two blocks"
+    assert found.error < 2e-5 * max(1.0, found.spread) and found.distinct > 2

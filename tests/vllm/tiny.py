@@ -56,9 +56,18 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 128),
 }
 
+TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+"""What sees or hears; fewer blocks than the decoder has."""
+
 _OPTIONAL = ("q_lora_rank", "sliding_window")
 _NO_Q_LORA = {"q_lora_rank": None}
 _EVERY_OTHER = ["sliding_attention", "full_attention"]
+_LINEAR_TOO = ["linear_attention", "full_attention"]
 EXTRA: dict[str, list[dict[str, Any]]] = {
     "AfmoeForCausalLM": [
         {"score_func": "sigmoid", "route_norm": True, "num_dense_layers": 1, "n_group": 1, "topk_group": 1}
@@ -66,6 +75,7 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     "DeepseekV2ForCausalLM": [{}, _NO_Q_LORA],
     "DeepseekV3ForCausalLM": [{"topk_method": "noaux_tc"}, {"topk_method": "noaux_tc", **_NO_Q_LORA}],
     "FalconForCausalLM": [{}, {"new_decoder_architecture": True, "num_kv_heads": 2}],
+    "Gemma3ForConditionalGeneration": [{"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}],
     "Gemma3nForCausalLM": [
         {
             "num_hidden_layers": 4,
@@ -76,15 +86,20 @@ EXTRA: dict[str, list[dict[str, Any]]] = {
     ],
     "Glm4MoeForCausalLM": [{"head_dim": 32}],
     "Glm4MoeLiteForCausalLM": [{"first_k_dense_replace": 1}],
+    "GraniteMoeHybridForCausalLM": [{"layer_types": _LINEAR_TOO}],
     "HYV3ForCausalLM": [{"first_k_dense_replace": 1, "expert_hidden_dim": 64}],
+    "JambaForCausalLM": [{"attn_layer_period": 2, "attn_layer_offset": 1}],
     "Lfm2ForCausalLM": [{"block_dim": 128, "conv_dim": 128, "layer_types": ["conv", "full_attention"]}],
     "Lfm2MoeForCausalLM": [{"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}],
     "Llama4ForCausalLM": [{"num_experts_per_tok": 1}],
     "Mamba2ForCausalLM": [{"num_heads": 8, "head_dim": 32}],
     "MiniMaxM2ForCausalLM": [{"rotary_dim": 16, "scoring_func": "sigmoid"}],
+    "NemotronHForCausalLM": [{"layers_block_type": ["linear_attention", "full_attention", "mlp"]}],
     "Qwen2MoeForCausalLM": [{"mlp_only_layers": [0]}],
     "Qwen3MoeForCausalLM": [{"mlp_only_layers": [0]}],
-    "Qwen3NextForCausalLM": [{"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0]}],
+    "Qwen3NextForCausalLM": [{"layer_types": _LINEAR_TOO, "mlp_only_layers": [0]}],
+    "Qwen3_5ForCausalLM": [{"layer_types": _LINEAR_TOO}],
+    "Qwen3_5MoeForCausalLM": [{"layer_types": _LINEAR_TOO}],
 }
 
 
@@ -122,18 +137,26 @@ def save(config: PretrainedConfig, directory: Path, dtype: torch.dtype = torch.f
 
 def _config(kind: str, architecture: str, changes: dict[str, Any]) -> PretrainedConfig:
     cls = CONFIG_MAPPING[kind]
+    config: PretrainedConfig = cls(**{**_small(cls, SMALL), **changes}, architectures=[architecture])
+    return config
+
+
+def _small(cls: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Small values of the settings that a configuration class has; of a model that also sees, of each part of it."""
     default = cls()
+    parts = {name: type(getattr(default, name)) for name in cls.sub_configs if getattr(default, name) is not None}
+    if "text_config" in parts:
+        return {name: _small(part, SMALL if name == "text_config" else TOWER) for name, part in parts.items()}
     fields = vars(cls).get("attribute_map", {})
     small = {}
-    for name, value in SMALL.items():
+    for name, value in sizes.items():
         known = _has(default, name) and not isinstance(getattr(cls, fields.get(name, name), None), property)
         if known and not (name in _OPTIONAL and getattr(default, name) is None):
             small[name] = value
     if "kv_lora_rank" in small:
         small["num_key_value_heads"] = SMALL["num_attention_heads"]
         small.pop("head_dim", None)
-    config: PretrainedConfig = cls(**{**small, **changes}, architectures=[architecture])
-    return config
+    return small
 
 
 def _has(config: PretrainedConfig, name: str) -> bool:

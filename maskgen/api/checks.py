@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -32,7 +31,6 @@ from maskgen.core.errors import (
 from maskgen.core.files import read_json
 from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
-from maskgen.data import own
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.compress import model_label
 from maskgen.hf import model, planning, servable
@@ -45,8 +43,6 @@ from maskgen.recipes.recipe import Recipe
 from maskgen.train.parallel import is_first
 from maskgen.train.prior import load_prior, load_prior_weights
 from maskgen.train.start import Start
-
-Wanted = TypeVar("Wanted", PruneRequest, LearnRequest, PermuteRequest)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -247,20 +243,6 @@ def learned(request: LearnRequest, task: Task) -> Task:
     if method.uses_prior and prior is None and task.start is None and own is not None and own.local_method().needs_data:
         check_window_tokens(recipe.calibration.window_tokens, limit)
     return replace(task, prior=prior)
-
-
-def with_own_text(request: Wanted, task: Task, progress: Listener) -> Wanted:
-    """The request, with the file of text that the dense model writes in place of every `self` (`maskgen.data.own`).
-
-    Raises `DataError` when it cannot write any.
-    """
-    data = [
-        own.written(source, task.model_dir, task.device, lambda what: progress(Stage(what)))
-        if own.is_own(source)
-        else source
-        for source in request.data
-    ]
-    return request.model_copy(update={"data": tuple(data)})
 
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
-from maskgen.api.pruning import load_checked, read_text
+from maskgen.api.pruning import load_checked
 from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
+from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.failures import explained
@@ -75,7 +76,7 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     with checks.new_output(request.out):
         task = checks.settled(request, recipe, progress)
         checks.calibration(request, task)
-        request = checks.with_own_text(request, task, progress)
+        request = with_own_text(request, task, progress)
         windows_ST, _, _ = read_text(request, task)
         weights = StoredModel.of(task.model_dir)
         provenance = {

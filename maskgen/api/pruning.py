@@ -17,8 +17,9 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
-from maskgen.api.heldout import NO_TEXT, SHORT_TEXT, measure_dense, measure_pruned
-from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
+from maskgen.api.heldout import NO_TEXT, measure_dense, measure_pruned
+from maskgen.api.requests import LearnRequest, PruneRequest
+from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import StoredModel, digest_weights
@@ -27,9 +28,7 @@ from maskgen.core.failures import explained
 from maskgen.core.files import read_json
 from maskgen.core.packed import StoredLayer
 from maskgen.core.quality import Quality, stored
-from maskgen.data import tokens
 from maskgen.data.bos import Bos
-from maskgen.data.heldout import HeldOut
 from maskgen.export import compress
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model, planning
@@ -174,7 +173,7 @@ def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
 
 def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult:
     task = checks.one_shot(request, task)
-    request = checks.with_own_text(request, task, progress)
+    request = with_own_text(request, task, progress)
     recipe = task.recipe
     weights = StoredModel.of(task.model_dir)
     base_digest = digest_weights(task.model_dir)
@@ -210,7 +209,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
 
 def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
     task = checks.learned(request, task)
-    request = checks.with_own_text(request, task, progress)
+    request = with_own_text(request, task, progress)
     job = Job(
         recipe=task.recipe,
         model_dir=task.model_dir,
@@ -234,36 +233,6 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         return None
     finish(job.work, request.keep_work)
     return LearnResult(request.out, task.plan, found.written, found.records, found.quality)
-
-
-def read_text(
-    request: PruneRequest | PermuteRequest, task: Task
-) -> tuple[Tensor | None, Bos | None, HeldOutText | str]:
-    """Windows of calibration text `[S, T]` (windows, tokens), what they begin with, and held-out text or why none.
-
-    The first two are None for a method that needs no text; what it is given is read for the held-out windows alone.
-    """
-    section, needs_data = task.recipe.calibration, task.recipe.needs_data
-    if not request.data:
-        return None, None, NO_TEXT
-    tokenizer = model.load_tokenizer(task.model_dir)
-    bos, windows_ST = Bos.of(tokenizer, request.bos), None
-    heldout = HeldOut(len(request.data), model.stored_max_tokens(task.model_dir), bos)
-    if needs_data:
-        assert section.window_tokens is not None
-        generator = torch.Generator().manual_seed(section.seed)
-        windows_ST = tokens.calibration_windows(
-            request.data, tokenizer, section.samples, section.window_tokens, generator, bos, heldout
-        )
-    else:
-        for source in request.data:
-            heldout.take(source, tokens.read_tokens(source, tokenizer))
-    ids_ST = heldout.windows()
-    for ids in (windows_ST, ids_ST):
-        if ids is not None:
-            model.check_ids(ids, tokenizer.get_vocab(), task.model_dir)
-    text = SHORT_TEXT if ids_ST is None else HeldOutText(ids_ST, len(bos.ids), heldout.names)
-    return windows_ST, bos if needs_data else None, text
 
 
 def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:

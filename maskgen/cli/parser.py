@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import sys
 
@@ -18,7 +17,7 @@ from maskgen.api import requests
 from maskgen.api.requests import Request
 from maskgen.cli.arguments import SHORTER, add_verbs
 from maskgen.core.errors import SparseError
-from maskgen.core.failures import explained
+from maskgen.core.failures import drop_output, explained
 
 _EXAMPLES = """\
 examples:
@@ -49,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"maskgen: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _drop_output()
+        drop_output()
         return 1
     except (SparseError, OSError) as error:
         print(f"maskgen: error: {in_flags(' '.join(str(error).split()))}", file=sys.stderr)
-        _drop_output()
+        drop_output()
         return 2
     return 0
 
@@ -65,14 +64,6 @@ def _run(args: argparse.Namespace) -> None:
         verbs.VERBS[args.verb](args)
     with explained("standard output"):
         sys.stdout.flush()
-
-
-def _drop_output() -> None:
-    """Where standard output cannot be written, let go of what is left of it: Python would try again at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def in_flags(message: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,14 @@ def in_words(error: BaseException, where: Path | str | None = None) -> SparseErr
             f"{_name(error, where)}not a valid safetensors file: {_line(error)}; download or write it again"
         )
     return None
+
+
+def drop_output() -> None:
+    """Where standard output cannot be written, let go of what is left of it: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _errno(error: BaseException) -> int | None:

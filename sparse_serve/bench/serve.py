@@ -26,6 +26,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from maskgen.core.checkpoint import read_headers
+from maskgen.core.companions import check_companions
 from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY
 from maskgen.core.files import read_json
 from sparse_serve.bench.load import Load, bench_serve, serving
@@ -146,7 +148,8 @@ def temporary() -> Iterator[Path]:
 
 
 def check(dense_dir: Path, sparse_dir: Path) -> None:
-    """Raise `SettingsError` unless the directories are a dense and a sparse model of the same architecture."""
+    """Raise `SettingsError` unless the directories are a dense and a sparse model of the same architecture, and
+    `FormatError` for a file that is missing or cut off."""
     dense, sparse = (read_json(directory / "config.json") for directory in (dense_dir, sparse_dir))
     if "quantization_config" in dense:
         raise SettingsError(f"--dense {dense_dir}: config.json has a quantization_config; expected a dense model")
@@ -156,6 +159,9 @@ def check(dense_dir: Path, sparse_dir: Path) -> None:
     if differing - _NEED_NOT_AGREE:
         fields = ", ".join(sorted(differing - _NEED_NOT_AGREE))
         raise SettingsError(f"{dense_dir} and {sparse_dir} differ in {fields} of config.json; expected one model twice")
+    for directory in (dense_dir, sparse_dir):  # a server would take a minute to find it
+        read_headers(directory)
+        check_companions(directory)
 
 
 def figures(report: Mapping[str, Any], clients: int) -> dict[str, float]:

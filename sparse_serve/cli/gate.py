@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from maskgen.core.errors import OutOfMemoryError, StorageError
+from maskgen.core.errors import SparseError
 from maskgen.core.failures import explained
 from sparse_serve.cli.request import from_flags
 from sparse_serve.gate.report import Verdict
 from sparse_serve.gate.request import DType, GateRequest, GateStep
-from sparse_serve.runtime.errors import EngineDiedError, EngineStartError, GateError
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +77,14 @@ def main(args: argparse.Namespace) -> int:
     try:
         with explained():
             report = runner.run(todo, on_step=_show)
-    except (GateError, EngineStartError, EngineDiedError, StorageError, OutOfMemoryError) as error:
+    except SparseError as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
         return Verdict.ERROR.exit_code
     except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
         logger.exception("the gate could not measure")
         return Verdict.ERROR.exit_code
+    written = report.write(args.out)  # first, as nobody may read what is printed
     print(report.to_markdown(), end="", flush=True)
-    written = report.write(args.out)
     print(f"\nwritten: {', '.join(map(str, written))}")
     return report.verdict.exit_code
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
-from maskgen.core.failures import explained
+from maskgen.core.failures import drop_output, explained
 
 _VERBS = {
     "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",
@@ -31,11 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        with explained("standard output"):
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:
+        drop_output()
         return 141
     except (SparseError, OSError) as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
+        drop_output()
         return 2
     except KeyboardInterrupt:
         return 130

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import sparse_serve.gate.checks as checks_folder
-from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.checkpoint import SparseCheckpoint, read_headers
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
@@ -48,6 +48,7 @@ def plan(request: GateRequest) -> MeasurementPlan:
     dense_config = read_json(request.dense / "config.json")
     if CONFIG_KEY in dense_config:
         raise SettingsError(f"dense model {request.dense} has a {CONFIG_KEY}; expected a model that is not quantised")
+    read_headers(request.dense)  # a file that was cut off is no other model
     dense_digest = digest_weights(request.dense)
     if dense_digest != checkpoint.config.base_digest and not request.allow_other_base:
         raise SettingsError(

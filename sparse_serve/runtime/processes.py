@@ -12,6 +12,10 @@ model in memory. So the server calls `lead`, and each process below it calls `fo
     `sparse-serve serve` calls it first of all, for a benchmark that started it
 
 Loading the plugin would be too late for the engine, which first waits five minutes for a server to answer it.
+
+A Ctrl-C in a terminal goes to every process of its group. vLLM's engine would finish its requests and leave, and what
+the server has not read by then is lost, as a server drops everything of an engine that has left. So spawned processes
+leave the group: the server alone gets the signal, and ends the engine when all answers are out.
 """
 
 import contextlib
@@ -78,7 +82,7 @@ def follow() -> None:
 
 
 class Follow:
-    """Put into what is sent to a spawned process, this makes it call `follow`: unpickling it does."""
+    """Put into what is sent to a spawned process, this makes it `follow`, in a group of its own: unpickling it does."""
 
     def __reduce__(self) -> tuple[Callable[[], "Follow"], tuple[()]]:
         return _follow_when_unpickled, ()
@@ -86,6 +90,8 @@ class Follow:
 
 def _follow_when_unpickled() -> Follow:
     follow()
+    if environment.leader() not in (None, os.getpid()) and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
     return Follow()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
@@ -108,6 +109,18 @@ def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "did not happen in time"
         time.sleep(0.02)
+
+
+def wait_idle(process: psutil.Process) -> None:
+    """Until a process has nothing to do for a while, or has ended."""
+    asleep = 0
+
+    def is_idle() -> bool:
+        nonlocal asleep
+        asleep = 0 if processes.is_alive(process) and process.status() == psutil.STATUS_RUNNING else asleep + 1
+        return asleep > 25
+
+    until(is_idle, 60.0)
 
 
 def launch(model: Path | str, directory: Path, *flags: str) -> Running:

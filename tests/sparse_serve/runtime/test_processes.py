@@ -102,7 +102,10 @@ def test_a_spawned_process_follows_when_it_is_sent_a_follow() -> None:
         with subprocess.Popen([sys.executable, file.name], stdout=subprocess.PIPE) as child:
             assert child.stdout is not None and child.stdout.readline() == b"True\n"
             family = processes.descendants(child.pid)
+            groups = {os.getpgid(process.pid) for process in family}
             child.kill()
+        assert groups - {os.getpgrp()} == groups & {process.pid for process in family}, "one has left the group"
+        assert len(groups) == 2
         assert len(family) == 2, "the child, and Python's tracker of resources"
         until(lambda: not any(map(processes.is_alive, family)))
 

@@ -20,6 +20,7 @@ import grpc
 import psutil
 import pytest
 
+from maskgen.core.quality import QUALITY_FILE, Quality
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from tests import models
 from tests.vllm.adapters import save_adapter
@@ -40,6 +41,8 @@ from tests.vllm.serving import (
     wait_ready,
 )
 
+QUALITY = Quality(20.0, 50.0, 0.75, 0.5, 16, 512, False, ("a.txt",), "sparsegpt", "2:4")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
@@ -47,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     template = logs / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     checkpoint = make_checkpoint(logs)
+    (checkpoint / QUALITY_FILE).write_text(json.dumps(QUALITY.to_dict()))
     save_adapter(logs / "dense", logs / "adapter")
     names = ["--served-model-name", "tiny", "second", "--enable-lora", f"--lora-modules=adapter={logs / 'adapter'}"]
     running = launch(checkpoint, logs, *names, "--drain-s=60", f"--chat-template={template}", "--max-logprobs=25")
@@ -203,6 +207,16 @@ def test_info_and_metrics_say_what_is_served(server: Running) -> None:
     assert server.metric("vllm:prompt_tokens_total") > 0
     shown = json.loads(server.get("/sparse-serve/info"))
     assert shown["engine"]["sparse_layers"] == SPARSE_LAYERS
+
+
+def test_how_good_the_model_is_stands_wherever_people_look(server: Running) -> None:
+    assert f"\nquality: {QUALITY.describe()}; that is bad, and `maskgen inspect` says what to try\n" in server.output
+    shown = json.loads(server.get("/sparse-serve/info"))["engine"]["quality"]
+    assert (shown["dense_perplexity"], shown["perplexity"], shown["texts"]) == (20.0, 50.0, ["a.txt"])
+    assert shown["bad"] and shown["advice"] == QUALITY.advice()
+    told = server.stub.GetModelInfo(pb.GetModelInfoRequest()).quality
+    assert (told.dense_perplexity, told.perplexity, told.kl_divergence, told.top1_agreement) == (20.0, 50.0, 0.75, 0.5)
+    assert (told.windows, told.window_tokens, list(told.texts), told.bad) == (16, 512, ["a.txt"], True)
 
 
 def test_a_cancelled_grpc_stream_is_aborted_in_the_engine(server: Running) -> None:

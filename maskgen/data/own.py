@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import filelock
 import torch
-import transformers
 
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.errors import DataError
@@ -42,7 +42,7 @@ def written(source: Path | str, model_dir: Path, device: str, tell: Callable[[st
     if found is None:
         raise DataError(f"{source}: expected self, or self:NUMBER with the number of texts, such as self:{DOCUMENTS}")
     documents = int(found[1] or DOCUMENTS)
-    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    versions = {"torch": str(torch.__version__), "transformers": metadata.version("transformers")}
     way = [generate.TEMPERATURE, generate.TOP_P, generate.QUESTION_TOKENS, generate.ANSWER_TOKENS, SEED]
     key = digest_json({"model": digest_weights(model_dir), "documents": documents, "way": way, **versions})
     path = gguf.cache_folder() / "self" / f"{model_dir.name}-{documents}--{key.removeprefix('sha256:')[:16]}.jsonl"

@@ -13,13 +13,14 @@ EXTRA ?= auto
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 
 MODEL ?=
-RECIPE ?= sparsegpt
+RECIPE ?= admm
 DATA ?=
 EVAL ?=
 LABEL ?= demo
 ARGS ?=
-# Values of the recipe that `serve` changes, such as calibration.samples=64.
-SET ?=
+# Values of the recipe that `serve` changes, such as calibration.samples=64. The demo is calibrated on an eighth of what
+# the recipe says, in short windows: a first start takes minutes. With SET= it gets all of it.
+SET ?= $(if $(MODEL),,calibration.samples=64 calibration.window_tokens=512)
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -52,7 +53,7 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=sparsegpt] [SET="key=value"] [DATA="texts"] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=admm] [SET="key=value"] [DATA="texts"] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL

@@ -15,9 +15,10 @@ from maskgen.core.lock import exclusive
 
 ROOT = Path(__file__).parents[3]
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from maskgen.core.lock import exclusive
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

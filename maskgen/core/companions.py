@@ -37,10 +37,15 @@ def companion_files(model_dir: Path) -> list[Path]:
 
 
 def check_companions(model_dir: Path) -> None:
-    """`FormatError` for a companion file that is damaged: JSON that does not parse, or a pointer of Git LFS.
+    """`FormatError` for a companion file that is damaged: a link to no file, a directory, a pointer of Git LFS, or JSON
+    that does not parse.
 
     A library that reads it later would not say which file, or would pass over it.
     """
+    for path in sorted(model_dir.iterdir()):
+        if path.suffix in _SUFFIXES and not path.is_file():
+            found = "a link to no file" if path.is_symlink() else "not a regular file"
+            raise FormatError(f"{path}: {found}; remove it, or download the model again")
     for path in companion_files(model_dir):
         check_no_pointer(path)
         if path.suffix == ".json":

@@ -57,12 +57,12 @@ class CheckpointWriter:
         self.total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        with explained(self.out_dir):
+        with explained(self.out_dir), contextlib.ExitStack() as undo:
             self._check_free()
-            if not self._acquire():
-                raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
+            self._acquire(undo)
             for leftover in self._partial.iterdir():
                 leftover.unlink()
+            self._undo = undo.pop_all()
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -78,36 +78,40 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        finished = False
-        try:
+        with self._undo:
             if kind is None:
                 with explained(self.out_dir):
                     self._finish()
-                finished = True
-        finally:
-            if not finished:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            os.close(self._lock)
 
     def _check_free(self) -> None:
         if self.out_dir.exists():
             raise OutputExistsError(f"{self.out_dir} exists; remove it or choose another output directory")
 
-    def _acquire(self) -> bool:
-        """Lock the hidden directory. False if another writer has it, or renamed it between our opening and locking
-        it."""
-        with contextlib.ExitStack() as undo:
-            try:
-                self._partial.mkdir(parents=True, exist_ok=True)
-                self._lock = os.open(self._partial, os.O_RDONLY)
-                undo.callback(os.close, self._lock)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(self._lock), self._partial.stat()):
-                    return False
-            except (BlockingIOError, FileExistsError, FileNotFoundError):
-                return False
-            undo.pop_all()
-            return True
+    def _acquire(self, undo: contextlib.ExitStack) -> None:
+        """Lock the hidden directory. `undo` gets what unlocks it, and removes it with all that is in it, if it still
+        has its hidden name.
+
+        Raises `OutputExistsError` if another writer has it, or renamed it between our opening and locking it.
+        """
+        try:
+            lock = self._open()
+            undo.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(lock), self._partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise OutputExistsError(f"{self.out_dir}: another process is writing it; choose another output")
+        undo.callback(shutil.rmtree, self._partial, ignore_errors=True)
+
+    def _open(self) -> int:
+        self._partial.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._partial.rmdir()  # unless it holds what an earlier writer left
+            raise
 
     def _write_shard(self) -> None:
         path = self._partial / f"part-{len(self._shards):05d}"

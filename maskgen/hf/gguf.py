@@ -161,6 +161,8 @@ def _read_header(path: Path) -> _Header:
         facts = {name: fields[name].contents() for name in _FACTS if name in fields}
         architecture = str(facts["general.architecture"])
     except HF_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk fails, not the file
+            raise
         size = path.stat().st_size
         raise FormatError(
             f"{path}: damaged or cut off GGUF file of {size:,} bytes ({first_line(error)}); download it again"

@@ -20,9 +20,12 @@ from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
 from maskgen.core.errors import DataError, ModelError, clip
 from maskgen.hf import gguf, loader
-from maskgen.hf.errors import clear_errors, first_line
+from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
 
 logger = logging.getLogger(__name__)
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+"""Names of files one of which a tokenizer has, but for those that work on bytes."""
 
 
 def resolve(source: str, tell: Callable[[str], None] = lambda what: None) -> Path:
@@ -86,7 +89,15 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer; `ModelError` when the directory holds none."""
     with clear_errors(path, "no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except HF_ERRORS:
+            if any(any(path.glob(name)) for name in _VOCABULARIES):
+                raise
+            raise ModelError(
+                f"{path}: no usable tokenizer: neither tokenizer.json nor another vocabulary is there; copy the files "
+                "of the model's tokenizer beside its weights, or download the model again"
+            ) from None
 
 
 def outline(path: Path) -> nn.Module:

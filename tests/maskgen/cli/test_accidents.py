@@ -17,8 +17,6 @@ import pytest
 
 from maskgen.api import pruning
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.lock import exclusive
-from tests import models
 from tests.maskgen.cli.test_parser import SMALL, run
 
 ModelDir = Callable[..., Path]
@@ -51,25 +49,6 @@ def test_two_runs_with_one_output(model_dir: ModelDir, text_file: Path, tmp_path
     third.communicate(timeout=120)
     assert third.returncode in (0, 2) and SparseCheckpoint.open(out)
     assert not (tmp_path / ".out.lock").exists()
-
-
-@pytest.mark.parametrize("verb", ["run", "permute", "compress", "quantise", "decompress"])
-def test_every_verb_that_writes_a_directory_is_alone_in_it(
-    verb: str, model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense, sparse = model_dir(), tmp_path / "sparse"
-    models.save_sparse(dense, sparse)
-    argv = {
-        "run": ["magnitude", "--model", dense],
-        "permute": ["magnitude", "--model", dense],
-        "compress": [dense, sparse],
-        "quantise": [sparse, "--values", "int8"],
-        "decompress": [sparse],
-    }[verb]
-    with exclusive(tmp_path / "out"):
-        code, _, errors = run(capsys, verb, *argv, "--out", tmp_path / "out")
-    assert code == 2 and f"out: process {os.getpid()} on " in errors and errors.count("\n") == 1
-    assert run(capsys, verb, *argv, "--out", tmp_path / "out")[0] == 0
 
 
 def test_a_model_that_is_replaced_under_a_run(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from maskgen.core.companions import SNAPSHOT_PATTERNS, companion_files
+import pytest
+
+from maskgen.core.companions import SNAPSHOT_PATTERNS, check_companions, companion_files
+from maskgen.core.errors import FormatError
 
 COPIED = [
     "chat_template.jinja",
@@ -33,3 +36,17 @@ def test_a_snapshot_holds_the_weights_and_everything_that_is_copied() -> None:
 
     assert all(map(downloaded, [*COPIED, "config.json", "model-00001-of-00002.safetensors"]))
     assert not any(map(downloaded, NEVER))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "config.json", "model.safetensors.index.json"])
+def test_a_name_without_a_file_is_told(name: str, tmp_path: Path) -> None:
+    """Links into a cache whose files are gone, say: they look like files to whoever lists the directory."""
+    (tmp_path / "README.md").symlink_to("nowhere")
+    check_companions(tmp_path)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(FormatError, match=f"{name}: a link to no file; remove it, or download the model again"):
+        check_companions(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(FormatError, match=f"{name}: not a regular file"):
+        check_companions(tmp_path)

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from maskgen.core import writer as writer_module
-from maskgen.core.errors import OutputExistsError
+from maskgen.core.errors import OutputExistsError, StorageError
 from maskgen.core.writer import CheckpointWriter
 from tests.directories import bits, read_all
+from tests.faults import Fault, errno_of, injected
 
 CONFIG = {"model_type": "tiny", "name": "größe"}
 
@@ -171,6 +172,16 @@ def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
         assert list((tmp_path / ".out.partial").iterdir())
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("access", [1, 2])
+def test_a_writer_that_fails_as_it_starts_leaves_nothing(tmp_path: Path, access: int) -> None:
+    """It makes a directory, and opens it; no lock stays either."""
+    fault = Fault(tmp_path, errno_of(errno.EIO), access, lasts=False)
+    with injected(fault), pytest.raises(StorageError, match="Input/output error"):
+        write(tmp_path / "out")
+    assert fault.accesses >= access and list(tmp_path.iterdir()) == []
+    write(tmp_path / "out")
 
 
 def test_a_config_that_is_not_json_leaves_nothing(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ def test_damaged_directories(
 
 def test_a_directory_without_tokenizer(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copy(model_dir("llama") / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="no usable tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"no usable tokenizer: neither tokenizer\.json nor another vocabulary is there"
+    ):
+        model.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no usable tokenizer: (?!neither)"):
         model.load_tokenizer(tmp_path)
 
 

@@ -5,7 +5,6 @@ Messages name fields of the request in backticks; the command line shows its fla
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,10 +24,9 @@ from maskgen.core.errors import (
     OutputExistsError,
     RecipeError,
     RequestError,
-    StorageError,
     clip,
 )
-from maskgen.core.files import read_json
+from maskgen.core.files import check_folder, check_writable, read_json
 from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
@@ -72,14 +70,7 @@ def absent(*paths: Path | None) -> None:
         if path is not None:
             if path.exists():
                 raise OutputExistsError(f"{path} exists; remove it or choose another output")
-            writable(path)
-
-
-def writable(path: Path) -> None:
-    """`StorageError` if `path` cannot be written, as far as can be told without writing."""
-    if path.exists() and not path.is_file():
-        raise StorageError(f"{path}: not a regular file; choose another name")
-    _check_folder(path)
+            check_writable(path)
 
 
 @contextmanager
@@ -90,7 +81,7 @@ def claimed(out: Path) -> Iterator[None]:
     """
     if out.name in ("", ".."):
         raise OutputExistsError(f"{out} exists; choose another output")
-    _check_folder(out)
+    check_folder(out)
     with exclusive(out) if is_first() else nullcontext():
         yield
 
@@ -101,17 +92,6 @@ def new_output(out: Path) -> Iterator[None]:
     absent(out)
     with claimed(out):
         yield
-
-
-def _check_folder(path: Path) -> None:
-    """`StorageError` unless `path`, or the first directory to be made on the way to it, can be made."""
-    folder = path.absolute().parent
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise StorageError(f"{path}: {folder} is not a directory; choose another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path}: {folder} cannot be written; change its permissions, or choose another place")
 
 
 def resolve_device(name: str | None) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from maskgen.api.events import Listener, Scored, Stage
-from maskgen.core.errors import ModelError, NumericalError
+from maskgen.core.errors import ModelError, NumericalError, OutOfMemoryError
+from maskgen.core.failures import explained
 from maskgen.core.quality import Quality
 from maskgen.hf.pruning_cost import Baseline, HeldOutText, placed, quality_of
 
@@ -27,9 +28,9 @@ def measure_dense(
         return text
     progress(Stage("measuring"))
     try:
-        with placed(model, device):
+        with explained(), placed(model, device):
             return Baseline.record(model, blocks, text, _telling(progress))
-    except ModelError as error:
+    except (ModelError, OutOfMemoryError) as error:
         return str(error)
 
 
@@ -41,9 +42,9 @@ def measure_pruned(
         return before
     progress(Stage("measuring"))
     try:
-        with placed(model, device):
+        with explained(), placed(model, device):
             return quality_of(before.compare(model, _telling(progress)), before.text, method, pattern)
-    except NumericalError as error:
+    except (NumericalError, OutOfMemoryError) as error:
         return str(error)
 
 

@@ -15,6 +15,7 @@ from maskgen.api.requests import DemoRequest, EvaluateRequest, InspectRequest, R
 from maskgen.core.divergence import Divergence
 from maskgen.core.errors import DataError, ModelError, RequestError, SparseError
 from maskgen.core.failures import explained
+from maskgen.core.files import check_writable
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.data import demo as demo_module
@@ -223,7 +224,7 @@ def report(request: ReportRequest) -> ReportResult:
         raise SparseError(
             f"maskgen report needs {package}, which is not installed: pip install 'sparse-serve[report]'"
         ) from None
-    checks.writable(request.out)
+    check_writable(request.out)
     return ReportResult(request.out, write(request.runs, request.out))
 
 

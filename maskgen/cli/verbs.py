@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
-from maskgen.api import checks, converting, measuring, pruning
+from maskgen.api import converting, measuring, pruning
 from maskgen.api.pruning import LearnResult, PruneResult
 from maskgen.api.requests import (
     CompressRequest,
@@ -24,7 +24,7 @@ from maskgen.api.requests import (
 )
 from maskgen.cli import display, measured
 from maskgen.core.errors import RequestError
-from maskgen.core.files import write_json
+from maskgen.core.files import check_writable, write_json
 from maskgen.hf import model
 
 _Request = TypeVar("_Request", bound=Request)
@@ -92,20 +92,18 @@ def inspect(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexity with its protocol, and the distance from the dense model."""
-    for path in (args.json if "json" in args else None, args.windows_out if "windows_out" in args else None):
-        if path is not None:
-            checks.writable(path)
+    check_writable(getattr(args, "json", None), getattr(args, "windows_out", None))
     model.quiet()
     wanted = request(EvaluateRequest, args)
     if "windows_out" in args and len(wanted.data) > 1:
         raise RequestError(f"--windows-out {args.windows_out}: holds the windows of one text; give one with --data")
     with display.progress() as show:
         result = measuring.evaluate(wanted, show)
-    measured.print_evaluated(result)
-    if "json" in args:
+    if "json" in args:  # files first, as nobody may read what is printed
         write_json(args.json, result.to_dict())
     if "windows_out" in args:
         write_json(args.windows_out, [asdict(window) for window in result.windows])
+    measured.print_evaluated(result)
 
 
 def demo(args: argparse.Namespace) -> None:

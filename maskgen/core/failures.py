@@ -84,6 +84,21 @@ def in_words(error: BaseException, where: Path | str | None = None) -> SparseErr
     return None
 
 
+def machine_failure(error: BaseException) -> BaseException | None:
+    """What failed of the machine (a disk, memory), in place of which a library raised `error`, if anything did.
+
+    None where the files or the network are to blame. That a file is not there is no failure: libraries look for many.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        known = in_words(cause)
+        is_storage = isinstance(known, StorageError) and _errno(cause) not in (None, errno.ENOENT)
+        if is_storage or isinstance(known, OutOfMemoryError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def drop_output() -> None:
     """Where standard output cannot be written, let go of what is left of it: Python would try again at its end."""
     try:

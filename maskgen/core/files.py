@@ -134,6 +134,27 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(path: Path) -> None:
+    """`StorageError` unless `path`, or the first directory to be made on the way to it, can be made. Nothing is
+    written: what cannot be known in this way, a full disk say, is not found."""
+    folder = path.absolute().parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise StorageError(f"{path}: {folder} is not a directory; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: {folder} cannot be written; change its permissions, or choose another place")
+
+
+def check_writable(*paths: Path | None) -> None:
+    """`check_folder` of files to write, or to replace: to be called before minutes are spent on what they will hold."""
+    for path in paths:
+        if path is not None:
+            if path.exists() and not path.is_file():
+                raise StorageError(f"{path}: not a regular file; choose another name")
+            check_folder(path)
+
+
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (its directory is made); on success rename it to `path`, else remove it.
@@ -141,8 +162,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     `StorageError` when something cannot be written, or `path` is there and no regular file: a device would be replaced.
     """
     with explained(path):
-        if path.exists() and not path.is_file():
-            raise StorageError(f"{path}: not a regular file; choose another name")
+        check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")  # hosts may share a folder
         try:

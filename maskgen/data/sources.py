@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from maskgen.core.errors import DataError, clip
+from maskgen.core.failures import machine_failure
 from maskgen.data import json_rows
 from maskgen.data.columns import column_of, text_of_cell, text_of_row
 from maskgen.data.formats import Format, Kind, format_of, instead, needs, open_seekable, open_text
@@ -170,6 +171,8 @@ def _columns(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:
                         yield text_of_cell(name, value, tokenizer, str(path), f": row {row}")
                         row += 1
         except pyarrow.ArrowException as error:
+            if isinstance(error, MemoryError):
+                raise
             raise DataError(f"{path}: not a sound parquet file: {_first_line(error)}; write it again") from None
 
 
@@ -186,6 +189,8 @@ def _hub_rows(source: str, tokenizer: Any) -> Iterator[str]:
     try:
         data = datasets.load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
+        if (failure := machine_failure(error)) is not None:
+            raise failure from None
         raise DataError(f"{source}: cannot be loaded: {_first_line(error)}") from None
     name = column_of(data.column_names, source)
     row = 0

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from maskgen.core.digest import digest_file, digest_json
 from maskgen.core.errors import FormatError, ModelError, SparseError, clip
-from maskgen.core.failures import TEMPORARY_SUFFIX, explained
+from maskgen.core.failures import TEMPORARY_SUFFIX, explained, machine_failure
 from maskgen.core.files import fsync_path
 from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
 
@@ -161,8 +161,8 @@ def _read_header(path: Path) -> _Header:
         facts = {name: fields[name].contents() for name in _FACTS if name in fields}
         architecture = str(facts["general.architecture"])
     except HF_ERRORS as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk fails, not the file
-            raise
+        if (failure := machine_failure(error)) is not None:
+            raise failure from None
         size = path.stat().st_size
         raise FormatError(
             f"{path}: damaged or cut off GGUF file of {size:,} bytes ({first_line(error)}); download it again"

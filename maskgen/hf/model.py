@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
 from maskgen.core.errors import DataError, ModelError, clip
+from maskgen.core.failures import machine_failure
 from maskgen.hf import gguf, loader
 from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
 
@@ -52,6 +53,8 @@ def resolve(source: str, tell: Callable[[str], None] = lambda what: None) -> Pat
     try:
         return Path(snapshot_download(source, allow_patterns=list(SNAPSHOT_PATTERNS)))
     except (OSError, ValueError) as error:
+        if (failure := machine_failure(error)) is not None:
+            raise failure from None
         raise ModelError(
             f"{source}: neither a directory nor a hub model that can be downloaded: {first_line(error)}"
         ) from None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.errors import ModelError
+from maskgen.core.failures import machine_failure
 from maskgen.core.perplexity import Perplexity, Protocol, Window
 from maskgen.core.quality import MAX_TEXTS, Quality, name_for_people
 from maskgen.hf import blocks as blocks_module
@@ -76,6 +77,8 @@ class Baseline:
                 last = logits(ids_1T)
                 progress(index + 1, len(text.ids_ST))
         except HF_ERRORS as error:
+            if (failure := machine_failure(error)) is not None:
+                raise failure from None
             raise ModelError(f"the dense model cannot be run on text alone: {first_line(error)}") from error
         finally:
             handle.remove()

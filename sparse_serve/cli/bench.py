@@ -44,9 +44,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from maskgen.core.files import write_json
+    from maskgen.core.files import check_writable, write_json
     from sparse_serve.bench import kernels, roofline
 
+    check_writable(args.json, args.plot)
     if args.plot:
         roofline.check(args.plot)
     progress = Console(stderr=True)
@@ -58,24 +59,25 @@ def _kernels(args: argparse.Namespace) -> int:
         ),
         lambda error: progress.print(f"not measured: {error}", markup=False),
     )
-    for at in range(0, len(results), len(request.tokens)):
-        Console().print(kernels_table(results[at : at + len(request.tokens)]))
-    if args.json:
+    if args.json:  # files first, as nobody may read what is printed
         write_json(args.json, kernels.record(request, results))
     if args.plot:
         kernels.plot(request, results, args.plot)
+    for at in range(0, len(results), len(request.tokens)):
+        Console().print(kernels_table(results[at : at + len(request.tokens)]))
     return 0
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from maskgen.core.files import write_json
+    from maskgen.core.files import check_writable, write_json
     from sparse_serve.bench import serve
 
+    check_writable(args.json)
     request = from_flags(serve.ServeRequest, args)
     runs = serve.run(request, Console(stderr=True).print)
-    Console().print(serve_table(serve.compare(runs)))
     if args.json:
         write_json(args.json, serve.record(request, runs))
+    Console().print(serve_table(serve.compare(runs)))
     return 0
 
 

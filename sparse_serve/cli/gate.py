@@ -13,8 +13,9 @@ from typing import get_args
 
 from maskgen.core.errors import SparseError
 from maskgen.core.failures import explained
+from maskgen.core.files import check_writable
 from sparse_serve.cli.request import from_flags
-from sparse_serve.gate.report import Verdict
+from sparse_serve.gate.report import GateReport, Verdict
 from sparse_serve.gate.request import DType, GateRequest, GateStep
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the gate, print its report, write it. Returns the exit status."""
     from sparse_serve.gate import runner  # torch, which --help does not need
 
+    check_writable(*GateReport.files(args.out))
     todo = runner.plan(from_flags(GateRequest, args, _FLAGS))
     try:
         with explained():
@@ -83,8 +85,10 @@ def main(args: argparse.Namespace) -> int:
     except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
         logger.exception("the gate could not measure")
         return Verdict.ERROR.exit_code
-    written = report.write(args.out)  # first, as nobody may read what is printed
-    print(report.to_markdown(), end="", flush=True)
+    try:
+        written = report.write(args.out)  # first, as nobody may read what is printed
+    finally:
+        print(report.to_markdown(), end="", flush=True)
     print(f"\nwritten: {', '.join(map(str, written))}")
     return report.verdict.exit_code
 

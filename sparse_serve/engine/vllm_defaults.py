@@ -22,6 +22,7 @@ from pathlib import Path
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
+from maskgen.core.failures import machine_failure
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import SettingsError
 
@@ -138,6 +139,8 @@ def _hub_errors(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (failure := machine_failure(error)) is not None:
+            raise failure from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
             f"{model} is neither a directory nor to be had from the Hugging Face hub: {reason}"

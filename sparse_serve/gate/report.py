@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from maskgen.core.files import temporary_sibling
+from maskgen.core.files import fsync_path, temporary_sibling
 from maskgen.core.perplexity import Perplexity
 from sparse_serve.engine import EngineInfo
 
@@ -100,12 +100,17 @@ class GateReport:
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write `report.json` and `report.md` into `folder`, which is made if needed; returns their paths."""
-        folder = Path(folder)
-        texts = {folder / "report.json": self.to_json(), folder / "report.md": self.to_markdown()}
-        for path, text in texts.items():
+        paths = self.files(folder)
+        for path, text in zip(paths, (self.to_json(), self.to_markdown()), strict=True):
             with temporary_sibling(path) as temporary:
                 temporary.write_text(text, "utf-8")
-        return list(texts)
+                fsync_path(temporary)
+        return paths
+
+    @staticmethod
+    def files(folder: str | Path) -> list[Path]:
+        """The paths that `write` writes in `folder`."""
+        return [Path(folder) / "report.json", Path(folder) / "report.md"]
 
     def to_json(self) -> str:
         """All of it, raw samples included."""

@@ -15,6 +15,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader, is_sparse_checkpoint
 from maskgen.core.errors import FormatError
+from maskgen.core.failures import machine_failure
 from maskgen.core.layout import VALUES_SUFFIX, suffixes
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.values import FLOAT
@@ -47,6 +48,8 @@ def served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
     try:
         built = build(checkpoint.path, headers)
     except Exception as error:  # whatever a model of vLLM's raises
+        if (failure := machine_failure(error)) is not None:
+            raise failure from None
         raise _cannot_serve(checkpoint, error) from error
     return ServedLayers(_sparse(checkpoint, built), _dense(checkpoint, built, headers))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +85,19 @@ def test_what_vllm_cannot_serve_is_said_in_one_line_with_what_to_do(tmp_path: Pa
     ModelRegistry.register_model("NobodysForCausalLM", "not_installed.nobody:Nobody")
     with pytest.raises(SettingsError, match=r"\(NobodysForCausalLM\): No module named 'not_installed'; for other"):
         served_layers(SparseCheckpoint.open(sparse))
+
+
+def test_a_failing_disk_is_not_put_down_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_serve.plugin import served
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/models/config.json")
+
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    monkeypatch.setattr(served, "build", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '/models/config\.json'"):
+        served.served_layers(SparseCheckpoint.open(tmp_path / "sparse"))
 
 
 def test_why_layers_are_dense_is_said(tmp_path: Path) -> None:

@@ -99,10 +99,16 @@ def test_without_a_number_there_is_the_reason(
     def fail(*args: object) -> Baseline:
         raise ModelError("the dense model cannot be run on text alone: it wants pictures")
 
+    def exhaust(*args: object) -> Baseline:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(Baseline, "record", exhaust)
+    poor = maskgen.prune(prune(model_dir(), text_file, tmp_path / "d"))
+    assert isinstance(poor, maskgen.PruneResult) and "out of memory (99 bytes more" in str(poor.quality)
     monkeypatch.setattr(Baseline, "record", fail)
     blind = maskgen.prune(prune(model_dir(), text_file, tmp_path / "c"))
     assert isinstance(blind, maskgen.PruneResult) and "it wants pictures" in str(blind.quality)
-    assert not any((tmp_path / name / QUALITY_FILE).exists() for name in "abc")
+    assert not any((tmp_path / name / QUALITY_FILE).exists() for name in "abcd")
 
 
 def test_it_goes_when_values_change(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:

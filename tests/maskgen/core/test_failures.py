@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from maskgen.core.errors import FormatError, OutOfMemoryError, OutputExistsError, SparseError, StorageError
-from maskgen.core.failures import explained, in_words
+from maskgen.core.failures import explained, in_words, machine_failure
 from tests.maskgen.training import largest_file
 
 ROOT = Path(__file__).parents[3]
@@ -117,6 +117,40 @@ def test_what_may_be_a_bug_is_passed_on(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, explained("x"):
         raise error
     assert raised.value is error
+
+
+def chained(*errors: BaseException) -> BaseException:
+    """The last of the errors, each raised while the one before was handled."""
+    try:
+        raise errors[0]
+    except BaseException as error:
+        if len(errors) == 1:
+            return error
+        try:
+            return chained(*errors[1:])
+        finally:
+            errors[1].__context__ = error
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_found"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
+        (OSError("We couldn't connect to the hub"), False),
+        (KeyError("x"), False),
+    ],
+)
+def test_what_failed_of_the_machine_is_found_behind_what_a_library_makes_of_it(
+    failure: BaseException, is_found: bool
+) -> None:
+    assert machine_failure(failure) is (failure if is_found else None)
+    wrapped = chained(failure, ValueError("the tokenizer cannot be used"), RuntimeError("no such model"))
+    assert machine_failure(wrapped) is (failure if is_found else None)
 
 
 def test_errors_that_are_in_words_already_stay_as_they_are() -> None:

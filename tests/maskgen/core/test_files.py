@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskgen.core.errors import FormatError
+from maskgen.core.errors import FormatError, StorageError
 from maskgen.core.files import (
     MAX_JSON_BYTES,
     check_tensor_names,
+    check_writable,
     open_tensors,
     read_json,
     save_tensors,
@@ -155,3 +156,19 @@ def test_the_real_name_appears_only_at_the_end(tmp_path: Path) -> None:
         save_tensors({"a": torch.ones(2)}, temporary, {})
         assert not path.exists()
     assert load_file(path)["a"].tolist() == [1.0, 1.0]
+
+
+def test_what_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new/folder/x.json", tmp_path / "file", None)
+    for path, message in (
+        (tmp_path, "not a regular file; choose another name"),
+        (Path("/dev/null"), "not a regular file; choose another name"),
+        (tmp_path / "file/x.json", "file is not a directory; choose another place"),
+    ):
+        with pytest.raises(StorageError, match=f"^{path}: .*{message}"):
+            check_writable(tmp_path / "x.json", path)
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everywhere
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be written; change its permissions"):
+        check_writable(tmp_path / "x.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from maskgen.core.errors import DataError
+from maskgen.core.errors import DataError, OutOfMemoryError, StorageError
+from maskgen.core.failures import explained
 from maskgen.data import sources
 from maskgen.data.sources import documents
 
@@ -162,6 +164,22 @@ def test_what_the_hub_refuses_is_one_line(error: Exception, monkeypatch: pytest.
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"body": ["x"]}))
     with pytest.raises(DataError, match='hf:org/name: expected one column "text"'):
         texts("hf:org/name")
+
+
+def test_what_fails_of_the_machine_is_not_put_down_to_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: Any, **__: Any) -> None:
+        raise datasets.exceptions.DatasetGenerationError("while generating") from OSError(errno.ENOSPC, "x", "/cache")
+
+    def exhaust(*_: Any, **__: Any) -> None:
+        raise pyarrow.lib.ArrowMemoryError("malloc of size 9 failed")
+
+    monkeypatch.setattr(datasets, "load_dataset", fill)
+    with pytest.raises(StorageError, match=r"^/cache: No space left on device"), explained():
+        texts("hf:org/name")
+    path = write_parquet(tmp_path / "a.parquet", text=["a"])
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", exhaust)
+    with pytest.raises(OutOfMemoryError), explained():
+        texts(path)
 
 
 @pytest.mark.parametrize(("source", "package"), [("a.parquet", "pyarrow"), ("hf:org/name", "datasets")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskgen.core.errors import DataError, ModelError
+from maskgen.core.errors import DataError, ModelError, StorageError
+from maskgen.core.failures import explained
 from maskgen.hf import model
 from tests import models
 
@@ -99,6 +102,18 @@ def test_resolve_refuses_what_is_not_there(source: str) -> None:
     with pytest.raises(ModelError, match=source) as caught:
         model.resolve(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_is_full_of_a_download_is_no_missing_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(source: str, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/blobs/x.incomplete")
+
+    monkeypatch.setattr(model, "snapshot_download", fill)
+    with (
+        pytest.raises(StorageError, match=r"/cache/blobs/x\.incomplete: No space left on device; make room"),
+        explained(),
+    ):
+        model.resolve("org/name")
 
 
 def test_resolve_takes_directories_as_they_are(tmp_path: Path) -> None:

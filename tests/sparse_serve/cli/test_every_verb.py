@@ -212,12 +212,23 @@ def test_a_standard_output_that_takes_nothing(
         assert code in (1, 141) and errors == []
     else:
         assert code == 2 and len(errors) == 1 and "No space left on device" in errors[0]
+    for name in CASES[verb].makes:  # it has measured for minutes by then
+        assert (places / "made" / name).exists()
 
 
-def test_a_report_is_kept_when_nobody_reads_it(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has measured for minutes by then."""
-    with closed_pipe() as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        assert run("gate", places) == 141
-        monkeypatch.undo()
-    assert {path.name for path in (places / "made/gate").iterdir()} == {"report.json", "report.md"}
+@pytest.mark.parametrize("verb", WRITERS)
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    verb: str, places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (runner, kernels, serve):
+        monkeypatch.setattr(module, "run", lambda *args, **options: pytest.fail("measured"))
+    (places / "made").touch()
+    code = run(verb, places)
+    line = capsys.readouterr().err
+    assert code == 2 and "made is not a directory; choose another place" in line and line.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_printed(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with injected(Fault(places / "made", errno_of(errno.ENOSPC), 1, writes=True)):
+        assert run("gate", places) == 2
+    assert "# Gate: PASS" in capsys.readouterr().out

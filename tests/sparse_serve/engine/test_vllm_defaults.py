@@ -1,12 +1,16 @@
 """Defaults for vLLM, and flags it would take in vain."""
 
+import errno
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
+from maskgen.core.errors import StorageError
+from maskgen.core.failures import explained
 from sparse_serve.engine import vllm_defaults
 from sparse_serve.runtime.errors import SettingsError
 
@@ -134,6 +138,16 @@ def test_code_is_downloaded_only_where_it_is_trusted(tmp_path: Path, monkeypatch
     vllm_defaults.resolve_hub_model(Namespace(**vars(args) | {"trust_remote_code": True}), {})
     assert ["*.py" in patterns for patterns in asked] == [False, True]
     assert all("*.safetensors" in patterns for patterns in asked)
+
+
+def test_a_disk_that_is_full_of_a_download_is_no_missing_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/blobs/x.incomplete")
+
+    args = hub(tmp_path, {"config.json": SPARSE})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill)
+    with pytest.raises(StorageError, match=r"/cache/blobs/x\.incomplete: No space left on device"), explained():
+        vllm_defaults.resolve_hub_model(args, {})
 
 
 def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path: Path) -> None:

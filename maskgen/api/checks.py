@@ -15,7 +15,14 @@ import torch
 
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import TRAINING_FIELDS, LearnRequest, PermuteRequest, PruneRequest
-from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint, read_dense_config, read_headers
+from maskgen.core.checkpoint import (
+    SparseCheckpoint,
+    check_directory,
+    check_packable,
+    is_sparse_checkpoint,
+    read_dense_config,
+    read_headers,
+)
 from maskgen.core.companions import check_companions
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import (
@@ -111,6 +118,7 @@ def find_model(source: str, progress: Listener) -> Path:
     Raises `ModelError` when there is none, and `FormatError` naming a file that is missing or cut off.
     """
     model_dir = model.resolve(source, lambda what: progress(Stage(what)) if is_first() else None)
+    check_directory(model_dir)
     read_json(model_dir / "config.json")
     read_headers(model_dir)
     check_companions(model_dir)
@@ -142,6 +150,7 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
     if isinstance(request, PruneRequest) and not request.allow_unserved:
         servable.table().check(servable.architectures(read_dense_config(model_dir)))
     plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore)
+    check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     if start is not None:
         start.check_form(
             recipe.pattern, _learned(recipe).correction, {name for block in plan.targets for name in block}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ SINGLE_NAME = "model.safetensors"
 MISTRAL_CONFIG = "params.json"
 """`config.json` of Mistral's format, whose weights are `consolidated*.safetensors`; vLLM prefers it to ours."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What the directory of an adapter has in place of `config.json`."""
+
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
 
@@ -60,7 +63,7 @@ class SparseCheckpoint:
         values and corrections; for processes that start after one that has read them.
         """
         path = Path(path)
-        _check_no_file(path)
+        check_directory(path)
         hf_config = read_json(path / "config.json")
         if CONFIG_KEY not in hf_config:
             raise FormatError(
@@ -121,7 +124,11 @@ def read_dense_config(model_dir: Path) -> dict[str, Any]:
     """`config.json` of a dense model directory; `FormatError` if it says that weights are sparse or quantised."""
     hf_config = read_json(model_dir / "config.json")
     if CONFIG_KEY in hf_config:
-        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}; start from the dense model")
+        section = hf_config[CONFIG_KEY]
+        method = (
+            f" ({clip(section['quant_method'])})" if isinstance(section, dict) and "quant_method" in section else ""
+        )
+        raise FormatError(f"{model_dir}: config.json already has a {CONFIG_KEY}{method}; start from the dense model")
     if hf_config.get(WEIGHTS_KEY) not in (None, SINGLE_NAME, INDEX_NAME):
         raise FormatError(
             f"{model_dir}: config.json names {clip(hf_config[WEIGHTS_KEY])} in {WEIGHTS_KEY}, but weights are read "
@@ -130,9 +137,23 @@ def read_dense_config(model_dir: Path) -> dict[str, Any]:
     return hf_config
 
 
+def check_directory(path: Path) -> None:
+    """`FormatError` for a file, and for the directory of an adapter (LoRA), which is only a part of a model."""
+    if path.is_file():
+        advice = "; `maskgen decompress` makes one of a GGUF file" if path.suffix.lower() == ".gguf" else ""
+        raise FormatError(f"{path}: a file, expected a model directory{advice}")
+    adapter = path / ADAPTER_CONFIG
+    if adapter.is_file() and not (path / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise FormatError(
+            f"{path}: an adapter of {clip(base)}, not a model; merge it into that model (merge_and_unload of peft), "
+            "save_pretrained the result, and start from there"
+        )
+
+
 def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Headers of every tensor of a Hugging Face safetensors directory, dense or sparse; nothing else is read."""
-    _check_no_file(path)
+    check_directory(path)
     index_path = path / INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
@@ -158,18 +179,23 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def check_packable(headers: Mapping[str, TensorHeader], modules: Iterable[str]) -> None:
+    """`FormatError` for the weight of a module whose stored dtype is none that is pruned."""
+    for name in modules:
+        header = headers[name + WEIGHT_SUFFIX]
+        if header.dtype not in _DTYPES:
+            raise FormatError(
+                f"{header.path}: {name} is stored as {header.dtype}, expected one of {list(_DTYPES)}: load the model "
+                "with AutoModelForCausalLM in bfloat16, save_pretrained it in another directory, and start from that"
+            )
+
+
 def iterate_tensors(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
     """Read every tensor of `headers`, with its name, one at a time, shard by shard."""
     for path in sorted({header.path for header in headers.values()}):
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 yield name, file.get_tensor(name)
-
-
-def _check_no_file(path: Path) -> None:
-    if path.is_file():
-        advice = "; `maskgen decompress` makes one of a GGUF file" if path.suffix.lower() == ".gguf" else ""
-        raise FormatError(f"{path}: a file, expected a model directory{advice}")
 
 
 def _read_shard_headers(shard: Path, headers: dict[str, TensorHeader]) -> None:

@@ -71,7 +71,9 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error or 'nested too deeply'}") from None
+        raise FormatError(
+            f"{path}: not valid JSON: {error or 'nested too deeply'}; download or write it again"
+        ) from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: a JSON {type(value).__name__}, expected an object")
     return value
@@ -85,7 +87,7 @@ def _read_bounded(file: BinaryIO, size_bytes: int, path: Path) -> bytes:
 
 def _check_regular(path: Path) -> None:
     if not path.is_file():
-        raise FormatError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        raise FormatError(f"{path}: {'not a regular file' if path.exists() else 'no such file; check the path'}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,6 +30,8 @@ HF_ERRORS = (
 )
 """What transformers, and the readers it uses, are known to raise for configurations and weights they cannot use."""
 
+_SAYS_LITTLE = (LookupError, AttributeError, ArithmeticError, AssertionError)
+
 
 @contextmanager
 def clear_errors(path: Path, what: str = "transformers cannot load it", advice: str = "") -> Iterator[None]:
@@ -50,5 +52,10 @@ def clear_errors(path: Path, what: str = "transformers cannot load it", advice: 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its type where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an error's text, and the next one where it goes on there; with the type of an error whose text
+    says little without it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text}" if isinstance(error, _SAYS_LITTLE) else text

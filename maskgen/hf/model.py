@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -91,7 +92,7 @@ def load(path: Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> 
 
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer; `ModelError` when the directory holds none."""
-    with clear_errors(path, "no usable tokenizer"):
+    with clear_errors(path, "no usable tokenizer", "; download the model's tokenizer again"):
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except HF_ERRORS:
@@ -157,7 +158,21 @@ def _config(path: Path) -> Any:
             f"{path}: {kind} is not supported: maskgen prunes models that transformers' AutoModelForCausalLM loads, "
             "and it has no class for this one"
         )
+    _check_kind(path, config)
     return config
+
+
+def _check_kind(path: Path, config: Any) -> None:
+    """`ModelError` for what another class of transformers wrote: an encoder, say, which may have a class for causal
+    language models, too, that would make up what is missing."""
+    classes = AutoModelForCausalLM._model_mapping[type(config)]
+    causal = [kind.__name__ for kind in (classes if isinstance(classes, tuple | list) else [classes])]
+    stated = getattr(config, "architectures", None) or []
+    if not set(stated) & set(causal) and any(name in dir(transformers) for name in stated):
+        raise ModelError(
+            f"{path}: a {' '.join(stated)}, expected a causal language model, which is a {' or '.join(causal)} of this "
+            "kind; start from the model that predicts the next token"
+        )
 
 
 def _context_tokens(config: Any) -> int | None:

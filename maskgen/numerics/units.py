@@ -124,7 +124,8 @@ def count_parameters(shapes: Mapping[str, LinearShape], units: Mapping[str, int]
         feeds = [shapes.get(f"{parent}.{leaf}") for leaf in FEEDS[kind]]
         if None in feeds:
             raise ModelError(
-                f"{site}: one of {FEEDS[kind]} beside it is not pruned with it; do not `ignore` any of them"
+                f"{site}: one of {FEEDS[kind]} beside it is not pruned with it; do not `ignore` any of them, and "
+                "start from a model whose widths are multiples of 8"
             )
         rows = [feed for feed in feeds if feed is not None]
         cost = shapes[site].out_features * shapes[site].in_features + sum(row.parameters for row in rows)
@@ -157,7 +158,11 @@ def resolve_widths(counted: ParameterCount, budget: Budget, kv_groups: float | N
         )
     elif budget.keep_kv_groups:
         raise RecipeError("method.keep_kv_groups: heads of this architecture cannot be removed; leave it at 0")
-    neurons = counted.kinds[NEURONS]
+    if (neurons := counted.kinds.get(NEURONS)) is None:
+        raise ModelError(
+            f"no {NEURONS} of this model is pruned, so there are no neurons to remove; do not `ignore` it, and start "
+            "from a model whose widths are multiples of 8"
+        )
     step = math.lcm(budget.ffn_multiple, MIN_COLUMNS_PER_RANK * budget.tensor_parallel)
     if budget.keep_ffn:
         keep[NEURONS] = budget.keep_ffn

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
+from maskgen.hf.blocks import check_finite
 from maskgen.hf.layers import decoder_blocks
 from maskgen.hf.planning import Plan
 from maskgen.methods.learned import (
@@ -98,6 +99,7 @@ def _attach(
     active = _active_blocks(spec, len(plan.blocks), method, prior is not None)
     targets = [(block, name, linear) for block, names in enumerate(plan.targets) for name, linear in names.items()]
     for index, (block, name, linear) in enumerate(targets):
+        check_finite(linear.weight, f"{name}: weight")
         mask = None if prior is None else prior(name).to(linear.weight.device)
         correction = None if start is None else start.correction(name)
         target = TargetLayer(index, name, linear, pattern, mask, units.get(name), correction)

@@ -232,7 +232,9 @@ def test_what_open_would_refuse_is_not_written(tmp_path: Path) -> None:
 
 def test_a_compressed_model_is_not_compressed_again(tmp_path: Path) -> None:
     sparse = sparse_dir(tmp_path / "sparse")
-    with pytest.raises(FormatError, match="already has a quantization_config; start from the dense model"):
+    with pytest.raises(
+        FormatError, match=r"already has a quantization_config \('sparse_nm'\); start from the dense model"
+    ):
         compress_masks(sparse, MaskSet(TWO_FOUR, {"a": torch.ones(1, 1)}, _digest(sparse), RECIPE), tmp_path / "out")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from maskgen.core.errors import ModelError, OutOfMemoryError, StorageError
 from maskgen.core.failures import explained
-from maskgen.hf.errors import clear_errors
+from maskgen.hf.errors import clear_errors, first_line
 
 
 def wrapped(inner: BaseException, outer: Exception) -> None:
@@ -39,6 +39,20 @@ def test_a_file_that_a_library_looked_for_is_no_failure() -> None:
     with pytest.raises(ModelError) as caught, clear_errors(Path("/models"), "no usable tokenizer", advice):
         wrapped(missing, ValueError("unknown type\nand much more"))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int, got '64'\nmore"),
+         "Validation error for field 'hidden_size': TypeError: expected int, got '64'"),
+        (KeyError("added_tokens"), "KeyError: 'added_tokens'"),
+        (ZeroDivisionError("integer modulo by zero"), "ZeroDivisionError: integer modulo by zero"),
+        (ValueError("\n"), "ValueError"),
+    ],
+)  # fmt: skip
+def test_the_line_of_an_error_that_says_what_was_wrong(error: Exception, told: str) -> None:
+    assert first_line(error) == told
 
 
 def test_a_bug_is_not_explained() -> None:

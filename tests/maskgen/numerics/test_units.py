@@ -135,5 +135,11 @@ def test_a_layer_that_is_missing_or_different_is_named() -> None:
         units.count_parameters({**shapes, "layers.1.mlp.up_proj": LinearShape(32, 12, False)}, sites)
 
 
+def test_without_a_single_ffn_there_is_nothing_to_choose() -> None:
+    """All down projections stay dense where their width is no multiple of 8."""
+    with pytest.raises(ModelError, match="no down_proj of this model is pruned, so there are no neurons to remove"):
+        resolve_widths(ParameterCount(100, {}), budget())
+
+
 def test_the_first_of_equal_scores_stays() -> None:
     assert top_units(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3).tolist() == [True, True, False, True]

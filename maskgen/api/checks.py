@@ -106,9 +106,12 @@ def resolve_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        is_real = torch.empty(0, device=name).device.type != "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RequestError(f"`device` {name}: not usable here: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise RequestError(f"`device` {name}: not usable here: {reason}; expected cpu, cuda or cuda:N") from None
+    if not is_real:
+        raise RequestError(f"`device` {name}: computes nothing; expected cpu, cuda or cuda:N")
     return name
 
 

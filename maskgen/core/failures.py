@@ -23,6 +23,9 @@ from maskgen.core.errors import FormatError, OutOfMemoryError, SparseError, Stor
 TEMPORARY_SUFFIX = ".partial"
 """How names of files and directories end that are renamed when they are whole."""
 
+LOCK_SUFFIX = ".lock"
+"""How the name of the file ends that is locked while an output is made; like the others, it begins with a dot."""
+
 _ADVICE = {
     errno.ENOSPC: "make room, or choose an output on another disk, and run the same command again",
     errno.EDQUOT: "free some of the quota, or choose an output on another disk, and run the same command again",
@@ -41,7 +44,7 @@ _ADVICE = {
 _IN_TEXT = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 """Texts by which such a failure is known when a library passes on its text only."""
 
-_TEMPORARY = re.compile(rf"\A\.(.+?)(?:\.[0-9a-f]{{8}})?{re.escape(TEMPORARY_SUFFIX)}\Z")
+_TEMPORARY = re.compile(rf"\A\.(.+?)(?:(?:\.[0-9a-f]{{8}})?{re.escape(TEMPORARY_SUFFIX)}|{re.escape(LOCK_SUFFIX)})\Z")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|not enough memory|out of memory|ALLOC_FAILED")
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskgen.core.errors import OutputExistsError
-from maskgen.core.failures import explained
+from maskgen.core.failures import LOCK_SUFFIX, explained
 
 _HOLDER_BYTES = 200
 
@@ -30,7 +30,7 @@ def exclusive(out: Path) -> Iterator[None]:
     with explained(out):
         missing = [folder for folder in out.parents if not folder.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
+    path = out.with_name(f".{out.name}{LOCK_SUFFIX}")
     try:
         with explained(out):
             descriptor = _acquire(path, out)

@@ -235,8 +235,10 @@ def _read(source: str) -> str:
     if path.suffix == ".toml":
         try:
             return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {source}: cannot be read: {error}") from None
+        except OSError as error:
+            raise RecipeError(f"recipe {source}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {source}: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
     if source not in names():
         raise RecipeError(f"no recipe {source!r}; shipped recipes are {names()}, or give the path of a .toml file")
     text: str = (_folder() / f"{source}.toml").read_text("utf-8")

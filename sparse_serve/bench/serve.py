@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from maskgen.core.checkpoint import read_headers
+from maskgen.core.checkpoint import check_directory, read_headers
 from maskgen.core.companions import check_companions
 from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY
 from maskgen.core.files import read_json
@@ -150,6 +150,8 @@ def temporary() -> Iterator[Path]:
 def check(dense_dir: Path, sparse_dir: Path) -> None:
     """Raise `SettingsError` unless the directories are a dense and a sparse model of the same architecture, and
     `FormatError` for a file that is missing or cut off."""
+    for directory in (dense_dir, sparse_dir):
+        check_directory(directory)
     dense, sparse = (read_json(directory / "config.json") for directory in (dense_dir, sparse_dir))
     if "quantization_config" in dense:
         raise SettingsError(f"--dense {dense_dir}: config.json has a quantization_config; expected a dense model")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from maskgen.core.checkpoint import is_sparse_checkpoint
+from maskgen.core.checkpoint import check_directory, is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
 from maskgen.core.failures import machine_failure
 from sparse_serve.runtime import machine
@@ -80,9 +80,13 @@ _REFUSED = {
 
 
 def check_model(model: str) -> None:
-    """Raise `SettingsError` for a path that is no model directory, before vLLM looks for it on the network."""
+    """Raise `SettingsError` for a path that is no model directory, before vLLM looks for it on the network.
+
+    `FormatError` for an adapter in place of a model.
+    """
     path = Path(model)
     if path.is_dir():
+        check_directory(path)
         if not (path / "config.json").is_file():
             raise SettingsError(f"{model} has no config.json; expected a Hugging Face model directory")
     elif path.is_file():

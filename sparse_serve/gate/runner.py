@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import sparse_serve.gate.checks as checks_folder
-from maskgen.core.checkpoint import SparseCheckpoint, read_headers
+from maskgen.core.checkpoint import SparseCheckpoint, check_directory, read_headers
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
@@ -45,6 +45,7 @@ class MeasurementPlan:
 def plan(request: GateRequest) -> MeasurementPlan:
     """Check directories and what they say of each other. Raises `SettingsError` or `FormatError`."""
     checkpoint = SparseCheckpoint.open(request.sparse)
+    check_directory(request.dense)
     dense_config = read_json(request.dense / "config.json")
     if CONFIG_KEY in dense_config:
         raise SettingsError(f"dense model {request.dense} has a {CONFIG_KEY}; expected a model that is not quantised")

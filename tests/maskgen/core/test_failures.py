@@ -50,6 +50,8 @@ def test_errors_of_the_operating_system_name_the_file_and_say_what_to_do(number:
         ("models/.out.partial/part-00000", "models/out/part-00000"),
         ("models/.report.html.0123abcd.partial", "models/report.html"),
         ("models/out.partial", "models/out.partial"),
+        ("models/.out.lock", "models/out"),
+        ("models/poetry.lock", "models/poetry.lock"),
     ],
 )
 def test_temporary_names_are_shown_as_what_they_become(name: str, shown: str) -> None:

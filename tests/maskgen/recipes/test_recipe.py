@@ -186,8 +186,8 @@ def test_malformed_overrides(override: str) -> None:
 def test_unknown_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no recipe 'sparse'; shipped recipes are \[.*'magnitude', "):
         recipe.load("sparse")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"absent\.toml: cannot be read: No such file or directory$"):
         recipe.load(str(tmp_path / "absent.toml"))
     (tmp_path / "latin.toml").write_bytes(b"pattern = '\xff'")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"not UTF-8 text .*; convert it to UTF-8"):
         recipe.load(str(tmp_path / "latin.toml"))

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 from rich.console import Console
 
+from maskgen.core.errors import FormatError
 from sparse_serve.bench import load, serve
 from sparse_serve.bench.load import Load, incomplete, serving
 from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures
@@ -97,6 +98,9 @@ def test_two_models_that_cannot_be_compared(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     with pytest.raises(SettingsError, match=message):
+        check(tmp_path / "dense", tmp_path / "sparse")
+    (tmp_path / "dense/config.json").rename(tmp_path / "dense/adapter_config.json")
+    with pytest.raises(FormatError, match="dense: an adapter of None, not a model; merge it"):
         check(tmp_path / "dense", tmp_path / "sparse")
 
 

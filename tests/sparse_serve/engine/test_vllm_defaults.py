@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from maskgen.core.errors import StorageError
+from maskgen.core.errors import FormatError, StorageError
 from maskgen.core.failures import explained
 from sparse_serve.engine import vllm_defaults
 from sparse_serve.runtime.errors import SettingsError
@@ -70,6 +70,9 @@ def test_the_kv_cache_takes_a_quarter_within_limits(available_gib: float, cache_
 def test_models_are_directories_or_names(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(SettingsError, match=r"model has no config\.json"):
+        vllm_defaults.check_model(str(tmp_path / "model"))
+    (tmp_path / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(FormatError, match="model: an adapter of 'owner/base', not a model; merge it into that model"):
         vllm_defaults.check_model(str(tmp_path / "model"))
     (tmp_path / "model" / "config.json").write_text("{}")
     vllm_defaults.check_model(str(tmp_path / "model"))

@@ -57,6 +57,15 @@ def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path:
     assert runner.provenance(todo)["base_matches"] is False
 
 
+def test_an_adapter_is_no_dense_model(
+    pair: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    assert main(command({**pair, "dense": tmp_path / "adapter"})) == 2
+    assert "adapter: an adapter of 'owner/base', not a model; merge it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,6 +8,8 @@ import pytest
 
 from tests.vllm import nursery
 
+NURSERY = pytest.StashKey[nursery.Nursery]()
+
 
 @pytest.fixture(autouse=True)
 def _cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,11 +31,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and any(map(_is_here, session.items)):
+        # All processes then share the folder of temporary ones; each would else begin by emptying it.
+        session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+        session.config.stash[NURSERY] = nursery.Nursery(session.items)
+
+
+@pytest.fixture(scope="session")
+def vllm_nursery(request: pytest.FixtureRequest) -> nursery.Nursery:
+    """The nursery of this pytest process."""
+    return request.config.stash[NURSERY]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not _is_here(item) or item.path.stem in nursery.AS_USERS_DO:
         return None
-    nursery.run_item(item, nextitem)
+    item.config.stash[NURSERY].run_item(item, nextitem)
     return True
 
 

@@ -1,9 +1,13 @@
 """Real vLLM without paying for its imports again: children forked from a process that has imported it.
 
-Importing vLLM takes 10 s of a core and starting a tiny model one. Tests of the plugin and of numbers therefore run each
-in a child of the pytest process, which itself imports but never starts anything, so that engines leave nothing to the
-next test: no threads, environment, patched torch or memory. What is about processes (servers, their endings, vLLM's own
-command line) starts them as users do, in the modules of `AS_USERS_DO`.
+Importing vLLM takes 10 s of a core and starting a tiny model one. So each pytest process has a nursery: a process that
+was forked from it when the tests were collected and none had run, and that imports vLLM but never starts anything.
+Tests of the plugin and of numbers run each in a child of the nursery, so that engines leave nothing to the next test:
+no threads, environment, patched torch or memory. Of the pytest process itself, children would inherit what does not
+survive a fork, if any test before them had used it: torch's threads, whose pool hangs in a child, or gRPC.
+
+What is about processes (servers, their endings, vLLM's own command line) starts them as users do, in the modules of
+`AS_USERS_DO`.
 """
 
 from __future__ import annotations
@@ -17,12 +21,16 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 import torch._dynamo
@@ -65,6 +73,7 @@ def prepare() -> None:
     import sparse_serve.engine.vllm_engine
     import sparse_serve.plugin.config  # noqa: F401
 
+    torch._dynamo.config.disable = True  # as TORCHDYNAMO_DISABLE says, which was read too early
     for architecture in ARCHITECTURES:
         registry.ModelRegistry.models[architecture].load_model_cls()
     for method in quantization.QUANTIZATION_METHODS:
@@ -78,30 +87,83 @@ def prepare() -> None:
     gc.freeze()  # vLLM collects garbage ten times in the life of an engine; children need not look through all this
 
 
-def run_item(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Run one test in a child, and report what it reports."""
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "reports"
+class Nursery:
+    """The process, seen from the pytest process that forks it now. It ends when that one does."""
 
-        def child() -> int:
-            gc.freeze = gc.unfreeze = lambda: None
-            reports = runtestprotocol(item, log=False, nextitem=None)
-            kept = [item.config.hook.pytest_report_to_serializable(config=item.config, report=it) for it in reports]
-            answer.write_bytes(pickle.dumps(kept))
-            return 0
+    def __init__(self, items: Sequence[pytest.Item]) -> None:
+        ours, theirs = socket.socketpair()
+        self._indices = {item: index for index, item in enumerate(items)}
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                warnings.simplefilter("ignore")  # they are not ours to fix
+                ours.close()
+                _serve(theirs.makefile("rw"), items)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._stream = ours.makefile("rw")
 
+    def run_item(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Run one test in a child, and report what it reports."""
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "reports"
+            try:
+                status = self._run({"item": self._indices[item], "answer": str(answer)})
+                reports = _reports(item, answer) if status == 0 else [_failed(item, _ending(status))]
+            except pytest.fail.Exception as time_limit:
+                reports = [_failed(item, str(time_limit))]
+        # What the test before this one left set up, because this one shares it, ends where the next one does not.
+        item.session._setupstate.teardown_exact(nextitem)
+        for report in reports:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+
+    def command(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """`sparse-serve WORDS` in a child; the exit status and what it wrote."""
+        argv = [str(word) for word in words]
+        with _outputs() as (out, err):
+            status = self._run({"argv": argv, "outputs": [str(out), str(err)]})
+            return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
+
+    def _run(self, request: dict[str, Any]) -> int:
+        """Exit status of a child, in the environment of this process."""
+        print(json.dumps({**request, "environment": dict(os.environ)}), file=self._stream, flush=True)
+        pid = None
         try:
-            status = fork(child)
-            reports = _reports(item, answer) if status == 0 else [_failed(item, _ending(status))]
-        except pytest.fail.Exception as time_limit:
-            reports = [_failed(item, str(time_limit))]
-    # What the test before this one left set up, because this one shares it, ends where the next one does not.
-    item.session._setupstate.teardown_exact(nextitem)
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            pid = int(self._stream.readline())
+            return int(self._stream.readline())
+        except BaseException:  # the time limit of a test, which is raised here, or Ctrl-C
+            _end(int(self._stream.readline()) if pid is None else pid)
+            self._stream.readline()
+            raise
+
+
+def _serve(stream: TextIO, items: Sequence[pytest.Item]) -> None:
+    """The nursery's loop: one request a line; to each, a child's process id, and its exit status when it has ended."""
+    while request := stream.readline():
+        asked = json.loads(request)
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        prepare()
+        if "argv" in asked:
+            out, err = map(Path, asked["outputs"])
+            pid = start(partial(_main, asked["argv"], out, err))
+        else:
+            pid = start(partial(_test, items[asked["item"]], Path(asked["answer"])))
+        print(pid, file=stream, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=stream, flush=True)
+
+
+def _test(item: pytest.Item, answer: Path) -> int:
+    gc.freeze = gc.unfreeze = lambda: None
+    reports = runtestprotocol(item, log=False, nextitem=None)
+    kept = [item.config.hook.pytest_report_to_serializable(config=item.config, report=it) for it in reports]
+    answer.write_bytes(pickle.dumps(kept))
+    return 0
 
 
 def _reports(item: pytest.Item, answer: Path) -> list[pytest.TestReport]:
@@ -122,78 +184,58 @@ def _ending(status: int) -> str:
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    """`sparse-serve WORDS` in a child; the exit status and what it wrote."""
-    from sparse_serve.cli.main import main
-
-    prepare()
+    """`sparse-serve WORDS` in a child of this process, itself a child of the nursery."""
     argv = [str(word) for word in words]
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-
-        def child() -> int:
-            for descriptor, path in ((1, out), (2, err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            logging.getLogger().handlers.clear()
-            for handler in logging.getLogger("vllm").handlers:
-                assert isinstance(handler, logging.StreamHandler)
-                handler.setStream(sys.stderr)
-            return main(argv)
-
-        status = fork(child)
+    with _outputs() as (out, err):
+        status = fork(partial(_main, argv, out, err))
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
 
 
-class Nursery:
-    """A process that has imported vLLM and nothing else: its children may start what does not survive a fork.
-
-    gRPC is such a thing: a server hangs in a child of a process that has had one, as the pytest process may have.
-    """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def command(self, *words: object) -> subprocess.CompletedProcess[str]:
-        """`command` in that process, with the environment of this one."""
-        argv = [str(word) for word in words]
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps({"argv": argv, "environment": dict(os.environ)}), file=self._process.stdin, flush=True)
-        answer = json.loads(self._process.stdout.readline())
-        return subprocess.CompletedProcess(argv, answer["status"], answer["out"], answer["err"])
-
-    def close(self) -> None:
-        """End the process and what it may still be running."""
-        below = processes.descendants(self._process.pid)
-        self._process.kill()
-        processes.kill(below)
-        self._process.communicate()
+@contextlib.contextmanager
+def _outputs() -> Iterator[tuple[Path, Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "out", Path(folder) / "err"
 
 
-def _serve_commands() -> None:
-    """The loop of the process of a `Nursery`: one request a line on stdin, one answer a line on stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints while it is imported is no answer
-    for line in sys.stdin:
-        request = json.loads(line)
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        done = command(*request["argv"])
-        answer = {"status": done.returncode, "out": done.stdout, "err": done.stderr}
-        print(json.dumps(answer), file=answers, flush=True)
+def _main(argv: list[str], out: Path, err: Path) -> int:
+    from sparse_serve.cli.main import main
+
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    logging.getLogger().handlers.clear()
+    for handler in logging.getLogger("vllm").handlers:
+        assert isinstance(handler, logging.StreamHandler)
+        handler.setStream(sys.stderr)
+    return main(argv)
 
 
 def fork(work: Callable[[], int]) -> int:
     """Exit status of a child that does `work`; negative, the signal that ended it."""
+    pid = start(work)
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException:  # Ctrl-C, or the time limit of a test that is no child itself
+        _end(pid)
+        os.waitpid(pid, 0)
+        raise
+
+
+def _end(pid: int) -> None:
+    """Kill a process and all below it."""
+    below = processes.descendants(pid)
+    os.kill(pid, signal.SIGKILL)
+    processes.kill(below)
+
+
+def start(work: Callable[[], int]) -> int:
+    """Process id of a new child that does `work`."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         status = 70
         try:
-            # As TORCHDYNAMO_DISABLE says, which is read too early; and not in this process, whose later tests compile.
-            torch._dynamo.config.disable = True
             status = work()
         except SystemExit as ending:
             status = ending.code if isinstance(ending.code, int) else 1
@@ -203,15 +245,4 @@ def fork(work: Callable[[], int]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except BaseException:  # the time limit of a test, which is raised here, or Ctrl-C
-        below = processes.descendants(pid)
-        os.kill(pid, signal.SIGKILL)
-        processes.kill(below)
-        os.waitpid(pid, 0)
-        raise
-
-
-if __name__ == "__main__":
-    _serve_commands()
+    return pid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,6 @@ from tests.vllm.serving import make_checkpoint
 Refusal = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    clean = Nursery()
-    yield clean
-    clean.close()
-
-
 @pytest.fixture
 def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -30,11 +23,11 @@ def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refusal(nursery: Nursery) -> Refusal:
+def refusal(vllm_nursery: Nursery) -> Refusal:
     """The one line that a failed start prints after it has said that it starts; without its ends."""
 
     def start(model: Path, *flags: str) -> str:
-        done = nursery.command("serve", model, *flags, "--http-port=0", "--grpc-port=0")
+        done = vllm_nursery.command("serve", model, *flags, "--http-port=0", "--grpc-port=0")
         assert (done.returncode, done.stdout) == (2, "")
         _, line = done.stderr.splitlines()
         found = re.fullmatch(r"sparse-serve: error: (.*); log: (.*)", line)

@@ -3,21 +3,9 @@
     y = (m * W) x,   m = the n largest |W| of every group         refreshed every `refresh_every` steps
 
 The gradient passes to ALL of W as if the mask were not there (straight through), so a pruned weight keeps learning and
-can come back. To make masks settle, an annealed decay pushes pruned weights to zero. With g = dL/d(m * W):
-
-    mu = b1 mu + (1 - b1) g
-    u  = mu + lambda(t) (1 - m) W                                 lambda rises linearly to `masked_decay`, then stays
-    v  = b2 v + (1 - b2) u^2
-    W <- (1 - lr wd) W - lr (u / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-
-The decay joins after the first moment, so momentum stays that of the loss, and v is built from what is used. v then
-follows mu^2, not g^2, and steps are several times those of ordinary Adam at the same rate: learning rates do not carry
-over. Where gradients are small the decay moves a weight by about lr per step whatever lambda is: lambda decides when
-the decay wins, the sum of learning rates how far it goes. `second_moment = "raw"` is ordinary Adam where weights are
-kept, v = b2 v + (1 - b2) (g^2 + (lambda (1 - m) W)^2); with g^2 alone a pruned weight that hardly has a gradient would
-be thrown far across zero, and runs diverge (seen).
-
-What has no mask (SLoRB, norms, embeddings) takes plain AdamW steps; only matrices decay.
+can come back. To make masks settle, an annealed decay pushes pruned weights to zero: `maskgen.numerics.annealed_adamw`
+has the update. Its lambda rises linearly to `masked_decay`, then stays. What has no mask (SLoRB, norms, embeddings)
+takes plain AdamW steps; only matrices decay.
 
 SLoRB ("boosted") adds y += S (X x), S `[O, K]`, X `[K, I]` pooling runs of k = I / K consecutive inputs. S starts at
 the mean of what its run lost, S_ij = (1/k) sum_{p in run j} W_ip (1 - m_ip), so that every run of a row keeps its mean.
@@ -38,7 +26,7 @@ Legend: O = out features, I = in features, K = runs of inputs (SLoRB).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,9 +38,8 @@ from maskgen.core.config import CorrectionConfig
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Correction, Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
-from maskgen.numerics.shards import full, local, rows_of
-
-BETAS, EPS = (0.9, 0.95), 1e-8
+from maskgen.numerics.annealed_adamw import AnnealedAdamW
+from maskgen.numerics.shards import full
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -105,9 +92,10 @@ class AdaptiveLinear(LearnedLinear):
             runs_K = torch.eye(self.in_features // segment, dtype=weight_OI.dtype, device=weight_OI.device)
             self.pool = nn.Parameter(runs_K.repeat_interleave(segment, dim=1))
 
-    def decay(self) -> float:
-        """lambda in the current step."""
-        return self.method.masked_decay * min(1.0, self.context.step / max(1.0, self.method.ramp * self.context.steps))
+    def pruned(self) -> tuple[Tensor, float]:
+        """The current mask, and lambda in the current step."""
+        risen = min(1.0, self.context.step / max(1.0, self.method.ramp * self.context.steps))
+        return self.kept_OI, self.method.masked_decay * risen
 
     def magnitude_mask(self) -> Tensor:
         """The n largest |W| of every group."""
@@ -142,57 +130,6 @@ class AdaptiveLinear(LearnedLinear):
         else:
             pooled = dense_linear(x, self.pool)
         return y + dense_linear(pooled, self.out)
-
-
-class AnnealedAdamW(torch.optim.Optimizer):
-    """The update of the module docstring, for the `weight` of each of `layers`, with its current mask and decay.
-
-    All other parameters take plain AdamW steps. Of sharded parameters each process updates the rows it holds.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        layers: Iterable[AdaptiveLinear],
-        lr: float,
-        weight_decay: float = 0.0,
-        raw_moment: bool = False,
-    ) -> None:
-        self._layers = {layer.weight: layer for layer in layers}
-        self._raw_moment = raw_moment
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "the loss is computed by the driver"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mu"], state["v"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        (b1, b2), lr, time = BETAS, group["lr"], float(state["step"])
-        weight, g, mu, v = (local(tensor) for tensor in (parameter, gradient, state["mu"], state["v"]))
-        mu.mul_(b1).add_(g, alpha=1 - b1)
-        u, used = mu, [g]
-        layer = self._layers.get(parameter)
-        if layer is not None:
-            decay = (weight * layer.decay()).masked_fill_(rows_of(parameter, layer.kept_OI), 0)
-            u = mu + decay
-            used = [g, decay] if self._raw_moment else [u]
-        v.mul_(b2)
-        for term in used:
-            v.addcmul_(term, term, value=1 - b2)
-        scale = (v / (1 - b2**time)).sqrt_().add_(EPS)
-        if parameter.ndim == 2:
-            weight.mul_(1 - lr * group["weight_decay"])
-        weight.addcdiv_(u, scale, value=-lr / (1 - b1**time))
 
 
 @dataclass(frozen=True)
@@ -243,7 +180,8 @@ class AdaptiveSparse(LearnedMethod):
         """`AnnealedAdamW` of everything."""
         targets = _layers(layers)
         parameters = [item for layer in targets for item in (layer.weight, layer.out, layer.pool) if item is not None]
-        return AnnealedAdamW([*parameters, *others], targets, lr, self.weight_decay, self.second_moment == "raw")
+        pruned = {layer.weight: layer.pruned for layer in targets}
+        return AnnealedAdamW([*parameters, *others], pruned, lr, self.weight_decay, self.second_moment == "raw")
 
     def before_step(self, layers: Layers, context: StepContext) -> None:
         """Choose the masks again every `refresh_every` steps, but not in the last `settle` of them. S is not reset.

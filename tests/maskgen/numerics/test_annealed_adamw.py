@@ -19,27 +19,29 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskgen.methods.learned import StepContext, TargetLayer
-from maskgen.methods.learned.adaptive_sparse import AdaptiveLinear, AdaptiveSparse, AnnealedAdamW
+from maskgen.methods.learned.adaptive_sparse import AdaptiveLinear, AdaptiveSparse
+from maskgen.numerics.annealed_adamw import AnnealedAdamW
 from tests.maskgen.methods.learned.adaptive import IN, OUT, PATTERN, attach, random, step
 
 
 def oracle(
     w: float, gradients: list[float], kept: bool, decays: list[float], lr: float, wd: float, raw: bool
 ) -> list[float]:
-    """One weight through the published update, in double precision."""
+    """One weight through the update of the module's docstring, in double precision."""
     mu = v = 0.0
     path = []
     for t, (g, decay) in enumerate(zip(gradients, decays, strict=True), 1):
         mu = 0.9 * mu + 0.1 * g
-        u = mu if kept else mu + decay * w
-        v = 0.95 * v + 0.05 * (g**2 + (u - mu) ** 2 if raw else u**2)
-        w = (1 - lr * wd) * w - lr * (u / (1 - 0.9**t)) / (math.sqrt(v) / math.sqrt(1 - 0.95**t) + 1e-8)
+        decayed = 0.0 if kept else decay * w
+        u = mu / (1 - 0.9**t) + decayed
+        v = 0.95 * v + 0.05 * (g**2 + decayed**2 if raw else u**2)
+        w = (1 - lr * wd) * w - lr * u / (math.sqrt(v) / math.sqrt(1 - 0.95**t) + 1e-8)
         path.append(w)
     return path
 
 
 @pytest.mark.parametrize("second_moment", ["decayed", "raw"])
-def test_the_update_is_the_published_one(second_moment: str) -> None:
+def test_the_update_is_the_stated_one(second_moment: str) -> None:
     method = AdaptiveSparse(masked_decay=0.05, ramp=0.5, weight_decay=0.1, second_moment=second_moment)
     layer = attach(method)
     optimizer = method.optimizer({"a": layer}, [], 1e-3)
@@ -69,7 +71,7 @@ def test_without_gradient_pruned_weights_fall_and_kept_ones_only_decay() -> None
         weight_OI = layer.weight.detach().clone()
         far_OI = ~kept_OI & (last_OI.abs() > 0.01)
         assert (weight_OI.abs() < last_OI.abs())[far_OI].all(), "the decay has the wrong sign"
-        assert (weight_OI.abs() <= last_OI.abs().clamp(min=0.012))[~kept_OI].all()  # the first step is 10 lr
+        assert (weight_OI.abs() <= last_OI.abs().clamp(min=0.003))[~kept_OI].all()
         last_OI = weight_OI
     torch.testing.assert_close(last_OI[kept_OI], start_OI[kept_OI] * (1 - 1e-4) ** 100)
     assert float(last_OI[~kept_OI].abs().mean()) < 0.2 * float(start_OI[~kept_OI].abs().mean())
@@ -90,7 +92,7 @@ def test_lambda_rises_linearly_and_stays() -> None:
     decays = []
     for at in (0, 10, 20, 25, 26, 99):
         layer.context = StepContext(at, 100)
-        decays.append(layer.decay())
+        decays.append(layer.pruned()[1])
     assert decays == pytest.approx([0.0, 3.2e-4, 6.4e-4, 8e-4, 8e-4, 8e-4])
 
 
@@ -160,7 +162,7 @@ def test_a_shard_takes_the_step_of_its_rows() -> None:
         linear.weight = nn.Parameter(whole_OI.clone())
         layer = AdaptiveLinear(TargetLayer(0, "a", linear, PATTERN), method)
         layer.weight = nn.Parameter(weight_OI)
-        return layer, AnnealedAdamW([layer.weight], [layer], 1e-2, weight_decay=0.1)
+        return layer, AnnealedAdamW([layer.weight], {layer.weight: layer.pruned}, 1e-2, weight_decay=0.1)
 
     def shard(full_OI: Tensor) -> DTensor:
         return DTensor.from_local(full_OI[rows].clone(), mesh, [Shard(0)], shape=full_OI.shape, stride=(IN, 1))

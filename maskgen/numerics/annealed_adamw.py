@@ -25,9 +25,7 @@ Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adapti
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +43,8 @@ Pruned = Callable[[], tuple[Tensor, float]]
 class AnnealedAdamW(torch.optim.Optimizer):
     """The update of the module docstring for every parameter in `pruned`.
 
-    All other parameters take plain AdamW steps. Of sharded parameters each process updates the rows it holds.
+    All other parameters take plain AdamW steps. `update` is the function of that name, or that compiled. Of sharded
+    parameters each process updates the rows it holds.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class AnnealedAdamW(torch.optim.Optimizer):
     ) -> None:
         self._pruned = dict(pruned)
         self._raw_moment = raw_moment
+        self.update: Update = update
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -67,49 +67,54 @@ class AnnealedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._step(parameter, parameter.grad, group)
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["mu"], state["v"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        size, pruned = chunk_elements(parameter.device), self._pruned.get(parameter)
+        time, pruned = float(state["step"]), self._pruned.get(parameter)
+        kept_OI, pull = (None, 0.0) if pruned is None else pruned()
+        weight_decay = group["weight_decay"] if parameter.ndim == 2 else 0.0
+        factors = (1 - BETAS[0] ** time, 1 - BETAS[1] ** time, group["lr"], group["lr"] * weight_decay, pull)
         tensors = [parameter.detach(), gradient.contiguous(), state["mu"], state["v"]]
-        parts = zip(*(local(tensor).view(-1).split(size) for tensor in tensors), strict=True)
-        step = _Step(
-            float(state["step"]), group["lr"], group["weight_decay"] if parameter.ndim == 2 else 0.0, self._raw_moment
-        )
-        if pruned is None:
-            for part in parts:
-                step.take(*part)
-            return
-        kept_OI, pull = pruned()
-        masks = rows_of(parameter, kept_OI).reshape(-1).split(size)
-        for (weight, g, mu, v), kept in zip(parts, masks, strict=True):
-            step.take(weight, g, mu, v, (weight * pull).masked_fill_(kept, 0))
+        parts = [local(tensor).view(-1).split(self._part(parameter)) for tensor in tensors]
+        masks: Sequence[Tensor | None] = [None] * len(parts[0])
+        if kept_OI is not None:
+            masks = rows_of(parameter, kept_OI).reshape(-1).split(self._part(parameter))
+        for weight, g, mu, v, kept in zip(*parts, masks, strict=True):
+            self.update(weight, g, mu, v, kept, torch.tensor(factors), self._raw_moment)
+
+    def _part(self, parameter: nn.Parameter) -> int:
+        """How many weights are updated at a time: what is compiled has nothing in between to be kept in a cache."""
+        return chunk_elements(parameter.device) if self.update is update else parameter.numel()
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Step number `time`, from 1, of one parameter."""
+def update(
+    weight: Tensor, g: Tensor, mu: Tensor, v: Tensor, kept: Tensor | None, factors: Tensor, raw_moment: bool
+) -> None:
+    """One step of some weights of a parameter and of their moments, in place; all of one shape.
 
-    time: float
-    lr: float
-    weight_decay: float
-    raw_moment: bool
-
-    def take(self, weight: Tensor, g: Tensor, mu: Tensor, v: Tensor, decay: Tensor | None = None) -> None:
-        """Update a part of the weights and their moments, all of one shape; `decay` is lambda (1 - m) W."""
-        b1, b2 = BETAS
-        u = mu.lerp_(g, 1 - b1) / (1 - b1**self.time)
-        used = [g]
-        if decay is not None:
-            u += decay
-            used = [g, decay] if self.raw_moment else [u]
+    `kept` is their mask, or None for plain AdamW. `factors` are 1 - b1^t, 1 - b2^t, the learning rate, that times the
+    weight decay, and lambda.
+    """
+    first, second, lr, shrink, pull = factors.unbind()
+    b1, b2 = BETAS
+    mu.lerp_(g, 1 - b1)
+    u = mu / first
+    if kept is None:
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    else:
+        decay = (weight * pull).masked_fill_(kept, 0)
+        u = u + decay
         v.mul_(b2)
-        for term in used:
+        for term in (g, decay) if raw_moment else (u,):
             v.addcmul_(term, term, value=1 - b2)
-        scale = v.sqrt().div_(math.sqrt(1 - b2**self.time)).add_(EPS)
-        weight.mul_(1 - self.lr * self.weight_decay).addcdiv_(u, scale, value=-self.lr)
+    scale = (v / second).sqrt_().add_(EPS)
+    weight.sub_(weight * shrink).sub_(u.mul_(lr).div_(scale))
+
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], None]
+"""The signature of `update`."""

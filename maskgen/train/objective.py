@@ -19,7 +19,7 @@ Legend: B = batch, T = tokens, V = vocabulary, M = B T, N = tokens of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,9 @@ from torch.nn.functional import log_softmax, pad
 
 from maskgen.methods.learned import LearnedLinear, Mode
 from maskgen.numerics.memory import chunk_elements
+
+SliceLosses = Callable[[Tensor, Tensor | None, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
+"""The signature of `slice_losses`."""
 
 NO_TARGET = -100
 """The target of a window's last token, whose successor is not known. Cutting it off would copy all logits."""
@@ -48,7 +51,8 @@ class Loss:
 class Objective:
     """The mixed loss of a student, `weight` a in [0, 1] and `temperature` T > 0.
 
-    `teacher` None means that the student's own frozen weights teach, through `layers`.
+    `teacher` None means that the student's own frozen weights teach, through `layers`. `losses` is `slice_losses`, or
+    that compiled.
     """
 
     layers: Mapping[str, LearnedLinear]
@@ -56,13 +60,16 @@ class Objective:
     temperature: float
     compute_dtype: torch.dtype
     teacher: nn.Module | None = None
+    losses: SliceLosses | None = None
 
     def __call__(self, student: nn.Module, ids_BT: Tensor) -> Loss:
         """The loss of windows `[B, T]` (T - 1 predicted tokens each), averaged over all of them."""
         teacher_BTV = self._teach(student, ids_BT) if self.weight > 0 else None
         student_BTV = self.logits(student, ids_BT)
         target_BT = pad(ids_BT[:, 1:], (0, 1), value=NO_TARGET)
-        total, ce, divergence = MixedLoss.apply(student_BTV, teacher_BTV, target_BT, self.weight, self.temperature)
+        losses = self.losses or slice_losses
+        mixed = MixedLoss.apply(student_BTV, teacher_BTV, target_BT, self.weight, self.temperature, losses)
+        total, ce, divergence = mixed
         return Loss(total, float(ce), float(divergence))
 
     @torch.no_grad()
@@ -83,12 +90,18 @@ class MixedLoss(torch.autograd.Function):
     """(student logits, teacher logits or None, targets) -> the mixed loss, differentiable, and its parts.
 
     Logits `[B, T, V]`; targets `[B, T]`, at least one of them not `NO_TARGET`. The teacher's logits are overwritten,
-    and backward works once.
+    and backward works once. `losses` computes those of a slice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student_BTV: Tensor, teacher_BTV: Tensor | None, target_BT: Tensor, weight: float, temperature: float
+        ctx: Any,
+        student_BTV: Tensor,
+        teacher_BTV: Tensor | None,
+        target_BT: Tensor,
+        weight: float,
+        temperature: float,
+        losses: SliceLosses,
     ) -> tuple[Tensor, Tensor, Tensor]:
         student_MV, target_M = student_BTV.flatten(0, 1), target_BT.flatten()
         if teacher_BTV is not None:
@@ -101,8 +114,8 @@ class MixedLoss(torch.autograd.Function):
         for slices in zip(*(whole.split(rows) for whole in (student_MV, gradient_MV, target_M)), strict=True):
             student_NV, gradient_NV, target_N = slices
             teacher_NV = None if teacher_BTV is None else gradient_NV
-            *losses, slice_NV = slice_losses(student_NV, teacher_NV, target_N, weight, temperature)
-            parts += torch.stack(losses) * share
+            ce, divergence, slice_NV = losses(student_NV, teacher_NV, target_N, weight, temperature)
+            parts += torch.stack([ce, divergence]) * share
             if ctx.needs_input_grad[0]:
                 gradient_NV.copy_(slice_NV.mul_(share))
         ctx.gradient_BTV = gradient_MV.view_as(student_BTV)
@@ -112,9 +125,9 @@ class MixedLoss(torch.autograd.Function):
         return total, ce, divergence
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient_BTV, ctx.gradient_BTV = ctx.gradient_BTV, None
-        return gradient_BTV.mul_(grads[0]), None, None, None, None
+        return gradient_BTV.mul_(grads[0]), None, None, None, None, None
 
 
 def slice_losses(

@@ -62,6 +62,8 @@ def prepare(
     others = _train_others(model, plan) if spec.scope == "all" else []
     layers = _attach(model, plan, units, method, spec, prior, pattern, start)
     assert learned_parameters(layers), "the method attached nothing that can be trained"
+    if method.trains_weights:
+        _cast_others(model, layers, spec.torch_dtype)
     blocks = _checkpointed(model, plan.blocks) if checkpointed else plan.blocks
     runner = group.wrap(model, blocks)
     parameters = {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
@@ -80,6 +82,17 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, copies)
+
+
+def _cast_others(model: nn.Module, layers: Mapping[str, LearnedLinear], dtype: torch.dtype) -> None:
+    """Frozen parameters outside of `layers` in the dtype of matrix products, so that activations are in it, too.
+
+    They are written from the files, not from here.
+    """
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and id(parameter) not in inside:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _attach(

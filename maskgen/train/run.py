@@ -13,6 +13,7 @@ All that is needed to go on after a kill is in OUT.work until the result is writ
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress
 from maskgen.export import slice as slice_module
 from maskgen.hf import model, planning
+from maskgen.hf.layers import stored_shapes
 from maskgen.hf.planning import Planned
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
@@ -37,6 +39,7 @@ from maskgen.sweep.driver import Progress, check_prior
 from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run, work_dir
 from maskgen.train import result
 from maskgen.train.checkpoints import Checkpoints
+from maskgen.train.compiled import compile_session, pays
 from maskgen.train.heldout import measure_quality
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.train.loop import Cadence, HeldOut, Stage, fit
@@ -109,7 +112,7 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         tell(job.planned)
         start = _begin(job, group, tell)
         tell(Stage("loading"))
-        session, dense = _session(job, start.prior, group)
+        session, dense = _session(job, start.prior, group, start.compiled)
         header = _header(job, session, start)
         bits = None if start.prior is None else start.prior.bitmasks
         tell(Stage("training"))
@@ -135,7 +138,8 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is settled before the model is loaded: where it all comes from, and where it goes on from."""
+    """What is settled before the model is loaded: where it all comes from, where it goes on from, and whether its
+    computations are compiled."""
 
     origin: Origin
     corpus: Corpus
@@ -143,12 +147,13 @@ class _Start:
     provenance: Mapping[str, Any]
     checkpoints: Checkpoints
     weights: Sequence[StoredModel]
+    compiled: bool
 
 
 def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
     """Read the text, claim the work directory, find or make the prior."""
     wanted, method = job.recipe, job.recipe.build_method()
-    assert isinstance(method, LearnedMethod)
+    assert isinstance(method, LearnedMethod) and wanted.train is not None
     sources = [job.model_dir] if job.start is None else [job.model_dir, job.start.checkpoint.path]
     weights = [StoredModel.of(source) for source in sources]
     base_digest, *start_digest = [group.broadcast(partial(digest_weights, source)) for source in sources]
@@ -164,7 +169,8 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
         }
         if start_digest:
             (digests["start"],) = start_digest
-        arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__)}
+        compiled = method.trains_weights and pays(_weights(job.model_dir), wanted.train, job.device, group.world)
+        arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__), "compiled": compiled}
         run_digest = digest_json({**digests, **arithmetic})
         reserve_for_run(job.work, run_digest)
         prior = job.prior
@@ -172,7 +178,11 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
             prior = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
             digests["prior"] = prior.digest()
     checkpoints = Checkpoints(job.work / "checkpoints", run_digest, job.cadence.keep_checkpoints)
-    return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights)
+    return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights, compiled)
+
+
+def _weights(model_dir: Path) -> int:
+    return sum(math.prod(shape) for shape in stored_shapes(model_dir).values())
 
 
 def _ignore(event: Event) -> None:
@@ -199,7 +209,7 @@ def read_corpus(
     return corpus
 
 
-def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, list[str]]:
+def _session(job: Job, prior: MaskSet | None, group: Group, compiled: bool = False) -> tuple[Session, list[str]]:
     """Load the model and replace its layers; and the names of the linear layers that stay as they are.
 
     What is trained is float32; frozen weights stay as they are stored, unless the run is to compute in float32. What
@@ -222,6 +232,8 @@ def _session(job: Job, prior: MaskSet | None, group: Group) -> tuple[Session, li
         loaded, plan, units, method, wanted.train, mask, wanted.pattern, group, job.checkpoint_activations, job.start
     )
     result.check(session, model_dir)
+    if compiled:
+        compile_session(session, plan.blocks, job.cadence.micro_batch)
     return session, [*plan.listed, *(name for name, _ in targets if name not in session.layers)]
 
 

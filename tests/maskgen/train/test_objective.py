@@ -84,7 +84,7 @@ def test_what_does_not_count_may_be_anything() -> None:
 def test_the_gradient_lies_in_the_teacher_s_logits_and_serves_once() -> None:
     student_NV, teacher_NV, target_N = logits(3)
     student_BTV, teacher_BTV = student_NV[None].requires_grad_(), teacher_NV[None]
-    total, *_ = MixedLoss.apply(student_BTV, teacher_BTV, target_N[None], 0.5, 2.0)
+    total, *_ = MixedLoss.apply(student_BTV, teacher_BTV, target_N[None], 0.5, 2.0, slice_losses)
     (gradient_BTV,) = torch.autograd.grad(3 * total, student_BTV, retain_graph=True)
     assert gradient_BTV.data_ptr() == teacher_NV.data_ptr()
     *_, expected_NV = slice_losses(student_NV, logits(3)[1], target_N, 0.5, 2.0)

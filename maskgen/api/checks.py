@@ -46,7 +46,7 @@ from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
 from maskgen.train.parallel import is_first
-from maskgen.train.prior import load_prior, load_prior_weights
+from maskgen.train.prior import given_start, load_prior, load_prior_weights
 from maskgen.train.start import Start
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -139,6 +139,7 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
     """Find the device and the dense model, and settle the recipe for it."""
     device, model_dir = resolve_device(request.device), find_model(request.model, progress)
     name, start = label(request.model, model_dir), None
+    given = request.prior if isinstance(request, PruneRequest) else None
     if is_sparse_checkpoint(model_dir):
         start = _start(request, model_dir, recipe, progress)
         name, model_dir = start.checkpoint.config.base_model, start.model_dir
@@ -147,8 +148,12 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
             f"`teacher` {request.teacher}: {request.model} is dense, and is its own teacher; leave it out, or give a "
             "sparse checkpoint as `model`"
         )
+    elif given is not None and _takes_weights(recipe):
+        start = given_start(given, model_dir, recipe.method.name)
+        if is_first():
+            start.check_base(digest_weights(model_dir))
     recipe = recipe.for_context(model.stored_max_tokens(model_dir))
-    if isinstance(request, PruneRequest) and request.prior is not None and recipe.block_method() is not None:
+    if start is not None if _takes_weights(recipe) else given is not None and recipe.block_method() is not None:
         recipe = recipe.model_copy(update={"prior": None})  # what is given takes its place
     if isinstance(request, PruneRequest) and not request.allow_unserved:
         servable.table().check(servable.architectures(read_dense_config(model_dir)))
@@ -224,9 +229,10 @@ def learned(request: LearnRequest, task: Task) -> Task:
     assert recipe.train is not None
     if request.masks_out is not None and method.result is not Result.SPARSE:
         raise RecipeError(f"`masks_out` {request.masks_out}: {name} writes a dense model, without masks; leave it out")
-    prior = load_prior(request.prior, method.uses_prior, recipe)
+    prior = load_prior(request.prior, method.uses_prior, recipe) if task.start is None else None
     if method.uses_prior and prior is None and recipe.prior is None and task.start is None:
-        raise RecipeError(f"{name} starts from a mask: give `prior`, or a [prior] section in the recipe")
+        what = "the weights and masks of a prior" if method.uses_prior_weights else "a mask"
+        raise RecipeError(f"{name} starts from {what}: give `prior`, or a [prior] section in the recipe")
     if not request.data:
         raise DataError(f"method {name} learns from text; give it with `data`")
     limit = model.stored_max_tokens(task.model_dir)
@@ -269,6 +275,12 @@ def _learned(recipe: Recipe) -> LearnedMethod:
     method = recipe.build_method()
     assert isinstance(method, LearnedMethod)
     return method
+
+
+def _takes_weights(recipe: Recipe) -> bool:
+    """Whether training starts from the weights of the prior, too."""
+    method = recipe.build_method()
+    return isinstance(method, LearnedMethod) and method.uses_prior_weights
 
 
 def is_one_shot(recipe: Recipe) -> bool:

@@ -21,12 +21,10 @@ from maskgen.api.heldout import NO_TEXT, measure_dense, measure_pruned
 from maskgen.api.requests import LearnRequest, PruneRequest
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import SparseConfig
 from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.errors import OutputExistsError, RecipeError, RequestError
 from maskgen.core.failures import explained
 from maskgen.core.files import read_json
-from maskgen.core.packed import StoredLayer
 from maskgen.core.quality import Quality, stored
 from maskgen.data.bos import Bos
 from maskgen.export import compress
@@ -36,7 +34,7 @@ from maskgen.hf.planning import Plan
 from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
-from maskgen.sweep import reconstruct
+from maskgen.sweep import reconstruct, result
 from maskgen.sweep.driver import SweepReport, sweep
 from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
 from maskgen.train import run as run_module
@@ -184,23 +182,8 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     gc.collect()
     progress(Stage("writing"))
     weights.check()
-    masks = work.mask_set(base_digest, recipe.digest())
-    config = SparseConfig(
-        pattern=recipe.pattern,
-        targets=masks.names,
-        ignored=task.plan.listed,
-        mask_digest=masks.digest(),
-        recipe_digest=recipe.digest(),
-        base_model=task.label,
-        base_digest=base_digest,
-    )
-    written = compress.compress(
-        task.model_dir,
-        config,
-        lambda name, weight: StoredLayer(work.packed(name)),
-        request.out,
-        {RECIPE_FILE: recipe.resolved(), **reconstruct.report(report.fitted), **stored(quality)},
-    )
+    extra = {**reconstruct.report(report.fitted), **stored(quality)}
+    masks, written = result.write(work, recipe, task.model_dir, task.label, base_digest, task.plan, request.out, extra)
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)

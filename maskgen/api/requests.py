@@ -96,7 +96,7 @@ class _FromRecipe(Request):
 
 class PruneRequest(_FromRecipe):
     """A one-shot run. `prior` are masks to start from: a mask file, or a sparse checkpoint of the same model, of which
-    a method that trains blocks takes the weights, too.
+    a method that trains blocks, and one with weights = "prior", takes the weights, too.
 
     `masks_out` is a file to write the masks to as well. A model that vLLM does not have is refused, unless
     `allow_unserved` says that the result is for transformers only. With `keep_work` the directory OUT.work, from which

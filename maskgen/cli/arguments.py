@@ -51,8 +51,9 @@ def _add_run(verbs: Verbs) -> None:
     )
     _add_inputs(
         parser,
-        "a shipped recipe (such as magnitude, wanda, sparsegpt, maskllm; a wrong name lists them all)",
-        "; for methods that train weights (adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
+        "best-effort (the best there is: ADMM, then training with the dense model as teacher) or another shipped "
+        "recipe, such as admm, sparsegpt, wanda, magnitude, maskllm (a wrong name lists them all)",
+        "; to train weights (best-effort, adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
     )
     _add_training(parser)
     parser.add_argument(
@@ -102,7 +103,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model, of which "
-        "reconstruct takes the weights, too) in place of the recipe's [prior] (default: the recipe's)",
+        "best-effort and reconstruct take the weights, too) in place of the recipe's [prior] (default: the recipe's)",
     )
     group.add_argument(
         "--teacher",
@@ -141,8 +142,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shard",
         action="store_true",
-        help="under torchrun: split parameters, gradients and optimiser states over the processes (FSDP2) instead of "
-        "keeping a copy in each (DDP) (default: no)",
+        help="under torchrun: split all states over the processes (FSDP2), not a copy in each (DDP) (default: no)",
     )
 
 

@@ -94,7 +94,7 @@ class Quality:
         )
 
     def advice(self) -> list[str]:
-        """For a bad model, what to try next, the cheapest first; else nothing."""
+        """For a bad model, what to try next, what helps most first; else nothing."""
         return [step.text for step in NEXT if self.method in step.after] if self.is_bad else []
 
     def lines(self) -> list[str]:
@@ -134,6 +134,12 @@ _SCORED, _SOLVED, _LEARNED = {"wanda", "ria"}, {"sparsegpt", "admm"}, {"maskllm"
 _FITTED = {"reconstruct"}
 NEXT = (
     Step(
+        "`maskgen run best-effort`, the best there is: ADMM, then training with the dense model as teacher. "
+        "SmolLM2-135M: perplexity of wikitext2 43.1 after ADMM, 24.4 after 80 steps of training, 21.7 dense. "
+        "--prior SPARSE trains this result further instead",
+        frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude"}),
+    ),
+    Step(
         "more calibration text, and closer to what the model will read (--data, --set calibration.samples=256)",
         frozenset(_SCORED | _SOLVED | _FITTED),
     ),
@@ -150,13 +156,8 @@ NEXT = (
         "more training text and more steps (--data, --set train.steps=...)",
         frozenset(_LEARNED | {"adaptive_sparse", "maskprune"}),
     ),
-    Step(
-        "`maskgen run adaptive_sparse`, which trains the weights under the pattern: SmolLM2-135M (dense: 26.5) had "
-        "held-out perplexity 30.3 after 6.6 M tokens, which took 107 s on an H200",
-        frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude"}),
-    ),
 )
-"""What to try when a model is bad, the cheapest first."""
+"""What to try when a model is bad, what helps most first."""
 
 
 def name_for_people(name: str) -> str:

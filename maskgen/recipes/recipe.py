@@ -28,6 +28,9 @@ the mask to start from, on the `[calibration]` text; it is dropped when the meth
     steps = 300                            # see `Training`; defaults for what is left out
     lr = 1e-3
 
+With `weights = "prior"` a method that trains weights (`adaptive_sparse`) starts from the weights that `[prior]` makes,
+too: from all of the sparse checkpoint that a run of the one-shot method would write.
+
 A method that trains block after block (`reconstruct`) has a `[prior]` too: the one-shot method that prunes the block
 first, on the same calibration text.
 

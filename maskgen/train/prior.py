@@ -1,4 +1,6 @@
-"""The mask that a learned run starts from: one it is given, or one that the recipe's [prior] makes, once.
+"""What a learned run starts from: what it is given, or what the recipe's [prior] makes, once, in OUT.work.
+
+That is a set of masks, or, for a method that takes the prior's weights too, a sparse checkpoint.
 
 Legend: S = windows, T = tokens.
 """
@@ -13,21 +15,31 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import DataError, FormatError, RecipeError
+from maskgen.core.digest import digest_weights
+from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
+from maskgen.core.files import read_json, write_json
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus
 from maskgen.export.compress import load_masks
 from maskgen.hf import model
-from maskgen.hf.planning import plan_of
+from maskgen.hf.planning import Plan, plan_of
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.recipe import Recipe
+from maskgen.sweep import result
 from maskgen.sweep.driver import Progress, sweep
+from maskgen.sweep.workdir import WorkDir
 from maskgen.train.loop import Stage
 from maskgen.train.parallel import Group
 from maskgen.train.start import Start
 
 PRIOR_FILE = "prior.safetensors"
 """In OUT.work: the masks that the recipe's [prior] made."""
+
+START_FOLDER = "start"
+"""In OUT.work: the masks and weights that the recipe's [prior] made, as a sparse checkpoint."""
+
+_START_FILE = "start.json"
+"""Beside it: the digest of its weights."""
 
 
 def load_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
@@ -102,7 +114,9 @@ def make_prior(
     assert recipe is not None
     if group.first and not file.exists():
         progress(Stage("prior"))
-        _sweep(recipe, corpus, model_dir, work / "prior", base_digest, group.device, progress).save(file)
+        _, swept = _sweep(recipe, corpus, model_dir, work, base_digest, group.device, progress)
+        swept.mask_set(base_digest, recipe.digest()).save(file)
+        del _, swept
         gc.collect()
     try:
         masks = MaskSet.load(file)
@@ -113,6 +127,54 @@ def make_prior(
     return masks
 
 
+def given_start(path: Path, model_dir: Path, method: str) -> Start:
+    """The sparse checkpoint that a request gives as its prior, whose weights and masks training starts from.
+
+    Raises `RecipeError` for a file of masks alone, `FormatError` for anything else that is none.
+    """
+    if not path.is_dir():
+        load_masks(path)
+        raise RecipeError(
+            f"`prior` {path}: has masks alone, and {method} with these options starts from weights, too; give a sparse "
+            "checkpoint, or train the dense weights under these masks with method.weights=dense and method.mask=prior"
+        )
+    return Start(SparseCheckpoint.open(path), model_dir, "prior")
+
+
+def make_start(
+    wanted: Recipe,
+    corpus: Corpus,
+    model_dir: Path,
+    label: str,
+    work: Path,
+    base_digest: str,
+    group: Group,
+    progress: Callable[[Stage | Progress], None],
+) -> Start:
+    """The sparse checkpoint that the recipe's [prior] makes of the dense model, which is named `label`; like
+    `make_prior`."""
+    recipe, folder, note = wanted.prior_recipe(), work / START_FOLDER, work / _START_FILE
+    assert recipe is not None
+    if group.first and not folder.exists():
+        progress(Stage("prior"))
+        note.unlink(missing_ok=True)
+        plan, swept = _sweep(recipe, corpus, model_dir, work, base_digest, group.device, progress)
+        result.write(swept, recipe, model_dir, label, base_digest, plan, folder, {})
+        del plan, swept
+        gc.collect()
+    if group.first and not note.exists():
+        write_json(note, {"weights": digest_weights(folder)})
+    try:
+        if group.first and read_json(note) != {"weights": digest_weights(folder)}:
+            raise FormatError(f"{folder}: its weights are not those that were written, by the digest in {note}")
+        checkpoint = SparseCheckpoint.open(folder, verify_bits=group.first)
+    except (FormatError, ModelError) as error:
+        raise FormatError(f"{error}; delete {folder} to have it made again") from None
+    if (checkpoint.config.base_digest, checkpoint.config.recipe_digest) != (base_digest, recipe.digest()):
+        raise FormatError(f"{folder}: made of another model or by another recipe; delete it to have it made again")
+    return Start(checkpoint, model_dir)
+
+
 def _sweep(
     recipe: Recipe,
     corpus: Corpus,
@@ -121,13 +183,13 @@ def _sweep(
     base_digest: str,
     device: str,
     progress: Callable[[Progress], None],
-) -> MaskSet:
-    """Sweep a throw-away copy of the model."""
+) -> tuple[Plan, WorkDir]:
+    """Sweep a throw-away copy of the model, and leave every block's result in `work`."""
     windows_ST = _calibration(recipe, corpus) if recipe.local_method().needs_data else None
     loaded = model.load(model_dir)
     plan = plan_of(model_dir, recipe.pattern, recipe.ignore, loaded)
-    _, blocks = sweep(loaded, plan, recipe, windows_ST, work, base_digest, device, progress)
-    return blocks.mask_set(base_digest, recipe.digest())
+    _, swept = sweep(loaded, plan, recipe, windows_ST, work / "prior", base_digest, device, progress)
+    return plan, swept
 
 
 def _calibration(recipe: Recipe, corpus: Corpus) -> Tensor:

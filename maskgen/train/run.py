@@ -3,8 +3,9 @@
 All that is needed to go on after a kill is in OUT.work until the result is written:
 
     run.json              whose directory this is: digest over recipe, weights, data, prior, device, torch
-    prior/                the one-shot sweep that makes the mask to start from (`prior`)
-    prior.safetensors     that mask, once the sweep is done
+    prior/                the one-shot sweep that makes what to start from (`prior`)
+    prior.safetensors     its masks, once the sweep is done
+    start/                or its masks and weights, as a sparse checkpoint
     tokens/               the text as token ids (`data.corpus`)
     checkpoints/          what is learned (`checkpoints`)
     log.jsonl             every step (`log`), kept beside the result
@@ -45,7 +46,7 @@ from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
 from maskgen.train.loop import Cadence, HeldOut, Stage, fit
 from maskgen.train.parallel import ALONE, Group, joined
 from maskgen.train.prepare import prepare
-from maskgen.train.prior import check_base, make_prior
+from maskgen.train.prior import check_base, make_prior, make_start
 from maskgen.train.result import Origin, Written
 from maskgen.train.start import Start
 from maskgen.train.step import Session, TrainingStep
@@ -111,6 +112,7 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         tell = progress if group.first else _ignore
         tell(job.planned)
         start = _begin(job, group, tell)
+        job = replace(job, start=start.origin.start)
         tell(Stage("loading"))
         session, dense = _session(job, start.prior, group, start.compiled)
         header = _header(job, session, start)
@@ -154,18 +156,18 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
     """Read the text, claim the work directory, find or make the prior."""
     wanted, method = job.recipe, job.recipe.build_method()
     assert isinstance(method, LearnedMethod) and wanted.train is not None
-    sources = [job.model_dir] if job.start is None else [job.model_dir, job.start.checkpoint.path]
+    start, prior = job.start, job.prior
+    sources = [job.model_dir] if start is None else [job.model_dir, start.checkpoint.path]
     weights = [StoredModel.of(source) for source in sources]
     base_digest, *start_digest = [group.broadcast(partial(digest_weights, source)) for source in sources]
-    check_base(job.prior, job.model_dir, base_digest)
-    origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern, job.start)
+    check_base(prior, job.model_dir, base_digest)
     with group.first_leads():
         corpus = read_corpus(wanted, job.data, job.model_dir, job.work / TOKENS_FOLDER, job.bos)
         digests = {
-            "recipe": origin.recipe_digest,
+            "recipe": wanted.digest(),
             "base": base_digest,
             "data": corpus.digest(),
-            "prior": None if job.prior is None else job.prior.digest(),
+            "prior": None if prior is None else prior.digest(),
         }
         if start_digest:
             (digests["start"],) = start_digest
@@ -173,10 +175,14 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
         arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__), "compiled": compiled}
         run_digest = digest_json({**digests, **arithmetic})
         reserve_for_run(job.work, run_digest)
-        prior = job.prior
-        if prior is None and job.start is None and method.uses_prior:
+        if start is None and method.uses_prior_weights:
+            start = make_start(wanted, corpus, job.model_dir, job.label, job.work, base_digest, group, tell)
+            weights.append(StoredModel.of(start.checkpoint.path))
+            digests["start"] = digest_weights(start.checkpoint.path)
+        elif prior is None and start is None and method.uses_prior:
             prior = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
             digests["prior"] = prior.digest()
+    origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern, start)
     checkpoints = Checkpoints(job.work / "checkpoints", run_digest, job.cadence.keep_checkpoints)
     return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights, compiled)
 

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,15 @@ from maskgen.hf.planning import Plan
 
 @dataclass(frozen=True)
 class Start:
-    """A verified sparse checkpoint, made from the dense model in `model_dir`. Weights come back in float32."""
+    """A verified sparse checkpoint, made from the dense model in `model_dir`. Weights come back in float32.
+
+    `given_as` is the field of the request that names it, for messages: "model", and the dense model is the `teacher`;
+    or "prior", and that is the `model`.
+    """
 
     checkpoint: SparseCheckpoint
     model_dir: Path
+    given_as: Literal["model", "prior"] = "model"
 
     @cached_property
     def masks(self) -> MaskSet:
@@ -48,22 +54,22 @@ class Start:
 
         `correction` is what the run trains beside each layer: without one in the checkpoint, it starts at 0.
         """
-        path, config = self.checkpoint.path, self.checkpoint.config
+        where, config = f"`{self.given_as}` {self.checkpoint.path}", self.checkpoint.config
         if config.pattern != pattern:
             raise RecipeError(
-                f"`model` {path}: its pattern is {config.pattern}, the recipe's is {pattern}; train it with its own "
+                f"{where}: its pattern is {config.pattern}, the recipe's is {pattern}; train it with its own "
                 f"pattern (pattern={config.pattern})"
             )
         if config.correction is not None and config.correction != correction:
             form = config.correction
             raise RecipeError(
-                f"`model` {path}: its layers have a correction, with which this method and these options do not go on; "
+                f"{where}: its layers have a correction, with which this method and these options do not go on; "
                 f"use adaptive_sparse_slorb with method.slorb_segment={form.segment} and method.slorb_pool={form.pool}"
             )
         for name in sorted(set(config.targets).symmetric_difference(targets)):
             ours, theirs = ("dense", "sparse") if name in config.targets else ("sparse", "dense")
             raise RecipeError(
-                f"`model` {path}: its layer {name} is {theirs}, and the recipe wants it {ours}; set `ignore` in the "
+                f"{where}: its layer {name} is {theirs}, and the recipe wants it {ours}; set `ignore` in the "
                 "recipe to the layers that the checkpoint leaves dense"
             )
 
@@ -71,8 +77,9 @@ class Start:
         """`FormatError` unless the dense model, whose weights have `base_digest`, is what it was made from."""
         config = self.checkpoint.config
         if config.base_digest != base_digest:
+            dense = "teacher" if self.given_as == "model" else "model"
             raise FormatError(
-                f"`teacher` {self.model_dir}: its weights have digest {base_digest}, but {self.checkpoint.path} was "
+                f"`{dense}` {self.model_dir}: its weights have digest {base_digest}, but {self.checkpoint.path} was "
                 f"made from {config.base_model} with {config.base_digest}; give that model"
             )
 

@@ -192,6 +192,11 @@ class LearnedMethod(Method, ABC):
     result: ClassVar[Result] = Result.SPARSE
 
     @property
+    def uses_prior_weights(self) -> bool:
+        """Whether training starts from the weights of the prior, too, with these options."""
+        return False
+
+    @property
     def correction(self) -> CorrectionConfig | None:
         """The form of the correction that every layer of the result has, with these options; None without one."""
         return None

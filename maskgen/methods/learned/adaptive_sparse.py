@@ -15,8 +15,9 @@ correction at all.
 Memory per prunable weight: 17 bytes (float32 weight, gradient, two moments, the mask), the teacher beside it.
 
 Ours: pruned positions decay towards zero (the release's integer mask turned the sign round); the mask rests in the last
-`settle` of the steps, so that what is exported is what was trained last, and the mask in force is exported; a run may
-start from a learned mask and stay with it (`mask = "prior"`): weights then adapt to that mask.
+`settle` of the steps, so that what is exported is what was trained last, and the mask in force is exported. A run may
+start from the weights and masks of a prior instead of the dense weights and their largest (`weights = "prior"`), which
+is far better after few steps, and may stay with the prior's masks (`mask = "prior"`); the two go together or alone.
 
 Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025.
 
@@ -136,7 +137,9 @@ class AdaptiveLinear(LearnedLinear):
 class AdaptiveSparse(LearnedMethod):
     """Options. `masked_decay` is lambda after its rise, which takes the fraction `ramp` of the steps.
 
-    The mask stays the same in the last `settle` of the steps (a fraction). `slorb_segment` is k, or 0 for no SLoRB.
+    The mask stays the same in the last `settle` of the steps (a fraction). `weights` says which ones training starts
+    from: the dense model's, under masks of the largest, or the prior's, under its masks. `mask` says whether masks then
+    follow the weights, or stay those of the prior. `slorb_segment` is k, or 0 for no SLoRB.
     """
 
     trains_weights: ClassVar[bool] = True
@@ -145,6 +148,7 @@ class AdaptiveSparse(LearnedMethod):
     ramp: float = 0.25
     settle: float = 0.1
     refresh_every: int = 10
+    weights: str = "dense"
     mask: str = "adaptive"
     second_moment: str = "decayed"
     weight_decay: float = 0.05
@@ -155,7 +159,10 @@ class AdaptiveSparse(LearnedMethod):
         self.require_not_negative("masked_decay", "weight_decay")
         self.require_not_negative("ramp", "settle", most=1)
         self.require_one_of(
-            mask=("adaptive", "prior"), second_moment=("decayed", "raw"), slorb_pool=("fixed", "trained")
+            weights=("dense", "prior"),
+            mask=("adaptive", "prior"),
+            second_moment=("decayed", "raw"),
+            slorb_pool=("fixed", "trained"),
         )
         if self.refresh_every < 1:
             raise RecipeError(f"method.refresh_every {self.refresh_every}: expected 1 or more steps")
@@ -164,8 +171,13 @@ class AdaptiveSparse(LearnedMethod):
 
     @property
     def uses_prior(self) -> bool:
-        """Whether `mask` is "prior": then the weights are trained under that mask, which stays."""
-        return self.mask == "prior"
+        """Whether masks start as those of a prior."""
+        return "prior" in (self.weights, self.mask)
+
+    @property
+    def uses_prior_weights(self) -> bool:
+        """Whether `weights` is "prior"."""
+        return self.weights == "prior"
 
     @property
     def correction(self) -> CorrectionConfig | None:
@@ -189,7 +201,7 @@ class AdaptiveSparse(LearnedMethod):
         In the first step they are what the run starts from.
         """
         resting = context.step == 0 or context.step >= (1 - self.settle) * context.steps
-        if self.uses_prior or resting or context.step % self.refresh_every:
+        if self.mask == "prior" or resting or context.step % self.refresh_every:
             return
         for layer in _layers(layers):
             layer.kept_OI.copy_(layer.magnitude_mask())

@@ -78,11 +78,13 @@ def test_shipped_recipes_write_what_they_measured(
     assert header["recipe"] == json.loads((out / recipe.RECIPE_FILE).read_text()) == settings.resolved()
     assert header["digests"] == json.loads((out / learn.PROVENANCE_FILE).read_text())
     assert header["digests"]["recipe"] == settings.digest() and header["digests"]["base"] == digest_weights(dense)
-    assert (header["reference"] == "prior") == (settings.prior is not None) == (header["digests"]["prior"] is not None)
-    assert header["data"] == [text_file.name] and header["heldout_windows"] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"], "OUT.work is gone"
     method = settings.build_method()
     assert isinstance(method, LearnedMethod)
+    starts = {"prior": settings.prior is not None and not method.uses_prior_weights, "start": method.uses_prior_weights}
+    assert {kind: header["digests"].get(kind) is not None for kind in starts} == starts
+    assert (header["reference"] == "prior") == starts["prior"]
+    assert header["data"] == [text_file.name] and header["heldout_windows"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"], "OUT.work is gone"
     assert is_sparse_checkpoint(out) == (method.result is Result.SPARSE)
     if method.result is Result.SPARSE:
         checkpoint = SparseCheckpoint.open(out)

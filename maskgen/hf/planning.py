@@ -1,7 +1,7 @@
 """Which layers of a model a run prunes, and why everything else in its decoder blocks stays dense.
 
-Candidates are `nn.Linear` modules inside blocks, stored as one tensor each; of these, what
-vLLM does not serve packed stays dense (`servable`), and what no engine treats as a linear layer (routers, experts).
+Candidates are `nn.Linear` modules inside blocks, stored as one tensor each; of these, what vLLM does not serve packed
+stays dense (`servable`), and what no engine treats as a linear layer (routers, experts).
 Layers go by their names in the checkpoint (`stored`).
 """
 

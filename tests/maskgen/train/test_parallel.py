@@ -85,6 +85,22 @@ def test_the_command_under_torchrun(shard: list[str], model_dir: ModelDir, text_
     assert sum(same) >= len(same) - 1
 
 
+def test_process_0_makes_the_weights_that_all_start_from(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    out, reference = tmp_path / "two", tmp_path / "one"
+    words = ["run", "best-effort", "--model", str(model_dir()), "--data", str(text_file), "--eval-every", "2"]
+    for setting in ("steps=4", "batch=4", "window_tokens=16", "heldout_windows=4", 'dtype="float32"', "lr=1e-4"):
+        words += ["--set", f"train.{setting}"]
+    words += ["--set", "calibration.samples=8", "--set", "calibration.window_tokens=16", "--keep-work"]
+    ran = torchrun("-m", "maskgen", *words, "--out", str(out))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(f"wrote {out}") == 1
+    assert cli.main([*words, "--out", str(reference)]) == 0
+    log, alone = read(out / LOG_FILE), read(reference / LOG_FILE)
+    assert log[0]["hardware"]["processes"] == WORLD and log[0]["digests"]["start"] == alone[0]["digests"]["start"]
+    looks = [[record["heldout_nll"] for record in each if record["kind"] == "eval"] for each in (log, alone)]
+    assert looks[0] == pytest.approx(looks[1], rel=1e-4) and len(looks[0]) == 3
+
+
 def test_what_the_first_finds_is_told_to_all(two_processes: dict[str, Any]) -> None:
     assert two_processes["told"] == "process 0" and two_processes["told to all"] == WORLD
     assert Group().broadcast(lambda: "found") == "found"

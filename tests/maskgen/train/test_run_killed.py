@@ -71,6 +71,8 @@ dtype = "float32"
 """
 RECIPES = {
     "frozen weights": '[method]\nname = "maskllm"\ninit_noise = true\n[prior]\nname = "wanda"\n' + TRAIN,
+    "weights of a prior": '[method]\nname = "adaptive_sparse"\nweights = "prior"\n[prior]\nname = "sparsegpt"\n'
+    + TRAIN,
     "trained weights": '[method]\nname = "adaptive_sparse"\n' + TRAIN + 'scope = "all"\n',
 }
 FLAGS = ["--set", "calibration.samples=8", "--eval-every", "3", "--checkpoint-every", "2"]

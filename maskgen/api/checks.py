@@ -227,6 +227,10 @@ def learned(request: LearnRequest, task: Task) -> Task:
     recipe, name = task.recipe, task.recipe.method.name
     method = _learned(recipe)
     assert recipe.train is not None
+    if request.minutes is not None and any(
+        item.partition("=")[0].strip() == "train.steps" for item in request.overrides
+    ):
+        raise RecipeError(f"`minutes` {request.minutes:g}: steps follow from the time; leave train.steps or this out")
     if request.masks_out is not None and method.result is not Result.SPARSE:
         raise RecipeError(f"`masks_out` {request.masks_out}: {name} writes a dense model, without masks; leave it out")
     prior = load_prior(request.prior, method.uses_prior, recipe) if task.start is None else None

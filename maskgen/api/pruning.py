@@ -6,6 +6,7 @@ A run that is stopped continues when it is asked for again: what is done is kept
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,12 @@ from maskgen.sweep import reconstruct, result
 from maskgen.sweep.driver import SweepReport, sweep
 from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
 from maskgen.train import run as run_module
+from maskgen.train.budget import Budget, any_steps
+from maskgen.train.job import Job
 from maskgen.train.log import LOG_FILE
 from maskgen.train.loop import Cadence
 from maskgen.train.prior import check_base
 from maskgen.train.result import Written
-from maskgen.train.run import Job
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,14 @@ def learn(request: LearnRequest, progress: Listener = silent) -> LearnResult | A
     Under torchrun every process calls this; only the first one tells of its progress and returns a result, the others
     None. Raises as `prune` does, and `RecipeError` for a one-shot method.
     """
+    began_s = time.monotonic()
     checks.is_request(request, LearnRequest, "learn")
     recipe = checks.load_recipe(request)
     if checks.is_one_shot(recipe):
         raise RecipeError(f"{recipe.method.name} is a one-shot method; use prune, or run")
     with checks.claimed(request.out):
         task = _settled(request, recipe, progress)
-        return task if isinstance(task, AlreadyFinished) else _learn(request, task, progress)
+        return task if isinstance(task, AlreadyFinished) else _learn(request, task, began_s, progress)
 
 
 @explained()
@@ -133,6 +136,7 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
 
     Raises what they do, and `RecipeError` for fields about training that were set for a one-shot method.
     """
+    began_s = time.monotonic()
     checks.is_request(request, LearnRequest, "run")
     recipe = checks.load_recipe(request)
     with checks.claimed(request.out):
@@ -140,7 +144,7 @@ def run(request: LearnRequest, progress: Listener = silent) -> PruneResult | Lea
         if isinstance(task, AlreadyFinished):
             return task
         if not checks.is_one_shot(recipe):
-            return _learn(request, task, progress)
+            return _learn(request, task, began_s, progress)
         checks.no_training_fields(request, recipe)
         return _prune(request, task, progress)
 
@@ -161,7 +165,10 @@ def _settled(request: PruneRequest, recipe: Recipe, progress: Listener) -> Task 
 def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
     """A run was killed when its result was there, whole, and its work directory was not gone yet: do what was left."""
     made_with = request.out / RECIPE_FILE
-    if not made_with.is_file() or read_json(made_with) != recipe.resolved():
+    made = read_json(made_with) if made_with.is_file() else {}
+    if isinstance(request, LearnRequest) and request.minutes is not None and isinstance(made.get("train"), dict):
+        recipe, made["train"]["steps"] = any_steps(recipe), 1
+    if made != recipe.resolved():
         raise OutputExistsError(f"{request.out} exists, of another recipe; remove it or choose another output")
     if request.masks_out is not None and not request.masks_out.exists():
         SparseCheckpoint.open(request.out).mask_set().save(request.masks_out)
@@ -190,7 +197,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality)
 
 
-def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult | None:
+def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener) -> LearnResult | None:
     task = checks.learned(request, task)
     request = with_own_text(request, task, progress)
     job = Job(
@@ -210,6 +217,7 @@ def _learn(request: LearnRequest, task: Task, progress: Listener) -> LearnResult
         ),
         checkpoint_activations=request.checkpoint_activations,
         shard=request.shard,
+        budget=None if request.minutes is None else Budget(request.minutes, began_s),
     )
     found = run_module.learn(job, progress)
     if found is None:

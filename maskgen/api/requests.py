@@ -110,7 +110,7 @@ class PruneRequest(_FromRecipe):
 
 
 class LearnRequest(PruneRequest):
-    """A run of a learned method. But for `teacher`, the fields change how it goes, never what comes out.
+    """A run of a learned method. But for `teacher` and `minutes`, the fields change how it goes, never what comes out.
 
     Methods that train weights go on from a sparse checkpoint, too, given as `model`: from its weights and its masks,
     while the dense model that it was made from stays the teacher of a distillation and the base of the result.
@@ -122,6 +122,9 @@ class LearnRequest(PruneRequest):
     every five minutes), `keep_checkpoints` how many of the newest stay. `checkpoint_activations` computes activations
     again in the backward pass: less memory, more time. `shard` splits a run started by torchrun over its processes
     (FSDP2) instead of keeping a copy in each (DDP).
+
+    With `minutes` the number of steps follows from the time, in place of the recipe's: as many as fit between the call
+    and the result, found when a few passes have been timed. The recipe beside the result has the number.
     """
 
     teacher: _Model | None = None
@@ -131,6 +134,7 @@ class LearnRequest(PruneRequest):
     keep_checkpoints: _Count = 2
     checkpoint_activations: bool = False
     shard: bool = False
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 TRAINING_FIELDS = tuple(name for name in LearnRequest.model_fields if name not in PruneRequest.model_fields)

@@ -14,10 +14,10 @@ from maskgen.api.requests import (
     CompressRequest,
     EvaluateRequest,
     InspectRequest,
-    LearnRequest,
     ReportRequest,
 )
-from maskgen.cli.flags import DATA, add_bos, add_device, add_out, count, default, verb
+from maskgen.cli.flags import DATA, add_bos, add_device, add_out, default, verb
+from maskgen.cli.training import add_training
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs
@@ -55,7 +55,7 @@ def _add_run(verbs: Verbs) -> None:
         "recipe, such as admm, sparsegpt, wanda, magnitude, maskllm (a wrong name lists them all)",
         "; to train weights (best-effort, adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
     )
-    _add_training(parser)
+    add_training(parser)
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"
     )
@@ -93,57 +93,6 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str, also: str = "") -
         help="change one recipe value, such as method.damp=0.05 or calibration.samples=64; repeatable (default: none)",
     )
     add_device(parser)
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    """Flags of learned methods. They change how a run goes, never what comes out, but for `--prior` and `--teacher`."""
-    group = parser.add_argument_group("learned methods")
-    group.add_argument(
-        "--prior",
-        type=Path,
-        metavar="FILE",
-        help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model, of which "
-        "best-effort and reconstruct take the weights, too) in place of the recipe's [prior] (default: the recipe's)",
-    )
-    group.add_argument(
-        "--teacher",
-        metavar="DENSE",
-        help="the dense model that a sparse --model was made from (default: as it says, beside it or on the hub)",
-    )
-    group.add_argument(
-        "--micro-batch",
-        type=count,
-        metavar="WINDOWS",
-        help=f"windows per forward pass; bounds memory {default(LearnRequest, 'micro_batch')}",
-    )
-    group.add_argument(
-        "--eval-every",
-        type=count,
-        metavar="STEPS",
-        help="steps between looks at the held-out perplexity of the masks (default: five looks a run)",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=count,
-        metavar="STEPS",
-        help="steps between checkpoints, from which a killed run goes on (default: one every five minutes)",
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=count,
-        metavar="N",
-        help=f"newest checkpoints to keep {default(LearnRequest, 'keep_checkpoints')}",
-    )
-    group.add_argument(
-        "--checkpoint-activations",
-        action="store_true",
-        help="compute activations again in the backward pass: less memory, more time, the same result (default: no)",
-    )
-    group.add_argument(
-        "--shard",
-        action="store_true",
-        help="under torchrun: split all states over the processes (FSDP2), not a copy in each (DDP) (default: no)",
-    )
 
 
 def _add_permute(verbs: Verbs) -> None:

@@ -8,6 +8,7 @@ All that is needed to go on after a kill is in OUT.work until the result is writ
     start/                or its masks and weights, as a sparse checkpoint
     tokens/               the text as token ids (`data.corpus`)
     checkpoints/          what is learned (`checkpoints`)
+    steps.json            how many steps fit into the time that was asked for (`budget`)
     log.jsonl             every step (`log`), kept beside the result
 """
 
@@ -18,7 +19,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,19 @@ from maskgen.hf.planning import Planned
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep.driver import Progress, check_prior
-from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run, work_dir
+from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run
 from maskgen.train import result
+from maskgen.train.budget import Budget, any_steps, passes_s, with_steps
 from maskgen.train.checkpoints import Checkpoints
 from maskgen.train.compiled import compile_session, pays
 from maskgen.train.heldout import measure_quality
+from maskgen.train.job import Job
 from maskgen.train.log import LOG_FILE, WORK_LOG_FILE, read
-from maskgen.train.loop import Cadence, HeldOut, Stage, fit
+from maskgen.train.loop import HeldOut, Stage, fit
 from maskgen.train.parallel import ALONE, Group, joined
 from maskgen.train.prepare import prepare
 from maskgen.train.prior import check_base, make_prior, make_start
 from maskgen.train.result import Origin, Written
-from maskgen.train.start import Start
 from maskgen.train.step import Session, TrainingStep
 
 PROVENANCE_FILE = "maskgen_provenance.json"
@@ -56,37 +58,6 @@ PROVENANCE_FILE = "maskgen_provenance.json"
 
 Event = Planned | Stage | Progress | TrainingStep | HeldOut
 """What a run tells of its progress; `Progress` is the prior's."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given, `start`
-    is a sparse checkpoint that was, to go on from.
-
-    `label` names the dense model in `model_dir` for people, `planned` says what is pruned of it. `bos` says whether
-    windows of text begin with BOS (None: as the tokenizer does by itself). `out` and `masks_out` are written. The rest
-    is about the machine, and changes no bit of the result.
-    """
-
-    recipe: Recipe
-    model_dir: Path
-    label: str
-    planned: Planned
-    data: Sequence[Path]
-    out: Path
-    bos: bool | None = None
-    masks_out: Path | None = None
-    prior: MaskSet | None = None
-    start: Start | None = None
-    device: str = "cpu"
-    cadence: Cadence = field(default_factory=Cadence)
-    checkpoint_activations: bool = False
-    shard: bool = False
-
-    @property
-    def work(self) -> Path:
-        """Where the run keeps what it has done so far."""
-        return work_dir(self.out)
 
 
 @dataclass(frozen=True)
@@ -111,6 +82,8 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
     with joined(job.device, job.shard) as group:
         tell = progress if group.first else _ignore
         tell(job.planned)
+        if job.budget is not None:
+            job = _with_steps(job, job.budget, group, tell)
         start = _begin(job, group, tell)
         job = replace(job, start=start.origin.start)
         tell(Stage("loading"))
@@ -136,6 +109,35 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
     extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
     written = result.write(session, start.origin, job.out, dense, {**extra, **stored(quality)}, job.masks_out)
     return Learned(read(log_file), written, quality)
+
+
+def _with_steps(job: Job, budget: Budget, group: Group, tell: Callable[[Event], None]) -> Job:
+    """The job with as many steps as fit into its time: found once, by process 0, then in OUT.work.
+
+    A run of so many steps that it is compiled is timed again, compiled.
+    """
+    start = _begin(job, group, tell)
+    if stored := group.broadcast(partial(budget.stored, job.work)):
+        return replace(job, recipe=with_steps(job.recipe, int(stored)))
+    tell(Stage("timing"))
+    found = _fitting(job, start, budget, group, compiled=False)
+    if _compiles(found, group):
+        faster = _fitting(job, start, budget, group, compiled=True)
+        found = faster if _compiles(faster, group) else found
+    assert found.recipe.train is not None
+    group.broadcast(partial(budget.store, job.work, found.recipe.train.steps))
+    return found
+
+
+def _fitting(job: Job, start: _Start, budget: Budget, group: Group, compiled: bool) -> Job:
+    """The job with the number of steps that fit by the time they take now. What is timed is let go of."""
+    session, _ = _session(replace(job, start=start.origin.start), start.prior, group, compiled)
+    times_s = passes_s(session, start.corpus, job.cadence.micro_batch)
+    spec = session.spec
+    del session
+    gc.collect()
+    steps = group.broadcast(lambda: str(budget.steps(times_s, spec, job.cadence)))
+    return replace(job, recipe=with_steps(job.recipe, int(steps)))
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,13 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
         }
         if start_digest:
             (digests["start"],) = start_digest
-        compiled = method.trains_weights and pays(_weights(job.model_dir), wanted.train, job.device, group.world)
+        compiled = _compiles(job, group)
         arithmetic = {"device": torch.device(job.device).type, "torch": str(torch.__version__), "compiled": compiled}
         run_digest = digest_json({**digests, **arithmetic})
-        reserve_for_run(job.work, run_digest)
+        known_by = run_digest
+        if job.budget is not None:  # whatever number of steps fits
+            known_by = digest_json({**digests, **arithmetic, "recipe": any_steps(wanted).digest(), "compiled": None})
+        reserve_for_run(job.work, known_by)
         if start is None and method.uses_prior_weights:
             start = make_start(wanted, corpus, job.model_dir, job.label, job.work, base_digest, group, tell)
             weights.append(StoredModel.of(start.checkpoint.path))
@@ -187,8 +192,12 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
     return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights, compiled)
 
 
-def _weights(model_dir: Path) -> int:
-    return sum(math.prod(shape) for shape in stored_shapes(model_dir).values())
+def _compiles(job: Job, group: Group) -> bool:
+    """Whether what trains is compiled."""
+    method = job.recipe.build_method()
+    assert isinstance(method, LearnedMethod) and job.recipe.train is not None
+    weights = sum(math.prod(shape) for shape in stored_shapes(job.model_dir).values())
+    return method.trains_weights and pays(weights, job.recipe.train, job.device, group.world)
 
 
 def _ignore(event: Event) -> None:

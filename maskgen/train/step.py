@@ -96,13 +96,7 @@ class Session:
         self.set_context(noise_sample=0)
         with torch.no_grad():
             self.method.before_step(self.learning, self.context)
-        windows_BT = corpus.batch(self.step, self.spec.batch)
-        parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
-        totals = torch.zeros(3, dtype=torch.float64)
-        for number, (noise_sample, ids_BT) in enumerate(parts, 1):
-            self.set_context(noise_sample)
-            with self.group.accumulating(self.runner, more=number < len(parts)):
-                totals += self._backward(ids_BT.to(self.device), len(ids_BT) / self.spec.batch)
+        totals, tokens = self.passes(corpus, micro_batch)
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,9 +106,23 @@ class Session:
         self.step += 1
         loss, ce, divergence = self.group.total(totals).tolist()
         return TrainingStep(
-            self.step, self.spec.steps, loss, ce, divergence, norm, lr, windows_BT.numel(), self.elapsed_s,
+            self.step, self.spec.steps, loss, ce, divergence, norm, lr, tokens, self.elapsed_s,
             peak_memory_bytes(self.device),
         )  # fmt: skip
+
+    def passes(self, corpus: Corpus, micro_batch: int) -> tuple[Tensor, int]:
+        """Forward and backward passes of the next step: gradients are there afterwards, and nothing else has changed.
+
+        Returns its losses `[3]`, summed over the windows of this process, and how many tokens all processes saw.
+        """
+        windows_BT = corpus.batch(self.step, self.spec.batch)
+        parts = self.group.parts(windows_BT, self.spec.noise_samples, micro_batch)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for number, (noise_sample, ids_BT) in enumerate(parts, 1):
+            self.set_context(noise_sample)
+            with self.group.accumulating(self.runner, more=number < len(parts)):
+                totals += self._backward(ids_BT.to(self.device), len(ids_BT) / self.spec.batch)
+        return totals, windows_BT.numel()
 
     @property
     def context(self) -> StepContext:

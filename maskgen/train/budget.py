@@ -31,6 +31,9 @@ _OVERHEAD = 1.1
 _MARGIN = 0.05
 """Share of the time for writing the result."""
 
+_OUTSIDE_S = 10.0
+"""What no clock here sees, or only too late: Python's start, and loading the model that is trained."""
+
 _OTHER_LOOKS = 4
 """Passes over the held-out windows beside the looks during training: before it and after it, each at two models."""
 
@@ -72,7 +75,7 @@ class Budget:
         first_s, step_s = times_s
         look_s = step_s / 3 * spec.heldout_windows / spec.batch  # no backward pass, which takes two thirds
         each_s = _OVERHEAD * step_s + (look_s / cadence.eval_every if cadence.eval_every else 0.0)
-        fixed_s = passed_s + first_s + look_s * (_OTHER_LOOKS + (0 if cadence.eval_every else EVALUATIONS))
+        fixed_s = _OUTSIDE_S + passed_s + first_s + look_s * (_OTHER_LOOKS + (0 if cadence.eval_every else EVALUATIONS))
         steps = int(((1 - _MARGIN) * 60 * self.minutes - fixed_s) / each_s)
         if steps < MIN_STEPS:
             needed = math.ceil(10 * (fixed_s + (MIN_STEPS + 1) * each_s) / (1 - _MARGIN) / 60) / 10

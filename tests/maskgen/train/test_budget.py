@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_looks_and_writing_fit_into_what_is_left() -> None:
     steps = Budget(60, 1000.0).steps((50.0, 2.0), SPEC, Cadence())
     look_s = 2.0 / 3 * 24 / 8
-    used_s = 100 + 50 + 9 * look_s + steps * 2.0 * 1.1
+    used_s = 10 + 100 + 50 + 9 * look_s + steps * 2.0 * 1.1
     assert 0.95 * 3600 - 2.2 < used_s <= 0.95 * 3600
     assert Budget(120, 1000.0).steps((50.0, 2.0), SPEC, Cadence()) > 2 * steps, "what is spent once is spent once"
     assert Budget(60, 1000.0).steps((50.0, 2.0), SPEC, Cadence(eval_every=1)) < 0.6 * steps

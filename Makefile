@@ -18,9 +18,8 @@ DATA ?=
 EVAL ?=
 LABEL ?= demo
 ARGS ?=
-# Values of the recipe that `serve` changes, such as calibration.samples=64. The demo is calibrated on an eighth of what
-# the recipe says, in short windows: a first start takes minutes. With SET= it gets all of it.
-SET ?= $(if $(MODEL),,calibration.samples=64 calibration.window_tokens=512)
+# Values of the recipe that `serve` changes, such as calibration.samples=128.
+SET ?=
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)

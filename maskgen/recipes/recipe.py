@@ -12,8 +12,8 @@ are resolved when the recipe is read, so a recipe that spells out a default and 
     damp = 0.01
 
     [calibration]
-    samples = 128                          # windows of calibration text
-    window_tokens = 2048                   # tokens of each (default: 2048, or the model's context if that is shorter)
+    samples = 64                           # windows of calibration text
+    window_tokens = 512                    # tokens of each (default: 512, or the model's context if that is shorter)
     seed = 0                               # where in the text they are cut
     batch = 8                              # windows per forward pass
 
@@ -56,8 +56,8 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.sections import Strict, Training
 
-WINDOW_TOKENS = 2048
-"""Length of calibration and training windows, for models that read as much."""
+WINDOW_TOKENS = {"calibration": 512, "train": 2048}
+"""Length of windows by section, for models that read as much. README ("Quality") has what was tried."""
 
 RECIPE_FILE = "maskgen_recipe.json"
 """The resolved recipe, written beside the weights."""
@@ -75,7 +75,7 @@ class Calibration(Strict):
     `window_tokens` is None until `Recipe.for_context` has seen the model.
     """
 
-    samples: int = Field(default=128, ge=1)
+    samples: int = Field(default=64, ge=1)
     window_tokens: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     batch: int = Field(default=8, ge=1)
@@ -150,11 +150,11 @@ class Recipe(Strict):
 
         A number that the recipe gives stays as it is.
         """
-        window_tokens = WINDOW_TOKENS if limit is None else min(WINDOW_TOKENS, limit)
         changes: dict[str, Calibration | Training] = {}
         for name, section in (("calibration", self.calibration), ("train", self.train)):
             if section is not None and section.window_tokens is None:
-                changes[name] = section.model_copy(update={"window_tokens": window_tokens})
+                tokens = WINDOW_TOKENS[name] if limit is None else min(WINDOW_TOKENS[name], limit)
+                changes[name] = section.model_copy(update={"window_tokens": tokens})
         return self.model_copy(update=changes)
 
     def build_method(self) -> Method:

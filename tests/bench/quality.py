@@ -133,7 +133,7 @@ def _dense_key(facts: dict[str, Any]) -> str:
 
 
 def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> None:
-    wanted = recipe.load(row.recipe, _overrides(args, row, seed))
+    wanted = _settled(args, row.recipe, _overrides(args, row, seed))
     key = _key(args, row, seed, facts)
     if _known(args, key):
         return
@@ -155,7 +155,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         "reorder": row.reorder,
         "command": " ".join(["maskgen", *(Path(word).name if Path(word).is_absolute() else word for word in command)]),
         **facts,
-        **(_cost(out) or {"tokens": _calibration_tokens(args, wanted), **cost}),
+        **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
         **score(args, out, args.model),
     }
     record.save(WHAT, args.label, result)
@@ -167,13 +167,18 @@ def _base(args: argparse.Namespace, row: Row, seed: int) -> Path:
     if row.reorder is None:
         return dense
     settings = [*(setting for setting in args.set if setting.startswith("calibration.")), f"calibration.seed={seed}"]
-    wanted = recipe.load(row.reorder, settings)
+    wanted = _settled(args, row.reorder, settings)
     key = digest_json([wanted.digest(), digest_weights(dense), digest_files(args.train)])
     reordered: Path = args.work / f"reordered-{row.reorder}-seed{seed}-{key[7:15]}"
     if not reordered.exists():
         command = ["permute", row.reorder, "--model", str(dense), "--data", *map(str, args.train)]
         maskgen([*command, *(word for setting in settings for word in ("--set", setting)), "--out", str(reordered)])
     return reordered
+
+
+def _settled(args: argparse.Namespace, name: str, overrides: list[str]) -> recipe.Recipe:
+    """The recipe as `maskgen run` takes it for this model."""
+    return recipe.load(name, overrides).for_context(model.stored_max_tokens(args.model))
 
 
 def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
@@ -185,7 +190,7 @@ def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
 def _key(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any]) -> str:
     """What decides the numbers of a run: its recipe, model and texts, and the run whose masks it starts from."""
     decides = {
-        "recipe": recipe.load(row.recipe, _overrides(args, row, seed)).digest(),
+        "recipe": _settled(args, row.recipe, _overrides(args, row, seed)).digest(),
         "prior": None if row.prior is None else _key(args, _row(row.prior), seed, facts),
         "domain": row.domain,
         **facts,
@@ -235,12 +240,11 @@ def _cost(directory: Path) -> dict[str, Any]:
     }
 
 
-def _calibration_tokens(args: argparse.Namespace, wanted: recipe.Recipe) -> int:
+def _calibration_tokens(wanted: recipe.Recipe) -> int:
     if not wanted.needs_data:
         return 0
-    calibration = wanted.for_context(model.stored_max_tokens(args.model)).calibration
-    assert calibration.window_tokens is not None
-    return calibration.samples * calibration.window_tokens
+    assert wanted.calibration.window_tokens is not None
+    return wanted.calibration.samples * wanted.calibration.window_tokens
 
 
 def maskgen(arguments: list[str]) -> dict[str, float]:

@@ -31,7 +31,7 @@ def test_shipped_recipes_are_complete() -> None:
 def test_defaults_are_resolved_so_spelling_them_out_changes_nothing() -> None:
     spelled_out = (
         'pattern = "2:4"\nignore = []\n[method]\nname = "sparsegpt"\nblock = 128\ndamp = 0.01\nupdate = true\n'
-        "[calibration]\nsamples = 128\nwindow_tokens = 2048\nseed = 0\nbatch = 8\n"
+        "[calibration]\nsamples = 64\nwindow_tokens = 512\nseed = 0\nbatch = 8\n"
     )
     settled = recipe.parse(MINIMAL).for_context(4096)
     assert settled == recipe.parse(spelled_out)
@@ -39,23 +39,26 @@ def test_defaults_are_resolved_so_spelling_them_out_changes_nothing() -> None:
     assert settled.digest().startswith("sha256:")
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(None, 2048), (131072, 2048), (2048, 2048), (1024, 1024), (2, 2)])
-def test_the_window_follows_the_model_unless_it_is_given(limit: int | None, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "expected", "trained"),
+    [(None, 512, 2048), (131072, 512, 2048), (2048, 512, 2048), (1024, 512, 1024), (256, 256, 256), (2, 2, 2)],
+)
+def test_the_window_follows_the_model_unless_it_is_given(limit: int | None, expected: int, trained: int) -> None:
     for text in (MINIMAL, LEARNED):
         settled = recipe.parse(text).for_context(limit)
         assert settled.calibration.window_tokens == expected
         overrides = [f"calibration.window_tokens={expected}"]
         if settled.train is not None:
-            assert settled.train.window_tokens == expected
-            overrides.append(f"train.window_tokens={expected}")
+            assert settled.train.window_tokens == trained
+            overrides.append(f"train.window_tokens={trained}")
         assert settled == recipe.parse(text, overrides=overrides)
-    given = recipe.load("wanda", ["calibration.window_tokens=512"])
+    given = recipe.load("wanda", ["calibration.window_tokens=300"])
     assert given.for_context(limit) == given
 
 
 def test_the_digest_of_a_one_shot_recipe_knows_nothing_of_training() -> None:
     """Recipes from before there were learned methods keep their digest."""
-    settled = recipe.parse(MINIMAL).for_context(2048)
+    settled = recipe.parse(MINIMAL, overrides=["calibration.samples=128", "calibration.window_tokens=2048"])
     assert set(settled.resolved()) == {"pattern", "method", "calibration", "ignore"}
     assert settled.digest() == ONE_SHOT_DIGEST
 

@@ -146,8 +146,7 @@ def _serve(stream: TextIO, items: Sequence[pytest.Item]) -> None:
     """The nursery's loop: one request a line; to each, a child's process id, and its exit status when it has ended."""
     while request := stream.readline():
         asked = json.loads(request)
-        os.environ.clear()
-        os.environ.update(asked["environment"])
+        _take_environment(asked["environment"])
         prepare()
         if "argv" in asked:
             out, err = map(Path, asked["outputs"])
@@ -156,6 +155,15 @@ def _serve(stream: TextIO, items: Sequence[pytest.Item]) -> None:
             pid = start(partial(_test, items[asked["item"]], Path(asked["answer"])))
         print(pid, file=stream, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=stream, flush=True)
+
+
+def _take_environment(wanted: dict[str, str]) -> None:
+    """What stays as it is is not touched: setproctitle looks for the first variable where the process began."""
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _test(item: pytest.Item, answer: Path) -> int:

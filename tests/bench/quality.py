@@ -31,7 +31,7 @@ from tests.bench import quality_table, record
 
 WHAT = "quality"
 ONE_SHOT = "one-shot"
-"""For `--rows`: every row of a one-shot recipe on the model itself, plain and reordered."""
+"""For `--rows`: every row of a recipe that trains nothing, on the model itself, plain and reordered."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ ROWS = (
     Row("sparsegpt", "sparsegpt", seeds=2, weights=CHANGE),
     Row("admm", "admm", seeds=2, weights=CHANGE),
     Row("reconstruct", "reconstruct", seeds=2, weights=CHANGE),
+    Row("best-effort", "best-effort", seeds=2, weights=CHANGE),
     Row("maskllm", "maskllm", seeds=2),
     Row("proxsparse", "proxsparse", seeds=2),
     Row("adaptive_sparse", "adaptive_sparse", seeds=2, weights=CHANGE),
@@ -284,10 +285,14 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
+def _trains_nothing(wanted: recipe.Recipe) -> bool:
+    return wanted.train is None and wanted.block_method() is None
+
+
 def _rows(parser: argparse.ArgumentParser, names: list[str] | None) -> set[str]:
     """The rows that were asked for."""
     rows = {row.name: row for row in ROWS}
-    one_shot = {name for name, row in rows.items() if row.prior is None and recipe.load(row.recipe).train is None}
+    one_shot = {name for name, row in rows.items() if row.prior is None and _trains_nothing(recipe.load(row.recipe))}
     known = {**{name: {name} for name in rows}, ONE_SHOT: one_shot, quality_table.DENSE: set[str]()}
     unknown = [name for name in names or () if name not in known]
     if unknown:

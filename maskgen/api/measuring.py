@@ -135,7 +135,7 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     Raises `DataError` (the protocol, a text), `ModelError` (also for two models that do not read the same tokens),
     `RequestError` (the device), `FormatError` (a damaged checkpoint), `NumericalError` (the loss is not finite).
     """
-    Protocol(request.window_tokens, request.stride_tokens, max_windows=request.max_windows)  # mistakes come first
+    _protocol(request, Bos(), None)  # mistakes come first
     device, model_dir = checks.resolve_device(request.device), checks.find_model(request.model, progress)
     dense_dir = None if request.against is None else checks.find_model(request.against, progress)
     protocol, texts, vocabulary = _windows(request, model_dir)
@@ -161,12 +161,21 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     return EvaluateResult(checks.label(request.model, model_dir), used, results, against)
 
 
+def _protocol(request: EvaluateRequest, bos: Bos, limit: int | None) -> Protocol:
+    """The protocol for a model that reads at most `limit` tokens (None: any number)."""
+    window_tokens = request.window_tokens
+    if window_tokens is None:
+        window_tokens = Protocol().window_tokens if limit is None else min(Protocol().window_tokens, limit)
+    return Protocol(window_tokens, request.stride_tokens, bool(bos.ids), request.max_windows, bos.own)
+
+
 def _windows(request: EvaluateRequest, model_dir: Path) -> tuple[Protocol, dict[str, list[Window]], Mapping[str, int]]:
     """The protocol, settled for a model, the windows of every text, by the text's name, and the model's vocabulary."""
     tokenizer = model.load_tokenizer(model_dir)
     bos = Bos.of(tokenizer, request.bos)
-    protocol = Protocol(request.window_tokens, request.stride_tokens, bool(bos.ids), request.max_windows, bos.own)
-    evaluate_module.check_window(protocol, model.stored_max_tokens(model_dir))
+    limit = model.stored_max_tokens(model_dir)
+    protocol = _protocol(request, bos, limit)
+    evaluate_module.check_window(protocol, limit)
     texts: dict[str, list[Window]] = {}
     names = [source.name for source in request.data]
     for source in request.data:

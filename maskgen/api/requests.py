@@ -176,15 +176,15 @@ class EvaluateRequest(Request):
     """Perplexity of `model`, dense or sparse, on one or several sources of text or token ids.
 
     With `against`, the dense model that it was made from, both are loaded and compared (`maskgen.core.divergence`).
-    Windows of `window_tokens` tokens start every `stride_tokens` (by default they do not overlap), each with BOS in
-    front if `bos` (by default as the tokenizer does by itself), and only the first `max_windows` are scored. `dtype`
-    "auto" is the stored one. `batch` windows share a forward pass.
+    Windows of `window_tokens` tokens (by default 2048, or as many as the model reads) start every `stride_tokens` (by
+    default they do not overlap), each with BOS in front if `bos` (by default as the tokenizer does by itself), and only
+    the first `max_windows` are scored. `dtype` "auto" is the stored one. `batch` windows share a forward pass.
     """
 
     model: _Model
     data: Annotated[_Files, Field(min_length=1)]
     against: _Model | None = None
-    window_tokens: int = 2048
+    window_tokens: int | None = None
     stride_tokens: int | None = None
     bos: bool | None = None
     max_windows: int | None = None

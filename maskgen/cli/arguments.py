@@ -181,7 +181,7 @@ def _add_eval(verbs: Verbs) -> None:
         type=int,
         dest="window_tokens",
         metavar="TOKENS",
-        help=f"tokens per window {default(EvaluateRequest, 'window_tokens')}",
+        help="tokens per window (default: 2048, or the model's context if that is shorter)",
     )
     parser.add_argument(
         "--stride",

@@ -153,7 +153,9 @@ def _magic(path: Path) -> bytes:
 def _read_header(path: Path) -> _Header:
     """Read what the file says of itself, and check that all of its tensors are inside it."""
     if _magic(path) != MAGIC:
-        raise FormatError(f"{path}: not a GGUF file: starts with {clip(_magic(path))}, expected {MAGIC!r}")
+        raise FormatError(
+            f"{path}: not a GGUF file: starts with {clip(_magic(path))}, expected {MAGIC!r}; download it again"
+        )
     from gguf import GGUFReader
 
     try:

@@ -50,9 +50,11 @@ def load_prior(path: Path | None, used: bool, wanted: Recipe) -> MaskSet | None:
     if path is None:
         return None
     if not used:
-        method = wanted.build_method()
-        trains = isinstance(method, LearnedMethod) and method.trains_weights
-        advice = ", or give a sparse checkpoint as `model` to go on from its weights and masks" if trains else ""
+        method, advice = wanted.build_method(), ""
+        if isinstance(method, LearnedMethod) and method.trains_weights:
+            advice = ", or give a sparse checkpoint as `model` to go on from its weights and masks"
+        elif "mask" in wanted.method.options:
+            advice = ", or keep its masks and solve for the weights (method.mask=prior)"
         raise RecipeError(
             f"`prior` {path}: {wanted.method.name} with these options starts from no mask; leave it out{advice}"
         )

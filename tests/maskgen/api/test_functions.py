@@ -237,6 +237,7 @@ def test_report_and_demo(model_dir: ModelDir, text_file: Path, tmp_path: Path, m
         ("prune", {"out": "{tmp}"}, OutputExistsError, "exists; remove it or choose another output"),
         ("prune", {"masks_out": "{tmp}"}, OutputExistsError, "exists; remove it or choose another output"),
         ("prune", {"prior": "x"}, RecipeError, "`prior` x: wanda with these options starts from no mask"),
+        ("prune", {"recipe": "admm", "prior": "x"}, RecipeError, "keep its masks and solve for the weights (method.m"),
         ("prune", {"recipe": "admm", "overrides": {"method.mask": "prior"}}, RecipeError, "start from; give `prior`"),
         ("learn", {"recipe": "dense_control", "masks_out": "k"}, RecipeError, "`masks_out` k: dense_control writes a"),
         ("learn", {"shard": True}, RecipeError, "`shard` splits a run over processes; start it with torchrun"),

@@ -36,3 +36,11 @@ def test_a_model_whose_tokenizer_puts_bos_in_front_is_pruned_trained_and_scored_
         maskgen.evaluate(maskgen.EvaluateRequest(model=dense, data=tmp_path / "short.txt", window_tokens=16))
     plain = maskgen.EvaluateRequest(model=dense, data=text_file, window_tokens=16, max_windows=2, bos=False)
     assert not maskgen.evaluate(plain).perplexity.protocol.bos
+
+
+def test_windows_are_no_longer_than_the_model_reads_unless_it_is_said(text_file: Path, tmp_path: Path) -> None:
+    dense = models.save("llama", tmp_path / "dense")
+    scored = maskgen.evaluate(maskgen.EvaluateRequest(model=dense, data=text_file, max_windows=1))
+    assert scored.perplexity.protocol.window_tokens == models.MAX_TOKENS
+    with pytest.raises(DataError, match=f"window of 2048 tokens, but the model reads at most {models.MAX_TOKENS}"):
+        maskgen.evaluate(maskgen.EvaluateRequest(model=dense, data=text_file, window_tokens=2048))

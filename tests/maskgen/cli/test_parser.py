@@ -169,7 +169,7 @@ def test_a_run_without_data_and_with_kept_work(
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--set", "x=1"], "unknown key x"),
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--device", "cuda:99"], "--device cuda:99"),
         (["run", "magnitude", "--model", "{dense}", "--out", "{tmp}/o", "--device", "toaster"], "--device toaster"),
-        (["eval", "{dense}", "--data", "{text}"], "the model reads at most 128; lower --window"),
+        (["eval", "{dense}", "--data", "{text}", "--window", "129"], "the model reads at most 128; lower --window"),
         (["eval", "{dense}", "--data", "{text}", "--window", "1"], "window 1"),
         (["eval", "{dense}", "--data", "{text}", "x.txt", "--windows-out", "w"], "w: holds the windows of one text"),
         (["eval", "{tmp}", "--data", "{text}"], "config.json: no such file"),

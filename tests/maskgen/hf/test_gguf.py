@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line(fails_at: int, file: Path, tmp_path: Path, monk
 def test_text_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "letter.gguf").write_text("Dear reader")
     assert error_of(tmp_path / "letter.gguf", FormatError).endswith(
-        "not a GGUF file: starts with b'Dear', expected b'GGUF'"
+        "not a GGUF file: starts with b'Dear', expected b'GGUF'; download it again"
     )
 
 

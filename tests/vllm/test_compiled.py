@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.vllm.offline import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
 
 PROGRAM = """
@@ -23,6 +25,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_compiled_model_says_what_transformers_says(tmp_path: Path) -> None:
     """In a process of its own: the other tests of this folder switch compilation off, since it takes its time."""
     sparse, masked = make_sparse("llama", tmp_path)
@@ -30,7 +33,7 @@ def test_a_compiled_model_says_what_transformers_says(tmp_path: Path) -> None:
     script.write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     command = [sys.executable, str(script), str(sparse), str(NEW_TOKENS), json.dumps(PROMPTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "AOT compiled function" in done.stdout + done.stderr, "it was not compiled"
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("tokens "))

@@ -4,8 +4,7 @@ Every row is one `maskgen run` as a user would type it, then one `maskgen eval` 
 model and on all texts. A row that has a result file for the same model, data and recipe is not run again, and a run
 that was stopped continues where it was, so the whole table can be made in pieces: a row of `--rows one-shot` takes
 minutes for a model of 135 M parameters on two cores, one of a learned method longer. `--set` changes a value in every
-recipe that has it, such as `calibration.samples`. Result files are never edited; `--table` prints the table of what
-exists, and `--plot FILE.svg` draws it.
+recipe that has it. Result files are never edited; `--table` prints what there is, and `--plot FILE.svg` draws it.
 
 gap(x) = (perplexity of x - dense) / (perplexity of sparsegpt, weights updated - dense): 0 is lossless, 1 is SparseGPT.
 """
@@ -24,6 +23,7 @@ from typing import Any
 
 from maskgen.core.digest import digest_files, digest_json, digest_weights
 from maskgen.hf import model
+from maskgen.methods import LocalMethod
 from maskgen.recipes import recipe
 from maskgen.train import log as trainlog
 from maskgen.train.log import LOG_FILE
@@ -124,8 +124,7 @@ def main() -> None:
 
 
 def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    key = _dense_key(facts)
-    if not _known(args, key):
+    if not _known(args, key := _dense_key(facts)):
         record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **score(args, args.model)})
 
 
@@ -285,14 +284,11 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _trains_nothing(wanted: recipe.Recipe) -> bool:
-    return wanted.train is None and wanted.block_method() is None
-
-
 def _rows(parser: argparse.ArgumentParser, names: list[str] | None) -> set[str]:
     """The rows that were asked for."""
     rows = {row.name: row for row in ROWS}
-    one_shot = {name for name, row in rows.items() if row.prior is None and _trains_nothing(recipe.load(row.recipe))}
+    plain = {name: recipe.load(row.recipe).build_method() for name, row in rows.items() if row.prior is None}
+    one_shot = {name for name, method in plain.items() if isinstance(method, LocalMethod)}
     known = {**{name: {name} for name in rows}, ONE_SHOT: one_shot, quality_table.DENSE: set[str]()}
     unknown = [name for name in names or () if name not in known]
     if unknown:

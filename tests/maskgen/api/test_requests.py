@@ -81,7 +81,7 @@ def test_values_that_are_not_legal_are_one_line(changes: dict[str, object], mess
 
 def test_defaults_are_those_of_what_does_the_work() -> None:
     wanted = maskgen.EvaluateRequest(model="m", data="d")
-    protocol = Protocol(wanted.window_tokens, wanted.stride_tokens, max_windows=wanted.max_windows)
-    assert protocol == Protocol() and wanted.bos is None
+    protocol = Protocol(stride_tokens=wanted.stride_tokens, max_windows=wanted.max_windows)
+    assert protocol == Protocol() and wanted.window_tokens is wanted.bos is None
     learn = maskgen.LearnRequest(recipe="maskllm", model="m", out="o")
     assert Cadence(learn.micro_batch, keep_checkpoints=learn.keep_checkpoints) == Cadence()

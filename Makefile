@@ -19,7 +19,7 @@ EVAL ?=
 LABEL ?= demo
 ARGS ?=
 # Values of the recipe that `serve` changes, such as calibration.samples=128. The demo is calibrated on half the windows,
-# so that a first start takes less than six minutes; that costs 3 % of perplexity. SET= takes all.
+# which takes a minute less of a first start and costs 3 % of perplexity. SET= takes all.
 SET ?= $(if $(MODEL),,calibration.samples=32)
 
 ifeq ($(EXTRA),auto)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -61,6 +61,13 @@ def injected(fault: Fault) -> Iterator[Fault]:
 def errno_of(number: int) -> Callable[[str], BaseException]:
     """For `Fault.error`: the operating system's error of this number."""
     return lambda path: OSError(number, os.strerror(number), path)
+
+
+def closed_pipe() -> TextIO:
+    """What `| head` leaves when it has ended."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    return os.fdopen(writes, "w")
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:

@@ -29,8 +29,8 @@ MIN_PRODUCTS = 1e13
 """Fewest products of a weight with a token, over a whole run, for which compiling saves more time than it takes."""
 
 MAX_SCORES = 1 << 24
-"""Most attention scores of a layer and a micro-batch for attention written out, which a compiler sees through. Of short
-windows that is several times as fast as torch's own attention on a CPU, but all scores are in memory."""
+"""Most attention scores of a layer and a micro-batch for attention written out, which a compiler sees through. For
+short windows that is faster than torch's own attention on a CPU, but all scores are in memory."""
 
 
 def pays(weights: int, spec: Training, device: str, processes: int) -> bool:

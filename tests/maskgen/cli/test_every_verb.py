@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 
@@ -23,7 +22,7 @@ from maskgen.core.digest import digest_file
 from maskgen.core.lock import exclusive
 from maskgen.data import demo, demo_text
 from tests import gguf_files, models
-from tests.faults import Fault, errno_of, injected
+from tests.faults import Fault, closed_pipe, errno_of, injected
 from tests.maskgen import logs
 from tests.maskgen.cli.test_parser import run
 from tests.maskgen.data.test_demo_text import DOCUMENTS
@@ -255,13 +254,6 @@ def test_an_output_that_another_process_makes(verb: str, places: Path, capsys: p
     with exclusive(places / "made/out"):
         code, _, errors = run(capsys, *command(verb, places))
     assert code == 2 and f"made/out: process {os.getpid()} on " in errors and errors.count("\n") == 1
-
-
-def closed_pipe() -> TextIO:
-    """What `| head` leaves when it has ended."""
-    reads, writes = os.pipe()
-    os.close(reads)
-    return os.fdopen(writes, "w")
 
 
 @pytest.mark.parametrize("verb", CASES)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 import prometheus_client
 import pytest
@@ -27,7 +27,7 @@ from sparse_serve.engine.vllm_engine import VllmEngine
 from sparse_serve.gate import runner
 from sparse_serve.gate.report import Verdict
 from tests.directories import TARGETS, sparse_dir
-from tests.faults import Fault, errno_of, injected
+from tests.faults import Fault, closed_pipe, errno_of, injected
 from tests.sparse_serve.bench.test_bench import results
 from tests.sparse_serve.bench.test_serve import REPORT
 from tests.sparse_serve.gate.test_report import report
@@ -186,13 +186,6 @@ def test_a_place_that_cannot_be_written(
     code, line = attempt(verb, places, capsys, Fault(places / "made", errno_of(number), 1, writes=True))
     assert code == 2 and os.strerror(number) in line and str(places / "made") in line
     assert [path for path in (places / "made").rglob("*") if path.is_file()] == []
-
-
-def closed_pipe() -> TextIO:
-    """What `| head` leaves when it has ended."""
-    reads, writes = os.pipe()
-    os.close(reads)
-    return os.fdopen(writes, "w")
 
 
 @pytest.mark.parametrize("verb", PRINTERS)

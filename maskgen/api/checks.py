@@ -45,6 +45,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
+from maskgen.recipes.sections import ASKS
 from maskgen.train.parallel import is_first
 from maskgen.train.prior import given_start, load_prior, load_prior_weights
 from maskgen.train.start import Start
@@ -58,7 +59,8 @@ class Task:
 
     `plan` says what will be pruned; its layers are on torch's meta device. `prior` are masks to start from, and
     `prior_weights` the checkpoint that has weights to go with them, for a method that trains blocks. `start` is the
-    sparse checkpoint that the request names as its model, to be trained further.
+    sparse checkpoint that the request names as its model, to be trained further. `budgeted` are the layers that a
+    budget keeps dense.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Task:
     prior: MaskSet | None = None
     start: Start | None = None
     prior_weights: SparseCheckpoint | None = None
+    budgeted: frozenset[str] = frozenset()
 
 
 def absent(*paths: Path | None) -> None:
@@ -249,7 +252,7 @@ def learned(request: LearnRequest, task: Task) -> Task:
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:
     """`DataError` when a one-shot method lacks text, or wants more of it at once than the model reads."""
-    if not task.recipe.needs_data:
+    if not task.recipe.needs_text:
         return
     if not request.data:
         raise DataError(f"method {task.recipe.method.name} needs calibration text; give it with `data`")
@@ -271,8 +274,10 @@ def no_training_fields(request: PruneRequest, recipe: Recipe) -> None:
 
 
 def load_recipe(request: PruneRequest | PermuteRequest) -> Recipe:
-    """The recipe that a request names, with its overrides."""
-    return recipe_module.load(request.recipe, request.overrides)
+    """The recipe that a request names, with its overrides and the budget that it asks for."""
+    given = {name: getattr(request, name, None) for name in ASKS}
+    asked = {name: value for name, value in given.items() if value is not None}
+    return recipe_module.load(request.recipe, request.overrides, asked)
 
 
 def _learned(recipe: Recipe) -> LearnedMethod:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgen.api import checks
+from maskgen.api import budgeting, checks
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.heldout import NO_TEXT, measure_dense, measure_pruned
@@ -29,6 +29,7 @@ from maskgen.core.files import read_json
 from maskgen.core.quality import Quality, stored
 from maskgen.data.bos import Bos
 from maskgen.export import compress
+from maskgen.export.allocation import Allocation, stored_allocation
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model, planning
 from maskgen.hf.planning import Plan
@@ -53,7 +54,7 @@ class PruneResult:
 
     `plan` says what was pruned and what stayed dense. `peak_memory_bytes` is the peak of this process's memory. `bos`
     is what calibration windows begin with (None: the method needs none). `quality` is what was measured on held-out
-    text, or why nothing was.
+    text, or why nothing was, and `allocation` how a budget was spent.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class PruneResult:
     peak_memory_bytes: int
     bos: Bos | None = None
     quality: Quality | str = NO_TEXT
+    allocation: Allocation | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _settled(request: PruneRequest, recipe: Recipe, progress: Listener) -> Task 
     if not cleaning_up:
         checks.absent(request.out, request.masks_out)
     task = checks.settled(request, recipe, progress)
+    budgeting.check(request, task)
     return _clean_up(request, task.recipe) if cleaning_up else task
 
 
@@ -185,16 +188,19 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     check_base(task.prior, task.model_dir, base_digest, task.prior_weights)
     windows_ST, bos, text = read_text(request, task)
     progress(task.plan.planned())
-    report, work, quality = _sweep(request.out, task, windows_ST, text, base_digest, progress)
+    folder, allocation = work_dir(request.out), None
+    if (wanted := budgeting.measuring(request, task, windows_ST, bos, base_digest)) is not None:
+        task, allocation, folder = budgeting.spent(wanted, task, progress)
+    report, work, quality = _sweep(folder, task, windows_ST, text, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
     weights.check()
-    extra = {**reconstruct.report(report.fitted), **stored(quality)}
+    extra = {**reconstruct.report(report.fitted), **stored(quality), **stored_allocation(allocation)}
     masks, written = result.write(work, recipe, task.model_dir, task.label, base_digest, task.plan, request.out, extra)
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)
-    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality)
+    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality, allocation)
 
 
 def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener) -> LearnResult | None:
@@ -231,19 +237,20 @@ def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
     targets = [name for block in task.plan.targets for name in block]
     compress.check_source(task.model_dir, task.recipe.pattern, targets, task.plan.listed)
     loaded = model.load(task.model_dir)
-    return loaded, planning.plan_of(task.model_dir, task.recipe.pattern, task.recipe.ignore, loaded)
+    return loaded, planning.plan_of(task.model_dir, task.recipe.pattern, task.recipe.ignore, loaded, task.budgeted)
 
 
 def _sweep(
-    out: Path,
+    folder: Path,
     task: Task,
     windows_ST: Tensor | None,
     text: HeldOutText | str,
     base_digest: str,
     progress: Listener,
 ) -> tuple[SweepReport, WorkDir, Quality | str]:
-    """Load, measure, sweep, and measure again. The dense model lives in here only: what follows needs the memory.
+    """Load, measure, sweep with the work directory `folder`, and measure again.
 
+    The dense model lives in here only: what follows needs the memory.
     Some architectures refer to themselves, which only the collector undoes; the caller runs it.
     """
     recipe, device = task.recipe, task.device
@@ -255,7 +262,7 @@ def _sweep(
     loaded, plan = load_checked(task)
     before = measure_dense(loaded, plan.blocks, text, device, progress)
     report, work = sweep(
-        loaded, plan, recipe, windows_ST, work_dir(out), base_digest, device, progress, masks, digest, weights
+        loaded, plan, recipe, windows_ST, folder, base_digest, device, progress, masks, digest, weights
     )
     quality = measure_pruned(loaded, before, recipe.method.name, str(recipe.pattern), device, progress)
     return report, work, quality

@@ -39,15 +39,15 @@ def read_text(
 ) -> tuple[Tensor | None, Bos | None, HeldOutText | str]:
     """Windows of calibration text `[S, T]` (windows, tokens), what they begin with, and held-out text or why none.
 
-    The first two are None for a method that needs no text; what it is given is read for the held-out windows alone.
+    The first two are None for a run that needs no text; what it is given is read for the held-out windows alone.
     """
-    section, needs_data = task.recipe.calibration, task.recipe.needs_data
+    section, needs_text = task.recipe.calibration, task.recipe.needs_text
     if not request.data:
         return None, None, NO_TEXT
     tokenizer = model.load_tokenizer(task.model_dir)
     bos, windows_ST = Bos.of(tokenizer, request.bos), None
     heldout = HeldOut(len(request.data), model.stored_max_tokens(task.model_dir), bos)
-    if needs_data:
+    if needs_text:
         assert section.window_tokens is not None
         generator = torch.Generator().manual_seed(section.seed)
         windows_ST = tokens.calibration_windows(
@@ -61,4 +61,4 @@ def read_text(
         if ids is not None:
             model.check_ids(ids, tokenizer.get_vocab(), task.model_dir)
     text = SHORT_TEXT if ids_ST is None else HeldOutText(ids_ST, len(bos.ids), heldout.names)
-    return windows_ST, bos if needs_data else None, text
+    return windows_ST, bos if needs_text else None, text

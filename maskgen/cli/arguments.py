@@ -55,6 +55,13 @@ def _add_run(verbs: Verbs) -> None:
         "recipe, such as admm, sparsegpt, wanda, magnitude, maskllm (a wrong name lists them all)",
         "; to train weights (best-effort, adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
     )
+    parser.add_argument(
+        "--bytes",
+        type=float,
+        metavar="SHARE",
+        help="budget: the most that prunable weights may take, as a share of what they take dense, such as 0.75; the "
+        "layers whose sparsity costs most then stay dense, as far as it goes (default: the recipe's [budget], or none)",
+    )
     add_training(parser)
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"

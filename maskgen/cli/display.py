@@ -100,7 +100,7 @@ class Shown:
     def show(self, event: Event) -> None:
         """Move the bar."""
         if isinstance(event, Stage):
-            self.prefix = f"{event.name}: " if event.name == "prior" else ""
+            self.prefix = f"{event.name}: " if event.name in ("prior", "budget") else ""
             self.bar.remove_task(self.task)  # a task that has a total keeps one
             self.task = self.bar.add_task(event.name, total=None, note="")
         elif isinstance(event, SweepProgress):
@@ -148,6 +148,8 @@ def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
         _print_sweep(result.sweep, result.peak_memory_bytes)
         if result.bos is not None:
             say(f"  calibration windows: {result.bos.describe()}")
+        if result.allocation is not None:
+            say(f"  {result.allocation.describe()}")
         print_kept(result.plan.kept)
         print_compressed(result.out, result.written)
     elif isinstance(result, LearnResult):
@@ -250,6 +252,8 @@ def print_inspect(report: InspectReport) -> None:
         f"{megabytes(dense_bytes)} if dense, {megabytes(report.other_bytes)} of other tensors"
     )
     print_kept(report.kept)
+    if report.allocation is not None:
+        say(f"  {report.allocation.describe()}")
     correction_bytes = sum(layer.correction_bytes for layer in report.layers)
     if correction_bytes:
         say(f"  {megabytes(correction_bytes)} of what is stored are corrections")

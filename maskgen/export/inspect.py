@@ -9,7 +9,7 @@ Legend: O = out features, I = in features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import Quality, read_quality
 from maskgen.core.values import FLOAT
+from maskgen.export.allocation import Allocation, read_allocation
 from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
 
 
@@ -51,7 +52,7 @@ class InspectReport:
     `pattern` is what layers are compared with. `kept` says what of the decoder blocks of a sparse checkpoint is dense,
     experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then `values` how packed
     weights are stored: `float`, `int8` or `fp8_e4m3`. `quality` is what was measured when the model was made, if that
-    is known.
+    is known, and `allocation` how a budget was spent.
     """
 
     path: str
@@ -62,6 +63,7 @@ class InspectReport:
     values: str = FLOAT
     kept: list[KeptDense] = field(default_factory=list)
     quality: Quality | None = None
+    allocation: Allocation | None = None
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -70,7 +72,8 @@ class InspectReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
-        return asdict(self)
+        spent = None if self.allocation is None else self.allocation.model_dump(mode="json")
+        return {**asdict(replace(self, allocation=None)), "allocation": spent}
 
 
 def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
@@ -108,9 +111,13 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     shapes = {name: header.shape for name, header in checkpoint.headers.items()}
     targets = {layer.name: (layer.out_features, layer.in_features) for layer in layers if layer.stored == "packed"}
     others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
-    kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config))
+    allocation = read_allocation(checkpoint.path)
+    budgeted = frozenset() if allocation is None else allocation.dense
+    kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), budgeted)
     quality, values = read_quality(checkpoint.path), checkpoint.config.values
-    return InspectReport(str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality)
+    return InspectReport(
+        str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation
+    )
 
 
 def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ LATENT = "part of latent attention; engines read its weight themselves"
 NOT_SERVED = "vLLM keeps it dense"
 NOT_LINEAR = "not a linear layer"
 LEFT_OUT = "the recipe or the masks left it out"
+BUDGETED = "the budget keeps it dense, where sparsity costs most"
 NOT_ALONE = "stored in other tensors than transformers makes of it"
 
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
@@ -119,9 +120,13 @@ def kept_dense(matrices: Iterable[tuple[str, int, str]], total: int) -> list[Kep
 
 
 def kept_in_checkpoint(
-    shapes: Mapping[str, Sequence[int]], targets: Mapping[str, Sequence[int]], rules: Rules
+    shapes: Mapping[str, Sequence[int]],
+    targets: Mapping[str, Sequence[int]],
+    rules: Rules,
+    budgeted: Collection[str] = (),
 ) -> list[KeptDense]:
-    """`kept_dense` of a checkpoint whose `targets` (name -> shape) are sparse; `shapes` are its other tensors."""
+    """`kept_dense` of a checkpoint whose `targets` (name -> shape) are sparse; `shapes` are its other tensors, and
+    `budgeted` the layers that a budget kept dense."""
     places = {match[1] for name in targets if (match := _PLACE.fullmatch(name))}
     inside = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(places)))})\.\d+\.(.+)")
     dense, total = [], sum(math.prod(shape) for shape in targets.values())
@@ -129,7 +134,8 @@ def kept_in_checkpoint(
         name = tensor.removesuffix(WEIGHT_SUFFIX)
         match = inside.fullmatch(name)
         if match is not None and len(shape) >= 2:
-            reason = rules.reason(match[1], shape) or (LEFT_OUT if name != tensor else NOT_LINEAR)
+            left_out = BUDGETED if name in budgeted else LEFT_OUT
+            reason = rules.reason(match[1], shape) or (left_out if name != tensor else NOT_LINEAR)
             dense.append((name, math.prod(shape), reason))
             total += math.prod(shape)
     return kept_dense(dense, total)

@@ -8,7 +8,7 @@ Layers go by their names in the checkpoint (`stored`).
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from maskgen.core.errors import ModelError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.hf.dense import (
+    BUDGETED,
     EXPERTS,
     LATENT,
     NOT_ALONE,
@@ -30,6 +31,7 @@ from maskgen.hf.dense import (
     experts_module,
     kept_dense,
 )
+from maskgen.hf.fused import check_groups
 from maskgen.hf.layers import Layers, Shapes, decoder_blocks, find_layers, stored_shapes
 from maskgen.hf.model import outline
 from maskgen.hf.servable import USUAL_GROUPS
@@ -58,8 +60,8 @@ class Plan:
     stays dense to the reason: every other `nn.Linear` of the model, and every other matrix of the blocks (all experts
     of a block under one name). `listed` are those of them that a checkpoint's manifest lists. `kept` counts the ones
     inside the blocks, and `share` is the part of the weights in matrices of the blocks that is pruned. `stored` maps
-    each tensor of the model that is stored as it is to its name in the files. `is_checked` says whether it is known
-    which layers of `architecture` vLLM can serve.
+    each tensor of the model that is stored as it is to its name in the files. `groups` are the last parts of names of
+    layers that are served as one. `is_checked` says whether it is known which layers of `architecture` vLLM can serve.
     """
 
     blocks: Sequence[nn.Module]
@@ -69,6 +71,7 @@ class Plan:
     kept: Sequence[KeptDense]
     share: float
     stored: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...]
     architecture: str
     is_checked: bool
 
@@ -78,8 +81,15 @@ class Plan:
         return Planned(self.architecture, layers, self.share, self.kept, self.is_checked)
 
 
-def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = (), shapes: Shapes | None = None) -> Plan:
-    """Decide which layers are pruned; `ignore` are fnmatch patterns of full names of layers that stay dense.
+def plan(
+    model: nn.Module,
+    pattern: NMPattern,
+    ignore: Sequence[str] = (),
+    shapes: Shapes | None = None,
+    budgeted: Collection[str] = (),
+) -> Plan:
+    """Decide which layers are pruned; `ignore` are fnmatch patterns of full names of layers that stay dense, and
+    `budgeted` the names of layers that a budget keeps dense.
 
     `shapes` are the tensors of the checkpoint that `model` belongs to; without it, each is taken to be stored under its
     own name. Raises `ModelError` when there are no decoder blocks, a layer is not stored, or nothing is left to prune,
@@ -97,6 +107,7 @@ def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = (), shape
         block, relative = found.place(name)
         matching = [glob for glob in ignore if fnmatchcase(name, glob)]
         why = f"ignored by {matching[0]!r}" if matching else rules.reason(relative, linear.weight.shape)
+        why = BUDGETED if why is None and name in budgeted else why
         if why is None:
             targets[block][name] = linear
         else:
@@ -107,7 +118,7 @@ def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = (), shape
             f"{type(model).__name__}: nothing to prune with pattern {pattern}: all {len(reasons)} linear layers of its "
             f"decoder blocks stay dense, such as {name}: {reason}"
         )
-    _check_groups({name for block in targets for name in block}, reasons, rules)
+    check_groups({name for block in targets for name in block}, reasons, _groups(rules))
     for name, shape in found.others.items():
         known = rules.reason(found.place(name)[1], shape)
         unknown = NOT_LINEAR if name in found.alone else NOT_ALONE
@@ -115,12 +126,18 @@ def plan(model: nn.Module, pattern: NMPattern, ignore: Sequence[str] = (), shape
     return _summed_up(found, blocks, targets, reasons, rules)
 
 
-def plan_of(path: Path, pattern: NMPattern, ignore: Sequence[str] = (), model: nn.Module | None = None) -> Plan:
+def plan_of(
+    path: Path,
+    pattern: NMPattern,
+    ignore: Sequence[str] = (),
+    model: nn.Module | None = None,
+    budgeted: Collection[str] = (),
+) -> Plan:
     """`plan` for the model of a directory: for `model`, which was loaded from it, or for its outline.
 
     Of an outline the layers are on torch's meta device, and no weight is read. Raises `FormatError` too.
     """
-    return plan(outline(path) if model is None else model, pattern, ignore, stored_shapes(path))
+    return plan(outline(path) if model is None else model, pattern, ignore, stored_shapes(path), budgeted)
 
 
 def dense_names(path: Path, targets: Container[str]) -> tuple[str, ...]:
@@ -160,23 +177,14 @@ def _summed_up(
         kept=kept_dense(((name, sizes[name], reason) for name, reason in reasons.items()), total),
         share=sum(sizes[name] for block in targets for name in block) / total,
         stored=found.stored,
+        groups=_groups(rules),
         architecture=rules.architecture,
         is_checked=rules.served is not None,
     )
 
 
-def _check_groups(targets: Set[str], ignored: Iterable[str], rules: Rules) -> None:
-    groups = USUAL_GROUPS if rules.served is None else rules.served.groups
-    for name in ignored:
-        parent, _, leaf = name.rpartition(".")
-        for group in groups:
-            siblings = [f"{parent}.{part}" for part in group] if leaf in group else []
-            sparse = [sibling for sibling in siblings if sibling in targets]
-            if sparse:
-                raise RecipeError(
-                    f"ignore leaves {name} dense and {sparse[0]} sparse, but engines serve {' and '.join(group)} "
-                    "as one layer; ignore all of them or none"
-                )
+def _groups(rules: Rules) -> tuple[tuple[str, ...], ...]:
+    return USUAL_GROUPS if rules.served is None else rules.served.groups
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Legend: S = windows, B = batch, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,14 +97,19 @@ class Baseline:
 
         `logits` are those of the model as it is now.
         """
-        outputs, device = iter(self.outputs), next(self.blocks[0].parameters()).device
+        return logits_after(logits, self.blocks, self.outputs)
 
-        def run(ids_BT: Tensor) -> Iterator[Tensor]:
-            output = _moved(next(outputs), device)
-            with blocks_module.replaced_forward(self.blocks, lambda *args, **kwargs: output):
-                return logits(ids_BT)  # the blocks have run when it returns
 
-        return run
+def logits_after(logits: Logits, blocks: Sequence[nn.Module], outputs: Iterable[Any]) -> Logits:
+    """What `logits` of a model are when the last of its `blocks` puts out the next of `outputs`, one for each call."""
+    following, device = iter(outputs), next(blocks[0].parameters()).device
+
+    def run(ids_BT: Tensor) -> Iterator[Tensor]:
+        output = _moved(next(following), device)
+        with blocks_module.replaced_forward(blocks, lambda *args, **kwargs: output):
+            return logits(ids_BT)  # the blocks have run when it returns
+
+    return run
 
 
 @contextmanager

@@ -34,6 +34,11 @@ too: from all of the sparse checkpoint that a run of the one-shot method would w
 A method that trains block after block (`reconstruct`) has a `[prior]` too: the one-shot method that prunes the block
 first, on the same calibration text.
 
+Every recipe may have a [budget]: layers whose sparsity costs most then stay dense, as far as it goes (`sections`).
+
+    [budget]
+    bytes = 0.75                           # of what prunable weights take dense
+
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """
 
@@ -41,7 +46,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +59,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method, create
 from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.learned import LearnedMethod
-from maskgen.recipes.sections import Strict, Training
+from maskgen.recipes.sections import Budget, Strict, Training, asking
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
 """Length of windows by section, for models that read as much. README ("Quality") has what was tried."""
@@ -109,6 +114,7 @@ class Recipe(Strict):
     prior: MethodSpec | None = None
     calibration: Calibration = Calibration()
     train: Training | None = None
+    budget: Budget | None = None
     ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     @model_validator(mode="before")
@@ -143,6 +149,8 @@ class Recipe(Strict):
             if not isinstance(prior, LocalMethod) or prior.uses_prior:
                 raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
+        if self.budget is not None and isinstance(method, LearnedMethod):
+            raise RecipeError(f"[budget]: {self.method.name} is learned, and a budget is for one-shot methods")
         return self
 
     def for_context(self, limit: int | None) -> Recipe:
@@ -165,6 +173,11 @@ class Recipe(Strict):
         """The method that trains each block when it is pruned, if this is a recipe of one."""
         method = self.build_method()
         return method if isinstance(method, BlockMethod) else None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a one-shot run with this recipe needs text: its method does, or its budget."""
+        return self.budget is not None or self.needs_data
 
     @property
     def needs_data(self) -> bool:
@@ -190,7 +203,11 @@ class Recipe(Strict):
         """The one-shot recipe of the mask to start from."""
         if self.prior is None:
             return None
-        return self.model_copy(update={"method": self.prior, "prior": None, "train": None})
+        return self.model_copy(update={"method": self.prior, "prior": None, "train": None, "budget": None})
+
+    def strict(self) -> Recipe:
+        """This recipe without its [budget]: every layer is pruned."""
+        return self.model_copy(update={"budget": None})
 
     def resolved(self) -> dict[str, Any]:
         """JSON-serialisable form with every default spelled out; what `digest` covers."""
@@ -207,15 +224,18 @@ def names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str, overrides: Sequence[str] = (), budget: Mapping[str, float] | None = None) -> Recipe:
     """Read a shipped recipe by name, or a file by path (`*.toml`), with `key.path=value` overrides applied.
 
-    Raises `RecipeError` for anything that is not exactly a recipe.
+    `budget` takes the place of what the recipe's [budget] asks for, if it is not empty. Raises `RecipeError` for
+    anything that is not exactly a recipe.
     """
-    return parse(_read(source), f"recipe {source}", overrides)
+    return parse(_read(source), f"recipe {source}", overrides, budget)
 
 
-def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+def parse(
+    text: str, where: str = "recipe", overrides: Sequence[str] = (), budget: Mapping[str, float] | None = None
+) -> Recipe:
     """Read TOML text. Override values are TOML too; a value that is not TOML is taken as a string."""
     try:
         raw = tomllib.loads(text)
@@ -223,6 +243,8 @@ def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
         raise RecipeError(f"{where}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(raw, override)
+    if budget:
+        raw["budget"] = asking(raw.get("budget"), budget)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -269,7 +291,7 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        models: dict[str, type[Strict]] = {"calibration": Calibration, "train": Training}
+        models: dict[str, type[Strict]] = {"calibration": Calibration, "train": Training, "budget": Budget}
         model = models.get(str(problem["loc"][0]), Recipe)
         return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
     if problem["type"] == "value_error":

@@ -1,8 +1,9 @@
-"""The [train] section of a recipe: what decides the result of a learned method beside the method's own options."""
+"""The sections [train] and [budget] of a recipe: what decides a result beside the method's own options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,3 +60,36 @@ class Training(Strict):
     def torch_dtype(self) -> torch.dtype:
         """The dtype of matrix products."""
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+ASKS = ("bytes",)
+"""The ways to ask for a budget."""
+
+
+class Budget(Strict):
+    """How much of a model is pruned: layers whose sparsity costs most stay dense, as far as the budget goes.
+
+    `bytes` is the most that prunable weights may take, as a share of what they take dense (0.75). What the sparsity of
+    each layer costs is measured on the first `windows` calibration windows.
+    """
+
+    bytes: float | None = Field(default=None, gt=0, lt=1)
+    windows: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        given = [name for name in ASKS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(f"[budget]: found {' and '.join(given) or 'nothing'}, expected one of {', '.join(ASKS)}")
+        return self
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What is asked for, by its key."""
+        return {name: value for name in ASKS if (value := getattr(self, name)) is not None}
+
+
+def asking(section: Any, budget: Mapping[str, float]) -> dict[str, Any]:
+    """A [budget] `section` as TOML has it, if there is one, that asks for `budget` in place of what it asks for."""
+    others = section if isinstance(section, dict) else {}
+    return {**{key: value for key, value in others.items() if key not in ASKS}, **budget}

@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.config import SparseConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
-from tests.vllm.offline import greedy, make_sparse, prompt_logprobs, serve, transformers_oracle
+from maskgen.export.compress import decompress
+from tests import models
+from tests.vllm.offline import SHAPE, greedy, make_sparse, prompt_logprobs, serve, transformers_oracle
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "opt", "gpt_neox"])
@@ -46,13 +49,22 @@ def test_other_patterns(pattern: str, tmp_path: Path) -> None:
         assert greedy(llm) == tokens
 
 
-def test_some_layers_dense(tmp_path: Path) -> None:
-    sparse, masked = make_sparse("qwen2", tmp_path, dense_layer="layers.1.")
-    tokens, _ = transformers_oracle(masked)
-    with serve(sparse) as llm:
+def test_layers_that_a_budget_keeps_dense(text_file: Path, tmp_path: Path) -> None:
+    dense = models.save("qwen2", tmp_path / "dense", **SHAPE)
+    overrides = {"calibration.samples": 4, "calibration.window_tokens": 32}
+    made = maskgen.prune(
+        maskgen.PruneRequest(
+            recipe="sparsegpt", model=dense, data=text_file, out=tmp_path / "sparse", overrides=overrides, bytes=0.75
+        )
+    )
+    assert isinstance(made, maskgen.PruneResult) and made.allocation is not None
+    decompress(made.out, tmp_path / "masked")
+    tokens, _ = transformers_oracle(tmp_path / "masked")
+    with serve(made.out) as llm:
         stats = llm.collective_rpc("sparse_stats")[0]
         assert greedy(llm) == tokens
-    assert (stats["sparse_layers"], stats["dense_layers"]) == (8, 4)
+    kept = sum(layer.dense for layer in made.allocation.layers)
+    assert 0 < kept < 12 and (stats["sparse_layers"], stats["dense_layers"]) == (12 - kept, kept)
 
 
 def test_tensor_parallel_2_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_recipe_cannot_be_changed() -> None:
     [
         (
             "x = 1\n" + MINIMAL,
-            r"unknown key x; known keys are \['calibration', 'ignore', 'method', 'pattern', 'prior', ",
+            r"unknown key x; known keys are \['budget', 'calibration', 'ignore', 'method', 'pattern', 'prior', ",
         ),
         (MINIMAL + "[calibration]\nfoo = 1\n", r"unknown key calibration\.foo; known keys are \['batch', 'samples'"),
         (MINIMAL + "dmp = 1\n", r"method\.dmp: sparsegpt has no such option.*\['block', 'damp', 'update'\]"),

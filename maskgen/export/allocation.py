@@ -1,0 +1,104 @@
+"""Which layers a budget kept dense, and why: the record beside the weights of a result.
+
+It may come from anywhere: its keys are these and no others, and numbers are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maskgen.core.errors import FormatError, clip
+
+ALLOCATION_FILE = "maskgen_budget.json"
+_MAX_FILE_BYTES = 1 << 24
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Positive = Annotated[float, Field(ge=0)]
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerCost(_Record):
+    """Layers that are served as one: whether the budget keeps them dense, what their sparsity costs, and their size.
+
+    `cost` is in nats per token, the layers' part of the KL divergence between the dense model and the one that is
+    sparse throughout.
+    """
+
+    layers: tuple[_Name, ...] = Field(min_length=1)
+    dense: bool
+    cost: float
+    dense_bytes: int = Field(ge=1)
+    sparse_bytes: int = Field(ge=1)
+
+
+class Allocation(_Record):
+    """How a budget was spent. `asked` for is one number: `bytes`, `speedup` or `max_ppl_increase` (see the recipe).
+
+    `bytes` is what the prunable weights take now, as a share of what they take dense. `strict_kl` is the KL divergence
+    from the dense model with every layer sparse, in nats per token, and `kl` that with the layers of the budget put
+    back, before anything else was solved again; both were measured on `windows` calibration windows of `window_tokens`.
+    """
+
+    format_version: Literal[1] = 1
+    asked: dict[_Name, _Positive]
+    bytes: _Share
+    strict_kl: _Positive
+    kl: _Positive
+    windows: int = Field(ge=1)
+    window_tokens: int = Field(ge=1)
+    layers: tuple[LayerCost, ...] = Field(min_length=1)
+
+    @property
+    def dense(self) -> frozenset[str]:
+        """Names of the layers that the budget keeps dense."""
+        return frozenset(name for layer in self.layers if layer.dense for name in layer.layers)
+
+    def describe(self) -> str:
+        """One line for people."""
+        kept = sum(layer.dense for layer in self.layers)
+        asked = ", ".join(f"{key} {value:g}" for key, value in self.asked.items())
+        return (
+            f"budget ({asked}): {kept} of {len(self.layers)} layers stay dense, {self.bytes:.4f} of the dense bytes of "
+            f"prunable weights; KL {self.strict_kl:.3f} with all of them sparse, {self.kl:.3f} with these put back, on "
+            f"{self.windows} calibration windows"
+        )
+
+
+def stored_allocation(allocation: Allocation | None) -> dict[str, Any]:
+    """Files to write beside the weights, by name: the record, if there was a budget."""
+    return {} if allocation is None else {ALLOCATION_FILE: allocation.model_dump(mode="json")}
+
+
+def read_allocation(model_dir: Path) -> Allocation | None:
+    """How a budget was spent when this model was made; None for a model without one. `FormatError` for a damaged
+    file."""
+    path = model_dir / ALLOCATION_FILE
+    if not path.is_file():
+        return None
+    return load_allocation(path)
+
+
+def load_allocation(path: Path) -> Allocation:
+    """Read one file; `FormatError` for anything that is not exactly a record."""
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_FILE_BYTES} are read; delete it")
+    try:
+        return Allocation.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise FormatError(f"{path}: {clip(where)}: {problem['msg'].lower()}; delete it") from None
+
+
+def share_of_bytes(layers: Sequence[LayerCost]) -> float:
+    """What these layers take, as a share of what they take dense."""
+    stored = sum(layer.dense_bytes if layer.dense else layer.sparse_bytes for layer in layers)
+    return stored / sum(layer.dense_bytes for layer in layers)

@@ -1,0 +1,152 @@
+"""Budgets from a request to a checkpoint: met, spent well, the same after a kill, used again, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import maskgen
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.errors import DataError, FormatError, RecipeError
+from maskgen.export.allocation import ALLOCATION_FILE, Allocation, read_allocation
+from maskgen.recipes import recipe as recipe_module
+from maskgen.recipes.recipe import RECIPE_FILE
+from tests import models
+
+ModelDir = Callable[..., Path]
+SHORT: dict[str, Any] = {"calibration.window_tokens": 32, "calibration.samples": 6}
+
+
+def request(dense: Path, text: Path, out: Path, recipe: str = "sparsegpt", **changes: Any) -> maskgen.LearnRequest:
+    overrides = {**SHORT, **changes.pop("overrides", {})}
+    given = {"recipe": recipe, "model": dense, "data": text, "out": out, **changes, "overrides": overrides}
+    return maskgen.LearnRequest(**given)
+
+
+def spend(*args: Any, heard: Callable[[Any], None] = lambda event: None, **changes: Any) -> Allocation:
+    made = maskgen.run(request(*args, **changes), heard)
+    assert isinstance(made, maskgen.PruneResult) and made.allocation is not None
+    return made.allocation
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("recipe", ["sparsegpt", "magnitude", "reconstruct"])
+def test_a_budget_of_bytes_is_met_where_it_hurts_least(
+    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
+    allocation = spend(dense, text_file, out, recipe, bytes=0.7)
+    checkpoint, report = SparseCheckpoint.open(out), maskgen.inspect(maskgen.InspectRequest(model=out))
+    blocks = [layer for layer in report.layers if ".layers." in layer.name]
+    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
+    assert stored / whole == pytest.approx(allocation.bytes) and 0.65 < allocation.bytes <= 0.7
+    assert allocation.dense == {layer.name for layer in blocks if layer.stored == "dense"} and allocation.dense
+    assert allocation.dense <= set(checkpoint.config.ignored) and not allocation.dense & set(checkpoint.config.targets)
+    assert 0 < allocation.kl < allocation.strict_kl
+    assert sum(layer.cost for layer in allocation.layers) == pytest.approx(allocation.strict_kl, rel=0.1)
+    worst = max(allocation.layers, key=lambda layer: layer.cost / layer.dense_bytes)
+    assert worst.dense, "what costs most for its bytes"
+    assert report.allocation == allocation == read_allocation(out)
+    assert {one.reason for one in report.kept} == {"the budget keeps it dense, where sparsity costs most"}
+    made_with = json.loads((out / RECIPE_FILE).read_text())
+    assert made_with["budget"] == {"bytes": 0.7, "windows": 4}
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_killed_run_ends_the_same_and_its_costs_serve_the_next_budget(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    dense = model_dir()
+    spend(dense, text_file, tmp_path / "whole", bytes=0.8)
+    seen: list[str] = []
+
+    def stop_at(what: str) -> Callable[[Any], None]:
+        def heard(event: Any) -> None:
+            if isinstance(event, maskgen.SweepProgress):
+                seen.append(event.what)
+                if event.what == what:
+                    raise KeyboardInterrupt
+
+        return heard
+
+    out = tmp_path / "out"
+    for what in ("block done", "costs of layers, pass 2 of 3"):
+        with pytest.raises(KeyboardInterrupt):
+            spend(dense, text_file, out, bytes=0.8, heard=stop_at(what))
+        assert not out.exists()
+    spend(dense, text_file, out, bytes=0.8, keep_work=True, heard=stop_at("costs of layers, pass 1 of 3"))
+    assert files(out) == files(tmp_path / "whole")
+    out.rename(tmp_path / "first")
+    smaller = spend(dense, text_file, out, bytes=0.7, heard=stop_at("costs of layers, pass 3 of 3"))
+    assert smaller.bytes <= 0.7 and not (tmp_path / "out.work").exists()
+
+
+def test_a_budget_in_the_recipe_is_replaced_by_what_is_asked_for(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[method]\nname = "magnitude"\n[budget]\nbytes = 0.9\nwindows = 2\n')
+    in_recipe = spend(model_dir(), text_file, tmp_path / "a", str(mine))
+    asked = spend(model_dir(), text_file, tmp_path / "b", str(mine), bytes=0.75)
+    assert (in_recipe.asked, in_recipe.windows, asked.asked, asked.windows) == ({"bytes": 0.9}, 2, {"bytes": 0.75}, 2)
+    assert in_recipe.strict_kl == asked.strict_kl and in_recipe.dense > asked.dense
+
+
+def test_a_recipe_without_a_budget_is_what_it_was() -> None:
+    plain = recipe_module.load("sparsegpt")
+    assert "budget" not in plain.resolved()
+    assert recipe_module.load("sparsegpt", budget={"bytes": 0.75}).strict().digest() == plain.digest()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "error", "message"),
+    [
+        (
+            "sparsegpt",
+            {"bytes": 0.4},
+            RecipeError,
+            "0.4: .* the nearest budget that can be met is 0.5313",
+        ),
+        ("sparsegpt", {"overrides": {"budget.bytes": 1.5}}, RecipeError, "budget.bytes: input should be less than 1"),
+        ("sparsegpt", {"overrides": {"budget.windows": 3}}, RecipeError, r"\[budget\]: found nothing, expected"),
+        ("magnitude", {"bytes": 0.7, "data": ()}, DataError, "a budget is measured on text; give it with `data`"),
+        ("maskllm", {"bytes": 0.7}, RecipeError, "maskllm is learned"),
+        ("reconstruct", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
+    ],
+)
+def test_a_budget_that_cannot_be_had_is_refused_before_anything_is_made(
+    recipe: str,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    model_dir: ModelDir,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    if "prior" in changes:
+        models.save_sparse(model_dir(), tmp_path / "sparse")
+        changes = {**changes, "prior": tmp_path / "sparse"}
+    with pytest.raises(error, match=message):
+        maskgen.run(request(model_dir(), text_file, tmp_path / "out", recipe, **changes))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("change", [{"bytes": 2.0}, {"extra": 1}, {"layers": []}, {"strict_kl": "much"}])
+def test_a_record_from_anywhere_is_read_strictly(change: dict[str, Any], tmp_path: Path) -> None:
+    layer = {"layers": ["a"], "dense": True, "cost": 0.1, "dense_bytes": 4, "sparse_bytes": 2}
+    record = {"format_version": 1, "asked": {"bytes": 0.9}, "bytes": 0.9, "strict_kl": 1.0, "kl": 0.5, "windows": 1}
+    record |= {"window_tokens": 8, "layers": [layer]}
+    (tmp_path / ALLOCATION_FILE).write_text(json.dumps(record))
+    found = read_allocation(tmp_path)
+    assert found is not None and found.dense == {"a"}
+    (tmp_path / ALLOCATION_FILE).write_text(json.dumps({**record, **change}))
+    with pytest.raises(FormatError, match=f"{ALLOCATION_FILE}: .*; delete it"):
+        read_allocation(tmp_path)

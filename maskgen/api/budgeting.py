@@ -13,7 +13,7 @@ from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import PruneRequest
 from maskgen.core.errors import DataError, RecipeError
 from maskgen.data.bos import Bos
-from maskgen.export.allocation import Allocation
+from maskgen.export.allocation import Allocation, dense_layers
 from maskgen.hf import planning
 from maskgen.sweep import budget
 from maskgen.sweep.budget import Measuring
@@ -56,14 +56,19 @@ def measuring(
     )
 
 
-def spent(wanted: Measuring, task: Task, progress: Listener) -> tuple[Task, Allocation, Path]:
-    """Spend the budget: the task with what stays dense, how that was chosen, and the work directory of its sweep.
+def spent(wanted: Measuring, task: Task, progress: Listener) -> tuple[Task, Path]:
+    """Spend the budget: the task with what stays dense, and the work directory of the sweep that leaves it so.
 
     What it was measured on is let go of.
     """
     progress(Stage("budget"))
     allocation = budget.allocate(wanted, progress)
     gc.collect()
-    recipe = task.recipe
-    plan = planning.plan_of(task.model_dir, recipe.pattern, recipe.ignore, budgeted=allocation.dense)
-    return replace(task, plan=plan, budgeted=allocation.dense), allocation, budget.folder_of(wanted, allocation)
+    return with_allocation(task, allocation), budget.folder_of(wanted, allocation)
+
+
+def with_allocation(task: Task, allocation: Allocation | None) -> Task:
+    """The task with what a budget keeps dense."""
+    recipe, dense = task.recipe, dense_layers(allocation)
+    plan = planning.plan_of(task.model_dir, recipe.pattern, recipe.ignore, budgeted=dense)
+    return replace(task, plan=plan, allocation=allocation)

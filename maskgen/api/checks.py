@@ -37,6 +37,7 @@ from maskgen.core.files import check_folder, check_writable, read_json
 from maskgen.core.lock import exclusive
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
+from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.export.compress import model_label
 from maskgen.hf import model, planning, servable
 from maskgen.hf.planning import Plan
@@ -59,8 +60,8 @@ class Task:
 
     `plan` says what will be pruned; its layers are on torch's meta device. `prior` are masks to start from, and
     `prior_weights` the checkpoint that has weights to go with them, for a method that trains blocks. `start` is the
-    sparse checkpoint that the request names as its model, to be trained further. `budgeted` are the layers that a
-    budget keeps dense.
+    sparse checkpoint that the request names as its model, to be trained further. `allocation` says what a
+    budget keeps dense: the recipe's once it is spent, or that of what the run starts from.
     """
 
     recipe: Recipe
@@ -71,7 +72,7 @@ class Task:
     prior: MaskSet | None = None
     start: Start | None = None
     prior_weights: SparseCheckpoint | None = None
-    budgeted: frozenset[str] = frozenset()
+    allocation: Allocation | None = None
 
 
 def absent(*paths: Path | None) -> None:
@@ -160,13 +161,15 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         recipe = recipe.model_copy(update={"prior": None})  # what is given takes its place
     if isinstance(request, PruneRequest) and not request.allow_unserved:
         servable.table().check(servable.architectures(read_dense_config(model_dir)))
-    plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore)
+    source = given if start is None else start.checkpoint.path
+    allocation = None if source is None or recipe.budget is not None else read_allocation(source)
+    plan = planning.plan_of(model_dir, recipe.pattern, recipe.ignore, budgeted=dense_layers(allocation))
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     if start is not None:
         start.check_form(
             recipe.pattern, _learned(recipe).correction, {name for block in plan.targets for name in block}
         )
-    return Task(recipe, model_dir, name, device, plan, start=start)
+    return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 
 
 def _start(request: PruneRequest | PermuteRequest, sparse_dir: Path, recipe: Recipe, progress: Listener) -> Start:

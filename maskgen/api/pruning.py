@@ -29,7 +29,7 @@ from maskgen.core.files import read_json
 from maskgen.core.quality import Quality, stored
 from maskgen.data.bos import Bos
 from maskgen.export import compress
-from maskgen.export.allocation import Allocation, stored_allocation
+from maskgen.export.allocation import Allocation, dense_layers, stored_allocation
 from maskgen.export.compress import CompressReport
 from maskgen.hf import model, planning
 from maskgen.hf.planning import Plan
@@ -72,7 +72,7 @@ class LearnResult:
     """A result in `out`, what was written, and the records of the training log (`maskgen.train.log`).
 
     `plan` says what was trained to be sparse and what stayed dense. `quality` is what was measured on held-out text, or
-    why nothing was.
+    why nothing was, and `allocation` how a budget was spent.
     """
 
     out: Path
@@ -80,6 +80,7 @@ class LearnResult:
     written: Written
     records: Sequence[Mapping[str, Any]]
     quality: Quality | str
+    allocation: Allocation | None = None
 
     @property
     def log(self) -> Path:
@@ -188,19 +189,19 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     check_base(task.prior, task.model_dir, base_digest, task.prior_weights)
     windows_ST, bos, text = read_text(request, task)
     progress(task.plan.planned())
-    folder, allocation = work_dir(request.out), None
+    folder = work_dir(request.out)
     if (wanted := budgeting.measuring(request, task, windows_ST, bos, base_digest)) is not None:
-        task, allocation, folder = budgeting.spent(wanted, task, progress)
+        task, folder = budgeting.spent(wanted, task, progress)
     report, work, quality = _sweep(folder, task, windows_ST, text, base_digest, progress)
     gc.collect()
     progress(Stage("writing"))
     weights.check()
-    extra = {**reconstruct.report(report.fitted), **stored(quality), **stored_allocation(allocation)}
+    extra = {**reconstruct.report(report.fitted), **stored(quality), **stored_allocation(task.allocation)}
     masks, written = result.write(work, recipe, task.model_dir, task.label, base_digest, task.plan, request.out, extra)
     if request.masks_out is not None:
         masks.save(request.masks_out)
     finish(work_dir(request.out), request.keep_work)
-    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality, allocation)
+    return PruneResult(request.out, task.plan, report, written, peak_rss_bytes(), bos, quality, task.allocation)
 
 
 def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener) -> LearnResult | None:
@@ -217,6 +218,7 @@ def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener
         masks_out=request.masks_out,
         prior=task.prior,
         start=task.start,
+        allocation=task.allocation,
         device=task.device,
         cadence=Cadence(
             request.micro_batch, request.eval_every or 0, request.checkpoint_every or 0, request.keep_checkpoints
@@ -229,7 +231,8 @@ def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener
     if found is None:
         return None
     finish(job.work, request.keep_work)
-    return LearnResult(request.out, task.plan, found.written, found.records, found.quality)
+    plan = budgeting.with_allocation(task, found.allocation).plan
+    return LearnResult(request.out, plan, found.written, found.records, found.quality, found.allocation)
 
 
 def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
@@ -237,7 +240,9 @@ def load_checked(task: Task) -> tuple[torch.nn.Module, Plan]:
     targets = [name for block in task.plan.targets for name in block]
     compress.check_source(task.model_dir, task.recipe.pattern, targets, task.plan.listed)
     loaded = model.load(task.model_dir)
-    return loaded, planning.plan_of(task.model_dir, task.recipe.pattern, task.recipe.ignore, loaded, task.budgeted)
+    return loaded, planning.plan_of(
+        task.model_dir, task.recipe.pattern, task.recipe.ignore, loaded, dense_layers(task.allocation)
+    )
 
 
 def _sweep(

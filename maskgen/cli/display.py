@@ -154,6 +154,8 @@ def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
         print_compressed(result.out, result.written)
     elif isinstance(result, LearnResult):
         print_training(result.records, result.log)
+        if result.allocation is not None:
+            say(f"  {result.allocation.describe()}")
         print_kept(result.plan.kept)
         _print_written(result.out, result.written)
     else:

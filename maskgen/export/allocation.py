@@ -72,6 +72,11 @@ class Allocation(_Record):
         )
 
 
+def dense_layers(allocation: Allocation | None) -> frozenset[str]:
+    """Names of the layers that a budget keeps dense, if there is one."""
+    return frozenset() if allocation is None else allocation.dense
+
+
 def stored_allocation(allocation: Allocation | None) -> dict[str, Any]:
     """Files to write beside the weights, by name: the record, if there was a budget."""
     return {} if allocation is None else {ALLOCATION_FILE: allocation.model_dump(mode="json")}

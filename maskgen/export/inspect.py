@@ -21,7 +21,7 @@ from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import Quality, read_quality
 from maskgen.core.values import FLOAT
-from maskgen.export.allocation import Allocation, read_allocation
+from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
 
 
@@ -112,8 +112,7 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     targets = {layer.name: (layer.out_features, layer.in_features) for layer in layers if layer.stored == "packed"}
     others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
     allocation = read_allocation(checkpoint.path)
-    budgeted = frozenset() if allocation is None else allocation.dense
-    kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), budgeted)
+    kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), dense_layers(allocation))
     quality, values = read_quality(checkpoint.path), checkpoint.config.values
     return InspectReport(
         str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation

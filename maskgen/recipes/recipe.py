@@ -58,7 +58,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method, create
 from maskgen.methods.blockwise import BlockMethod
-from maskgen.methods.learned import LearnedMethod
+from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.sections import Budget, Strict, Training, asking
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
@@ -150,7 +150,7 @@ class Recipe(Strict):
                 raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
         if self.budget is not None and isinstance(method, LearnedMethod):
-            raise RecipeError(f"[budget]: {self.method.name} is learned, and a budget is for one-shot methods")
+            self.budget.check_learned(self.method.name, method.result is Result.SPARSE and self.prior is not None)
         return self
 
     def for_context(self, limit: int | None) -> Recipe:

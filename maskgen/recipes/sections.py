@@ -88,6 +88,12 @@ class Budget(Strict):
         """What is asked for, by its key."""
         return {name: value for name in ASKS if (value := getattr(self, name)) is not None}
 
+    def check_learned(self, method: str, has_prior: bool) -> None:
+        """`RecipeError` unless the learned `method` can have this budget; `has_prior` says whether a one-shot method
+        makes sparse layers for it to start from, which are measured."""
+        if not has_prior:
+            raise RecipeError(f"[budget]: {method} with these options has no [prior] to measure layers with")
+
 
 def asking(section: Any, budget: Mapping[str, float]) -> dict[str, Any]:
     """A [budget] `section` as TOML has it, if there is one, that asks for `budget` in place of what it asks for."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskgen.core.mask import MaskSet
+from maskgen.export.allocation import Allocation
 from maskgen.hf.planning import Planned
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.workdir import work_dir
@@ -18,7 +19,7 @@ from maskgen.train.start import Start
 @dataclass(frozen=True)
 class Job:
     """A learned run, settled and checked. `recipe` has its windows' length; `prior` are masks that were given, `start`
-    is a sparse checkpoint that was, to go on from.
+    is a sparse checkpoint that was, to go on from, and `allocation` what a budget keeps dense, once that is settled.
 
     `label` names the dense model in `model_dir` for people, `planned` says what is pruned of it. `bos` says whether
     windows of text begin with BOS (None: as the tokenizer does by itself). `out` and `masks_out` are written. The rest
@@ -35,6 +36,7 @@ class Job:
     masks_out: Path | None = None
     prior: MaskSet | None = None
     start: Start | None = None
+    allocation: Allocation | None = None
     device: str = "cpu"
     cadence: Cadence = field(default_factory=Cadence)
     checkpoint_activations: bool = False

@@ -20,12 +20,15 @@ from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
 from maskgen.core.files import read_json, write_json
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus
+from maskgen.export.allocation import Allocation, dense_layers, read_allocation, stored_allocation
 from maskgen.export.compress import load_masks
 from maskgen.hf import model
 from maskgen.hf.planning import Plan, plan_of
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.recipe import Recipe
+from maskgen.recipes.sections import Budget
 from maskgen.sweep import result
+from maskgen.sweep.budget import Measuring, allocate, folder_of
 from maskgen.sweep.driver import Progress, sweep
 from maskgen.sweep.workdir import WorkDir
 from maskgen.train.loop import Stage
@@ -106,8 +109,9 @@ def make_prior(
     base_digest: str,
     group: Group,
     progress: Callable[[Stage | Progress], None],
-) -> MaskSet:
-    """The masks of the recipe's [prior], made by process 0, or from the file of an earlier process.
+) -> tuple[MaskSet, Allocation | None]:
+    """The masks of the recipe's [prior], made by process 0, or from the file of an earlier process; and how the
+    recipe's budget was spent, if it has one.
 
     Text held out from training is held out here, too. Raises `FormatError` for a file that is damaged or not of this
     run, and whatever the sweep raises.
@@ -116,7 +120,9 @@ def make_prior(
     assert recipe is not None
     if group.first and not file.exists():
         progress(Stage("prior"))
-        _, swept = _sweep(recipe, corpus, model_dir, work, base_digest, group.device, progress)
+        _, swept, spent = _sweep(recipe, wanted.budget, corpus, model_dir, work, base_digest, group.device, progress)
+        for name, record in stored_allocation(spent).items():
+            write_json(work / name, record)
         swept.mask_set(base_digest, recipe.digest()).save(file)
         del _, swept
         gc.collect()
@@ -126,7 +132,7 @@ def make_prior(
         raise FormatError(f"{error}; delete it to have it made again") from None
     if (masks.base_digest, masks.recipe_digest) != (base_digest, recipe.digest()):
         raise FormatError(f"{file}: made for another model or by another recipe; delete it to have it made again")
-    return masks
+    return masks, read_allocation(work)
 
 
 def given_start(path: Path, model_dir: Path, method: str) -> Start:
@@ -160,8 +166,8 @@ def make_start(
     if group.first and not folder.exists():
         progress(Stage("prior"))
         note.unlink(missing_ok=True)
-        plan, swept = _sweep(recipe, corpus, model_dir, work, base_digest, group.device, progress)
-        result.write(swept, recipe, model_dir, label, base_digest, plan, folder, {})
+        plan, swept, spent = _sweep(recipe, wanted.budget, corpus, model_dir, work, base_digest, group.device, progress)
+        result.write(swept, recipe, model_dir, label, base_digest, plan, folder, stored_allocation(spent))
         del plan, swept
         gc.collect()
     if group.first and not note.exists():
@@ -179,19 +185,27 @@ def make_start(
 
 def _sweep(
     recipe: Recipe,
+    budget: Budget | None,
     corpus: Corpus,
     model_dir: Path,
     work: Path,
     base_digest: str,
     device: str,
     progress: Callable[[Progress], None],
-) -> tuple[Plan, WorkDir]:
-    """Sweep a throw-away copy of the model, and leave every block's result in `work`."""
-    windows_ST = _calibration(recipe, corpus) if recipe.local_method().needs_data else None
+) -> tuple[Plan, WorkDir, Allocation | None]:
+    """Sweep a throw-away copy of the model, and leave every block's result in `work`; and how `budget` was spent."""
+    needs_text = budget is not None or recipe.local_method().needs_data
+    windows_ST, folder, spent = _calibration(recipe, corpus) if needs_text else None, work / "prior", None
+    if budget is not None and windows_ST is not None:
+        bos_tokens = len(corpus.bos.ids)
+        wanted = Measuring(recipe, budget, model_dir, base_digest, windows_ST, bos_tokens, device, folder)
+        spent = allocate(wanted, progress)
+        folder = folder_of(wanted, spent)
+        gc.collect()
     loaded = model.load(model_dir)
-    plan = plan_of(model_dir, recipe.pattern, recipe.ignore, loaded)
-    _, swept = sweep(loaded, plan, recipe, windows_ST, work / "prior", base_digest, device, progress)
-    return plan, swept
+    plan = plan_of(model_dir, recipe.pattern, recipe.ignore, loaded, dense_layers(spent))
+    _, swept = sweep(loaded, plan, recipe, windows_ST, folder, base_digest, device, progress)
+    return plan, swept, spent
 
 
 def _calibration(recipe: Recipe, corpus: Corpus) -> Tensor:

@@ -32,6 +32,7 @@ from maskgen.core.quality import Quality, stored
 from maskgen.data.corpus import Corpus, load_corpus
 from maskgen.export import compress
 from maskgen.export import slice as slice_module
+from maskgen.export.allocation import Allocation, dense_layers, read_allocation, stored_allocation
 from maskgen.hf import model, planning
 from maskgen.hf.layers import stored_shapes
 from maskgen.hf.planning import Planned
@@ -64,12 +65,13 @@ Event = Planned | Stage | Progress | TrainingStep | HeldOut
 class Learned:
     """What a run did: the records of its log (`maskgen.train.log`), what was written, and how good that is.
 
-    `quality` was measured on held-out text; or it is why it was not.
+    `quality` was measured on held-out text; or it is why it was not. `allocation` says how a budget was spent.
     """
 
     records: Sequence[Mapping[str, Any]]
     written: Written
     quality: Quality | str
+    allocation: Allocation | None = None
 
 
 def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
@@ -85,7 +87,7 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         if job.budget is not None:
             job = _with_steps(job, job.budget, group, tell)
         start = _begin(job, group, tell)
-        job = replace(job, start=start.origin.start)
+        job = replace(job, start=start.origin.start, allocation=start.allocation)
         tell(Stage("loading"))
         session, dense = _session(job, start.prior, group, start.compiled)
         header = _header(job, session, start)
@@ -107,8 +109,9 @@ def learn(job: Job, progress: Callable[[Event], None]) -> Learned | None:
         model_files.check()
     log_file = job.work / WORK_LOG_FILE
     extra = {RECIPE_FILE: job.recipe.resolved(), PROVENANCE_FILE: start.provenance, LOG_FILE: log_file}
-    written = result.write(session, start.origin, job.out, dense, {**extra, **stored(quality)}, job.masks_out)
-    return Learned(read(log_file), written, quality)
+    extra |= {**stored(quality), **stored_allocation(job.allocation)}
+    written = result.write(session, start.origin, job.out, dense, extra, job.masks_out)
+    return Learned(read(log_file), written, quality, job.allocation)
 
 
 def _with_steps(job: Job, budget: Budget, group: Group, tell: Callable[[Event], None]) -> Job:
@@ -131,7 +134,8 @@ def _with_steps(job: Job, budget: Budget, group: Group, tell: Callable[[Event], 
 
 def _fitting(job: Job, start: _Start, budget: Budget, group: Group, compiled: bool) -> Job:
     """The job with the number of steps that fit by the time they take now. What is timed is let go of."""
-    session, _ = _session(replace(job, start=start.origin.start), start.prior, group, compiled)
+    started = replace(job, start=start.origin.start, allocation=start.allocation)
+    session, _ = _session(started, start.prior, group, compiled)
     times_s = passes_s(session, start.corpus, job.cadence.micro_batch)
     spec = session.spec
     del session
@@ -152,13 +156,14 @@ class _Start:
     checkpoints: Checkpoints
     weights: Sequence[StoredModel]
     compiled: bool
+    allocation: Allocation | None
 
 
 def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
     """Read the text, claim the work directory, find or make the prior."""
     wanted, method = job.recipe, job.recipe.build_method()
     assert isinstance(method, LearnedMethod) and wanted.train is not None
-    start, prior = job.start, job.prior
+    start, prior, allocation = job.start, job.prior, job.allocation
     sources = [job.model_dir] if start is None else [job.model_dir, start.checkpoint.path]
     weights = [StoredModel.of(source) for source in sources]
     base_digest, *start_digest = [group.broadcast(partial(digest_weights, source)) for source in sources]
@@ -184,12 +189,14 @@ def _begin(job: Job, group: Group, tell: Callable[[Event], None]) -> _Start:
             start = make_start(wanted, corpus, job.model_dir, job.label, job.work, base_digest, group, tell)
             weights.append(StoredModel.of(start.checkpoint.path))
             digests["start"] = digest_weights(start.checkpoint.path)
+            allocation = read_allocation(start.checkpoint.path)
         elif prior is None and start is None and method.uses_prior:
-            prior = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
+            prior, allocation = make_prior(wanted, corpus, job.model_dir, job.work, base_digest, group, tell)
             digests["prior"] = prior.digest()
     origin = Origin(job.model_dir, job.label, base_digest, wanted.digest(), wanted.pattern, start)
     checkpoints = Checkpoints(job.work / "checkpoints", run_digest, job.cadence.keep_checkpoints)
-    return _Start(origin, corpus, prior, {**digests, "run": run_digest}, checkpoints, weights, compiled)
+    digests["run"] = run_digest
+    return _Start(origin, corpus, prior, digests, checkpoints, weights, compiled, allocation)
 
 
 def _compiles(job: Job, group: Group) -> bool:
@@ -235,7 +242,7 @@ def _session(job: Job, prior: MaskSet | None, group: Group, compiled: bool = Fal
     in_float32 = method.trains_weights or wanted.train.scope == "all" or wanted.train.dtype == "float32"
     device = "cpu" if group.shard else group.device  # sharding moves a block at a time
     loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", device)
-    plan = planning.plan_of(model_dir, wanted.pattern, wanted.ignore, loaded)
+    plan = planning.plan_of(model_dir, wanted.pattern, wanted.ignore, loaded, dense_layers(job.allocation))
     targets = [(name, linear) for block in plan.targets for name, linear in block.items()]
     if method.result is Result.SPARSE:
         compress.check_source(model_dir, wanted.pattern, [name for name, _ in targets], plan.listed)

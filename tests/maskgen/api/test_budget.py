@@ -20,6 +20,9 @@ from tests import models
 
 ModelDir = Callable[..., Path]
 SHORT: dict[str, Any] = {"calibration.window_tokens": 32, "calibration.samples": 6}
+TRAINING: dict[str, Any] = {
+    "train.steps": 3, "train.batch": 2, "train.window_tokens": 16, "train.heldout_windows": 4, "train.dtype": "float32",
+}  # fmt: skip
 
 
 def request(dense: Path, text: Path, out: Path, recipe: str = "sparsegpt", **changes: Any) -> maskgen.LearnRequest:
@@ -32,6 +35,11 @@ def spend(*args: Any, heard: Callable[[Any], None] = lambda event: None, **chang
     made = maskgen.run(request(*args, **changes), heard)
     assert isinstance(made, maskgen.PruneResult) and made.allocation is not None
     return made.allocation
+
+
+def stop_at_step_2(event: Any) -> None:
+    if isinstance(event, maskgen.TrainingStep) and event.step == 2:
+        raise KeyboardInterrupt
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -118,7 +126,8 @@ def test_a_recipe_without_a_budget_is_what_it_was() -> None:
         ("sparsegpt", {"overrides": {"budget.bytes": 1.5}}, RecipeError, "budget.bytes: input should be less than 1"),
         ("sparsegpt", {"overrides": {"budget.windows": 3}}, RecipeError, r"\[budget\]: found nothing, expected"),
         ("magnitude", {"bytes": 0.7, "data": ()}, DataError, "a budget is measured on text; give it with `data`"),
-        ("maskllm", {"bytes": 0.7}, RecipeError, "maskllm is learned"),
+        ("proxsparse", {"bytes": 0.7}, RecipeError, r"proxsparse with these options has no \[prior\] to measure"),
+        ("best-effort", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
         ("reconstruct", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
     ],
 )
@@ -137,6 +146,38 @@ def test_a_budget_that_cannot_be_had_is_refused_before_anything_is_made(
     with pytest.raises(error, match=message):
         maskgen.run(request(model_dir(), text_file, tmp_path / "out", recipe, **changes))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("recipe", ["best-effort", "maskllm"])
+def test_what_is_learned_starts_with_the_budget_spent(
+    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    dense, out = model_dir(), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        maskgen.run(request(dense, text_file, out, recipe, overrides=TRAINING, bytes=0.7), stop_at_step_2)
+    made = maskgen.run(request(dense, text_file, out, recipe, overrides=TRAINING, bytes=0.7))
+    assert isinstance(made, maskgen.LearnResult) and made.allocation is not None
+    config = SparseCheckpoint.open(out).config
+    assert made.allocation.dense and made.allocation == read_allocation(out)
+    assert made.allocation.dense <= set(config.ignored) and not made.allocation.dense & set(config.targets)
+    assert {one.reason for one in made.plan.kept} == {"the budget keeps it dense, where sparsity costs most"}
+    kept, base = maskgen.load(out), maskgen.load(dense)
+    for name in made.allocation.dense:
+        assert torch.equal(kept.get_parameter(f"{name}.weight"), base.get_parameter(f"{name}.weight"))
+
+
+@pytest.mark.parametrize("recipe", ["best-effort", "reconstruct", "maskllm"])
+def test_a_result_made_under_a_budget_takes_it_along(
+    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    first = spend(model_dir(), text_file, tmp_path / "first", "magnitude", bytes=0.7)
+    overrides = TRAINING if recipe != "reconstruct" else {"method.epochs": 1}
+    made = maskgen.run(
+        request(model_dir(), text_file, tmp_path / "out", recipe, overrides=overrides, prior=tmp_path / "first")
+    )
+    assert isinstance(made, maskgen.LearnResult | maskgen.PruneResult)
+    assert made.allocation == first == read_allocation(made.out)
+    assert not first.dense & set(SparseCheckpoint.open(made.out).config.targets)
 
 
 @pytest.mark.parametrize("change", [{"bytes": 2.0}, {"extra": 1}, {"layers": []}, {"strict_kl": "much"}])

@@ -71,8 +71,8 @@ def test_layers_that_were_replaced_are_let_go(
     given: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     counts: list[int] = []
 
-    def watched(*args: Any) -> planning.Plan:
-        plan = planned(*args)
+    def watched(*args: Any, **named: Any) -> planning.Plan:
+        plan = planned(*args, **named)
         given.update(item for block in plan.targets for item in block.values() if not item.weight.is_meta)
         counts.append(len(given))
         return plan

@@ -182,8 +182,8 @@ def test_a_prior_is_made_once(
 
     wanted, work = settled("maskllm"), tmp_path / "out.work"
     corpus = learn.read_corpus(wanted, [text_file], dense, tmp_path / "cache")
-    masks = prior.make_prior(wanted, corpus, dense, work, one["base"], Group(1, 2), ignore)
-    assert masks.digest() == one["prior"]
+    masks, spent = prior.make_prior(wanted, corpus, dense, work, one["base"], Group(1, 2), ignore)
+    assert spent is None and masks.digest() == one["prior"]
     with pytest.raises(FormatError, match="another model or by another recipe; delete it"):
         prior.make_prior(wanted, corpus, dense, work, "sha256:" + "0" * 64, ALONE, ignore)
     file = work / prior.PRIOR_FILE

@@ -11,13 +11,21 @@ from torch import Tensor
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import PruneRequest
-from maskgen.core.errors import DataError, RecipeError
+from maskgen.core.errors import DataError, NumericalError, RecipeError
+from maskgen.core.quality import Quality
 from maskgen.data.bos import Bos
-from maskgen.export.allocation import Allocation, dense_layers
+from maskgen.export.allocation import Allocation, Proof, dense_layers
 from maskgen.hf import planning
+from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.sweep import budget
 from maskgen.sweep.budget import Measuring
 from maskgen.sweep.workdir import work_dir
+
+ATTEMPTS = 4
+"""Most results of which one has to keep what was asked of the perplexity."""
+
+MOST_OF_LAST = 0.9
+"""What is searched for after a result that did not is at most so much of what was searched for before."""
 
 
 def check(request: PruneRequest, task: Task) -> None:
@@ -40,8 +48,28 @@ def check(request: PruneRequest, task: Task) -> None:
     budget.check(wanted, budget.layers_of(task.model_dir, task.plan, task.recipe))
 
 
+def divided(task: Task, text: HeldOutText | str) -> tuple[HeldOutText | None, HeldOutText | str]:
+    """Held-out windows to search on, for a budget of perplexity, and those to measure the result on: every other one.
+
+    `DataError` for a text too short to have both.
+    """
+    if task.recipe.budget is None or task.recipe.budget.max_ppl_increase is None:
+        return None, text
+    if isinstance(text, str) or len(text.ids_ST) < 2:
+        raise DataError(
+            "budget.max_ppl_increase is searched for on held-out windows and proven on others, and the text is too "
+            "short for both; give more with `data`"
+        )
+    return replace(text, ids_ST=text.ids_ST[0::2]), replace(text, ids_ST=text.ids_ST[1::2])
+
+
 def measuring(
-    request: PruneRequest, task: Task, windows_ST: Tensor | None, bos: Bos | None, base_digest: str
+    request: PruneRequest,
+    task: Task,
+    windows_ST: Tensor | None,
+    bos: Bos | None,
+    base_digest: str,
+    search: HeldOutText | None,
 ) -> Measuring | None:
     """What the budget of a one-shot run is spent on; None without one."""
     recipe = task.recipe
@@ -50,9 +78,19 @@ def measuring(
     strict = recipe.strict() if recipe.block_method() is None else recipe.prior_recipe()
     assert strict is not None and windows_ST is not None and bos is not None
     prior, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
-    work, bos_tokens = work_dir(request.out), len(bos.ids)
     return Measuring(
-        strict, recipe.budget, task.model_dir, base_digest, windows_ST, bos_tokens, task.device, work, prior, digest
+        recipe=strict,
+        budget=recipe.budget,
+        model_dir=task.model_dir,
+        base_digest=base_digest,
+        windows_ST=windows_ST,
+        bos_tokens=len(bos.ids),
+        device=task.device,
+        work=work_dir(request.out),
+        prior=prior,
+        prior_digest=digest,
+        search=search,
+        limit=recipe.budget.max_ppl_increase or 0.0,
     )
 
 
@@ -65,6 +103,35 @@ def spent(wanted: Measuring, task: Task, progress: Listener) -> tuple[Task, Path
     allocation = budget.allocate(wanted, progress)
     gc.collect()
     return with_allocation(task, allocation), budget.folder_of(wanted, allocation)
+
+
+def proven(wanted: Measuring, task: Task, quality: Quality | str) -> tuple[Task, Measuring | None]:
+    """The task with the proof that its budget was met, or what to try next: a smaller increase is searched for.
+
+    Raises `NumericalError` if nothing could be measured, and `RecipeError` after the last attempt, with what came
+    nearest.
+    """
+    asked, allocation = wanted.budget.max_ppl_increase, task.allocation
+    if asked is None or allocation is None:
+        return task, None
+    if isinstance(quality, str):
+        raise NumericalError(f"budget.max_ppl_increase {asked:g} cannot be proven: {quality}")
+    if quality.increase <= asked:
+        proof = Proof(
+            increase=quality.increase,
+            dense_perplexity=quality.dense_perplexity,
+            perplexity=quality.perplexity,
+            windows=quality.windows,
+            attempt=wanted.attempt,
+        )
+        return replace(task, allocation=allocation.model_copy(update={"proof": proof})), None
+    if wanted.attempt == ATTEMPTS:
+        raise RecipeError(
+            f"budget.max_ppl_increase {asked:g}: not proven in {ATTEMPTS} attempts; the nearest that can be met is "
+            f"{quality.increase:.4f}, at {allocation.bytes:.4f} of the bytes (budget.bytes)"
+        )
+    limit = wanted.limit * min(MOST_OF_LAST, asked / quality.increase)
+    return task, replace(wanted, limit=limit, attempt=wanted.attempt + 1)
 
 
 def with_allocation(task: Task, allocation: Allocation | None) -> Task:

@@ -188,12 +188,18 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
     base_digest = digest_weights(task.model_dir)
     check_base(task.prior, task.model_dir, base_digest, task.prior_weights)
     windows_ST, bos, text = read_text(request, task)
+    search, text = budgeting.divided(task, text)
     progress(task.plan.planned())
-    folder = work_dir(request.out)
-    if (wanted := budgeting.measuring(request, task, windows_ST, bos, base_digest)) is not None:
-        task, folder = budgeting.spent(wanted, task, progress)
-    report, work, quality = _sweep(folder, task, windows_ST, text, base_digest, progress)
-    gc.collect()
+    folder, wanted = work_dir(request.out), budgeting.measuring(request, task, windows_ST, bos, base_digest, search)
+    while True:
+        if wanted is not None:
+            task, folder = budgeting.spent(wanted, task, progress)
+        report, work, quality = _sweep(folder, task, windows_ST, text, base_digest, progress)
+        gc.collect()
+        if wanted is not None:
+            task, wanted = budgeting.proven(wanted, task, quality)
+        if wanted is None:
+            break
     progress(Stage("writing"))
     weights.check()
     extra = {**reconstruct.report(report.fitted), **stored(quality), **stored_allocation(task.allocation)}

@@ -98,7 +98,8 @@ class PruneRequest(_FromRecipe):
     """A one-shot run. `prior` are masks to start from: a mask file, or a sparse checkpoint of the same model, of which
     a method that trains blocks, and one with weights = "prior", takes the weights, too. `bytes` is a budget, in place
     of the recipe's: the most that prunable weights may take, as a share of what they take dense; layers whose sparsity
-    costs most then stay dense, as far as that goes.
+    costs most then stay dense, as far as that goes. `max_ppl_increase` is another one: how much higher than dense the
+    perplexity may be, as a share of it; the fewest bytes are searched for, and proven on other held-out windows.
 
     `masks_out` is a file to write the masks to as well. A model that vLLM does not have is refused, unless
     `allow_unserved` says that the result is for transformers only. With `keep_work` the directory OUT.work, from which
@@ -107,6 +108,7 @@ class PruneRequest(_FromRecipe):
 
     prior: Path | None = None
     bytes: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     masks_out: Path | None = None
     allow_unserved: bool = False
     keep_work: bool = False

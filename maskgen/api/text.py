@@ -13,7 +13,7 @@ from maskgen.api.heldout import NO_TEXT, SHORT_TEXT
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
 from maskgen.data import own, tokens
 from maskgen.data.bos import Bos
-from maskgen.data.heldout import HeldOut
+from maskgen.data.heldout import WINDOWS, HeldOut
 from maskgen.hf import model
 from maskgen.hf.pruning_cost import HeldOutText
 
@@ -46,7 +46,9 @@ def read_text(
         return None, None, NO_TEXT
     tokenizer = model.load_tokenizer(task.model_dir)
     bos, windows_ST = Bos.of(tokenizer, request.bos), None
-    heldout = HeldOut(len(request.data), model.stored_max_tokens(task.model_dir), bos)
+    budget = task.recipe.budget
+    most = WINDOWS if budget is None or budget.max_ppl_increase is None else 2 * WINDOWS  # half of them to search on
+    heldout = HeldOut(len(request.data), model.stored_max_tokens(task.model_dir), bos, most)
     if needs_text:
         assert section.window_tokens is not None
         generator = torch.Generator().manual_seed(section.seed)

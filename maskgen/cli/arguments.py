@@ -62,6 +62,13 @@ def _add_run(verbs: Verbs) -> None:
         help="budget: the most that prunable weights may take, as a share of what they take dense, such as 0.75; the "
         "layers whose sparsity costs most then stay dense, as far as it goes (default: the recipe's [budget], or none)",
     )
+    parser.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="SHARE",
+        help="budget: how much higher than dense the perplexity may be, such as 0.05; the fewest bytes are searched "
+        "for, and proven on held-out windows (default: the recipe's [budget], or none)",
+    )
     add_training(parser)
     parser.add_argument(
         "--masks-out", type=Path, metavar="FILE", help="also write the masks alone, as .safetensors (default: no)"

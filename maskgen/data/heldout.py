@@ -22,11 +22,15 @@ _SHARE = 10
 
 @dataclass
 class HeldOut:
-    """Collects the last windows of `texts` texts, for a model that reads at most `limit` tokens (None: any number)."""
+    """Collects the last windows of `texts` texts, `most` in all.
+
+    The model reads at most `limit` tokens (None: any number).
+    """
 
     texts: int
     limit: int | None
     bos: Bos
+    most: int = WINDOWS
     names: list[str] = field(default_factory=list)
     _taken: list[Tensor] = field(default_factory=list)
     _seen: int = 0
@@ -39,7 +43,7 @@ class HeldOut:
     def take(self, source: Path | str, ids: Tensor, needed: int = 0) -> Tensor:
         """Keep the windows at the end of a text's token ids, and return the ids before them, at least `needed`."""
         length = self.bos.text_tokens(self.window_tokens)
-        share = len(range(self._seen, WINDOWS, self.texts))
+        share = len(range(self._seen, self.most, self.texts))
         self._seen += 1
         count = max(0, min(share, len(ids) // (_SHARE * length), (len(ids) - needed) // length))
         if count == 0:

@@ -5,7 +5,6 @@ It may come from anywhere: its keys are these and no others, and numbers are fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,12 +38,35 @@ class LayerCost(_Record):
     sparse_bytes: int = Field(ge=1)
 
 
+class Look(_Record):
+    """One choice on the way: its share of the dense bytes, and how much higher than dense the perplexity is."""
+
+    bytes: _Share
+    increase: float
+
+
+class Proof(_Record):
+    """What came out, on `windows` held-out windows that nothing was calibrated on and no choice was made with.
+
+    `increase` is how much higher than dense the perplexity is, as a share of it; `attempt` says how many results were
+    measured until one was good enough (1: the first).
+    """
+
+    increase: float
+    dense_perplexity: _Positive
+    perplexity: _Positive
+    windows: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+
+
 class Allocation(_Record):
     """How a budget was spent. `asked` for is one number: `bytes`, `speedup` or `max_ppl_increase` (see the recipe).
 
     `bytes` is what the prunable weights take now, as a share of what they take dense. `strict_kl` is the KL divergence
     from the dense model with every layer sparse, in nats per token, and `kl` that with the layers of the budget put
     back, before anything else was solved again; both were measured on `windows` calibration windows of `window_tokens`.
+    `search` are the choices looked at on `search_windows` held-out windows for a budget of perplexity, and `proof` is
+    what came of it on others.
     """
 
     format_version: Literal[1] = 1
@@ -55,6 +77,9 @@ class Allocation(_Record):
     windows: int = Field(ge=1)
     window_tokens: int = Field(ge=1)
     layers: tuple[LayerCost, ...] = Field(min_length=1)
+    search: tuple[Look, ...] = ()
+    search_windows: int = Field(default=0, ge=0)
+    proof: Proof | None = None
 
     @property
     def dense(self) -> frozenset[str]:
@@ -65,10 +90,16 @@ class Allocation(_Record):
         """One line for people."""
         kept = sum(layer.dense for layer in self.layers)
         asked = ", ".join(f"{key} {value:g}" for key, value in self.asked.items())
-        return (
+        line = (
             f"budget ({asked}): {kept} of {len(self.layers)} layers stay dense, {self.bytes:.4f} of the dense bytes of "
             f"prunable weights; KL {self.strict_kl:.3f} with all of them sparse, {self.kl:.3f} with these put back, on "
             f"{self.windows} calibration windows"
+        )
+        if self.proof is None:
+            return line
+        return (
+            f"{line}; perplexity {100 * self.proof.increase:+.1f} % on {self.proof.windows} held-out windows, searched "
+            f"on {self.search_windows} others"
         )
 
 
@@ -101,9 +132,3 @@ def load_allocation(path: Path) -> Allocation:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise FormatError(f"{path}: {clip(where)}: {problem['msg'].lower()}; delete it") from None
-
-
-def share_of_bytes(layers: Sequence[LayerCost]) -> float:
-    """What these layers take, as a share of what they take dense."""
-    stored = sum(layer.dense_bytes if layer.dense else layer.sparse_bytes for layer in layers)
-    return stored / sum(layer.dense_bytes for layer in layers)

@@ -3,18 +3,21 @@
 What it has done is in the work directory, for this budget and for the next one:
 
     run.json, block-*.safetensors    every layer pruned: an ordinary sweep
-    budget/costs.json                what each layer's sparsity costs (`sensitivity`)
-    budget/DIGEST.json               how one budget is spent
-    budget/DIGEST/                   the sweep that leaves its layers dense
+    budget/costs-*.json              what each layer's sparsity costs (`sensitivity`)
+    budget/looks-*.json              how high the perplexity was with some layers dense (`search`)
+    budget/spent-*.json              how one budget is spent
+    budget/sweep-*/                  the sweep that leaves its layers dense
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,20 +25,22 @@ from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.files import read_json, write_json
-from maskgen.export.allocation import Allocation, LayerCost, load_allocation, share_of_bytes
+from maskgen.data.tokens import digest_tokens
+from maskgen.export.allocation import Allocation, LayerCost, Look, load_allocation
 from maskgen.hf import model
+from maskgen.hf.evaluate import Measured
 from maskgen.hf.fused import ServedLayer, served_layers
 from maskgen.hf.planning import Plan, plan_of
 from maskgen.hf.pruning_cost import HeldOutText
-from maskgen.numerics.knapsack import knapsack
+from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Budget
 from maskgen.sweep.driver import Progress, run_digest, sweep
-from maskgen.sweep.sensitivity import Probe, costs, mixture
+from maskgen.sweep.search import LOOKS, names_of, share_of, within_bytes, within_increase
+from maskgen.sweep.sensitivity import Probe, Weights, costs, mixture
 from maskgen.sweep.workdir import WorkDir
 
 FOLDER = "budget"
-_COSTS_FILE = "costs.json"
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -44,7 +49,8 @@ class Measuring:
     """What a budget is spent on: the model in `model_dir`, pruned in `work` by the one-shot `recipe`, which has none.
 
     `windows_ST` are its calibration windows, the first `bos_tokens` of each being BOS. `prior` and `prior_digest` are
-    those of `sweep.driver.sweep`.
+    those of `sweep.driver.sweep`. For a budget of perplexity, `search` are held-out windows to look at it on, `limit`
+    is the increase that is looked for there, and `attempt` counts from 1, as that may have to be less than was asked.
     """
 
     recipe: Recipe
@@ -57,6 +63,9 @@ class Measuring:
     work: Path
     prior: Callable[[str], Tensor] | None = None
     prior_digest: str | None = None
+    search: HeldOutText | None = None
+    limit: float = 0.0
+    attempt: int = 1
 
     @property
     def text(self) -> HeldOutText:
@@ -67,6 +76,11 @@ class Measuring:
     def strict_digest(self) -> str:
         """The digest of the run that prunes everything."""
         return run_digest(self.recipe, self.base_digest, self.windows_ST, self.device, self.prior_digest)
+
+    def file(self, kind: str, *what: Any) -> Path:
+        """Where one thing about this run is kept."""
+        digest = digest_json({"run": self.strict_digest, "what": what}).removeprefix("sha256:")
+        return self.work / FOLDER / f"{kind}-{digest[:16]}.json"
 
     def plan(self, loaded: nn.Module) -> Plan:
         """Everything that the recipe prunes."""
@@ -93,8 +107,7 @@ def check(budget: Budget, layers: Sequence[ServedLayer]) -> None:
 
 def folder_of(measuring: Measuring, allocation: Allocation) -> Path:
     """The work directory of the sweep that leaves the layers of `allocation` dense."""
-    digest = digest_json({"run": measuring.strict_digest, "dense": sorted(allocation.dense)})
-    return measuring.work / FOLDER / digest.removeprefix("sha256:")[:16]
+    return measuring.file("sweep", sorted(allocation.dense)).with_suffix("")
 
 
 def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allocation:
@@ -102,9 +115,7 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
 
     Raises what a sweep does, and `RecipeError` for a budget that cannot be met.
     """
-    budget = measuring.budget
-    digest = digest_json({"run": measuring.strict_digest, "budget": budget.model_dump()})
-    file = measuring.work / FOLDER / f"{digest.removeprefix('sha256:')[:16]}.json"
+    file = measuring.file("spent", measuring.budget.model_dump(), measuring.limit)
     if file.is_file():
         return load_allocation(file)
     swept = _strict(measuring, progress)
@@ -117,27 +128,25 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
     def sparse(name: str) -> Tensor:
         return swept.packed(name).unpack()
 
-    cost_of = _costs(measuring, probe, sparse, progress)
-    kept = _choose(budget, layers, [sum(cost_of[name] for name in layer.layers) for layer in layers])
-    found = [
-        LayerCost(
-            layers=layer.layers,
-            dense=is_dense,
-            cost=sum(cost_of[name] for name in layer.layers),
-            dense_bytes=layer.dense_bytes,
-            sparse_bytes=layer.sparse_bytes,
-        )
-        for layer, is_dense in zip(layers, kept, strict=True)
-    ]
-    dense = {name for layer in found if layer.dense for name in layer.layers}
+    by_name = _costs(measuring, probe, sparse, progress)
+    cost = [math.fsum(by_name[name] for name in layer.layers) for layer in layers]
+    looks: list[Look] = []
+    if measuring.budget.bytes is not None:
+        kept = within_bytes(layers, cost, measuring.budget.bytes)
+    else:
+        assert measuring.search is not None
+        search = Probe.of(loaded, plan, measuring.search, measuring.device)
+        kept, looks = within_increase(layers, cost, measuring.limit, _looking(measuring, search, sparse, progress))
     allocation = Allocation(
-        asked=budget.asked,
-        bytes=share_of_bytes(found),
-        strict_kl=_kl(probe, sparse, ()),
-        kl=_kl(probe, sparse, dense),
+        asked=measuring.budget.asked,
+        bytes=share_of(layers, kept),
+        strict_kl=_divergence(probe, sparse, frozenset()),
+        kl=_divergence(probe, sparse, names_of(layers, kept)),
         windows=len(measuring.text.ids_ST),
         window_tokens=measuring.windows_ST.shape[1],
-        layers=tuple(found),
+        layers=tuple(map(_record, layers, cost, kept)),
+        search=tuple(looks),
+        search_windows=len(measuring.search.ids_ST) if looks and measuring.search is not None else 0,
     )
     write_json(file, allocation.model_dump(mode="json"))
     return allocation
@@ -154,28 +163,56 @@ def _strict(measuring: Measuring, progress: Callable[[Progress], None]) -> WorkD
 
 
 def _costs(
-    measuring: Measuring, probe: Probe, sparse: Callable[[str], Tensor], progress: Callable[[Progress], None]
+    measuring: Measuring, probe: Probe, sparse: Weights, progress: Callable[[Progress], None]
 ) -> Mapping[str, float]:
     """What the sparsity of each layer costs, by name; kept in the work directory, and continued if that was stopped."""
-    file = measuring.work / FOLDER / _COSTS_FILE
-    run = digest_json({"run": measuring.strict_digest, "windows": len(measuring.text.ids_ST)})
-    stored = read_json(file) if file.is_file() else {}
-    known: list[dict[str, float]] = stored["points"] if stored.get("run") == run else []
-    costs(probe, sparse, known, progress, lambda: write_json(file, {"run": run, "points": known}))
+    file = measuring.file("costs", len(measuring.text.ids_ST))
+    known: list[dict[str, float]] = read_json(file)["points"] if file.is_file() else []
+    costs(probe, sparse, known, progress, lambda: write_json(file, {"points": known}))
     return {name: math.fsum(point[name] for point in known) for name in known[0]}
 
 
-def _choose(budget: Budget, layers: Sequence[ServedLayer], cost: Sequence[float]) -> list[bool]:
-    """Which layers stay dense: those that save most, within the budget."""
-    assert budget.bytes is not None
-    strict, dense = (sum(getattr(layer, kind) for layer in layers) for kind in ("sparse_bytes", "dense_bytes"))
-    room = math.floor(budget.bytes * dense) - strict
-    return knapsack(cost, [layer.dense_bytes - layer.sparse_bytes for layer in layers], room)
+def _looking(
+    measuring: Measuring, probe: Probe, sparse: Weights, progress: Callable[[Progress], None]
+) -> Callable[[frozenset[str]], float]:
+    """How much the perplexity is higher than dense with some layers dense; kept in the work directory, too."""
+    file, started_s = measuring.file("looks", digest_tokens(probe.text.ids_ST)), time.perf_counter()
+    known: dict[str, float] = read_json(file) if file.is_file() else {}
+    done = 0
+
+    def look(dense: frozenset[str]) -> float:
+        nonlocal done
+        key = digest_json(sorted(dense))
+        if key not in known:
+            measured = _compared(probe, sparse, dense)
+            assert measured.dense is not None
+            known[key] = measured.perplexity.value / measured.dense.value - 1
+            write_json(file, known)
+        what = f"search: {len(dense)} layers dense, perplexity {100 * known[key]:+.1f} %"
+        progress(Progress(done, LOOKS + 2, what, time.perf_counter() - started_s, peak_rss_bytes()))
+        done += 1
+        return known[key]
+
+    return look
 
 
-def _kl(probe: Probe, sparse: Callable[[str], Tensor], dense: Collection[str]) -> float:
+def _record(layer: ServedLayer, cost: float, is_dense: bool) -> LayerCost:
+    return LayerCost(
+        layers=layer.layers,
+        dense=is_dense,
+        cost=cost,
+        dense_bytes=layer.dense_bytes,
+        sparse_bytes=layer.sparse_bytes,
+    )
+
+
+def _divergence(probe: Probe, sparse: Weights, dense: frozenset[str]) -> float:
     """KL divergence from the dense model, where all layers but these are sparse."""
-    *_, outputs = probe.forward(mixture(probe, lambda name: float(name not in dense), sparse))
-    divergence = probe.compare(outputs).divergence
+    divergence = _compared(probe, sparse, dense).divergence
     assert divergence is not None
     return divergence.kl
+
+
+def _compared(probe: Probe, sparse: Weights, dense: frozenset[str]) -> Measured:
+    *_, outputs = probe.forward(mixture(probe, lambda name: float(name not in dense), sparse))
+    return probe.compare(outputs)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import maskgen
+from maskgen.api import pruning
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import DataError, FormatError, RecipeError
 from maskgen.export.allocation import ALLOCATION_FILE, Allocation, read_allocation
@@ -42,6 +45,16 @@ def stop_at_step_2(event: Any) -> None:
         raise KeyboardInterrupt
 
 
+def own_text(dense: Path, path: Path) -> Path:
+    """Token ids that a random model itself draws: of other text, sparsity may well lower its perplexity."""
+    torch.manual_seed(0)
+    ids = maskgen.load(dense).generate(
+        torch.arange(200)[:, None], do_sample=True, top_k=0, min_new_tokens=127, max_length=128
+    )
+    np.save(path, ids.flatten().numpy())
+    return path
+
+
 def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -65,7 +78,7 @@ def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     assert report.allocation == allocation == read_allocation(out)
     assert {one.reason for one in report.kept} == {"the budget keeps it dense, where sparsity costs most"}
     made_with = json.loads((out / RECIPE_FILE).read_text())
-    assert made_with["budget"] == {"bytes": 0.7, "windows": 4}
+    assert made_with["budget"] == {"bytes": 0.7, "max_ppl_increase": None, "windows": 4}
     assert not (tmp_path / "out.work").exists()
 
 
@@ -108,6 +121,44 @@ def test_a_budget_in_the_recipe_is_replaced_by_what_is_asked_for(
     assert in_recipe.strict_kl == asked.strict_kl and in_recipe.dense > asked.dense
 
 
+def test_a_budget_of_perplexity_is_searched_for_and_proven_on_other_windows(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    dense, out = model_dir(), tmp_path / "out"
+    text_file = own_text(dense, tmp_path / "own.npy")
+    strict = maskgen.run(request(dense, text_file, tmp_path / "strict", "magnitude"))
+    assert isinstance(strict, maskgen.PruneResult) and not isinstance(strict.quality, str)
+    most = 0.4 * strict.quality.increase
+    found = spend(dense, text_file, out, "magnitude", max_ppl_increase=most)
+    assert found.asked == {"max_ppl_increase": most} and found.proof is not None and found.proof.increase <= most
+    assert found.proof.increase == pytest.approx(found.proof.perplexity / found.proof.dense_perplexity - 1)
+    assert found.bytes in {look.bytes for look in found.search if look.increase <= most} and 0.5313 < found.bytes < 1
+    quality = maskgen.inspect(maskgen.InspectRequest(model=out)).quality
+    assert quality is not None and quality.perplexity == found.proof.perplexity
+    assert quality.windows == found.proof.windows <= found.search_windows <= quality.windows + 1
+
+
+def test_a_proof_that_fails_searches_for_less_and_at_last_gives_up(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = pruning.measure_pruned, []
+
+    def worse(*args: Any) -> Any:
+        found = measure(*args)
+        calls.append(found)
+        return replace(found, perplexity=found.dense_perplexity * 1.2) if len(calls) < failing else found
+
+    monkeypatch.setattr(pruning, "measure_pruned", worse)
+    failing = 2
+    found = spend(model_dir(), text_file, tmp_path / "a", "magnitude", max_ppl_increase=0.1)
+    assert found.proof is not None and found.proof.attempt == 2 and len(calls) == 2
+    calls.clear()
+    failing = 9
+    with pytest.raises(RecipeError, match=r"not proven in 4 attempts; the nearest that can be met is 0.2000, at 0\."):
+        spend(model_dir(), text_file, tmp_path / "b", "magnitude", max_ppl_increase=0.1)
+    assert len(calls) == 4 and not (tmp_path / "b").exists()
+
+
 def test_a_recipe_without_a_budget_is_what_it_was() -> None:
     plain = recipe_module.load("sparsegpt")
     assert "budget" not in plain.resolved()
@@ -126,6 +177,13 @@ def test_a_recipe_without_a_budget_is_what_it_was() -> None:
         ("sparsegpt", {"overrides": {"budget.bytes": 1.5}}, RecipeError, "budget.bytes: input should be less than 1"),
         ("sparsegpt", {"overrides": {"budget.windows": 3}}, RecipeError, r"\[budget\]: found nothing, expected"),
         ("magnitude", {"bytes": 0.7, "data": ()}, DataError, "a budget is measured on text; give it with `data`"),
+        (
+            "sparsegpt",
+            {"bytes": 0.7, "max_ppl_increase": 0.1},
+            RecipeError,
+            "found bytes and max_ppl_increase",
+        ),
+        ("best-effort", {"max_ppl_increase": 0.1}, RecipeError, "would have to learn again"),
         ("proxsparse", {"bytes": 0.7}, RecipeError, r"proxsparse with these options has no \[prior\] to measure"),
         ("best-effort", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
         ("reconstruct", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),

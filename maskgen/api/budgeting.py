@@ -11,7 +11,8 @@ from torch import Tensor
 from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import PruneRequest
-from maskgen.core.errors import DataError, NumericalError, RecipeError
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
+from maskgen.core.errors import DataError, NumericalError, RecipeError, RequestError
 from maskgen.core.quality import Quality
 from maskgen.data.bos import Bos
 from maskgen.export.allocation import Allocation, Proof, dense_layers
@@ -19,6 +20,7 @@ from maskgen.hf import planning
 from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.sweep import budget
 from maskgen.sweep.budget import Measuring
+from maskgen.sweep.kernel_times import Times, times_of
 from maskgen.sweep.workdir import work_dir
 
 ATTEMPTS = 4
@@ -32,6 +34,7 @@ def check(request: PruneRequest, task: Task) -> None:
     """Raise `RecipeError` for a budget that cannot be met, or not with this request; nothing is read but headers."""
     wanted = task.recipe.budget
     if wanted is None:
+        _times(request, task)
         return
     if request.prior is not None and (task.recipe.block_method() is not None or task.recipe.train is not None):
         raise RecipeError(
@@ -45,7 +48,7 @@ def check(request: PruneRequest, task: Task) -> None:
         )
     if not request.data:
         raise DataError("a budget is measured on text; give it with `data`")
-    budget.check(wanted, budget.layers_of(task.model_dir, task.plan, task.recipe))
+    budget.check(wanted, budget.layers_of(task.model_dir, task.plan, task.recipe), _times(request, task))
 
 
 def divided(task: Task, text: HeldOutText | str) -> tuple[HeldOutText | None, HeldOutText | str]:
@@ -91,6 +94,7 @@ def measuring(
         prior_digest=digest,
         search=search,
         limit=recipe.budget.max_ppl_increase or 0.0,
+        times=_times(request, task),
     )
 
 
@@ -139,3 +143,20 @@ def with_allocation(task: Task, allocation: Allocation | None) -> Task:
     recipe, dense = task.recipe, dense_layers(allocation)
     plan = planning.plan_of(task.model_dir, recipe.pattern, recipe.ignore, budgeted=dense)
     return replace(task, plan=plan, allocation=allocation)
+
+
+def _times(request: PruneRequest, task: Task) -> list[Times]:
+    """How long each layer takes, for a budget of time. `RequestError` without a table, and for one that is not used."""
+    wanted, table = task.recipe.budget, request.kernel_table
+    if wanted is None or wanted.speedup is None:
+        if table is not None:
+            raise RequestError(f"`kernel_table` {table}: only a budget of time reads it (`speedup`); leave it out")
+        return []
+    if table is None:
+        raise RequestError(
+            "`speedup`: needs the times of this machine's kernels; give their directory as `kernel_table`"
+        )
+    headers = read_headers(task.model_dir)
+    name = next(name for block in task.plan.targets for name in block)
+    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[headers[name + WEIGHT_SUFFIX].dtype]
+    return times_of(table, budget.layers_of(task.model_dir, task.plan, task.recipe), task.recipe.pattern, dtype)

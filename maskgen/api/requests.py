@@ -96,10 +96,13 @@ class _FromRecipe(Request):
 
 class PruneRequest(_FromRecipe):
     """A one-shot run. `prior` are masks to start from: a mask file, or a sparse checkpoint of the same model, of which
-    a method that trains blocks, and one with weights = "prior", takes the weights, too. `bytes` is a budget, in place
-    of the recipe's: the most that prunable weights may take, as a share of what they take dense; layers whose sparsity
-    costs most then stay dense, as far as that goes. `max_ppl_increase` is another one: how much higher than dense the
-    perplexity may be, as a share of it; the fewest bytes are searched for, and proven on other held-out windows.
+    a method that trains blocks, and one with weights = "prior", takes the weights, too.
+
+    One of three may be a budget, in place of the recipe's; layers whose sparsity costs most then stay dense, as far as
+    that goes. `bytes` is the most that prunable weights may take, as a share of what they take dense. `speedup` is how
+    much faster one token must get through them than dense, by the times that `sparse-serve tune` keeps in the directory
+    `kernel_table`. `max_ppl_increase` is how much higher than dense the perplexity may be, as a share of it; the fewest
+    bytes are searched for, and proven on other held-out windows.
 
     `masks_out` is a file to write the masks to as well. A model that vLLM does not have is refused, unless
     `allow_unserved` says that the result is for transformers only. With `keep_work` the directory OUT.work, from which
@@ -108,6 +111,8 @@ class PruneRequest(_FromRecipe):
 
     prior: Path | None = None
     bytes: Annotated[float, Field(gt=0, lt=1)] | None = None
+    speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    kernel_table: Path | None = None
     max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     masks_out: Path | None = None
     allow_unserved: bool = False

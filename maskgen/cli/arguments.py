@@ -63,6 +63,20 @@ def _add_run(verbs: Verbs) -> None:
         "layers whose sparsity costs most then stay dense, as far as it goes (default: the recipe's [budget], or none)",
     )
     parser.add_argument(
+        "--speedup",
+        type=float,
+        metavar="FACTOR",
+        help="budget: how much faster one token must get through prunable layers than dense, such as 1.4, by the times "
+        "in --kernel-table (default: the recipe's [budget], or none)",
+    )
+    parser.add_argument(
+        "--kernel-table",
+        type=Path,
+        metavar="DIR",
+        help="for --speedup: where `sparse-serve tune` keeps times, the newest kernels-* in sparse-serve of your cache "
+        "directory (default: none)",
+    )
+    parser.add_argument(
         "--max-ppl-increase",
         type=float,
         metavar="SHARE",

@@ -65,6 +65,7 @@ class Allocation(_Record):
     `bytes` is what the prunable weights take now, as a share of what they take dense. `strict_kl` is the KL divergence
     from the dense model with every layer sparse, in nats per token, and `kl` that with the layers of the budget put
     back, before anything else was solved again; both were measured on `windows` calibration windows of `window_tokens`.
+    `speedup` is how much faster one token gets through prunable layers than dense, where times were given.
     `search` are the choices looked at on `search_windows` held-out windows for a budget of perplexity, and `proof` is
     what came of it on others.
     """
@@ -77,6 +78,7 @@ class Allocation(_Record):
     windows: int = Field(ge=1)
     window_tokens: int = Field(ge=1)
     layers: tuple[LayerCost, ...] = Field(min_length=1)
+    speedup: _Positive | None = None
     search: tuple[Look, ...] = ()
     search_windows: int = Field(default=0, ge=0)
     proof: Proof | None = None
@@ -95,6 +97,8 @@ class Allocation(_Record):
             f"prunable weights; KL {self.strict_kl:.3f} with all of them sparse, {self.kl:.3f} with these put back, on "
             f"{self.windows} calibration windows"
         )
+        if self.speedup is not None:
+            line += f"; one token is {self.speedup:.2f} times as fast through them as dense"
         if self.proof is None:
             return line
         return (

@@ -37,7 +37,7 @@ first, on the same calibration text.
 Every recipe may have a [budget]: layers whose sparsity costs most then stay dense, as far as it goes (`sections`).
 
     [budget]
-    bytes = 0.75                           # of what prunable weights take dense; or max_ppl_increase = 0.05
+    bytes = 0.75                           # of what prunable weights take dense; or speedup, or max_ppl_increase
 
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """

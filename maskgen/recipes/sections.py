@@ -62,7 +62,7 @@ class Training(Strict):
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
-ASKS = ("bytes", "max_ppl_increase")
+ASKS = ("bytes", "speedup", "max_ppl_increase")
 """The ways to ask for a budget."""
 
 
@@ -70,12 +70,14 @@ class Budget(Strict):
     """How much of a model is pruned: layers whose sparsity costs most stay dense, as far as the budget goes.
 
     Exactly one way to ask is given. `bytes` is the most that prunable weights may take, as a share of what they take
-    dense (0.75). `max_ppl_increase` is how much higher than dense the perplexity may be, as a share of it (0.05); the
-    result has the fewest bytes that were found. What the sparsity of each layer costs is measured on the first
-    `windows` calibration windows.
+    dense (0.75). `speedup` is how much faster one token must get through all prunable layers than with all of them
+    dense (1.4), by the times of a machine's kernels. `max_ppl_increase` is how much higher than dense the perplexity
+    may be, as a share of it (0.05); the result has the fewest bytes that were found. What the sparsity of each layer
+    costs is measured on the first `windows` calibration windows.
     """
 
     bytes: float | None = Field(default=None, gt=0, lt=1)
+    speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     max_ppl_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     windows: int = Field(default=4, ge=1)
 
@@ -96,10 +98,10 @@ class Budget(Strict):
         makes sparse layers for it to start from, which are measured."""
         if not has_prior:
             raise RecipeError(f"[budget]: {method} with these options has no [prior] to measure layers with")
-        if self.max_ppl_increase is not None:
+        if self.bytes is None:
             raise RecipeError(
-                f"budget.max_ppl_increase: {method} would have to learn again for every look at the perplexity; ask "
-                "for budget.bytes, or for a one-shot recipe"
+                f"budget.{next(iter(self.asked))}: {method} spends budgets of bytes only (budget.bytes); meet this one "
+                "with a one-shot recipe, and go on from its result (`prior`)"
             )
 
 

@@ -36,7 +36,8 @@ from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Budget
 from maskgen.sweep.driver import Progress, run_digest, sweep
-from maskgen.sweep.search import LOOKS, names_of, share_of, within_bytes, within_increase
+from maskgen.sweep.kernel_times import Times, speedup_of
+from maskgen.sweep.search import LOOKS, names_of, share_of, within_bytes, within_increase, within_time
 from maskgen.sweep.sensitivity import Probe, Weights, costs, mixture
 from maskgen.sweep.workdir import WorkDir
 
@@ -51,6 +52,7 @@ class Measuring:
     `windows_ST` are its calibration windows, the first `bos_tokens` of each being BOS. `prior` and `prior_digest` are
     those of `sweep.driver.sweep`. For a budget of perplexity, `search` are held-out windows to look at it on, `limit`
     is the increase that is looked for there, and `attempt` counts from 1, as that may have to be less than was asked.
+    For a budget of time, `times` are those of each layer.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Measuring:
     search: HeldOutText | None = None
     limit: float = 0.0
     attempt: int = 1
+    times: Sequence[Times] = ()
 
     @property
     def text(self) -> HeldOutText:
@@ -95,13 +98,19 @@ def layers_of(model_dir: Path, plan: Plan, recipe: Recipe) -> list[ServedLayer]:
     return served_layers(plan.targets, plan.groups, recipe.pattern, sizes)
 
 
-def check(budget: Budget, layers: Sequence[ServedLayer]) -> None:
+def check(budget: Budget, layers: Sequence[ServedLayer], times: Sequence[Times] = ()) -> None:
     """`RecipeError` for a budget that cannot be met, whatever is pruned; it says the nearest that can."""
     least = sum(layer.sparse_bytes for layer in layers) / sum(layer.dense_bytes for layer in layers)
     if budget.bytes is not None and budget.bytes < least:
         raise RecipeError(
             f"budget.bytes {budget.bytes:g}: with every layer sparse, prunable weights take {least:.4f} of their dense "
             f"bytes; the nearest budget that can be met is {math.ceil(least * 1e4) / 1e4:g}"
+        )
+    most = sum(dense for dense, _ in times) / sum(map(min, times)) if times else math.inf
+    if budget.speedup is not None and budget.speedup > most:
+        raise RecipeError(
+            f"budget.speedup {budget.speedup:g}: with every layer sparse that is faster so, one token is {most:.4f} "
+            f"times as fast; the nearest budget that can be met is {math.floor(most * 1e4) / 1e4:g}"
         )
 
 
@@ -115,7 +124,7 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
 
     Raises what a sweep does, and `RecipeError` for a budget that cannot be met.
     """
-    file = measuring.file("spent", measuring.budget.model_dump(), measuring.limit)
+    file = measuring.file("spent", measuring.budget.model_dump(), measuring.limit, measuring.times)
     if file.is_file():
         return load_allocation(file)
     swept = _strict(measuring, progress)
@@ -133,6 +142,8 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
     looks: list[Look] = []
     if measuring.budget.bytes is not None:
         kept = within_bytes(layers, cost, measuring.budget.bytes)
+    elif measuring.budget.speedup is not None:
+        kept = within_time(cost, measuring.times, measuring.budget.speedup)
     else:
         assert measuring.search is not None
         search = Probe.of(loaded, plan, measuring.search, measuring.device)
@@ -140,6 +151,7 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
     allocation = Allocation(
         asked=measuring.budget.asked,
         bytes=share_of(layers, kept),
+        speedup=speedup_of(measuring.times, kept) if measuring.times else None,
         strict_kl=_divergence(probe, sparse, frozenset()),
         kl=_divergence(probe, sparse, names_of(layers, kept)),
         windows=len(measuring.text.ids_ST),

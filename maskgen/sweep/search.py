@@ -1,4 +1,4 @@
-"""Which layers stay dense: within a number of bytes, or within a rise of the perplexity at the fewest bytes.
+"""Which layers stay dense: within bytes, within a time, or within a rise of the perplexity at the fewest bytes.
 
 For every number of bytes there is one best choice (`numerics.knapsack`), and the more bytes, the lower the perplexity.
 So the fewest bytes are found by halving an interval, with a look at the perplexity of one choice at a time.
@@ -13,6 +13,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.export.allocation import Look
 from maskgen.hf.fused import ServedLayer
 from maskgen.numerics.knapsack import knapsack
+from maskgen.sweep.kernel_times import Times
 
 LOOKS = 7
 """Halvings of the interval: the fewest bytes are found to 0.4 % of what 2:4 saves, times the dense bytes."""
@@ -26,6 +27,13 @@ def within_bytes(layers: Sequence[ServedLayer], cost: Sequence[float], share: fl
     strict, dense = (sum(getattr(layer, kind) for layer in layers) for kind in ("sparse_bytes", "dense_bytes"))
     extra = [layer.dense_bytes - layer.sparse_bytes for layer in layers]
     return knapsack(cost, extra, math.floor(share * dense) - strict)
+
+
+def within_time(cost: Sequence[float], times: Sequence[Times], speedup: float) -> list[bool]:
+    """Which layers stay dense: those that save most, while a token gets through all of them `speedup` times as fast as
+    with all of them dense."""
+    room = math.floor(sum(dense for dense, _ in times) / speedup) - sum(sparse for _, sparse in times)
+    return knapsack(cost, [dense - sparse for dense, sparse in times], room)
 
 
 def within_increase(

@@ -78,7 +78,7 @@ def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     assert report.allocation == allocation == read_allocation(out)
     assert {one.reason for one in report.kept} == {"the budget keeps it dense, where sparsity costs most"}
     made_with = json.loads((out / RECIPE_FILE).read_text())
-    assert made_with["budget"] == {"bytes": 0.7, "max_ppl_increase": None, "windows": 4}
+    assert made_with["budget"] == {"bytes": 0.7, "speedup": None, "max_ppl_increase": None, "windows": 4}
     assert not (tmp_path / "out.work").exists()
 
 
@@ -183,7 +183,12 @@ def test_a_recipe_without_a_budget_is_what_it_was() -> None:
             RecipeError,
             "found bytes and max_ppl_increase",
         ),
-        ("best-effort", {"max_ppl_increase": 0.1}, RecipeError, "would have to learn again"),
+        (
+            "best-effort",
+            {"max_ppl_increase": 0.1},
+            RecipeError,
+            r"max_ppl_increase: adaptive_sparse spends budgets of bytes only",
+        ),
         ("proxsparse", {"bytes": 0.7}, RecipeError, r"proxsparse with these options has no \[prior\] to measure"),
         ("best-effort", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
         ("reconstruct", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from maskgen.api import checks
+from maskgen.api import checks, record
 from maskgen.api.events import Listener, Scored, Stage, silent
 from maskgen.api.requests import DemoRequest, EvaluateRequest, InspectRequest, ReportRequest
 from maskgen.core.divergence import Divergence
@@ -18,6 +18,7 @@ from maskgen.core.failures import explained
 from maskgen.core.files import check_writable
 from maskgen.core.pattern import NMPattern
 from maskgen.core.perplexity import Perplexity, Protocol, Window
+from maskgen.core.quality import Quality
 from maskgen.data import demo as demo_module
 from maskgen.data import own, sources, tokens
 from maskgen.data.bos import Bos
@@ -59,14 +60,15 @@ class TextResult:
 class EvaluateResult:
     """The model known as `model`, run in `dtype`, on every one of `texts`.
 
-    `against` is what the dense model it was compared with is known as. `perplexity`, `windows` and `value` are those of
-    the only text; `RequestError` when there are several.
+    `against` is what the dense model it was compared with is known as, and `quality` what was kept of that beside the
+    weights. `perplexity`, `windows` and `value` are those of the only text; `RequestError` when there are several.
     """
 
     model: str
     dtype: str
     texts: Sequence[TextResult]
     against: str | None = None
+    quality: Quality | None = None
 
     @property
     def perplexity(self) -> Perplexity:
@@ -136,8 +138,10 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
     `RequestError` (the device), `FormatError` (a damaged checkpoint), `NumericalError` (the loss is not finite).
     """
     _protocol(request, Bos(), None)  # mistakes come first
+    record.check_keep(request)
     device, model_dir = checks.resolve_device(request.device), checks.find_model(request.model, progress)
     dense_dir = None if request.against is None else checks.find_model(request.against, progress)
+    made = None if dense_dir is None or not request.keep else record.made_from(request.model, dense_dir)
     protocol, texts, vocabulary = _windows(request, model_dir)
     if dense_dir is not None and _windows(request, dense_dir) != (protocol, texts, vocabulary):
         raise ModelError(
@@ -158,7 +162,8 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
         results.append(TextResult(text, found.perplexity, windows, found.dense, found.divergence))
     used = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     against = None if request.against is None or dense_dir is None else checks.label(request.against, dense_dir)
-    return EvaluateResult(checks.label(request.model, model_dir), used, results, against)
+    quality = None if made is None else record.keep(made, model_dir, results)
+    return EvaluateResult(checks.label(request.model, model_dir), used, results, against, quality)
 
 
 def _protocol(request: EvaluateRequest, bos: Bos, limit: int | None) -> Protocol:

@@ -188,12 +188,15 @@ class EvaluateRequest(Request):
     With `against`, the dense model that it was made from, both are loaded and compared (`maskgen.core.divergence`).
     Windows of `window_tokens` tokens (by default 2048, or as many as the model reads) start every `stride_tokens` (by
     default they do not overlap), each with BOS in front if `bos` (by default as the tokenizer does by itself), and only
-    the first `max_windows` are scored. `dtype` "auto" is the stored one. `batch` windows share a forward pass.
+    the first `max_windows` are scored. `dtype` "auto" is the stored one. `batch` windows share a forward pass. With
+    `keep` the comparison with `against` is also kept in the directory `model`, as the measurement that `inspect` shows;
+    the texts must be others than those the model was made with.
     """
 
     model: _Model
     data: Annotated[_Files, Field(min_length=1)]
     against: _Model | None = None
+    keep: bool = False
     window_tokens: int | None = None
     stride_tokens: int | None = None
     bos: bool | None = None

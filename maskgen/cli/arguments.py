@@ -205,6 +205,12 @@ def _add_eval(verbs: Verbs) -> None:
         "both are in memory (default: none)",
     )
     parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="also keep the result of all texts together beside the weights of MODEL, a directory, where `inspect`, "
+        "`sparse-serve doctor` and the server show it; needs --against (default: it is only printed)",
+    )
+    parser.add_argument(
         "--window",
         type=int,
         dest="window_tokens",

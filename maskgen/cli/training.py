@@ -16,7 +16,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prior",
         type=Path,
-        metavar="FILE",
+        metavar="MASKS",
         help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model, of which "
         "best-effort and reconstruct take the weights, too) in place of the recipe's [prior] (default: the recipe's)",
     )

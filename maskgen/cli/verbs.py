@@ -25,6 +25,7 @@ from maskgen.api.requests import (
 from maskgen.cli import display, measured
 from maskgen.core.errors import RequestError
 from maskgen.core.files import check_writable, write_json
+from maskgen.core.quality import QUALITY_FILE, UNKNOWN
 from maskgen.hf import model
 
 _Request = TypeVar("_Request", bound=Request)
@@ -67,7 +68,7 @@ def quantise(args: argparse.Namespace) -> None:
     result = converting.quantise(request(QuantiseRequest, args))
     display.print_compressed(result.out, result.written)
     if result.quality_dropped:
-        measured.print_quality(f"what is known of {args.model} was measured with other values; use maskgen eval")
+        display.say(f"quality: {UNKNOWN.format(result.out)} (of {args.model} it was measured with other values)")
 
 
 def decompress(args: argparse.Namespace) -> None:
@@ -88,6 +89,8 @@ def inspect(args: argparse.Namespace) -> None:
         display.print_inspect(report)
         if report.quality is not None:
             measured.print_quality(report.quality)
+        elif report.compressed:
+            display.say(f"quality: {UNKNOWN.format(args.model)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -104,6 +107,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if "windows_out" in args:
         write_json(args.windows_out, [asdict(window) for window in result.windows])
     measured.print_evaluated(result)
+    if result.quality is not None:
+        measured.print_quality(result.quality)
+        display.say(f"  kept as {QUALITY_FILE} in {args.model}")
 
 
 def demo(args: argparse.Namespace) -> None:

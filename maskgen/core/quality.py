@@ -1,8 +1,9 @@
 """How good a pruned model is: measured when it was made, kept beside its weights, shown wherever people stand.
 
 `maskgen run` measures a few windows of text that nothing was calibrated or trained on, before and after pruning, and
-writes what it found as `maskgen_quality.json`. `maskgen inspect`, `sparse-serve doctor` and the server read it. It is a
-note for people: nothing is decided by it, and when values change (`maskgen quantise`) it is not carried over.
+writes what it found as `maskgen_quality.json`; `maskgen eval --against DENSE --keep` writes it for a model that has
+none. `maskgen inspect`, `sparse-serve doctor` and the server read it. It is a note for people: nothing is decided by
+it, and when values change (`maskgen quantise`) it is not carried over.
 
 The file may come from anywhere: its keys are these and no others, numbers are finite and in range, and names can hold
 nothing that a terminal would act on. What to try when a model is bad stands here and nowhere else (`NEXT`).
@@ -15,13 +16,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
 
 QUALITY_FILE = "maskgen_quality.json"
+UNKNOWN = "not known; `maskgen eval {} --against DENSE --data TEXT --keep` measures it and keeps it beside the weights"
+"""For people, about a directory without a measurement: how to get one."""
+
+UNKNOWN_METHOD = "unknown"
+"""The method of a model that does not say how it was made."""
+
 BAD_INCREASE = 0.25
 """A perplexity that is higher than dense by more than this share of it is called bad."""
 
@@ -67,7 +74,7 @@ class Quality:
             raise FormatError(f"bos {clip(self.bos)}, expected true or false")
         if not 1 <= len(self.texts) <= MAX_TEXTS or not all(map(_is_name, self.texts)):
             raise FormatError(f"texts {clip(self.texts)}, expected 1 to {MAX_TEXTS} printable names")
-        if type(self.method) is not str or not _METHOD.fullmatch(self.method):
+        if not is_method(self.method):
             raise FormatError(f"method {clip(self.method)}, expected a method's name")
         if type(self.pattern) is not str or (self.pattern and not _is_pattern(self.pattern)):
             raise FormatError(f"pattern {clip(self.pattern)}, expected an N:M pattern, or nothing")
@@ -101,8 +108,10 @@ class Quality:
         """All that there is to say to people."""
         lines = [self.describe()]
         if self.is_bad:
-            lines.append(f"that is bad: more than +{BAD_INCREASE:.0%}; what to try next, in this order:")
-            lines += [f"{number}. {text}" for number, text in enumerate(self.advice(), 1)]
+            advice = self.advice()
+            what_next = "; what to try next, in this order:" if advice else ""
+            lines.append(f"that is bad: more than +{BAD_INCREASE:.0%}{what_next}")
+            lines += [f"{number}. {text}" for number, text in enumerate(advice, 1)]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +146,7 @@ NEXT = (
         "`maskgen run best-effort`, the best there is: ADMM, then training with the dense model as teacher. "
         "SmolLM2-135M on news: perplexity 81.6 after ADMM, 42.9 after 100 steps of training, 27.4 dense. "
         "--prior SPARSE trains this result further instead",
-        frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude"}),
+        frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude", UNKNOWN_METHOD}),
     ),
     Step(
         "more calibration text, and closer to what the model will read (--data, --set calibration.samples=...)",
@@ -150,7 +159,7 @@ NEXT = (
     Step(
         "`maskgen run reconstruct`, which trains the weights that stay, one block at a time against the dense one "
         "(--prior SPARSE goes on from this result)",
-        frozenset(_SCORED | _SOLVED | {"magnitude"}),
+        frozenset(_SCORED | _SOLVED | {"magnitude", UNKNOWN_METHOD}),
     ),
     Step(
         "more training text and more steps (--data, --set train.steps=...)",
@@ -158,6 +167,11 @@ NEXT = (
     ),
 )
 """What to try when a model is bad, what helps most first."""
+
+
+def is_method(name: object) -> TypeGuard[str]:
+    """Whether this can be a method's name."""
+    return isinstance(name, str) and _METHOD.fullmatch(name) is not None
 
 
 def name_for_people(name: str) -> str:
@@ -181,7 +195,7 @@ def read_quality(model_dir: Path) -> Quality | None:
     try:
         return Quality.from_dict(value)
     except FormatError as error:
-        raise FormatError(f"{path}: {error}; delete it, or measure again with maskgen eval") from None
+        raise FormatError(f"{path}: {error}; delete it, or measure again with maskgen eval --keep") from None
 
 
 def _is_name(name: object) -> bool:

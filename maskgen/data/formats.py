@@ -8,8 +8,9 @@
     .npy  .safetensors               token ids
     .txt  .text  .md                 plain text: one document
     .arrow  .bin  .pdf  .zip ...     what is known to be no text: refused by name
-    anything else, or nothing        plain text, unless it begins with a JSON object: refused, so that rows under an
-                                     unusual name are not taken for one document
+    .html  .xml  .yaml  .srt ...     text between tags, keys or times, which would be taken for text: refused by name
+    anything else, or nothing        plain text (.log, .rst, .py ...), unless it begins with a JSON object or markup:
+                                     refused, so that rows or tags under an unusual name are not taken for one document
     .gz  .zst  .bz2  .xz             behind any of these but token ids: the same, compressed
 
 Text is UTF-8; a byte-order mark at its beginning is passed over. Compressed files are unpacked as they are read, and
@@ -67,6 +68,10 @@ _NO_TEXT = {
     ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzma", ".br", ".jar", ".whl", ".so", ".dll", ".exe", ".o", ".pyc",
     ".png", ".jpg", ".jpeg", ".gif", ".webp", ".tiff", ".mp3", ".mp4", ".wav", ".flac",
 }  # fmt: skip
+_WRAPPED = {
+    ".html", ".htm", ".xhtml", ".mhtml", ".xml", ".rss", ".atom", ".svg", ".tei", ".yaml", ".yml", ".toml", ".ini",
+    ".plist", ".warc", ".wet", ".eml", ".mbox", ".ipynb", ".srt", ".vtt",
+}  # fmt: skip
 _MAGIC = {
     b"\x1f\x8b": ".gz",
     b"\x28\xb5\x2f\xfd": ".zst",
@@ -98,6 +103,11 @@ def format_of(path: Path) -> Format:
     kind = _SUFFIXES.get(inner, Kind.TEXT)
     if inner in _NO_TEXT:
         raise DataError(f"{path}: {inner} files are not read; {_KNOWN}")
+    if inner in _WRAPPED:
+        raise DataError(
+            f"{path}: the text in {inner} files is not told from what is around it; write the text alone to a .txt or "
+            ".jsonl file, or name this one .txt to have all of it read as plain text"
+        )
     if packed and (kind in (Kind.NUMPY, Kind.SAFETENSORS) or inner in _PACKED):
         raise DataError(f"{path}: {inner} inside of {packed} is not read; unpack it first")
     return Format(kind, packed, inner in _PLAIN)

@@ -38,6 +38,8 @@ MAX_DOCUMENT_CHARS = 1 << 28
 
 HUB_PREFIX = "hf:"
 _ROWS = 1024
+_MARKUP = re.compile(r"\s*<(\?xml\b|!doctype\b|html\b)", re.IGNORECASE)
+"""How HTML and XML begin."""
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 _HUB = re.compile(rf"hf:(?P<name>{_PART}/{_PART})(?::(?!$)(?P<config>{_PART})?(?::(?P<split>{_PART}))?)?")
 
@@ -82,19 +84,25 @@ def _chunks(path: Path, form: Format) -> Iterator[str]:
 
 
 def _check_plain(path: Path, form: Format, start: str) -> None:
-    """Rows of JSON are not taken for one document because of a name, unless it says that they are plain text."""
+    """Rows of JSON, and markup, are not taken for one document, unless the name says that they are plain text."""
+    if _MARKUP.match(start):
+        what, advice, question = "markup", "write the text alone to another file", "are its tags meant to be text?"
+    elif _is_json(start):
+        what, advice = "a JSON object", "name it .json or .jsonl to have its rows read"
+        question = "is it a .json or .jsonl file?"
+    else:
+        return
+    if not form.plain:
+        raise DataError(f"{path}: begins with {what}; {advice}, or name it .txt to have all of it read as plain text")
+    logger.warning("%s: begins with %s, and is read as plain text; %s", path, what, question)
+
+
+def _is_json(start: str) -> bool:
     try:
         found, _ = json.JSONDecoder().raw_decode(start.lstrip("[ \t\r\n"))
     except (ValueError, RecursionError):
-        return
-    if not isinstance(found, dict) or not found:
-        return
-    if not form.plain:
-        raise DataError(
-            f"{path}: begins with a JSON object; name it .json or .jsonl to have its rows read, or .txt to have all of "
-            "it read as plain text"
-        )
-    logger.warning("%s: begins with a JSON object, and is read as plain text; is it a .json or .jsonl file?", path)
+        return False
+    return isinstance(found, dict) and bool(found)
 
 
 def _lines(path: Path, form: Format, tokenizer: Any) -> Iterator[str]:

@@ -156,17 +156,33 @@ def _config(path: Path) -> Any:
         kind = " ".join(getattr(config, "architectures", None) or [config.model_type])
         raise ModelError(
             f"{path}: {kind} is not supported: maskgen prunes models that transformers' AutoModelForCausalLM loads, "
-            "and it has no class for this one"
+            f"and it has no class for this one; {_alternative(config)}"
         )
     _check_kind(path, config)
     return config
 
 
+def _alternative(config: Any) -> str:
+    """What to start from in place of a model without a class: its language model, if it is made of one and others."""
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in AutoModelForCausalLM._model_mapping:
+        return "start from a model that predicts the next token, such as one of the Llama, Qwen, Gemma or Mistral kind"
+    return (
+        f"its language model alone is supported: save that as a {' or '.join(_causal_classes(type(text)))}, with the "
+        "tokenizer, and start from there; what is served then reads text only"
+    )
+
+
+def _causal_classes(config_class: type) -> list[str]:
+    """Names of the classes for causal language models of a kind."""
+    classes = AutoModelForCausalLM._model_mapping[config_class]
+    return [kind.__name__ for kind in (classes if isinstance(classes, tuple | list) else [classes])]
+
+
 def _check_kind(path: Path, config: Any) -> None:
     """`ModelError` for what another class of transformers wrote: an encoder, say, which may have a class for causal
     language models, too, that would make up what is missing."""
-    classes = AutoModelForCausalLM._model_mapping[type(config)]
-    causal = [kind.__name__ for kind in (classes if isinstance(classes, tuple | list) else [classes])]
+    causal = _causal_classes(type(config))
     stated = getattr(config, "architectures", None) or []
     if not set(stated) & set(causal) and any(name in dir(transformers) for name in stated):
         raise ModelError(

@@ -174,6 +174,7 @@ def _quality(quality: Quality) -> pb.Quality:
         window_tokens=quality.window_tokens,
         texts=quality.texts,
         bad=quality.is_bad,
+        advice=quality.advice(),
     )
 
 

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _describe(console: Console, found: Survey) -> None:
-    from maskgen.core.quality import read_quality
+    from maskgen.core.quality import UNKNOWN, read_quality
     from sparse_serve.runtime.machine import device_name
 
     config, spec = found.checkpoint.config, next(iter(found.kinds))
@@ -70,7 +70,7 @@ def _describe(console: Console, found: Survey) -> None:
     dtype = str(spec.dtype).removeprefix("torch.")
     console.print(f"  on {device_name(spec.device_type)} ({spec.device_type}), as {dtype}")
     quality = read_quality(found.checkpoint.path)
-    first, *others = ["not known; `maskgen eval` measures it"] if quality is None else quality.lines()
+    first, *others = [UNKNOWN.format(found.checkpoint.path)] if quality is None else quality.lines()
     for line in (f"quality: {first}", *others, ""):
         console.print(f"  {line}", markup=False, soft_wrap=True)
 

@@ -93,6 +93,7 @@ def test_field_numbers_never_change() -> None:
             "window_tokens": 6,
             "texts": 7,
             "bad": 8,
+            "advice": 9,
         },
     }
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import ModelError
+from maskgen.core.errors import ModelError, RequestError
 from maskgen.core.quality import QUALITY_FILE, Quality, read_quality
 from maskgen.data.bos import Bos
 from maskgen.data.heldout import HeldOut
@@ -123,3 +124,63 @@ def test_it_goes_when_values_change(model_dir: ModelDir, text_file: Path, tmp_pa
     again = maskgen.compress(maskgen.CompressRequest(model=base, masks=made.out, out=tmp_path / "again"))
     assert not again.quality_dropped and not (again.out / QUALITY_FILE).exists()
     assert maskgen.inspect(maskgen.InspectRequest(model=again.out)).quality is None
+
+
+def evaluation(model: Path, dense: Path, *texts: Path, **changes: Any) -> maskgen.EvaluateRequest:
+    return maskgen.EvaluateRequest(
+        model=model, against=dense, data=texts, window_tokens=32, keep=True, **{"max_windows": 3, **changes}
+    )
+
+
+def test_what_evaluate_found_is_kept_on_request(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    made = maskgen.prune(prune(model_dir(), text_file, tmp_path / "out", recipe="wanda"))
+    assert isinstance(made, maskgen.PruneResult)
+    small = maskgen.quantise(maskgen.QuantiseRequest(model=made.out, values="int8", out=tmp_path / "int8")).out
+    (tmp_path / "other.txt").write_text(models.TEXT[9000:12000])
+    found = maskgen.evaluate(evaluation(small, model_dir(), text_file, tmp_path / "other.txt", max_windows=4))
+    kept = maskgen.inspect(maskgen.InspectRequest(model=small)).quality
+    assert kept is not None and kept == found.quality == read_quality(small)
+    assert (kept.method, kept.pattern, kept.windows, kept.window_tokens, kept.bos) == ("wanda", "2:4", 8, 32, False)
+    assert kept.texts == (text_file.name, "other.txt")
+    nlls = [nll for text in found.texts for nll in text.perplexity.nll_per_window]
+    assert np.log(kept.perplexity) == pytest.approx(np.mean(nlls))
+    first, second = (text.divergence for text in found.texts)
+    assert first is not None and second is not None
+    assert kept.kl == pytest.approx((first.kl + second.kl) / 2)
+    assert kept.agreement == pytest.approx((first.agreement + second.agreement) / 2)
+    assert np.log(kept.dense_perplexity) < np.log(kept.perplexity)
+    again = maskgen.evaluate(evaluation(small, model_dir(), text_file))
+    assert again.quality == read_quality(small) != kept, "an older one is replaced"
+    assert maskgen.evaluate(evaluation(small, model_dir(), text_file, max_windows=2).model_copy(update={"keep": False}))
+    assert read_quality(small) == again.quality
+
+
+def test_a_model_that_says_nothing_of_its_method(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    models.save_sparse(model_dir(), tmp_path / "sparse")
+    for recipe in (None, '{"method": 3}', '{"method": {"name": "../x"}}'):
+        if recipe is not None:
+            (tmp_path / "sparse" / "maskgen_recipe.json").write_text(recipe)
+        quality = maskgen.evaluate(evaluation(tmp_path / "sparse", model_dir(), text_file)).quality
+        assert quality is not None and quality.method == "unknown"
+    masked = maskgen.decompress(maskgen.DecompressRequest(model=tmp_path / "sparse", out=tmp_path / "dense")).out
+    quality = maskgen.evaluate(evaluation(masked, model_dir(), text_file)).quality
+    assert quality is not None and quality.pattern == "" and read_quality(masked) == quality
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_is_measured(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    sparse = tmp_path / "sparse"
+    models.save_sparse(model_dir(), sparse)
+    alone = maskgen.EvaluateRequest(model=sparse, data=text_file, keep=True)
+    hub = evaluation(sparse, model_dir(), text_file).model_copy(update={"model": "org/name"})
+    many = maskgen.EvaluateRequest(model=sparse, against=model_dir(), data=[text_file] * 17, keep=True)
+    for request, message in ((alone, "give that as `against`"), (hub, "not a directory"), (many, "17 texts")):
+        with pytest.raises(RequestError, match=f"`keep`: .*{message}"):
+            maskgen.evaluate(request)
+    other = shutil.copytree(model_dir(), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"`against` .*other: its weights have digest .*; give that model"):
+        maskgen.evaluate(evaluation(sparse, other, text_file))
+    assert read_quality(sparse) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,17 @@ def test_a_run_ends_with_its_quality_and_inspect_shows_it_again(
     code, text, _ = run(capsys, "inspect", out)
     assert code == 0 and text.splitlines()[-len(said) :] == said
     code, text, _ = run(capsys, "quantise", out, "--values", "int8", "--out", tmp_path / "int8")
-    assert code == 0 and "quality: not measured: what is known of" in text
+    assert code == 0 and f"(of {out} it was measured with other values)" in text
+    said = next(line for line in text.splitlines() if line.startswith("quality: not known; "))
+    _, inspected, _ = run(capsys, "inspect", tmp_path / "int8")
+    assert inspected.splitlines()[-1] in said
+    (command,) = re.findall(r"`maskgen (.*?)`", said)
+    words = [{"DENSE": model_dir(), "TEXT": text_file}.get(word, word) for word in command.split()]
+    code, text, _ = run(capsys, *words, "--window", 32, "--max-windows", 3)
+    quality = read_quality(tmp_path / "int8")
+    assert code == 0 and quality is not None and quality.describe() in text
+    _, inspected, _ = run(capsys, "inspect", tmp_path / "int8")
+    assert quality.describe() in inspected, "the advice was true"
 
 
 def test_a_run_without_text_says_how_to_get_a_number(

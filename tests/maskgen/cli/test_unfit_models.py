@@ -46,7 +46,10 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, recipe: str, model: P
             "a LlamaForSequenceClassification, expected a causal language model, which is a LlamaForCausalLM of this "
             "kind; start from the model that predicts the next token",
         ),
-        (lambda: transformers.T5ForConditionalGeneration(T5), "T5ForConditionalGeneration is not supported"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(T5),
+            "start from a model that predicts the next token, such as",
+        ),
     ],
 )
 def test_models_of_another_kind(
@@ -57,6 +60,29 @@ def test_models_of_another_kind(
     capsys.readouterr()  # a bar of transformers
     for more in ([], ["--allow-unserved"]):
         assert words in refused(capsys, tmp_path / "made", "magnitude", tmp_path / "model", *more)
+
+
+def test_a_model_that_sees_is_refused_and_its_language_model_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = FAMILIES["llama"].config()
+    eyes = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    seeing = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=eyes))
+    seeing.save_pretrained(tmp_path / "llava")
+    models.tokenizer().save_pretrained(tmp_path / "llava")
+    capsys.readouterr()
+    line = refused(capsys, tmp_path / "made", "magnitude", tmp_path / "llava")
+    assert "LlavaForConditionalGeneration is not supported" in line
+    assert "its language model alone is supported: save that as a LlamaForCausalLM, with the tokenizer" in line
+
+    alone = transformers.LlamaForCausalLM(text)
+    alone.model, alone.lm_head = seeing.model.language_model, seeing.lm_head
+    alone.save_pretrained(tmp_path / "alone")
+    models.tokenizer().save_pretrained(tmp_path / "alone")
+    code, _, errors = run(capsys, "run", "magnitude", "--model", tmp_path / "alone", "--out", tmp_path / "sparse")
+    assert (code, (tmp_path / "sparse").exists()) == (0, True), errors
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "eval", "decompress", "quantise"])

@@ -39,6 +39,8 @@ def test_what_is_said() -> None:
     said = BAD.lines()
     assert said[0] == BAD.describe() and said[1].startswith("that is bad") and len(said) == 2 + len(BAD.advice())
     assert said[2].startswith("1. ") and said[-1].startswith(f"{len(BAD.advice())}. ")
+    foreign = dataclasses.replace(BAD, method="of_somebody_else").lines()
+    assert foreign == [BAD.describe(), "that is bad: more than +25%"]
     lost = dataclasses.replace(BAD, perplexity=1e300)
     assert lost.is_bad and "1e+300" in lost.describe()
 
@@ -52,6 +54,8 @@ def test_what_is_said() -> None:
         ("reconstruct", ["best-effort", "calibration text"]),
         ("maskllm", ["best-effort", "training text"]),
         ("adaptive_sparse", ["training text"]),
+        ("unknown", ["best-effort", "reconstruct"]),
+        ("of_somebody_else", []),
     ],
 )
 def test_what_to_try_next_depends_on_what_was_done(method: str, words: list[str]) -> None:

@@ -100,6 +100,35 @@ def test_what_is_no_text_is_refused_by_name(name: str, tmp_path: Path) -> None:
         texts(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "name", ["a.html", "a.HTM", "a.xml", "a.yaml", "a.yml.gz", "a.svg", "a.srt", "a.toml", "a.ipynb"]
+)
+def test_text_between_other_things_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(PACKERS[".gz" if name.endswith("gz") else ""](b"perfectly good text"))
+    with pytest.raises(DataError, match=r"text in \.\w+ files is not told from .*; write the text alone to a \.txt"):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.log", "a.rst", "a.py", "a.cpp", "a.tex", "a.sql"])
+def test_text_of_other_names_is_plain(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("x < y\n<p>\n", "utf-8")
+    assert texts(tmp_path / name) == ["x < y\n<p>\n"]
+
+
+@pytest.mark.parametrize("start", ["<!DOCTYPE html>", "\n <html lang='en'>", "<?xml version='1.0'?>"])
+def test_markup_under_another_name_is_not_read_as_text(
+    start: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("page", "page.php", "page.1"):
+        (tmp_path / name).write_text(f"{start}<p>a</p>", "utf-8")
+        with pytest.raises(DataError, match=rf"{name}: begins with markup; write the text alone .*, or name it \.txt"):
+            texts(tmp_path / name)
+    (tmp_path / "page.txt").write_text(f"{start}<p>a</p>", "utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert texts(tmp_path / "page.txt") == [f"{start}<p>a</p>"]
+    assert "begins with markup, and is read as plain text" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["a.npy.gz", "a.safetensors.zst", "a.jsonl.gz.gz"])
 def test_what_is_not_unpacked(name: str) -> None:
     with pytest.raises(DataError, match=r"inside of \.\w+ is not read; unpack it first"):

@@ -93,6 +93,7 @@ async def test_model_info() -> None:
     assert (quality.dense_perplexity, quality.perplexity, quality.kl_divergence) == (20.0, 50.0, 0.75)
     assert (quality.top1_agreement, quality.windows, quality.window_tokens) == (0.5, 16, 512)
     assert list(quality.texts) == ["a.txt"] and quality.bad
+    assert INFO.quality is not None and list(quality.advice) == INFO.quality.advice() != []
 
 
 async def failure(call) -> grpc.aio.AioRpcError:

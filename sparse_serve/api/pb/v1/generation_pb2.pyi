@@ -143,7 +143,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Quality(_message.Message):
-    __slots__ = ("dense_perplexity", "perplexity", "kl_divergence", "top1_agreement", "windows", "window_tokens", "texts", "bad")
+    __slots__ = ("dense_perplexity", "perplexity", "kl_divergence", "top1_agreement", "windows", "window_tokens", "texts", "bad", "advice")
     DENSE_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     KL_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Quality(_message.Message):
     WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     BAD_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
     dense_perplexity: float
     perplexity: float
     kl_divergence: float
@@ -160,7 +161,8 @@ class Quality(_message.Message):
     window_tokens: int
     texts: _containers.RepeatedScalarFieldContainer[str]
     bad: bool
-    def __init__(self, dense_perplexity: _Optional[float] = ..., perplexity: _Optional[float] = ..., kl_divergence: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., windows: _Optional[int] = ..., window_tokens: _Optional[int] = ..., texts: _Optional[_Iterable[str]] = ..., bad: _Optional[bool] = ...) -> None: ...
+    advice: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, dense_perplexity: _Optional[float] = ..., perplexity: _Optional[float] = ..., kl_divergence: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., windows: _Optional[int] = ..., window_tokens: _Optional[int] = ..., texts: _Optional[_Iterable[str]] = ..., bad: _Optional[bool] = ..., advice: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
     __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models", "quality")

@@ -16,6 +16,7 @@ MODEL ?=
 RECIPE ?= admm
 DATA ?=
 EVAL ?=
+POINTS ?=
 LABEL ?= demo
 ARGS ?=
 # Values of the recipe that `serve` changes, such as calibration.samples=128. The demo is calibrated on half the windows,
@@ -44,9 +45,9 @@ BIN := $(abspath $(VENV))/bin
 GPU_TRITON := 3.6.0
 # A GPU machine may have a Python with torch, and nothing that would have to be installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-export PYTHON MODEL RECIPE DATA EVAL CACHE DEMO BIN
+export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check compiled gpu quality proto architectures demo install clean
+.PHONY: help serve test quick check compiled gpu quality frontier proto architectures demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -103,6 +104,10 @@ gpu: ## on a machine with an NVIDIA GPU: test its kernels, time them [GPU_PYTHON
 quality: install $(if $(MODEL),,demo) ## the quality table, row by row, resumable: hours [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS=flags]
 	@"$$BIN/python" -m tests.bench.quality --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --train $${DATA:-"$$DEMO/calibration.txt"} \
 	  --eval $${EVAL:-"$$DEMO"/heldout/*.txt} --work "$$CACHE/quality/$(LABEL)" $(ARGS)
+
+frontier: install $(if $(MODEL),,demo) ## quality against bytes and speed: sparse checkpoints, dense int8 and int4 [POINTS="name=dir ..."] [MODEL=dir] [DATA="texts"] [EVAL="texts"] [LABEL=name] [ARGS="--speed --plot file.svg"]
+	@"$$BIN/python" -m tests.bench.frontier --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --points $$POINTS \
+	  --calibrate $${DATA:-"$$DEMO/calibration.txt"} --data $${EVAL:-"$$DEMO"/heldout/*.txt} --work "$$CACHE/frontier/$(LABEL)" $(ARGS)
 
 proto: install ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py

@@ -44,6 +44,8 @@ def test_field_numbers_never_change() -> None:
         for message in generation_pb2.DESCRIPTOR.message_types_by_name.values()
     }
     prompt = {"text": 1, "token_ids": 2, "sampling": 3, "model": 4}
+    quality = {"dense_perplexity": 1, "perplexity": 2, "kl_divergence": 3, "top1_agreement": 4, "windows": 5}
+    quality |= {"window_tokens": 6, "texts": 7, "bad": 8, "advice": 9}
     answer = {"text": 1, "token_ids": 2, "finish_reason": 3, "usage": 4, "logprobs": 5, "prompt_logprobs": 6}
     assert numbers == {
         "TokenIds": {"ids": 1},
@@ -84,17 +86,7 @@ def test_field_numbers_never_change() -> None:
             "models": 10,
             "quality": 11,
         },
-        "Quality": {
-            "dense_perplexity": 1,
-            "perplexity": 2,
-            "kl_divergence": 3,
-            "top1_agreement": 4,
-            "windows": 5,
-            "window_tokens": 6,
-            "texts": 7,
-            "bad": 8,
-            "advice": 9,
-        },
+        "Quality": quality,
     }
 
 

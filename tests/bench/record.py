@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def save(what: str, model: str, result: dict[str, Any]) -> Path:
     """Write `result` with commit, versions and hardware; returns the file."""
-    created = datetime.now(UTC)
     hardware = f"{platform.machine()}-{os.cpu_count()}core"
+    created, path = _unused_name(f"{what}--{model}--{hardware}")
     value = {
         "created": created.isoformat(timespec="seconds"),
         "commit": commit(),
@@ -29,10 +30,19 @@ def save(what: str, model: str, result: dict[str, Any]) -> Path:
         **result,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{what}--{model}--{hardware}--{created:%Y%m%d-%H%M%S}.json"
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
     return path
+
+
+def _unused_name(stem: str) -> tuple[datetime, Path]:
+    """A time, and a file named after its second, of which there is none yet; waits for the next second if need be."""
+    while True:
+        created = datetime.now(UTC)
+        path = RESULTS / f"{stem}--{created:%Y%m%d-%H%M%S}.json"
+        if not path.exists():
+            return created, path
+        time.sleep(0.1)
 
 
 def load(what: str, model: str) -> list[dict[str, Any]]:

@@ -1,0 +1,184 @@
+"""The frontier as Markdown and as a plot, from result files. See `tests.bench.frontier`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Results = Mapping[str, dict[str, Any]]
+"""Of every point, by its name."""
+
+_FAMILIES = {"dense": ("#222222", "*"), "peer": ("#1f77b4", "s"), "sparse": ("#d95f02", "o")}
+_TITLES = {"dense": "dense, 16 bits", "peer": "dense, integer weights", "sparse": "2:4"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: its bytes as shares of the dense model's, and its quality as means over texts.
+
+    `linear` counts the linear layers of the blocks, `total` everything. `ratio` is its perplexity by the dense model's,
+    a geometric mean.
+    """
+
+    name: str
+    family: str
+    linear: float
+    total: float
+    ratio: float
+    kl: float
+    agreement: float
+
+
+def points(results: Results) -> list[Point]:
+    """In the order given. The dense model, which has a KL divergence of 0, has to be among them."""
+    (dense,) = (result for result in results.values() if _family(result) == "dense")
+    return [
+        Point(
+            name,
+            _family(result),
+            result["linear_bytes"] / result["dense_linear_bytes"],
+            result["total_bytes"] / result["dense_total_bytes"],
+            statistics.geometric_mean(result["perplexity"][text] / dense["perplexity"][text] for text in result["kl"]),
+            statistics.mean(result["kl"].values()),
+            statistics.mean(result["agreement"].values()),
+        )
+        for name, result in results.items()
+    ]
+
+
+def _family(result: Mapping[str, Any]) -> str:
+    if "peer" in result:
+        return "peer"
+    return "dense" if all(value == 0 for value in result["kl"].values()) else "sparse"
+
+
+def is_best(point: Point, among: Sequence[Point]) -> bool:
+    """Whether none of the others has fewer bytes and a KL divergence that is no higher, or as many and a lower one."""
+    return not any(
+        (other.linear < point.linear and other.kl <= point.kl) or (other.linear <= point.linear and other.kl < point.kl)
+        for other in among
+    )
+
+
+def markdown(results: Results, speeds: Results) -> str:
+    """One line a point, from the most bytes to the fewest. A point that no other one beats in bytes and KL is bold."""
+    if not results:
+        return "nothing has been measured yet"
+    texts, clients = list(next(iter(results.values()))["perplexity"]), _clients(speeds)
+    headings = ["point", "bytes, linear layers", "bytes, model", *texts, "KL", "top-1"]
+    headings += [f"decode, {number} client{'s' if number > 1 else ''}" for number in clients]
+    lines = [f"| {' | '.join(headings)} |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    found = points(results)
+    for point in sorted(found, key=lambda point: -point.linear):
+        name = f"**{point.name}**" if is_best(point, found) else point.name
+        cells = [name, f"{point.linear:.3f}", f"{point.total:.3f}"]
+        cells += [f"{results[point.name]['perplexity'][text]:.1f}" for text in texts]
+        cells += [f"{point.kl:.4f}", f"{point.agreement:.1%}"]
+        cells += [_times(_speed(speeds[point.name], number)) if point.name in speeds else "" for number in clients]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def _clients(speeds: Results) -> list[int]:
+    return sorted({row["clients"] for result in speeds.values() for row in result["served"]["results"]})
+
+
+def _speed(result: Mapping[str, Any], clients: int) -> float:
+    """How many times faster than dense it decodes."""
+    rows = result["served"]["results"]
+    (found,) = (row for row in rows if (row["clients"], row["metric"]) == (clients, "decode_tokens_per_s"))
+    return float(found["ratio"])
+
+
+def plot(results: Results, speeds: Results, path: Path) -> None:
+    """Perplexity, KL divergence and agreement against bytes; and against decoding speed, where that was measured."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    found = points(results)
+    numbers = {point.name: number for number, point in enumerate(sorted(found, key=lambda one: -one.linear), 1)}
+    clients = _clients(speeds)
+    with rc_context({"svg.hashsalt": "frontier", "font.size": 9}):
+        figure = Figure(figsize=(13.5, 4.4 * (1 + len(clients)) + 0.3), layout="constrained")
+        grid = figure.subplots(1 + len(clients), 3, squeeze=False, sharex="row")
+        _row(grid[0], found, numbers, lambda point: point.linear, "bytes of the linear layers, by those of dense")
+        for axes, number in zip(grid[1:], clients, strict=True):
+            faster = {name: _speed(result, number) for name, result in speeds.items()}
+            faster |= {point.name: 1.0 for point in found if point.family == "dense"}
+            served = [point for point in found if point.name in faster]
+            label = f"decoding speed by that of dense, {number} client{'s' if number > 1 else ''}"
+            _row(axes, served, numbers, lambda point, faster=faster: faster[point.name], label)  # type: ignore[misc]
+        lines, names = grid[0][0].get_legend_handles_labels()
+        listed = "    ".join(f"{number} {name}" for name, number in numbers.items())
+        figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False)
+        figure.supxlabel(_wrapped(listed), fontsize=9, ha="left", x=0.02)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _wrapped(text: str, width: int = 150) -> str:
+    """Entries, four spaces apart, in lines of about `width` characters."""
+    lines = [""]
+    for entry in text.split("    "):
+        if len(lines[-1]) + len(entry) > width:
+            lines.append("")
+        lines[-1] += ("    " if lines[-1] else "") + entry
+    return "\n".join(lines)
+
+
+def _row(
+    row: Sequence[Axes],
+    found: Sequence[Point],
+    numbers: Mapping[str, int],
+    across: Callable[[Point], float],
+    label: str,
+) -> None:
+    """Three panels. KL divergence has a logarithmic axis, on which dense, with none, is not."""
+    _panel(row[0], found, numbers, across, lambda point: point.ratio, "perplexity by that of dense (1: as good)")
+    _panel(row[1], found, numbers, across, lambda point: point.kl, "KL divergence from dense, nats per token")
+    _panel(row[2], found, numbers, across, lambda point: 100 * point.agreement, "top-1 agreement with dense, %")
+    for axes in row:
+        axes.set_xlabel(label)
+
+
+def _panel(
+    axes: Axes,
+    found: Sequence[Point],
+    numbers: Mapping[str, int],
+    across: Callable[[Point], float],
+    up: Callable[[Point], float],
+    title: str,
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_title(title, loc="left", fontsize=9.5)
+    is_log = "agreement" not in title
+    for family, (colour, marker) in _FAMILIES.items():
+        mine = [point for point in found if point.family == family and (up(point) > 0 or not is_log)]
+        xs, ys = [across(point) for point in mine], [up(point) for point in mine]
+        axes.plot(xs, ys, marker, color=colour, markersize=8, alpha=0.85, label=_TITLES[family], markeredgewidth=0)
+        for point, x, y in zip(mine, xs, ys, strict=True):
+            axes.annotate(
+                str(numbers[point.name]), (x, y), xytext=(5, 4), textcoords="offset points", color=colour, fontsize=9
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log" if is_log else "linear")
+    axes.margins(0.12, 0.12)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis) if is_log else (axes.xaxis,):
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=20))
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, linewidth=0.4, alpha=0.6)
+    if not is_log:
+        axes.set_ylim(top=min(102.0, math.ceil(axes.get_ylim()[1])))

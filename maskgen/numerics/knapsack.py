@@ -1,4 +1,8 @@
-"""The knapsack problem: which things to take, for the greatest worth within a weight."""
+"""The knapsack problem: which things to take, for the greatest worth within a weight.
+
+By dynamic programming over whole weights: row by row, the greatest worth within each weight up to the room. (HiGHS, by
+way of scipy, finds the same, but writes messages of its own to standard output on the way.)
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,29 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+
+MOST_UNITS = 100_000
+"""The room is counted in at most so many units; finer weights are rounded up to whole units."""
 
 
 def knapsack(worth: Sequence[float], weight: Sequence[int], room: int) -> list[bool]:
-    """Whether to take each thing: the greatest sum of `worth` whose sum of `weight` is at most `room` (>= 0).
+    """Whether to take each thing: the greatest sum of `worth` whose sum of `weight` is at most `room`.
 
-    Things of no worth are left, and those of no weight taken if they are worth something; a weight below 0 makes room.
-    Solved exactly, as an integer program (HiGHS).
+    Things of no worth are left. A weight below 0 makes room. Exact, but for the rounding of weights to `MOST_UNITS`.
     """
-    if not worth:
-        return []
+    taken = [one < 0 for one in weight]  # to leave one of these is to take a thing of the opposite worth and weight
+    room -= sum(one for one in weight if one < 0)
+    gain = np.where(taken, -np.asarray(worth, dtype=np.float64), np.asarray(worth, dtype=np.float64))
     unit = math.gcd(*weight) or 1
-    weights, limit = [one // unit for one in weight], room // unit
-    found = milp(
-        -np.asarray(worth, dtype=np.float64),
-        integrality=np.ones(len(worth)),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(np.asarray([weights], dtype=np.float64), ub=limit),
-        options={"mip_rel_gap": 0.0},
-    )
-    taken = [bool(one > 0.5) for one in found.x]
-    assert sum(one for one, is_taken in zip(weights, taken, strict=True) if is_taken) <= limit
+    unit *= max(1, math.ceil(room // unit / MOST_UNITS))
+    units, limit = [-(-abs(one) // unit) for one in weight], room // unit
+    best, better = np.zeros(limit + 1), np.zeros((len(worth), limit + 1), dtype=bool)
+    for index, (one, size) in enumerate(zip(gain, units, strict=True)):
+        if one > 0 and size <= limit:
+            with_it = best[: limit + 1 - size] + one
+            better[index, size:] = with_it > best[size:]
+            best[size:] = np.maximum(best[size:], with_it)
+    for index in reversed(range(len(worth))):
+        if better[index, limit]:
+            taken[index], limit = not taken[index], limit - units[index]
     return taken

@@ -5,14 +5,15 @@ It may come from anywhere: its keys are these and no others, and numbers are fin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from maskgen.core.companions import ALLOCATION_FILE
 from maskgen.core.errors import FormatError, clip
 
-ALLOCATION_FILE = "maskgen_budget.json"
 _MAX_FILE_BYTES = 1 << 24
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +88,18 @@ class Allocation(_Record):
     def dense(self) -> frozenset[str]:
         """Names of the layers that the budget keeps dense."""
         return frozenset(name for layer in self.layers if layer.dense for name in layer.layers)
+
+    def stored_as(self, sizes: Mapping[str, int]) -> Allocation:
+        """The record of the same layers, when the sparse ones take other bytes: `sizes` by name."""
+        layers = [
+            layer
+            if layer.dense
+            else layer.model_copy(update={"sparse_bytes": sum(sizes.get(name, 0) for name in layer.layers)})
+            for layer in self.layers
+        ]
+        taken = sum(layer.dense_bytes if layer.dense else layer.sparse_bytes for layer in layers)
+        share = taken / sum(layer.dense_bytes for layer in layers)
+        return self.model_copy(update={"layers": tuple(layers), "bytes": share})
 
     def describe(self) -> str:
         """One line for people."""

@@ -18,6 +18,7 @@ from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
+from maskgen.export.allocation import Allocation, read_allocation, stored_allocation
 from maskgen.export.compress import CompressReport, stored_modules
 
 
@@ -37,7 +38,8 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
     config = replace(checkpoint.config, values=values)
     hf_config = sparse_hf_config(checkpoint.hf_config, config)
     sizes = {"dense": 0, "packed": 0}
-    with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), shard_bytes=shard_bytes) as writer:
+    extra = stored_allocation(_resized(checkpoint, values))
+    with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), extra, shard_bytes) as writer:
         for name, module in stored_modules(checkpoint):
             if module is None:
                 writer.add(name, checkpoint.tensor(name))
@@ -49,3 +51,12 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
             for suffix, tensor in layout.tensors(stored).items():
                 writer.add(module + suffix, tensor)
     return CompressReport(len(config.targets), sizes["dense"], sizes["packed"], writer.total_bytes)
+
+
+def _resized(checkpoint: SparseCheckpoint, values: str) -> Allocation | None:
+    """How a budget was spent on it, with the bytes that its layers take with `values`; None without a budget."""
+    allocation = read_allocation(checkpoint.path)
+    if allocation is None:
+        return None
+    sizes = {name: checkpoint.packed(name).quantised(values).nbytes for name in checkpoint.config.targets}
+    return allocation.stored_as(sizes)

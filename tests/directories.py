@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskgen.core.checkpoint import read_headers
-from maskgen.core.config import CorrectionConfig, SparseConfig
+from maskgen.core.config import SparseConfig
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_bytes, digest_weights
 from maskgen.core.errors import FormatError, SparseError
 from maskgen.core.files import open_tensors

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from maskgen.core.checkpoint import read_headers
-from maskgen.core.config import CorrectionConfig, SparseConfig
+from maskgen.core.config import SparseConfig
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import PruneRequest
+from maskgen.api.task import Task
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
 from maskgen.core.errors import DataError, NumericalError, RecipeError, RequestError
 from maskgen.core.quality import Quality
@@ -43,8 +43,8 @@ def check(request: PruneRequest, task: Task) -> None:
         )
     if task.start is not None:
         raise RecipeError(
-            f"`model` {request.model}: which layers of it are sparse is settled, so there is no budget to spend; start "
-            "from the dense model"
+            f"`{task.start.given_as}` {task.start.checkpoint.path}: which layers of it are sparse is settled, so there "
+            "is no budget to spend; start from the dense model"
         )
     if not request.data:
         raise DataError("a budget is measured on text; give it with `data`")

@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from maskgen.api import checks
-from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.pruning import load_checked
 from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
+from maskgen.api.task import Task, calibration, settled
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
@@ -74,8 +74,8 @@ def permute(request: PermuteRequest, progress: Listener = silent) -> PermuteResu
     recipe = checks.load_recipe(request)
     permute_module.score_method(recipe)
     with checks.new_output(request.out):
-        task = checks.settled(request, recipe, progress)
-        checks.calibration(request, task)
+        task = settled(request, recipe, progress)
+        calibration(request, task)
         request = with_own_text(request, task, progress)
         windows_ST, _, _ = read_text(request, task)
         weights = StoredModel.of(task.model_dir)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from maskgen.api import budgeting, checks
-from maskgen.api.checks import Task
+from maskgen.api import task as tasks
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.heldout import NO_TEXT, measure_dense, measure_pruned
 from maskgen.api.requests import LearnRequest, PruneRequest
+from maskgen.api.task import Task
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
@@ -161,7 +162,7 @@ def _settled(request: PruneRequest, recipe: Recipe, progress: Listener) -> Task 
     cleaning_up = request.out.exists() and is_left_over(work) and not request.keep_work
     if not cleaning_up:
         checks.absent(request.out, request.masks_out)
-    task = checks.settled(request, recipe, progress)
+    task = tasks.settled(request, recipe, progress)
     budgeting.check(request, task)
     return _clean_up(request, task.recipe) if cleaning_up else task
 
@@ -181,7 +182,7 @@ def _clean_up(request: PruneRequest, recipe: Recipe) -> AlreadyFinished:
 
 
 def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult:
-    task = checks.one_shot(request, task)
+    task = tasks.one_shot(request, task)
     request = with_own_text(request, task, progress)
     recipe = task.recipe
     weights = StoredModel.of(task.model_dir)
@@ -211,7 +212,7 @@ def _prune(request: PruneRequest, task: Task, progress: Listener) -> PruneResult
 
 
 def _learn(request: LearnRequest, task: Task, began_s: float, progress: Listener) -> LearnResult | None:
-    task = checks.learned(request, task)
+    task = tasks.learned(request, task)
     request = with_own_text(request, task, progress)
     job = Job(
         recipe=task.recipe,
@@ -266,14 +267,16 @@ def _sweep(
     """
     recipe, device = task.recipe, task.device
     masks, digest = (None, None) if task.prior is None else (task.prior.mask, task.prior.digest())
-    start, weights = task.prior_weights, None
+    start, weights, sparse = task.prior_weights, None, None if task.start is None else task.start.checkpoint
     if start is not None:
         digest, weights = digest_weights(start.path), lambda name: start.packed(name).unpack()
+    if sparse is not None:
+        digest = digest_weights(sparse.path)
     progress(Stage("loading"))
     loaded, plan = load_checked(task)
     before = measure_dense(loaded, plan.blocks, text, device, progress)
     report, work = sweep(
-        loaded, plan, recipe, windows_ST, folder, base_digest, device, progress, masks, digest, weights
+        loaded, plan, recipe, windows_ST, folder, base_digest, device, progress, masks, digest, weights, sparse
     )
     quality = measure_pruned(loaded, before, recipe.method.name, str(recipe.pattern), device, progress)
     return report, work, quality

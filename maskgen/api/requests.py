@@ -86,7 +86,6 @@ class _FromRecipe(Request):
     """
 
     recipe: str
-    model: _Model
     out: Path
     data: _Files = ()
     bos: bool | None = None
@@ -96,7 +95,9 @@ class _FromRecipe(Request):
 
 class PruneRequest(_FromRecipe):
     """A one-shot run. `prior` are masks to start from: a mask file, or a sparse checkpoint of the same model, of which
-    a method that trains blocks, and one with weights = "prior", takes the weights, too.
+    a method that trains blocks, one that adds a correction, and one with weights = "prior" takes the weights, too. With
+    such a checkpoint `model` may be left out: the dense model is then looked for under the name that the checkpoint
+    states, beside the checkpoint and among hub ids.
 
     One of three may be a budget, in place of the recipe's; layers whose sparsity costs most then stay dense, as far as
     that goes. `bytes` is the most that prunable weights may take, as a share of what they take dense. `speedup` is how
@@ -109,6 +110,7 @@ class PruneRequest(_FromRecipe):
     a stopped run continues, is kept after success.
     """
 
+    model: _Model | None = None
     prior: Path | None = None
     bytes: Annotated[float, Field(gt=0, lt=1)] | None = None
     speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
@@ -122,8 +124,8 @@ class PruneRequest(_FromRecipe):
 class LearnRequest(PruneRequest):
     """A run of a learned method. But for `teacher` and `minutes`, the fields change how it goes, never what comes out.
 
-    Methods that train weights go on from a sparse checkpoint, too, given as `model`: from its weights and its masks,
-    while the dense model that it was made from stays the teacher of a distillation and the base of the result.
+    Methods that train weights, or add a correction, go on from a sparse checkpoint, too, given as `model`: from its
+    weights and its masks, while the dense model that it was made from stays the teacher and the base of the result.
     `teacher` is that dense model; without it, it is looked for under the name that the checkpoint states, beside the
     checkpoint and among hub ids. Its digest must be the one that the checkpoint states.
 
@@ -153,6 +155,8 @@ TRAINING_FIELDS = tuple(name for name in LearnRequest.model_fields if name not i
 
 class PermuteRequest(_FromRecipe):
     """Reorder a dense model's hidden neurons by the scores of `recipe`: "ria", "wanda" or "magnitude"."""
+
+    model: _Model
 
 
 class CompressRequest(Request):

@@ -7,10 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from maskgen.api.checks import Task
 from maskgen.api.events import Listener, Stage
 from maskgen.api.heldout import NO_TEXT, SHORT_TEXT
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
+from maskgen.api.task import Task
 from maskgen.data import own, tokens
 from maskgen.data.bos import Bos
 from maskgen.data.heldout import WINDOWS, HeldOut

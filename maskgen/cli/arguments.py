@@ -53,7 +53,8 @@ def _add_run(verbs: Verbs) -> None:
         parser,
         "best-effort (the best there is: ADMM, then training with the dense model as teacher) or another shipped "
         "recipe, such as admm, sparsegpt, wanda, magnitude, maskllm (a wrong name lists them all)",
-        "; to train weights (best-effort, adaptive_sparse, dense_control) also a sparse checkpoint to go on from",
+        "; to train weights (best-effort, adaptive_sparse, dense_control) or correct them (eora) also a sparse "
+        "checkpoint to go on from (default: what a sparse --prior says it was made from, beside it or on the hub)",
     )
     parser.add_argument(
         "--bytes",
@@ -100,7 +101,7 @@ def _add_inputs(parser: argparse.ArgumentParser, recipes: str, also: str = "") -
     parser.add_argument("recipe", help=f"{recipes}, or the path of a .toml file")
     parser.add_argument(
         "--model",
-        required=True,
+        required=not also,
         help=f"dense model: a Hugging Face directory, a hub id (org/name) or a GGUF file{also}",
     )
     parser.add_argument(

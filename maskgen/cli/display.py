@@ -163,8 +163,9 @@ def print_run(result: PruneResult | LearnResult | AlreadyFinished) -> None:
 
 
 def _print_sweep(report: SweepReport, peak_bytes: int) -> None:
+    did = "added a correction to" if report.corrects else "pruned"
     say(
-        f"pruned {len(report.targets)} layers, {report.million_weights:,.1f} M weights, in {report.total_s:.1f} s "
+        f"{did} {len(report.targets)} layers, {report.million_weights:,.1f} M weights, in {report.total_s:.1f} s "
         f"({report.s_per_million_weights:.2f} s per M), peak memory {megabytes(peak_bytes)}"
     )
     if report.resumed_blocks:
@@ -257,5 +258,6 @@ def print_inspect(report: InspectReport) -> None:
     if report.allocation is not None:
         say(f"  {report.allocation.describe()}")
     correction_bytes = sum(layer.correction_bytes for layer in report.layers)
-    if correction_bytes:
-        say(f"  {megabytes(correction_bytes)} of what is stored are corrections")
+    if report.correction is not None:
+        form = ", ".join(f"{key} {value}" for key, value in report.correction.items())
+        say(f"  {megabytes(correction_bytes)} of what is stored are corrections: {form}")

@@ -18,12 +18,14 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="MASKS",
         help="start from these masks (a file from --masks-out, or a sparse checkpoint of the same model, of which "
-        "best-effort and reconstruct take the weights, too) in place of the recipe's [prior] (default: the recipe's)",
+        "best-effort, reconstruct and eora take the weights, too) in place of the recipe's [prior] (default: the "
+        "recipe's)",
     )
     group.add_argument(
         "--teacher",
         metavar="DENSE",
-        help="the dense model that a sparse --model was made from (default: as it says, beside it or on the hub)",
+        help="the dense model that a sparse --model or --prior was made from (default: as it says, beside it or on the "
+        "hub)",
     )
     group.add_argument(
         "--minutes",

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from maskgen.core.correction import CorrectionConfig, read_correction
 from maskgen.core.digest import check_digest
 from maskgen.core.errors import FormatError, clip
+from maskgen.core.files import check_keys
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, KINDS
 
@@ -46,61 +48,6 @@ _KEYS = (
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")
 _MAX_MODULES = 1 << 20
 _MAX_LABEL_CHARS = 256
-_MAX_SEGMENT = 1 << 20
-POOLED = "pooled"
-FIXED, TRAINED = "fixed", "trained"
-
-
-@dataclass(frozen=True)
-class CorrectionConfig:
-    """The form of the correction y += S (X x) that every target has (SLoRB).
-
-    S is `[O, I / segment]`. With `pool` "fixed", X adds up `segment` consecutive inputs each and is not stored; with
-    "trained", X is a stored matrix `[I / segment, I]`.
-    """
-
-    segment: int
-    pool: str
-
-    def __post_init__(self) -> None:
-        if type(self.segment) is not int or not 1 <= self.segment <= _MAX_SEGMENT:
-            raise FormatError(
-                f"{CONFIG_KEY}: correction.segment {clip(self.segment)}, expected a whole number from 1 to "
-                f"{_MAX_SEGMENT}"
-            )
-        if self.pool not in (FIXED, TRAINED):
-            raise FormatError(f"{CONFIG_KEY}: correction.pool {clip(self.pool)}, expected {FIXED!r} or {TRAINED!r}")
-
-    @property
-    def trained(self) -> bool:
-        """Whether X is stored."""
-        return self.pool == TRAINED
-
-    def shapes(self, out_features: int, in_features: int, name: str) -> tuple[list[int], list[int] | None]:
-        """Shapes of S and of a stored X for a weight `[O, I]`; `FormatError` if its inputs are no whole segments."""
-        if in_features % self.segment:
-            raise FormatError(
-                f"{name}: {in_features} input features are no multiple of the correction's segment of {self.segment}"
-            )
-        columns = in_features // self.segment
-        return [out_features, columns], [columns, in_features] if self.trained else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object in the manifest."""
-        return {"kind": POOLED, "segment": self.segment, "pool": self.pool}
-
-    @classmethod
-    def from_dict(cls, value: Any) -> CorrectionConfig | None:
-        """Read the JSON object or null; `FormatError` on anything else."""
-        if value is None:
-            return None
-        where = f"{CONFIG_KEY}: correction"
-        if not isinstance(value, dict):
-            raise FormatError(f"{where} {clip(value)}, expected an object or null")
-        _check_keys(value, ("kind", "segment", "pool"), where)
-        if value["kind"] != POOLED:
-            raise FormatError(f"{where}.kind {clip(value['kind'])}, expected {POOLED!r}")
-        return cls(value["segment"], value["pool"])
 
 
 @dataclass(frozen=True)
@@ -169,11 +116,11 @@ class SparseConfig:
                 f"{CONFIG_KEY}: format_version {clip(version)}, this release reads {FORMAT_VERSION}; upgrade "
                 "sparse-serve or write the checkpoint again"
             )
-        _check_keys(value, _KEYS, CONFIG_KEY)
+        check_keys(value, _KEYS, CONFIG_KEY)
         base = value["base_model"]
         if not isinstance(base, dict):
             raise FormatError(f"{CONFIG_KEY}: base_model {clip(base)}, expected an object")
-        _check_keys(base, ("name", "digest"), f"{CONFIG_KEY}: base_model")
+        check_keys(base, ("name", "digest"), f"{CONFIG_KEY}: base_model")
         for name in ("targets", "ignored"):
             if not isinstance(value[name], list):
                 raise FormatError(f"{CONFIG_KEY}: {name} is a {type(value[name]).__name__}, expected a list of names")
@@ -186,7 +133,7 @@ class SparseConfig:
             base_model=base["name"],
             base_digest=base["digest"],
             values=value["values"],
-            correction=CorrectionConfig.from_dict(value["correction"]),
+            correction=read_correction(value["correction"]),
         )
 
 
@@ -208,15 +155,6 @@ def check_module_name(name: Any, where: str) -> None:
     """Raise `FormatError` unless `name` is a dotted name such as `model.layers.0.mlp.up_proj`."""
     if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
         raise FormatError(f"{where} holds {clip(name)}, which is not a dotted module name")
-
-
-def _check_keys(value: dict[str, Any], expected: tuple[str, ...], where: str) -> None:
-    unknown, missing = sorted(set(value) - set(expected)), sorted(set(expected) - set(value))
-    if unknown or missing:
-        raise FormatError(
-            f"{where}: unknown keys {clip(unknown)}, missing keys {missing}; format version {FORMAT_VERSION} has "
-            f"exactly {list(expected)}"
-        )
 
 
 def _check_modules(names: tuple[str, ...], key: str, least: int) -> None:

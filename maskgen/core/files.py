@@ -97,6 +97,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return _parse_json(_read_bounded(file, path.stat().st_size, path), path)
 
 
+def check_keys(value: Mapping[str, Any], expected: tuple[str, ...], where: str) -> None:
+    """`FormatError` unless a JSON object has exactly the `expected` keys."""
+    unknown, missing = sorted(set(value) - set(expected)), sorted(set(expected) - set(value))
+    if unknown or missing:
+        raise FormatError(
+            f"{where}: unknown keys {clip(unknown)}, missing keys {missing}; expected exactly {list(expected)}"
+        )
+
+
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file for lazy reading; every failure to parse it is a `FormatError` with the path."""

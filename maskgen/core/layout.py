@@ -2,7 +2,7 @@
 
     T.values   T.bitmask                    always
     T.scale                                 if the values are 8-bit codes
-    T.correction_out   T.correction_pool    if there is a correction y += S (X x); the second if X was trained
+    T.correction_out   T.correction_pool    if there is a correction y += S (X x); the second if X is stored
 
 All targets of a checkpoint store the same kinds of tensors; the manifest says which.
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskgen.core.config import CONFIG_KEY, FIXED, TRAINED, CorrectionConfig, SparseConfig
+from maskgen.core.config import CONFIG_KEY, SparseConfig
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer, check_shapes
+from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, FP8, INT8
 
 WEIGHT_SUFFIX = ".weight"
@@ -33,6 +35,15 @@ _EVERY_SUFFIX = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX, OUT_SUFFIX, POOL_S
 
 
 @dataclass(frozen=True)
+class LayerForm:
+    """What is stored of every target layer: `values` is `float`, `int8` or `fp8_e4m3`, `correction` None for none."""
+
+    pattern: NMPattern
+    values: str = FLOAT
+    correction: CorrectionConfig | None = None
+
+
+@dataclass(frozen=True)
 class TensorHeader:
     """Where a tensor is and what it is, known without reading it. `dtype` is the safetensors name, such as `BF16`."""
 
@@ -41,21 +52,14 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
-def suffixes(config: SparseConfig) -> tuple[str, ...]:
+def suffixes(config: SparseConfig | LayerForm) -> tuple[str, ...]:
     """Suffixes of the tensors that every target has, in the order they are written."""
     names = [VALUES_SUFFIX, BITMASK_SUFFIX]
     if config.values != FLOAT:
         names.append(SCALE_SUFFIX)
     if config.correction is not None:
-        names += [OUT_SUFFIX, POOL_SUFFIX] if config.correction.trained else [OUT_SUFFIX]
+        names += [OUT_SUFFIX, POOL_SUFFIX] if config.correction.stores_pool else [OUT_SUFFIX]
     return tuple(names)
-
-
-def form_of(correction: Correction | None, in_features: int) -> CorrectionConfig | None:
-    """The form of `correction`, of a layer with `in_features` inputs, as the manifest states it; None without one."""
-    if correction is None:
-        return None
-    return CorrectionConfig(in_features // correction.out.shape[1], FIXED if correction.pool is None else TRAINED)
 
 
 def tensors(layer: StoredLayer) -> dict[str, Tensor]:
@@ -71,7 +75,7 @@ def tensors(layer: StoredLayer) -> dict[str, Tensor]:
     return {suffix: tensor for suffix, tensor in tensor_of.items() if tensor is not None}
 
 
-def read_layer(read: Callable[[str], Tensor], config: SparseConfig) -> StoredLayer:
+def read_layer(read: Callable[[str], Tensor], config: SparseConfig | LayerForm) -> StoredLayer:
     """Make a layer from its tensors; `read` is called with each suffix that `config` implies and returns that
     tensor."""
     stored = {suffix: read(suffix) for suffix in suffixes(config)}

@@ -125,7 +125,7 @@ class Correction:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of S and, where it is trained, X."""
+        """Bytes of S and, where it is stored, X."""
         return self.out.nbytes + (0 if self.pool is None else self.pool.nbytes)
 
     @property

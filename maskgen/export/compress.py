@@ -31,7 +31,8 @@ from maskgen.core.checkpoint import (
     read_headers,
 )
 from maskgen.core.companions import check_companions, companion_files
-from maskgen.core.config import CorrectionConfig, SparseConfig, dense_hf_config, sparse_hf_config
+from maskgen.core.config import SparseConfig, dense_hf_config, sparse_hf_config
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import FormatError, ModelError, NumericalError, clip
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
@@ -107,11 +108,12 @@ def compress(
 ) -> CompressReport:
     """Write `out_dir`: every tensor of `model_dir`, with the weights of `config.targets` replaced by `pack`'s result.
 
-    `pack` returns float values of the weight's own dtype; `config.values` says whether they are quantised here, and
-    `config.correction` which correction comes with every layer. `others` replaces tensors that belong to no target
-    (norms and embeddings that were trained too), by name, of the same shape, cast to the stored dtype. `extra` maps
-    names of further JSON files to their values (the resolved recipe). Raises `ModelError` for targets and others that
-    are not in the model, `OutputExistsError`, and whatever `pack` raises; then nothing is left behind.
+    `pack` returns float values of the weight's own dtype, which are quantised here if `config.values` says so, or codes
+    of that kind; `config.correction` is the form of the correction that comes with every layer. `others` replaces
+    tensors that belong to no target (norms and embeddings that were trained too), by name, of the same shape, cast to
+    the stored dtype. `extra` maps names of further JSON files to their values (the resolved recipe). Raises
+    `ModelError` for targets and others that are not in the model, `OutputExistsError`, and whatever `pack` raises; then
+    nothing is left behind.
     """
     reserved = layout.suffixes(config)
     hf_config, headers = check_source(model_dir, config.pattern, config.targets, config.ignored, reserved)
@@ -235,7 +237,8 @@ def _check_others(
 def _stored(module: str, weight_OI: Tensor, layer: StoredLayer, config: SparseConfig) -> StoredLayer:
     """The layer as it is written: checked against the weight it replaces and the manifest, and quantised."""
     packed = layer.packed
-    if packed.shape != tuple(weight_OI.shape) or packed.values.dtype != weight_OI.dtype:
+    is_coded = packed.kind == config.values != FLOAT
+    if packed.shape != tuple(weight_OI.shape) or not (is_coded or packed.values.dtype == weight_OI.dtype):
         raise ModelError(
             f"{module}: packed weight {packed.values.dtype} {packed.shape} replaces a weight {weight_OI.dtype} "
             f"{tuple(weight_OI.shape)}; dtype and shape must not change"

@@ -8,7 +8,7 @@ Legend: O = out features, I = in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class InspectReport:
     `pattern` is what layers are compared with. `kept` says what of the decoder blocks of a sparse checkpoint is dense,
     experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then `values` how packed
     weights are stored: `float`, `int8` or `fp8_e4m3`. `quality` is what was measured when the model was made, if that
-    is known, and `allocation` how a budget was spent.
+    is known, and `allocation` how a budget was spent. `correction` is the form of the corrections as the manifest
+    states it, None without any.
     """
 
     path: str
@@ -64,6 +65,7 @@ class InspectReport:
     kept: list[KeptDense] = field(default_factory=list)
     quality: Quality | None = None
     allocation: Allocation | None = None
+    correction: Mapping[str, Any] | None = None
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -113,9 +115,10 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
     allocation = read_allocation(checkpoint.path)
     kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), dense_layers(allocation))
-    quality, values = read_quality(checkpoint.path), checkpoint.config.values
+    quality, values, form = read_quality(checkpoint.path), checkpoint.config.values, checkpoint.config.correction
+    correction = None if form is None else form.to_dict()
     return InspectReport(
-        str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation
+        str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation, correction
     )
 
 

@@ -94,8 +94,8 @@ def forward(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch
 def upcast(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Hold a block in float32 on `device`; on exit its tensors return to their own dtypes and device.
 
-    Parameters may be replaced meanwhile, by values that their own dtype represents exactly. They are written back to
-    their old storage: that may be a mapped file, whose pages would otherwise stay in memory beside the new tensors.
+    Parameters may be replaced meanwhile; they end up rounded to their own dtype. They are written back to their old
+    storage: that may be a mapped file, whose pages would otherwise stay in memory beside the new tensors.
     """
     tensors = dict([*block.named_parameters(), *block.named_buffers()])
     originals = {name: tensor.data for name, tensor in tensors.items()}

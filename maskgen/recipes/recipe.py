@@ -58,6 +58,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method, create
 from maskgen.methods.blockwise import BlockMethod
+from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.sections import Budget, Strict, Training, asking
 
@@ -136,11 +137,9 @@ class Recipe(Strict):
     def _check(self) -> Recipe:
         method = self.build_method()
         method.check_pattern(self.pattern)
-        for section, given, kinds in (
-            ("prior", self.prior, LocalMethod),
-            ("train", self.train, LocalMethod | BlockMethod),
-        ):
-            if isinstance(method, kinds) and given is not None:
+        if not isinstance(method, LearnedMethod):
+            given = {"prior": None if isinstance(method, BlockMethod) else self.prior, "train": self.train}
+            for section in (name for name, value in given.items() if value is not None):
                 raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
         if self.prior is not None:
             prior = self.prior.build()
@@ -166,7 +165,7 @@ class Recipe(Strict):
         return self.model_copy(update=changes)
 
     def build_method(self) -> Method:
-        """The method, ready to use: a `LocalMethod`, a `BlockMethod` or a `LearnedMethod`."""
+        """The method, ready to use: a `LocalMethod`, a `BlockMethod`, a `CorrectionMethod` or a `LearnedMethod`."""
         return self.method.build()
 
     def block_method(self) -> BlockMethod | None:
@@ -182,7 +181,8 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Whether a sweep with this recipe runs the model on text."""
-        return self.block_method() is not None or self.local_method().needs_data
+        method = self.build_method()
+        return isinstance(method, BlockMethod | CorrectionMethod) or self.local_method().needs_data
 
     def local_method(self) -> LocalMethod:
         """The method that prunes one layer at a time: the recipe's, or that of its [prior] if each block is trained
@@ -196,7 +196,7 @@ class Recipe(Strict):
                 )
             method = self.prior.build()
         if not isinstance(method, LocalMethod):
-            raise RecipeError(f"method.name: {self.method.name} is learned; expected a one-shot method")
+            raise RecipeError(f"method.name: {self.method.name} does not prune layer by layer; expected one that does")
         return method
 
     def prior_recipe(self) -> Recipe | None:

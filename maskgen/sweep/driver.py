@@ -9,7 +9,8 @@ So the inputs of a block carry the errors that pruning the blocks before it real
 float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
 block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
 v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A `BlockMethod`
-trains each block once it is pruned (`reconstruct`); the activations of the dense model are then held, too.
+trains each block once it is pruned (`reconstruct`); the activations of the dense model are then held, too. For a
+`CorrectionMethod` the layers are those of a sparse checkpoint, and what is solved is the correction beside each.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
 and ends with the same bits as an uninterrupted one.
@@ -23,23 +24,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_json
-from maskgen.core.errors import DataError, NumericalError, PatternError
-from maskgen.core.packed import PackedTensor
-from maskgen.core.pattern import NMPattern
+from maskgen.core.layout import LayerForm
+from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.data.tokens import digest_tokens
 from maskgen.hf import blocks
 from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
 from maskgen.methods.blockwise import BlockMethod
+from maskgen.methods.correction import CorrectionMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.observe import advance, observe
+from maskgen.sweep.layers import check_prior, correct_layer, solve_layer
+from maskgen.sweep.observe import InputStatistics, advance, observe
 from maskgen.sweep.reconstruct import Fitted, Teacher, Training
 from maskgen.sweep.workdir import WorkDir
 
@@ -66,7 +68,7 @@ class SweepReport:
     `targets` are the pruned layers by module name, `ignored` maps those that stay dense to the reason. `solve_s` has
     the seconds spent on each layer solved in this process. `million_weights` counts the weights of the targets.
     `resumed_blocks` were finished by an earlier process. `fitted` are the losses of each block that was trained, those
-    of earlier processes included, by its number.
+    of earlier processes included, by its number. With `corrects`, the targets were sparse before and got a correction.
     """
 
     targets: tuple[str, ...]
@@ -77,6 +79,7 @@ class SweepReport:
     peak_rss_bytes: int
     resumed_blocks: int
     fitted: Mapping[int, Fitted] = field(default_factory=dict)
+    corrects: bool = False
 
     @property
     def s_per_million_weights(self) -> float:
@@ -109,6 +112,7 @@ def sweep(
     prior: Callable[[str], Tensor] | None = None,
     prior_digest: str | None = None,
     prior_weight: Callable[[str], Tensor] | None = None,
+    sparse: SparseCheckpoint | None = None,
 ) -> tuple[SweepReport, WorkDir]:
     """Prune the layers that `todo` plans of `model` (on the CPU) in place; packed, they are in the returned `WorkDir`.
 
@@ -116,21 +120,27 @@ def sweep(
     weights `model` was loaded from. `prior` gives the mask `[O, I]` to start from by layer name (`KeyError` where there
     is none), and `prior_digest` says which masks these are; both are for methods with `uses_prior`, and for no other.
     Methods that train a block take them in place of what the recipe's [prior] would make, and with `prior_weight` its
-    weights too, where the mask keeps them. Raises `ModelError`, `DataError`, `NumericalError` (naming the layer or
-    block), and `OutputExistsError` when `work_dir` belongs to another run.
+    weights too, where the mask keeps them. A `CorrectionMethod` adds to the checkpoint `sparse`, whose layers stay as
+    they are; `prior_digest` says which one that is. Raises `ModelError`, `DataError`, `NumericalError` (naming the
+    layer or block), and `OutputExistsError` when `work_dir` belongs to another run.
     """
-    fits = recipe.block_method()
-    method = None if fits is not None and prior is not None else recipe.local_method()
+    fits, built = recipe.block_method(), recipe.build_method()
+    adds = built if isinstance(built, CorrectionMethod) else None
+    method = None if adds is not None or (fits is not None and prior is not None) else recipe.local_method()
     assert windows is not None or not recipe.needs_data
     assert method is None or (prior is not None) == method.uses_prior
+    assert (adds is None) == (sparse is None)
     data = windows if recipe.needs_data else None
     if prior is not None:
         check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
-    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), recipe.pattern)
+    form = LayerForm(recipe.pattern)
+    if adds is not None and sparse is not None:
+        form = LayerForm(recipe.pattern, sparse.config.values, adds.correction)
+    work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), form)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
     run = _Sweep(
-        method, fits, recipe.calibration.seed, todo, work, torch.device(device), progress, max(unfinished, default=-1),
-        prior, prior_weight,
+        method, fits, adds, recipe.calibration.seed, todo, work, torch.device(device), progress,
+        max(unfinished, default=-1), prior, prior_weight, sparse,
     )  # fmt: skip
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
@@ -147,6 +157,7 @@ def sweep(
         peak_rss_bytes=peak_rss_bytes(),
         resumed_blocks=run.resumed_blocks,
         fitted=run.fitted,
+        corrects=adds is not None,
     )
     return report, work
 
@@ -157,6 +168,7 @@ class _Sweep:
 
     method: LocalMethod | None
     fits: BlockMethod | None
+    adds: CorrectionMethod | None
     seed: int
     plan: Plan
     work: WorkDir
@@ -165,6 +177,7 @@ class _Sweep:
     last_to_solve: int
     prior: Callable[[str], Tensor] | None = None
     prior_weight: Callable[[str], Tensor] | None = None
+    sparse: SparseCheckpoint | None = None
     recording: blocks.Recording | None = None
     teacher: Teacher | None = None
     solve_s: dict[str, float] = field(default_factory=dict)
@@ -199,91 +212,64 @@ class _Sweep:
                 self.teacher.advance()
         self._report(index, "block done")
 
-    def _put(self, index: int, layers: Mapping[str, PackedTensor]) -> None:
-        for name, packed in layers.items():
+    def _put(self, index: int, layers: Mapping[str, StoredLayer]) -> None:
+        for name, layer in layers.items():
             linear = self.plan.targets[index][name]
-            linear.weight.data = packed.unpack().to(self.device, blocks.COMPUTE_DTYPE)
+            linear.weight.data = layer.dense(blocks.COMPUTE_DTYPE).to(self.device)
 
-    def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, PackedTensor]:
-        targets = self.plan.targets[index]
-        inputs = None
-        if self.recording is not None and targets and self.method is not None and self.method.needs_data:
-            inputs = observe(self.method, targets, self.plan.blocks[index], index, self.recording, self.device)
-            self._report(index, "calibration inputs")
+    def _observe(self, index: int) -> InputStatistics | None:
+        """Statistics of the inputs of the block's layers, dense as yet, if the method wants any."""
+        targets, method = self.plan.targets[index], self.method if self.adds is None else self.adds
+        if self.recording is None or not targets or method is None:
+            return None
+        if isinstance(method, LocalMethod) and not method.needs_data:
+            return None
+        inputs = observe(method, targets, self.plan.blocks[index], index, self.recording, self.device)
+        self._report(index, "calibration inputs")
+        return inputs
+
+    def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredLayer]:
+        targets, inputs = self.plan.targets[index], self._observe(index)
         layers = {}
         for name, linear in targets.items():
             started_s = time.perf_counter()
             stats = None if inputs is None else inputs.take(name)
             prior_OI = None if self.prior is None else self.prior(name).to(self.device)
-            pattern, dtype = self.work.pattern, dtypes[name]
-            if self.method is None:
+            pattern, dtype = self.work.form.pattern, dtypes[name]
+            if self.adds is not None:
+                assert self.sparse is not None
+                layers[name] = correct_layer(self.adds, linear.weight, self.sparse.packed(name), stats, dtype, name)
+            elif self.method is None:
                 assert prior_OI is not None
                 weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
-                layers[name] = PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name)
+                packed = PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name)
+                layers[name] = StoredLayer(packed)
             else:
-                layers[name] = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
+                packed = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
+                layers[name] = StoredLayer(packed)
             self.solve_s[name] = time.perf_counter() - started_s
             self._report(index, name)
         return layers
 
     def _fit(
-        self, index: int, layers: Mapping[str, PackedTensor], dtypes: Mapping[str, torch.dtype]
-    ) -> tuple[dict[str, PackedTensor], Fitted]:
+        self, index: int, layers: Mapping[str, StoredLayer], dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, StoredLayer], Fitted]:
         """Train the block that `layers` were put into; its layers as they are then."""
         assert self.fits is not None and self.recording is not None and self.teacher is not None
         targets = self.plan.targets[index]
-        masks = {name: packed.mask() for name, packed in layers.items()}
+        masks = {name: layer.packed.mask() for name, layer in layers.items()}
         training = Training(
             self.fits, self.plan.blocks[index], index, targets, masks, dtypes, self.recording, self.teacher, self.device
         )
         fitted = training.run(self.seed, lambda what: self._report(index, what))
         self._report(index, f"reconstruction, loss {fitted.before:.4g} -> {fitted.after:.4g}")
         packed = {
-            name: PackedTensor.pack(linear.weight.to("cpu", dtypes[name]), masks[name], self.work.pattern, name)
+            name: PackedTensor.pack(linear.weight.to("cpu", dtypes[name]), masks[name], self.work.form.pattern, name)
             for name, linear in targets.items()
         }
-        return packed, fitted
+        return {name: StoredLayer(weight) for name, weight in packed.items()}, fitted
 
     def _report(self, block: int, what: str) -> None:
         if self.progress is not None:
             elapsed_s = time.perf_counter() - self.started_s
             self.progress(Progress(block, len(self.plan.blocks), what, elapsed_s, peak_rss_bytes()))
-
-
-def solve_layer(
-    method: LocalMethod,
-    weight_OI: Tensor,
-    stats: Any,
-    pattern: NMPattern,
-    dtype: torch.dtype,
-    name: str,
-    prior_OI: Tensor | None = None,
-) -> PackedTensor:
-    """Solve one float32 weight, round the result to `dtype` and pack it (on the CPU).
-
-    Weights the method did not change come out bit for bit as they were. Raises `NumericalError` naming the layer.
-    """
-    blocks.check_finite(weight_OI, f"{name}: weight")
-    try:
-        solution = method.solve(weight_OI, stats, pattern, prior_OI)
-    except (PatternError, NumericalError) as error:
-        raise NumericalError(f"{name}: {error}") from error
-    solved_OI = weight_OI if solution.weight is None else solution.weight
-    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
-
-
-def check_prior(prior: Callable[[str], Tensor], layers: Mapping[str, nn.Linear], pattern: NMPattern) -> None:
-    """`DataError` unless there is a mask of this pattern and of the right shape for every one of `layers`."""
-    for name, linear in layers.items():
-        try:
-            mask_OI = prior(name)
-            if mask_OI.shape != linear.weight.shape:
-                raise DataError(
-                    f"prior mask of {name}: shape {tuple(mask_OI.shape)}, the layer has {tuple(linear.weight.shape)}; "
-                    "these masks are of another model"
-                )
-            pattern.check_mask(mask_OI, f"prior mask of {name}")
-        except KeyError:
-            raise DataError(f"the prior has no mask for {name}; keep this layer dense with ignore") from None
-        except PatternError as error:
-            raise DataError(str(error)) from None

@@ -1,7 +1,7 @@
 """Running a decoder block on all calibration windows, and what its linear layers receive meanwhile.
 
 `advance` replaces the inputs of a block by its outputs, which are the inputs of the next one; `observe` also gives a
-one-shot method the inputs of the block's linear layers. Both leave the block itself as it is.
+method the inputs of the block's linear layers. Both leave the block itself as it is.
 
 Legend: B = batch, T = tokens, D = hidden size.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maskgen.core.errors import ModelError, NumericalError
 from maskgen.hf import blocks
 from maskgen.methods import LocalMethod
+from maskgen.methods.correction import CorrectionMethod
 
 
 class InputStatistics:
@@ -26,7 +27,7 @@ class InputStatistics:
     Such layers (q, k and v; gate and up) are represented by the first of them, their leader.
     """
 
-    def __init__(self, method: LocalMethod) -> None:
+    def __init__(self, method: LocalMethod | CorrectionMethod) -> None:
         self._method = method
         self._stats: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
@@ -77,7 +78,7 @@ class InputStatistics:
 
 
 def observe(
-    method: LocalMethod,
+    method: LocalMethod | CorrectionMethod,
     layers: Mapping[str, nn.Linear],
     block: nn.Module,
     index: int,

@@ -8,7 +8,6 @@ from typing import Any
 
 from maskgen.core.config import SparseConfig
 from maskgen.core.mask import MaskSet
-from maskgen.core.packed import StoredLayer
 from maskgen.export import compress
 from maskgen.export.compress import CompressReport
 from maskgen.hf.planning import Plan
@@ -41,6 +40,8 @@ def write(
         recipe_digest=recipe.digest(),
         base_model=label,
         base_digest=base_digest,
+        values=work.form.values,
+        correction=work.form.correction,
     )
     files = {RECIPE_FILE: recipe.resolved(), **extra}
-    return masks, compress.compress(model_dir, config, lambda name, _: StoredLayer(work.packed(name)), out_dir, files)
+    return masks, compress.compress(model_dir, config, lambda name, _: work.layer(name), out_dir, files)

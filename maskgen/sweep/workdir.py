@@ -1,9 +1,9 @@
 """The work directory of a sweep: one file per finished block, so that a killed run continues where it stopped.
 
-`block-00012.safetensors` holds values and bitmask of every pruned layer of block 12, and if the block was trained the
-losses of that, written under a temporary name, flushed and renamed: it is whole or absent. `run.json` says which run
-the directory belongs to (the digest of recipe, base weights, data, prior, kind of device and version of torch); a
-different run raises an error instead of mixing its blocks in.
+`block-00012.safetensors` holds what is to be stored of every target layer of block 12 (`core.layout`: values, bitmask,
+correction), and if the block was trained the losses of that, written under a temporary name, flushed and renamed: it is
+whole or absent. `run.json` says which run the directory belongs to (the digest of recipe, base weights, data, prior,
+kind of device and version of torch); a different run raises an error instead of mixing its blocks in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from maskgen.core.checkpoint import VALUES_SUFFIX
+from maskgen.core import layout
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.core.files import (
     is_temporary,
@@ -25,9 +25,9 @@ from maskgen.core.files import (
     temporary_sibling,
     write_json,
 )
+from maskgen.core.layout import LayerForm
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
-from maskgen.core.packed import PackedTensor
-from maskgen.core.pattern import NMPattern
+from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.sweep.reconstruct import Fitted
 
 _FITTED = "fitted"
@@ -74,11 +74,12 @@ def _removal_name(path: Path) -> Path:
 class WorkDir:
     """The finished blocks of one run, on disk. A new directory is made; one of the same run is continued.
 
-    `run_digest` identifies the run. Raises `OutputExistsError` when `path` holds anything else.
+    `run_digest` identifies the run, and `form` says what is stored of each layer. Raises `OutputExistsError` when
+    `path` holds anything else.
     """
 
-    def __init__(self, path: Path, run_digest: str, pattern: NMPattern) -> None:
-        self.path, self.run_digest, self.pattern = Path(path), run_digest, pattern
+    def __init__(self, path: Path, run_digest: str, form: LayerForm) -> None:
+        self.path, self.run_digest, self.form = Path(path), run_digest, form
         self._file_of: dict[str, Path] = {}
         reserve_for_run(self.path, run_digest)
 
@@ -86,12 +87,13 @@ class WorkDir:
         """Whether block number `block` is finished."""
         return self._path(block).is_file()
 
-    def save(self, block: int, layers: Mapping[str, PackedTensor], fitted: Fitted | None = None) -> None:
-        """Write block number `block`, atomically; `layers` are its packed layers by module name."""
-        tensors = {}
-        for name, packed in layers.items():
-            tensors[name + VALUES_SUFFIX] = packed.values.cpu().contiguous()
-            tensors[name + BITMASK_SUFFIX] = packed.bitmask.cpu().contiguous()
+    def save(self, block: int, layers: Mapping[str, StoredLayer], fitted: Fitted | None = None) -> None:
+        """Write block number `block`, atomically; `layers` are its target layers by module name."""
+        tensors = {
+            name + suffix: tensor.cpu().contiguous()
+            for name, layer in layers.items()
+            for suffix, tensor in layout.tensors(layer).items()
+        }
         if fitted is not None:
             tensors[_FITTED] = torch.tensor([fitted.before, fitted.after], dtype=torch.float64)
         path = self._path(block)
@@ -99,8 +101,8 @@ class WorkDir:
             save_tensors(tensors, temporary, {"run": self.run_digest})
         self._file_of.update(dict.fromkeys(layers, path))
 
-    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, PackedTensor], Fitted | None]:
-        """Read a finished block: its packed layers by module name, and its losses if it was trained.
+    def load(self, block: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, StoredLayer], Fitted | None]:
+        """Read a finished block: its target layers by module name, and its losses if it was trained.
 
         `shapes` are the shapes `(O, I)` of the layers the block must hold. `FormatError` names a damaged file.
         """
@@ -108,22 +110,25 @@ class WorkDir:
         with open_tensors(path) as file:
             metadata, names = file.metadata() or {}, set(file.keys())
             losses = file.get_tensor(_FITTED).tolist() if _FITTED in names else None
-        expected = {name + suffix for name in shapes for suffix in (VALUES_SUFFIX, BITMASK_SUFFIX)}
+        expected = {name + suffix for name in shapes for suffix in layout.suffixes(self.form)}
         if metadata.get("run") != self.run_digest or names - {_FITTED} != expected:
             raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")
         self._file_of.update(dict.fromkeys(shapes, path))
-        layers = {name: self.packed(name) for name in shapes}
-        for name, packed in layers.items():
-            packed.verify(f"{path}: {name}")
-            if packed.shape != tuple(shapes[name]):
-                raise FormatError(f"{path}: {name}: shape {packed.shape}, the model has {tuple(shapes[name])}")
+        layers = {name: self.layer(name) for name in shapes}
+        for name, layer in layers.items():
+            layer.verify(f"{path}: {name}")
+            if layer.packed.shape != tuple(shapes[name]):
+                raise FormatError(f"{path}: {name}: shape {layer.packed.shape}, the model has {tuple(shapes[name])}")
         return layers, None if losses is None else Fitted(*losses)
 
-    def packed(self, name: str) -> PackedTensor:
+    def layer(self, name: str) -> StoredLayer:
         """Read one layer of a block that was saved or loaded before; `KeyError` for any other name."""
         with open_tensors(self._file_of[name]) as file:
-            values, bitmask = file.get_tensor(name + VALUES_SUFFIX), file.get_tensor(name + BITMASK_SUFFIX)
-        return PackedTensor(values, bitmask, self.pattern)
+            return layout.read_layer(lambda suffix: file.get_tensor(name + suffix), self.form)
+
+    def packed(self, name: str) -> PackedTensor:
+        """The weight of one layer, as `layer`."""
+        return self.layer(name).packed
 
     def mask_set(self, base_digest: str, recipe_digest: str) -> MaskSet:
         """The masks of every layer that was saved or loaded, with the digests of base weights and recipe."""
@@ -131,7 +136,7 @@ class WorkDir:
         for name, path in self._file_of.items():
             with open_tensors(path) as file:
                 bitmasks[name] = file.get_tensor(name + BITMASK_SUFFIX)
-        return MaskSet(self.pattern, bitmasks, base_digest, recipe_digest)
+        return MaskSet(self.form.pattern, bitmasks, base_digest, recipe_digest)
 
     def _path(self, block: int) -> Path:
         return self.path / f"block-{block:05d}.safetensors"

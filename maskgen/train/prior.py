@@ -24,6 +24,7 @@ from maskgen.export.allocation import Allocation, dense_layers, read_allocation,
 from maskgen.export.compress import load_masks
 from maskgen.hf import model
 from maskgen.hf.planning import Plan, plan_of
+from maskgen.methods import Method
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Budget
@@ -135,16 +136,20 @@ def make_prior(
     return masks, read_allocation(work)
 
 
-def given_start(path: Path, model_dir: Path, method: str) -> Start:
-    """The sparse checkpoint that a request gives as its prior, whose weights and masks training starts from.
+def given_start(path: Path, model_dir: Path, method: Method, name: str) -> Start:
+    """The sparse checkpoint that a request gives as its prior, whose weights and masks the `method` of this `name`
+    starts from.
 
     Raises `RecipeError` for a file of masks alone, `FormatError` for anything else that is none.
     """
     if not path.is_dir():
         load_masks(path)
+        other = ""
+        if isinstance(method, LearnedMethod):
+            other = ", or train the dense weights under these masks with method.weights=dense and method.mask=prior"
         raise RecipeError(
-            f"`prior` {path}: has masks alone, and {method} with these options starts from weights, too; give a sparse "
-            "checkpoint, or train the dense weights under these masks with method.weights=dense and method.mask=prior"
+            f"`prior` {path}: has masks alone, and {name} with these options starts from weights, too; give a sparse "
+            f"checkpoint{other}"
         )
     return Start(SparseCheckpoint.open(path), model_dir, "prior")
 

@@ -25,7 +25,6 @@ from maskgen.core.companions import companion_files
 from maskgen.core.config import SparseConfig
 from maskgen.core.errors import ModelError
 from maskgen.core.files import read_json
-from maskgen.core.layout import form_of
 from maskgen.core.mask import MaskSet, pack_bits
 from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
@@ -90,12 +89,10 @@ def write_sparse(
 ) -> tuple[MaskSet, CompressReport]:
     """A sparse checkpoint, and the masks it was made with. `ignored` are the linear layers that stay dense."""
     bitmasks = {}
-    correction = None
     for name, layer in session.layers.items():
         solution = layer.solution()
         origin.pattern.check_mask(solution.mask, name)
         bitmasks[name] = pack_bits(solution.mask.cpu())
-        correction = form_of(solution.correction, layer.in_features)
     masks = MaskSet(origin.pattern, bitmasks, origin.base_digest, origin.recipe_digest)
     config = SparseConfig(
         pattern=origin.pattern,
@@ -105,7 +102,7 @@ def write_sparse(
         recipe_digest=origin.recipe_digest,
         base_model=origin.label,
         base_digest=origin.base_digest,
-        correction=correction,
+        correction=session.method.correction,
     )
 
     def pack(name: str, weight_OI: Tensor) -> StoredLayer:

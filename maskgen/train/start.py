@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, PooledCorrection
 from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction
@@ -60,11 +60,17 @@ class Start:
                 f"{where}: its pattern is {config.pattern}, the recipe's is {pattern}; train it with its own "
                 f"pattern (pattern={config.pattern})"
             )
-        if config.correction is not None and config.correction != correction:
-            form = config.correction
+        form = config.correction
+        if form is not None and form != correction:
+            advice = "start from the checkpoint that it was added to"
+            if isinstance(form, PooledCorrection):
+                advice = (
+                    f"use adaptive_sparse_slorb with method.slorb_segment={form.segment} and "
+                    f"method.slorb_pool={form.pool}"
+                )
             raise RecipeError(
                 f"{where}: its layers have a correction, with which this method and these options do not go on; "
-                f"use adaptive_sparse_slorb with method.slorb_segment={form.segment} and method.slorb_pool={form.pool}"
+                f"{advice}"
             )
         for name in sorted(set(config.targets).symmetric_difference(targets)):
             ours, theirs = ("dense", "sparse") if name in config.targets else ("sparse", "dense")

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.values import FLOAT
+from sparse_serve.bench.corrections import with_correction
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime.request import Request
@@ -52,10 +53,14 @@ class SurveyRequest(Request):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of all sparse layers, corrections included: as the kernels hold them, and as they would be dense."""
+    """Bytes of all sparse layers, corrections included: as the kernels hold them, and as they would be dense.
+
+    `correction_bytes` is the part of the corrections.
+    """
 
     resident_bytes: int
     dense_bytes: int
+    correction_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def tune(request: SurveyRequest, track: Track = iter) -> Survey:
 
 
 def examine(request: SurveyRequest, track: Track = iter) -> Survey:
-    """Verify the checkpoint (every bit of its masks is read), measure what is not known, count memory.
+    """Verify the checkpoint (every bit of its masks is read), measure what is not known, count memory. Times are those
+    of a layer with its correction, if it has one.
 
     Raises `FormatError` for a checkpoint that is damaged, dense or not to be served sparse by vLLM, `SettingsError`
     where vLLM has no such model, `KernelError` where no kernel can serve a layer.
@@ -126,7 +132,11 @@ def examine(request: SurveyRequest, track: Track = iter) -> Survey:
     kinds = kinds_of(checkpoint, layers.sparse, request.dtype)
     with torch_threads(request.threads):
         choices = _choices(kinds, Ask.ALWAYS, track)
-        return Survey(checkpoint, kinds, choices, layers.dense, memory_of(checkpoint, kinds, choices))
+        memory = memory_of(checkpoint, kinds, choices)
+        form = checkpoint.config.correction
+        if form is not None:
+            choices = [with_correction(choice, form, rows_of(checkpoint, kinds[choice.spec])) for choice in choices]
+        return Survey(checkpoint, kinds, choices, layers.dense, memory)
 
 
 def _served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
@@ -149,9 +159,15 @@ def kinds_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtyp
     return kinds
 
 
+def rows_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]]) -> list[int]:
+    """The outputs of each part of some layers of one kind; as the first of them is divided, which is how all are."""
+    parts = next(iter(layers.values()))
+    return [checkpoint.headers[f"{part}.bitmask"].shape[0] for part in parts]
+
+
 def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choice]) -> Memory:
     """What the kernels make of the weights themselves, layer after layer."""
-    resident = dense = 0
+    resident = dense = corrections = 0
     for choice in choices:
         dtype = choice.spec.dtype
         for name in chain.from_iterable(kinds[choice.spec].values()):
@@ -161,9 +177,9 @@ def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choi
                 packed = replace(packed, values=packed.values.to(dtype))
             resident += sum(tensor.nbytes for tensor in choice.plan.prepare(packed).values())
             if layer.correction is not None:
-                resident += layer.correction.nbytes * dtype.itemsize // layer.correction.out.element_size()
+                corrections += layer.correction.nbytes * dtype.itemsize // layer.correction.out.element_size()
             dense += packed.dense_nbytes(dtype)
-    return Memory(resident, dense)
+    return Memory(resident + corrections, dense, corrections)
 
 
 def _choices(kinds: Kinds, ask: Ask, track: Track) -> list[Choice]:

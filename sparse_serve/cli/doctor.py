@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     if found.measured:
         console.print(_times(found.step_times()))
     if found.checkpoint.config.correction is not None:
-        console.print("times are without the corrections' two small products")
+        console.print("times are with the corrections' two small products")
     for choice in found.slower:
         spec, tokens = choice.spec, ", ".join(map(str, choice.slower))
         console.print(
@@ -85,9 +85,12 @@ def dense_lines(dense: Mapping[str, str]) -> list[str]:
 
 def memory_line(memory: Memory) -> str:
     """Memory in words."""
+    corrections = (
+        f", {memory.correction_bytes / 1e6:,.1f} MB of that for corrections" if memory.correction_bytes else ""
+    )
     return (
         f"memory of these layers: {memory.resident_bytes / 1e6:,.1f} MB instead of {memory.dense_bytes / 1e6:,.1f} MB "
-        f"dense ({memory.resident_bytes / memory.dense_bytes:.4f} of it)"
+        f"dense ({memory.resident_bytes / memory.dense_bytes:.4f} of it){corrections}"
     )
 
 

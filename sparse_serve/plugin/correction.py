@@ -1,20 +1,21 @@
 """The correction y += S (X x) of a sparse layer inside vLLM: its parameters, their shards, and its arithmetic.
 
-S is `[O, K]` and X `[K, I]`, K = I / segment. What a rank of a tensor-parallel group holds, and why the sum is right:
+S is `[O, K]` and X `[K, I]`. X is stored (a low-rank correction, or a trained pool), or fixed: it then adds up segments
+of the inputs. What a rank of a tensor-parallel group holds, and why the sum is right:
 
     outputs split (QKV, gate-up)   rows of S, all of X      Every rank sees all inputs, so its X x is whole.
     inputs split, X fixed          columns of S             A segment lies on one rank; the all-reduce of y that a
                                                             split weight needs anyway adds up over segments.
-    inputs split, X trained        all of S, columns of X   S (sum_r X_r x_r) = sum_r S (X_r x_r): the same
+    inputs split, X stored         all of S, columns of X   S (sum_r X_r x_r) = sum_r S (X_r x_r): the same
                                                             all-reduce adds up over inputs.
 
 With X fixed and inputs split, each rank must hold whole segments. Layers that vLLM fuses (Q, K and V; gate and up) have
-one S of concatenated rows, and one trained X *for each part*: X is `[P * K, I]`, and part p's rows of S see part p's
-pooled inputs only. The correction runs beside the kernel, which adds the bias.
+one S of concatenated rows, and one stored X *for each part*: X is `[P * K, I]`, and part p's rows of S see part p's
+X x only. The correction runs beside the kernel, which adds the bias.
 
 A tensor that was never loaded must not pass as a correction of zero, so parameters start as NaN and NaN is refused.
 
-Legend: T = tokens, O = out features, I = in features (per rank), K = pooled inputs of one part, P = parts.
+Legend: T = tokens, O = out features, I = in features (per rank), K = columns of S, P = parts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
 
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, PooledCorrection
 from maskgen.core.errors import FormatError
 
 OUT, POOL = "correction_out", "correction_pool"
@@ -67,7 +68,7 @@ class LayerCorrection:
     def __init__(self, form: CorrectionConfig, prefix: str, parts: int) -> None:
         self.form, self.prefix, self.parts = form, prefix, parts
         self.rows: list[int] = []
-        self.tensor_names = (OUT, POOL) if form.trained else (OUT,)
+        self.tensor_names = (OUT, POOL) if form.stores_pool else (OUT,)
 
     def create_weights(
         self,
@@ -78,17 +79,17 @@ class LayerCorrection:
         dtype: torch.dtype,
         weight_loader: Any,
     ) -> None:
-        """Register S and a trained X. Raises `FormatError` naming the layer if it cannot be split over these ranks."""
-        self._check(layer, inputs_per_rank, rows_per_part, inputs)
+        """Register S and a stored X. Raises `FormatError` naming the layer if it cannot be split over these ranks."""
+        self._check(layer, rows_per_part)
+        columns = self.form.columns(inputs, self.prefix)
         self.rows = rows_per_part if self.parts > 1 else [sum(rows_per_part)]
         splits_inputs = type(layer) is RowParallelLinear
-        pooled = inputs // self.form.segment
         rows, loading = sum(self.rows), {"weight_loader": weight_loader}
-        if not self.form.trained:
-            out = _nan(rows, inputs_per_rank // self.form.segment, dtype)
+        if isinstance(self.form, PooledCorrection) and not self.form.stores_pool:
+            out = _nan(rows, self._whole_segments(self.form.segment, inputs_per_rank), dtype)
             layer.register_parameter(OUT, ModelWeightParameter(data=out, input_dim=1, output_dim=0, **loading))
             return
-        out, pool = _nan(rows, pooled, dtype), _nan(self.parts * pooled, inputs_per_rank, dtype)
+        out, pool = _nan(rows, columns, dtype), _nan(self.parts * columns, inputs_per_rank, dtype)
         if splits_inputs:
             layer.register_parameter(OUT, BasevLLMParameter(data=out, **loading))
             layer.register_parameter(POOL, RowvLLMParameter(data=pool, input_dim=1, **loading))
@@ -97,7 +98,7 @@ class LayerCorrection:
         parts_pool = (
             BasevLLMParameter(data=pool, **loading)
             if self.parts == 1
-            else _PoolsOfParts(rows_per_part=pooled, data=pool, **loading)
+            else _PoolsOfParts(rows_per_part=columns, data=pool, **loading)
         )
         layer.register_parameter(POOL, parts_pool)
 
@@ -112,14 +113,9 @@ class LayerCorrection:
 
     def apply(self, layer: Module, x: Tensor) -> Tensor:
         """S (X x): `[T, I] -> [T, O]`."""
-        out_OK: Tensor = getattr(layer, OUT)
-        if not self.form.trained:
-            return linear(x.unflatten(-1, (-1, self.form.segment)).sum(-1), out_OK)
-        pooled = linear(x, getattr(layer, POOL)).chunk(self.parts, dim=-1)
-        return torch.cat([linear(z, s) for z, s in zip(pooled, out_OK.split(self.rows), strict=True)], dim=-1)
+        return term(self.form, x, getattr(layer, OUT), getattr(layer, POOL, None), self.rows)
 
-    def _check(self, layer: Module, inputs_per_rank: int, rows_per_part: list[int], inputs: int) -> None:
-        segment = self.form.segment
+    def _check(self, layer: Module, rows_per_part: list[int]) -> None:
         if type(layer) not in _KNOWN:
             raise FormatError(
                 f"{self.prefix}: a correction cannot be served by vLLM's {type(layer).__name__}, only by "
@@ -129,15 +125,24 @@ class LayerCorrection:
             raise FormatError(
                 f"{self.prefix}: vLLM fuses {len(rows_per_part)} matrices, but the checkpoint has {self.parts}"
             )
-        if inputs % segment:
-            raise FormatError(
-                f"{self.prefix}: {inputs} inputs are no multiple of the correction's segment of {segment}"
-            )
-        if not self.form.trained and inputs_per_rank % segment:
+
+    def _whole_segments(self, segment: int, inputs_per_rank: int) -> int:
+        """How many segments of a fixed X a rank holds."""
+        if inputs_per_rank % segment:
             raise FormatError(
                 f"{self.prefix}: {inputs_per_rank} inputs per tensor-parallel rank are no multiple of the correction's "
                 f"segment of {segment}; use fewer ranks"
             )
+        return inputs_per_rank // segment
+
+
+def term(form: CorrectionConfig, x: Tensor, out_OK: Tensor, pool: Tensor | None, rows: list[int]) -> Tensor:
+    """S (X x): `[T, I] -> [T, O]`. `pool` holds a stored X of each part, `[P * K, I]`, and `rows` are its outputs."""
+    if pool is None:
+        assert isinstance(form, PooledCorrection)
+        return linear(x.unflatten(-1, (-1, form.segment)).sum(-1), out_OK)
+    inner = linear(x, pool).chunk(len(rows), dim=-1)
+    return torch.cat([linear(z, s) for z, s in zip(inner, out_OK.split(rows), strict=True)], dim=-1)
 
 
 def _nan(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig, SparseConfig
+from maskgen.core.config import SparseConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.writer import CheckpointWriter
 from maskgen.export.compress import compress, decompress
@@ -89,7 +90,7 @@ def bfloat16(rows: list[list[float]]) -> Tensor:
 
 
 def manifest(example: Example) -> SparseConfig:
-    form, digests = CorrectionConfig(4, example.pool), (MASK_DIGEST, RECIPE_DIGEST)
+    form, digests = PooledCorrection(4, example.pool), (MASK_DIGEST, RECIPE_DIGEST)
     return SparseConfig(PATTERN, (NAME,), (), *digests, "example", BASE_DIGEST, example.values, form)
 
 

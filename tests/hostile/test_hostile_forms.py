@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from tests.directories import TARGETS, corrected_dir, edit_config, edit_tensors, refused, sparse_dir
 
 UP = "model.layers.1.mlp.up_proj"
-FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(16, "trained")
+FIXED, TRAINED = PooledCorrection(8, "fixed"), PooledCorrection(16, "trained")
+LOW_RANK = LowRankCorrection(4)
 Edit = Callable[[dict[str, Tensor]], Any]
 
 
@@ -28,6 +29,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "int8": corrected_dir(root / "int8", "int8", TRAINED),
         "fp8": corrected_dir(root / "fp8", "fp8_e4m3", FIXED),
         "corrected": corrected_dir(root / "corrected", "float", FIXED),
+        "low": corrected_dir(root / "low", "int8", LOW_RANK),
     }
 
 
@@ -101,6 +103,26 @@ def nan_code(tensors: dict[str, Tensor]) -> None:
         ),
         ("int8", replace(".correction_pool", lambda t: t.T), rf"{UP}\.correction_pool: BF16 \[32, 2\], .* \[2, 32\]"),
         ("int8", replace(".correction_pool", lambda t: t[:1]), rf"{UP}\.correction_pool: BF16 \[1, 32\]"),
+        ("low", drop(".correction_pool"), rf"target {UP}: expected exactly .*\.correction_pool, found"),
+        ("low", drop(".correction_out"), rf"target {UP}: expected exactly .*\.correction_out, .*, found"),
+        ("low", put(".correction_out", float("nan"), (3, 2)), f"{UP}: the correction holds NaN or infinity"),
+        ("low", put(".correction_pool", float("inf"), (1, 2)), f"{UP}: the correction holds NaN or infinity"),
+        (
+            "low",
+            replace(".correction_out", lambda t: t[:, :3]),
+            rf"{UP}\.correction_out: BF16 \[64, 3\], .* \[64, 4\]",
+        ),
+        (
+            "low",
+            replace(".correction_pool", lambda t: t[:3]),
+            rf"{UP}\.correction_pool: BF16 \[3, 32\], .* \[4, 32\]",
+        ),
+        (
+            "low",
+            replace(".correction_pool", lambda t: t.T),
+            rf"{UP}\.correction_pool: BF16 \[32, 4\], .* \[4, 32\]",
+        ),
+        ("low", replace(".correction_pool", Tensor.double), rf"{UP}\.correction_pool: F64"),
         ("int8", lambda t: t.update({"x.scale": torch.ones(3)}), r"tensor 'x\.scale' belongs to no target"),
         ("fp8", lambda t: t.update({"x.correction_out": torch.ones(3)}), r"'x\.correction_out' belongs to no target"),
     ],
@@ -127,6 +149,30 @@ def test_tensors(sound: dict[str, Path], tmp_path: Path, kind: str, edit: Edit, 
         ("fp8", {"correction": {"kind": "pooled", "segment": 0, "pool": "fixed"}}, "correction.segment 0"),
         ("fp8", {"correction": {"kind": "pooled", "segment": 10**100, "pool": "fixed"}}, "correction.segment 1000"),
         ("fp8", {"correction": {"kind": "os.system", "segment": 8, "pool": "fixed"}}, "correction.kind 'os.system'"),
+        ("fp8", {"correction": {"kind": "lowrank", "rank": 4}}, f"target {TARGETS[0]}: expected exactly"),
+        ("int8", {"correction": {"kind": "lowrank", "rank": 4}}, r"correction_out: BF16 \[64, 2\], .* \[64, 4\]"),
+        ("low", {"correction": {"kind": "lowrank", "rank": 5}}, r"correction_out: BF16 \[32, 4\], .* \[32, 5\]"),
+        (
+            "low",
+            {"correction": {"kind": "lowrank", "rank": 33}},
+            r"rank of 33 is too large .* at most 32",
+        ),
+        (
+            "low",
+            {"correction": {"kind": "lowrank", "rank": 2**20}},
+            f"{TARGETS[0]}: .* rank of 1048576 is too large",
+        ),
+        (
+            "low",
+            {"correction": {"kind": "lowrank", "rank": 0}},
+            "correction.rank 0, expected a whole number",
+        ),
+        ("low", {"correction": {"kind": "lowrank", "rank": True}}, "correction.rank True, expected a whole"),
+        (
+            "low",
+            {"correction": {"kind": "pooled", "segment": 8, "pool": "fixed"}},
+            f"target {TARGETS[0]}: expected",
+        ),
         ("fp8", {"correction": [8]}, "correction .*expected an object or null"),
     ],
 )

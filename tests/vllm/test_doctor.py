@@ -13,13 +13,16 @@ import pytest
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.quality import QUALITY_FILE, Quality
-from sparse_serve.bench.survey import kinds_of, memory_of
+from sparse_serve.bench.corrections import with_correction
+from sparse_serve.bench.survey import kinds_of, memory_of, rows_of
 from sparse_serve.cli.doctor import dense_lines, memory_line
 from sparse_serve.kernels import reference
 from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.tuning.decision import BucketChoice
 from sparse_serve.tuning.dispatch import Plan
 from sparse_serve.tuning.selection import BUCKETS, Choice
 from tests import models
@@ -141,3 +144,28 @@ def test_the_memory_counted_is_that_of_the_device_served_on(tmp_path: Path, monk
     kinds = {replace(kind, device_type="meta"): names for kind, names in found.items()}
     told = memory_line(memory_of(checkpoint, kinds, [Choice(kind, Plan.of("reference")) for kind in kinds]))
     assert "0.5312 of it" in told
+
+
+@pytest.mark.parametrize("form", [LowRankCorrection(8), PooledCorrection(8, "fixed")], ids=str)
+def test_a_correction_is_priced(tmp_path: Path, form: CorrectionConfig) -> None:
+    """In bytes as the engine holds it, and in the time of every number of tokens, which dense does not need."""
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    models.save_corrected(tmp_path / "dense", tmp_path / "sparse", form)
+    checkpoint = SparseCheckpoint.open(tmp_path / "sparse")
+    attention = "model.layers.0.self_attn"
+    parts = [f"{attention}.{part}_proj" for part in "qkv"]
+    kinds = kinds_of(checkpoint, {f"{attention}.qkv_proj": parts}, "bfloat16")
+    (kind,) = kinds
+    buckets = (BucketChoice(1, "reference", 1e-6, 2.0), BucketChoice(64, "reference", 2e-6, 1.0))
+    choice = Choice(kind, Plan.of("reference"), buckets)
+    memory = memory_of(checkpoint, kinds, [choice])
+    stored = [checkpoint.layer(part).correction for part in parts]
+    assert memory.correction_bytes == sum(one.nbytes for one in stored if one is not None) // 2, "float32 as bfloat16"
+    assert "MB of that for corrections" in memory_line(memory)
+    plain = replace(memory, resident_bytes=memory.resident_bytes - memory.correction_bytes, correction_bytes=0)
+    assert "corrections" not in memory_line(plain)
+    priced = with_correction(choice, form, rows_of(checkpoint, kinds[kind]))
+    for before, after in zip(buckets, priced.buckets, strict=True):
+        assert after.seconds > before.seconds and (after.tokens, after.kernel) == (before.tokens, before.kernel)
+        assert after.seconds * after.speedup == pytest.approx(before.seconds * before.speedup), "dense takes as long"
+    assert priced.slower == [1, 64], "these are shorter than any call"

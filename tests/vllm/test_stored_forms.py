@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
 from maskgen.hf import loader
 from tests import models
 from tests.vllm.offline import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
 
-FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(16, "trained")
+FIXED, TRAINED = PooledCorrection(8, "fixed"), PooledCorrection(16, "trained")
+LOW_RANK = LowRankCorrection(6)
 
 
 def make(kind: str, root: Path, values: str, form: CorrectionConfig | None) -> Path:
@@ -33,8 +34,8 @@ def make(kind: str, root: Path, values: str, form: CorrectionConfig | None) -> P
         ("llama", "int8", TRAINED, 1, "bfloat16"),
         ("llama_tied", "fp8_e4m3", FIXED, 1, "float32"),
         ("qwen2", "float", FIXED, 2, "float32"),
-        ("qwen2", "float", TRAINED, 1, "float16"),
-        ("llama", "int8", TRAINED, 2, "float32"),
+        ("qwen2", "float", LOW_RANK, 1, "float16"),
+        ("llama", "int8", LOW_RANK, 2, "float32"),
     ],
 )
 def test_serves_what_transformers_computes(
@@ -112,10 +113,12 @@ def test_layers_that_cannot_be_split_are_refused_by_name(one_rank: None) -> None
 
     create(RowParallelLinear, FIXED, 1, 48, [64])
     with pytest.raises(FormatError, match=r"layers\.0\.some_proj: 48 inputs per .* segment of 32; use fewer ranks"):
-        create(RowParallelLinear, CorrectionConfig(32, "fixed"), 1, 48, [64])
-    create(RowParallelLinear, CorrectionConfig(32, "trained"), 1, 48, [64])
-    with pytest.raises(FormatError, match="96 inputs are no multiple of the correction's segment of 64"):
-        create(RowParallelLinear, CorrectionConfig(64, "trained"), 1, 48, [64])
+        create(RowParallelLinear, PooledCorrection(32, "fixed"), 1, 48, [64])
+    create(RowParallelLinear, PooledCorrection(32, "trained"), 1, 48, [64])
+    create(RowParallelLinear, LowRankCorrection(40), 1, 48, [64])
+    create(MergedColumnParallelLinear, LowRankCorrection(40), 2, 96, [32, 32])  # more than the rows of one rank
+    with pytest.raises(FormatError, match=r"96 input features are no multiple of .* segment of 64"):
+        create(RowParallelLinear, PooledCorrection(64, "trained"), 1, 48, [64])
     with pytest.raises(FormatError, match="cannot be served by vLLM's Strange"):
         create(Strange, FIXED, 1, 96, [64])
     with pytest.raises(FormatError, match="fuses 3 matrices, but the checkpoint has 2"):

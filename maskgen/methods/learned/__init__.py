@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import Correction, Method, Solution
 from maskgen.numerics.shards import full

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, PooledCorrection
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Correction, Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
@@ -182,7 +182,7 @@ class AdaptiveSparse(LearnedMethod):
     @property
     def correction(self) -> CorrectionConfig | None:
         """That of SLoRB."""
-        return CorrectionConfig(self.slorb_segment, self.slorb_pool) if self.slorb_segment else None
+        return PooledCorrection(self.slorb_segment, self.slorb_pool) if self.slorb_segment else None
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A layer that trains its own weights under a mask."""

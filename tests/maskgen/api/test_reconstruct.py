@@ -12,7 +12,7 @@ import torch
 
 import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.errors import DataError, FormatError, OutputExistsError, RecipeError
 from maskgen.core.quality import Quality
 from maskgen.recipes.recipe import RECIPE_FILE
@@ -115,7 +115,7 @@ def test_a_start_whose_norms_were_trained_is_refused(model_dir: ModelDir, text_f
 
 def test_starts_that_do_not_fit_are_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
     dense, other = model_dir(), models.save("llama", tmp_path / "other", seed=1)
-    models.save_corrected(dense, tmp_path / "corrected", CorrectionConfig(16, "fixed"))
+    models.save_corrected(dense, tmp_path / "corrected", PooledCorrection(16, "fixed"))
     with pytest.raises(RecipeError, match="corrected: has a correction beside its weights"):
         maskgen.run(request(dense, text_file, tmp_path / "out", prior=tmp_path / "corrected"))
     models.save_sparse(other, tmp_path / "foreign")

@@ -12,7 +12,7 @@ import torch
 from maskgen.api.requests import Codes
 from maskgen.cli import parser as cli
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.values import CODE_DTYPES
 from tests import models
 
@@ -51,8 +51,9 @@ def test_quantise_and_compress_write_the_same(
 def test_decompress_says_that_corrections_are_folded_in(
     model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models.save_corrected(model_dir("llama"), tmp_path / "sparse", CorrectionConfig(16, "trained"), "int8")
-    assert "of what is stored are corrections" in run(capsys, "inspect", tmp_path / "sparse")[1]
+    models.save_corrected(model_dir("llama"), tmp_path / "sparse", PooledCorrection(16, "trained"), "int8")
+    told = run(capsys, "inspect", tmp_path / "sparse")[1]
+    assert "of what is stored are corrections: kind pooled, segment 16, pool trained" in told
     code, text, _ = run(capsys, "decompress", tmp_path / "sparse", "--out", tmp_path / "dense")
     assert code == 0 and "corrections are folded into the weights" in text
     models.save_corrected(model_dir("llama"), tmp_path / "plain", None)

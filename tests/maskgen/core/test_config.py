@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from maskgen.core.config import CorrectionConfig, SparseConfig
+from maskgen.core.config import SparseConfig
+from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError, PatternError
 from maskgen.core.pattern import NMPattern
 
@@ -80,8 +81,15 @@ def test_unknown_versions(version: Any) -> None:
 def test_values_and_corrections_round_trip(values: str, pool: str) -> None:
     manifest = {**MANIFEST, "values": values, "correction": {"kind": "pooled", "segment": 16, "pool": pool}}
     config = SparseConfig.from_dict(manifest)
-    assert (config.values, config.correction) == (values, CorrectionConfig(16, pool))
+    assert (config.values, config.correction) == (values, PooledCorrection(16, pool))
     assert config.to_dict() == manifest
+
+
+@pytest.mark.parametrize("values", ["float", "int8"])
+def test_low_rank_corrections_round_trip(values: str) -> None:
+    manifest = {**MANIFEST, "values": values, "correction": {"kind": "lowrank", "rank": 16}}
+    config = SparseConfig.from_dict(manifest)
+    assert config.correction == LowRankCorrection(16) and config.to_dict() == manifest
 
 
 @pytest.mark.parametrize("values", ["Float", "int4", "fp8_e5m2", "", None, 8, True, ["int8"], {"int8": 1}, "x" * 10**6])
@@ -102,7 +110,15 @@ CORRECTION = {"kind": "pooled", "segment": 16, "pool": "fixed"}
         (False, "correction False, expected an object or null"),
         ({}, r"correction: unknown keys \[\], missing keys"),
         ({**CORRECTION, "rank": 4}, r"correction: unknown keys \['rank'\]"),
-        ({**CORRECTION, "kind": "lora"}, "correction.kind 'lora', expected 'pooled'"),
+        ({**CORRECTION, "kind": "lora"}, "correction.kind 'lora', expected 'pooled' or 'lowrank'"),
+        ({**CORRECTION, "kind": ["lowrank"]}, r"correction.kind \['lowrank'\], expected 'pooled' or 'lowrank'"),
+        ({**CORRECTION, "kind": "lowrank"}, r"correction: unknown keys \['pool', 'segment'\], missing keys \['rank'\]"),
+        ({"kind": "lowrank"}, r"correction: unknown keys \[\], missing keys \['rank'\]; expected exactly"),
+        ({"kind": "lowrank", "rank": 4, "alpha": 1}, r"correction: unknown keys \['alpha'\]"),
+        *(
+            ({"kind": "lowrank", "rank": rank}, "correction.rank .*, expected a whole number from 1 to 1048576")
+            for rank in (0, -16, 16.0, True, "16", None, 2**20 + 1, 10**100, [16])
+        ),
         ({**CORRECTION, "pool": "learned"}, "correction.pool 'learned', expected 'fixed' or 'trained'"),
         ({**CORRECTION, "pool": ["fixed"]}, "correction.pool"),
         ({**CORRECTION, "pool": None}, "correction.pool"),
@@ -119,10 +135,15 @@ def test_corrections_of_another_kind(correction: Any, message: str) -> None:
 
 
 def test_shapes_of_a_correction() -> None:
-    assert CorrectionConfig(16, "fixed").shapes(8, 64, "up") == ([8, 4], None)
-    assert CorrectionConfig(16, "trained").shapes(8, 64, "up") == ([8, 4], [4, 64])
+    assert PooledCorrection(16, "fixed").shapes(8, 64, "up") == ([8, 4], None)
+    assert PooledCorrection(16, "trained").shapes(8, 64, "up") == ([8, 4], [4, 64])
     with pytest.raises(FormatError, match="up: 64 input features are no multiple of the correction's segment of 48"):
-        CorrectionConfig(48, "fixed").shapes(8, 64, "up")
+        PooledCorrection(48, "fixed").shapes(8, 64, "up")
+    assert LowRankCorrection(8).shapes(8, 64, "up") == ([8, 8], [8, 64])
+    assert LowRankCorrection(8).shapes(64, 8, "up") == ([64, 8], [8, 8])
+    for shape in ((8, 64), (64, 8)):
+        with pytest.raises(FormatError, match=r"up: the correction's rank of 9 is too large .*; expected at most 8"):
+            LowRankCorrection(9).shapes(*shape, "up")
 
 
 @pytest.mark.parametrize("method", ["Sparse_nm", "sparse-24", "", None, 1, ["sparse_nm"]])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig, SparseConfig
+from maskgen.core.config import SparseConfig
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError, ModelError, NumericalError
-from maskgen.core.layout import form_of
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.export.compress import check_source, compress, decompress
 from tests.directories import (
@@ -27,7 +27,8 @@ from tests.directories import (
     read_all,
 )
 
-FIXED, TRAINED = CorrectionConfig(8, "fixed"), CorrectionConfig(8, "trained")
+FIXED, TRAINED = PooledCorrection(8, "fixed"), PooledCorrection(8, "trained")
+LOW_RANK = LowRankCorrection(5)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def write(dense: Path, out: Path, correction: Any = None, form: CorrectionConfig
     return compress(dense, config, pack, out, **options)
 
 
-@pytest.mark.parametrize("form", [FIXED, TRAINED], ids=lambda form: form.pool)
+@pytest.mark.parametrize("form", [FIXED, TRAINED, LOW_RANK], ids=str)
 @pytest.mark.parametrize("values", ["float", "int8"])
 def test_decompress_folds_the_correction_in(tmp_path: Path, form: CorrectionConfig, values: str) -> None:
     checkpoint = SparseCheckpoint.open(corrected_dir(tmp_path / "sparse", values, form))
@@ -58,14 +59,12 @@ def test_decompress_folds_the_correction_in(tmp_path: Path, form: CorrectionConf
     assert set(folded) == set(read_all(tmp_path / "sparse-dense"))
     for name in TARGETS:
         layer = checkpoint.layer(name)
-        assert layer.correction is not None and (layer.correction.pool is not None) == form.trained
+        assert layer.correction is not None and (layer.correction.pool is not None) == form.stores_pool
         out, pool = layer.correction.out.float(), layer.correction.pool
         inputs = layer.packed.shape[1]
         ones = torch.eye(inputs // 8).repeat_interleave(8, dim=1) if pool is None else pool.float()
         expected = (layer.packed.unpack().float() + out @ ones).bfloat16()
         torch.testing.assert_close(folded[name + ".weight"], expected, rtol=0, atol=0)
-        assert form_of(layer.correction, inputs) == form
-    assert form_of(None, 32) is None
 
 
 def test_a_correction_is_stored_in_the_dtype_of_the_weight(dense: Path, tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_corrections_that_are_not_what_the_manifest_says(
 
 def test_segments_that_do_not_divide_the_inputs(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="input features are no multiple of the correction's segment of 24"):
-        write(dense, tmp_path / "out", None, CorrectionConfig(24, "fixed"))
+        write(dense, tmp_path / "out", None, PooledCorrection(24, "fixed"))
 
 
 def test_corrections_that_are_not_finite(dense: Path, tmp_path: Path) -> None:

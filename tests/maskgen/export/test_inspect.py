@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.compress import decompress
@@ -90,8 +90,19 @@ def test_a_sparse_checkpoint(tmp_path: Path) -> None:
     )
 
 
+def test_low_rank_corrections_are_counted(tmp_path: Path) -> None:
+    report = inspect(corrected_dir(tmp_path / "sparse", "float", LowRankCorrection(5)))
+    assert report.correction == {"kind": "lowrank", "rank": 5}
+    assert all(
+        layer.correction_bytes == 2 * 5 * (layer.out_features + layer.in_features) for layer in report.packed_layers
+    )
+    assert all(
+        layer.stored_bytes == 0.5625 * layer.dense_bytes + layer.correction_bytes for layer in report.packed_layers
+    )
+
+
 def test_codes_and_corrections_are_counted(tmp_path: Path) -> None:
-    sparse = corrected_dir(tmp_path / "sparse", "int8", CorrectionConfig(8, "trained"))
+    sparse = corrected_dir(tmp_path / "sparse", "int8", PooledCorrection(8, "trained"))
     report = inspect(sparse)
     assert report.values == "int8"
     for layer in report.packed_layers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.core.packed import PackedTensor
 from maskgen.export.compress import compress_masks, decompress
@@ -16,7 +16,7 @@ from maskgen.export.quantise import quantise
 from tests.directories import COMPANIONS, TARGETS, bits, corrected_dir, dense_dir, magnitude_masks, read_all, sparse_dir
 
 KINDS = ("int8", "fp8_e4m3")
-FORM = CorrectionConfig(8, "trained")
+FORM = PooledCorrection(8, "trained")
 
 
 @pytest.mark.parametrize("kind", KINDS)

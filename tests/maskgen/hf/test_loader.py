@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.export.compress import decompress
@@ -72,7 +72,10 @@ def test_the_loaded_model_saves_as_an_ordinary_dense_one(model_dir: ModelDir, tm
     assert_same_bits(again.state_dict(), masked(model.load(model_dir("qwen2")), masks))
 
 
-@pytest.mark.parametrize("form", [None, CorrectionConfig(8, "fixed"), CorrectionConfig(16, "trained")], ids=str)
+FORMS = [None, PooledCorrection(8, "fixed"), PooledCorrection(16, "trained"), LowRankCorrection(6)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("values", ["float", "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_decompressed_model(
@@ -87,7 +90,7 @@ def test_equals_the_decompressed_model(
 
 
 def test_a_float32_load_of_bfloat16_tensors_is_exact(model_dir: ModelDir, tmp_path: Path) -> None:
-    form = CorrectionConfig(8, "fixed")
+    form = PooledCorrection(8, "fixed")
     models.save_corrected(model_dir("llama", dtype=torch.bfloat16), tmp_path / "sparse", form, "int8")
     layer = SparseCheckpoint.open(tmp_path / "sparse").layer(TARGET)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32)
@@ -105,7 +108,7 @@ def test_codes_are_never_taken_for_the_dtype_of_the_model(values: str, model_dir
 
 @pytest.mark.parametrize("suffix", [".scale", ".correction_out"])
 def test_numbers_that_are_not_finite_are_an_error(suffix: str, model_dir: ModelDir, tmp_path: Path) -> None:
-    models.save_corrected(model_dir("llama"), tmp_path / "sparse", CorrectionConfig(8, "fixed"), "int8")
+    models.save_corrected(model_dir("llama"), tmp_path / "sparse", PooledCorrection(8, "fixed"), "int8")
     rewrite(tmp_path / "sparse", lambda tensors: tensors[TARGET + suffix][2].fill_(float("nan")))
     with pytest.raises(FormatError, match=r"up_proj.*(scale of row 2 is nan|the correction holds NaN)"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from maskgen.core.errors import FormatError, OutputExistsError
+from maskgen.core.layout import LayerForm
 from maskgen.sweep.driver import Progress, run_digest
 from maskgen.sweep.workdir import TOKENS_FOLDER, WorkDir, reserve_for_run
 from tests import models
@@ -119,12 +120,12 @@ def test_leftovers_of_a_killed_start_do_not_count(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / ".run.json.123.partial").write_text('{"ru')
-    WorkDir(work, BASE, recipe("wanda").pattern)
-    WorkDir(work, BASE, recipe("wanda").pattern)
+    WorkDir(work, BASE, LayerForm(recipe("wanda").pattern))
+    WorkDir(work, BASE, LayerForm(recipe("wanda").pattern))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.partial").touch()
     with pytest.raises(OutputExistsError):
-        WorkDir(tmp_path / "other", BASE, recipe("wanda").pattern)
+        WorkDir(tmp_path / "other", BASE, LayerForm(recipe("wanda").pattern))
 
 
 def test_a_damaged_block_file_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.digest import digest_weights
 from maskgen.core.pattern import NMPattern
 from maskgen.recipes import recipe
@@ -232,7 +232,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     models.save_sparse(model_dir(), places["sparse"])
     models.save("llama", tmp_path / "other", seed=5)
     models.save_sparse(tmp_path / "other", places["foreign"])
-    models.save_corrected(model_dir(), places["corrected"], CorrectionConfig(16, "fixed"))
+    models.save_corrected(model_dir(), places["corrected"], PooledCorrection(16, "fixed"))
     places["bare"].write_text(BARE)
     before = sorted(tmp_path.iterdir())
     name, *flags = (part.format(**places) for part in argv)

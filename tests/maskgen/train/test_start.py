@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
-from maskgen.core.config import CorrectionConfig
+from maskgen.core.correction import PooledCorrection
 from maskgen.core.digest import digest_weights
 from maskgen.export.compress import decompress
 from maskgen.hf import model
@@ -126,7 +126,7 @@ def test_a_correction_is_trained_further(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     dense, start, out = model_dir(), tmp_path / "start", tmp_path / "out"
-    models.save_corrected(dense, start, CorrectionConfig(16, pool), values)
+    models.save_corrected(dense, start, PooledCorrection(16, pool), values)
     argv = [*words("adaptive_sparse_slorb", start, text_file, out), "--teacher", dense, *STILL]
     assert run(capsys, *argv, "--set", f"method.slorb_pool={pool}")[::2] == (0, "")
     before, after = SparseCheckpoint.open(start), SparseCheckpoint.open(out)

@@ -1,0 +1,81 @@
+"""One layer of a sweep: solved by a one-shot method, kept as it was given, or corrected.
+
+Legend: O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgen.core.errors import DataError, NumericalError, PatternError
+from maskgen.core.packed import PackedTensor, StoredLayer
+from maskgen.core.pattern import NMPattern
+from maskgen.hf import blocks
+from maskgen.methods import LocalMethod
+from maskgen.methods.correction import CorrectionMethod
+
+
+def solve_layer(
+    method: LocalMethod,
+    weight_OI: Tensor,
+    stats: Any,
+    pattern: NMPattern,
+    dtype: torch.dtype,
+    name: str,
+    prior_OI: Tensor | None = None,
+) -> PackedTensor:
+    """Solve one float32 weight, round the result to `dtype` and pack it (on the CPU).
+
+    Weights the method did not change come out bit for bit as they were. Raises `NumericalError` naming the layer.
+    """
+    blocks.check_finite(weight_OI, f"{name}: weight")
+    try:
+        solution = method.solve(weight_OI, stats, pattern, prior_OI)
+    except (PatternError, NumericalError) as error:
+        raise NumericalError(f"{name}: {error}") from error
+    solved_OI = weight_OI if solution.weight is None else solution.weight
+    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
+
+
+def correct_layer(
+    method: CorrectionMethod, weight_OI: Tensor, packed: PackedTensor, stats: Any, dtype: torch.dtype, name: str
+) -> StoredLayer:
+    """A layer that is stored as `packed` already, with a correction beside it that is rounded to `dtype` (on the CPU).
+
+    `weight_OI` is its dense float32 weight. Raises `NumericalError` naming the layer, also for a correction that has no
+    finite value in `dtype`, and `DataError` for a packed weight of another shape.
+    """
+    blocks.check_finite(weight_OI, f"{name}: weight")
+    if packed.shape != tuple(weight_OI.shape):
+        raise DataError(
+            f"{name}: the sparse weight is {packed.shape}, the dense one {tuple(weight_OI.shape)}; the checkpoint was "
+            "not made from this model"
+        )
+    try:
+        correction = method.solve(weight_OI - packed.unpack().to(weight_OI), stats).to(dtype)
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from error
+    if not correction.is_finite:
+        raise NumericalError(f"{name}: the correction holds NaN or infinity in {dtype}")
+    return StoredLayer(packed, correction)
+
+
+def check_prior(prior: Callable[[str], Tensor], layers: Mapping[str, nn.Linear], pattern: NMPattern) -> None:
+    """`DataError` unless there is a mask of this pattern and of the right shape for every one of `layers`."""
+    for name, linear in layers.items():
+        try:
+            mask_OI = prior(name)
+            if mask_OI.shape != linear.weight.shape:
+                raise DataError(
+                    f"prior mask of {name}: shape {tuple(mask_OI.shape)}, the layer has {tuple(linear.weight.shape)}; "
+                    "these masks are of another model"
+                )
+            pattern.check_mask(mask_OI, f"prior mask of {name}")
+        except KeyError:
+            raise DataError(f"the prior has no mask for {name}; keep this layer dense with ignore") from None
+        except PatternError as error:
+            raise DataError(str(error)) from None

@@ -176,7 +176,9 @@ def _panel(
     axes.margins(0.12, 0.12)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis) if is_log else (axes.xaxis,):
-        axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=20))
+        low, high = axis.get_view_interval()
+        steps = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=20))
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, linewidth=0.4, alpha=0.6)

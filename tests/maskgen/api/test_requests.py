@@ -69,7 +69,8 @@ def test_overrides_are_a_mapping_or_strings() -> None:
         ({"eval_every": 1.5}, "`eval_every` 1.5: input should be a valid integer"),
         ({"shard": "perhaps"}, "`shard` 'perhaps': input should be a valid boolean"),
         ({"out": 3}, "`out` 3: input is not a valid path"),
-        ({"model": None}, "`model` None: input should be a valid string"),
+        ({"recipe": None}, "`recipe` None: input should be a valid string"),
+        ({"model": 3}, "`model` 3: input should be a valid string"),
         ({"data": 3}, "`data` 3: input should be a valid tuple"),
     ],
 )

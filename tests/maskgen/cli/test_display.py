@@ -17,6 +17,7 @@ LOOK = HeldOut(0, 4.0, 54.598, 1.0, 0.0, 0.5, 3.9, 49.402)
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now_s = 100.0
+    monkeypatch.setattr(display, "LOG_EVERY_S", 10.0)
     monkeypatch.setattr(display.time, "monotonic", lambda: now_s)
     with display.progress() as show:
         show(Stage("loading"))

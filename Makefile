@@ -161,7 +161,7 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	  pip install -e '.[cuda,data,gguf,report]'
 	else
 	  echo "== environment"
-	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 2.6 GB, a minute or two)"
+	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 2.8 GB, a minute or two)"
 	  # what is not compiled here is when it is imported, and that is a small part of it
 	  # torch beside the rest: unpacking is what takes the time, and that keeps one core busy
 	  torch=$$(grep ^torch== $(LOCK))

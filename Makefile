@@ -13,7 +13,7 @@ EXTRA ?= auto
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 
 MODEL ?=
-# The demo is trained, too, as far as a first start of six minutes allows; a model of unknown size is only pruned.
+# The demo is trained, too, for a few steps, so that a first start stays short; a model of unknown size is only pruned.
 RECIPE ?= $(if $(MODEL),admm,best-effort)
 DATA ?=
 EVAL ?=

@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,8 @@ from maskgen.core.pattern import NMPattern
 from maskgen.data import tokens
 from maskgen.hf import blocks, model
 from maskgen.hf.planning import Plan, plan_of
-from maskgen.methods import LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_gram, damped_cholesky
+from maskgen.methods.oneshot.sparsegpt import SparseGPT
+from maskgen.numerics.statistics import Gram, damped_cholesky
 from maskgen.sweep.observe import advance, observe
 
 SCALE_BYTES = 2
@@ -125,18 +124,6 @@ def _inverse_factor(hessian_II: Tensor) -> Tensor:
     return inverse_II
 
 
-class _Inputs(LocalMethod):
-    """Gathers Gram matrices, and prunes nothing."""
-
-    needs_data: ClassVar[bool] = True
-
-    def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
-        return add_gram(stats, x_TI)
-
-    def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
-        raise NotImplementedError
-
-
 def linears(model_dir: Path, loaded: nn.Module | None = None) -> Plan:
     """The layers that peers round: those that `maskgen run` makes 2:4."""
     return plan_of(model_dir, NMPattern(2, 4), model=loaded)
@@ -185,7 +172,7 @@ def _round_with_gptq(loaded: nn.Module, plan: Plan, scheme: Scheme, windows_ST: 
     for index, (block, targets) in enumerate(zip(plan.blocks, plan.targets, strict=True)):
         dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
         with blocks.upcast(block, device):
-            inputs = observe(_Inputs(), targets, block, index, recording, device)
+            inputs = observe(SparseGPT(), targets, block, index, recording, device)
             for name, linear in targets.items():
                 value_OI = gptq(linear.weight.data, inputs.take(name), scheme)
                 linear.weight.data = value_OI.to(dtypes[name]).float()

@@ -1,4 +1,4 @@
-"""The native CPU kernel for 2:4 weights: reads the compressed bytes once per step and never makes them dense.
+"""The native CPU kernel for 2:4 weights: reads the compressed bytes once per step and never keeps them dense.
 
 Layout (`sparse_serve/kernels/csrc/layout.h`). Blocks of 16 rows by 128 columns: of each group of 4 columns a code of 4
 bits that numbers the kept pair, one of 6, and the two values. Columns are padded to a multiple of 128. One layout
@@ -6,9 +6,9 @@ serves every number of tokens.
 
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
 0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. fp8 values
-are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with AVX2 up to 4, and of many 64.
-Activations are turned into tables, 3 or 4 times their size, in a cache. Threads share rows, and of many tokens those
-too (`share.h`).
+are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with AVX2 up to 4, of many 64, and with AMX
+512. Activations are turned into tables, 3 or 4 times their size, in a cache, or for AMX into tiles. Threads share rows,
+and of many tokens those too (`share.h`).
 
 Arithmetic. Half of the products of a dense linear are left, so what else a product takes decides the speed. There are
 two ways to make the same products in the same order (`linear.h`, `many.h`):
@@ -20,13 +20,22 @@ two ways to make the same products in the same order (`linear.h`, `many.h`):
 
 A dense kernel needs two products where this one needs a product and either a permute, which the processor makes in the
 same place, or an operand from the cache; so with many tokens it can be less than twice as fast (docs/kernels.md has
-times). AVX-512 with bfloat16 and AVX2 (rows in lanes only) are chosen when the library is loaded; VNNI and AMX are not
-used, since they would have activations rounded to int8 or whole tiles decompressed.
+times).
+
+AMX multiplies 16 by 32 by 16 numbers with one instruction, sixteen times what a product of pairs does, so there the way
+is another (`amx.cpp`): a few blocks at a time are made dense in the nearest cache, for all tokens at once, zeros and
+all, while the blocks before are multiplied. It costs as many products as a dense layer, and reads half the bytes. It is
+for bfloat16 activations with bfloat16 or int8 values; the rest goes AVX-512's way.
+
+The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI is
+not used, since it would have activations rounded to int8. Linux gives tiles to a process that asks; where it refuses,
+AVX-512 it is.
 
 Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16
 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32 takes part,
 in activations or in values, both become float32 first. A token's result does not depend on the other tokens of its
-batch, nor on the number of threads.
+batch, nor on the number of threads; on the instruction set it does, by the order of the sum. With AMX an input that is
+not finite shows in every row, as in a dense layer, otherwise in those that keep its column.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -45,7 +54,7 @@ from maskgen.core.values import FP8
 from sparse_serve.kernels import LinearSpec, every_reason
 
 LIBRARY = "sparse_serve.kernels._cpu_kernel"
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 """Instruction sets in the library, by their number there."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

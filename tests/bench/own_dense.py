@@ -116,8 +116,8 @@ def huge(tensor: Tensor) -> Tensor:
 def _build(folder: Path) -> OwnDense:
     """Compile the kernel."""
     choose(LinearSpec(16, 16, NMPattern(2, 4), torch.bfloat16, "cpu"), "cpu")  # loads the library that knows
-    if cpu.isa() != "avx512":
-        raise SystemExit(f"this processor's instructions are {cpu.isa()}; expected avx512")
+    if cpu.isa() not in ("avx512", "amx"):
+        raise SystemExit(f"this processor's instructions are {cpu.isa()}; expected avx512 or amx")
     library, source = folder / "own_dense.so", Path(__file__).with_suffix(".cpp")
     subprocess.run(["g++", "-O3", "-fopenmp", "-shared", "-fPIC", "-o", library, source], check=True)
     run = ctypes.CDLL(str(library)).own_dense

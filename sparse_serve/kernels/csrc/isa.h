@@ -3,10 +3,35 @@
 #include <cstdint>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define SPARSE24_AMX 1  // the compiler is not too old to have an assembler that knows tiles
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define SPARSE24_AMX 0
+#endif
+
 namespace sparse24 {
 
-constexpr const char* kIsas[] = {"portable", "avx2", "avx512"};  // by number, each with those before it
+constexpr const char* kIsas[] = {"portable", "avx2", "avx512", "amx"};  // by number, each with those before it
 constexpr int64_t kIsaCount = sizeof(kIsas) / sizeof(*kIsas);
+
+#if SPARSE24_AMX
+// Whether the processor has tiles of bfloat16, the operating system keeps them for a thread that waits, and this process
+// may use them: Linux wants to be asked, and a sandbox may refuse.
+inline bool may_use_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kOsXsave = 1u << 27, kBoth = 3u << 17;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave)) return false;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kBoth) == kBoth && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+}
+#else
+inline bool may_use_amx() { return false; }
+#endif
 
 // The number of the best one that this processor, and its operating system, can run.
 inline int64_t best_isa() {
@@ -16,7 +41,8 @@ inline int64_t best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bf16");
-  return avx512 ? 2 : avx2 ? 1 : 0;
+  static const bool amx = avx512 && may_use_amx();  // asked once
+  return amx ? 3 : avx512 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
 #endif

@@ -34,6 +34,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t row_blocks(int64_t rows) { return ceil_div(rows, kLanes); }
 constexpr int64_t superblocks(int64_t rows) { return ceil_div(rows, kLanes * kSuper); }
 constexpr int64_t column_blocks(int64_t columns) { return ceil_div(columns, kColumns); }
+constexpr int64_t tile_bytes(int64_t columns) { return column_blocks(columns) * kColumns * kLanes * 2; }  // of 16 tokens
 inline int blocks_of(int64_t rows, int64_t superblock) {  // row blocks of a superblock
   const int64_t left = row_blocks(rows) - superblock * kSuper;
   return left < kSuper ? static_cast<int>(left) : kSuper;
@@ -54,6 +55,7 @@ struct Linear {
   const float* scale;  // of each row, or null
   const void* bias;    // or null
   Floats kind;
+  const uint8_t* tiles = nullptr;  // x as amx::pack_tokens lays it out, or null
 };
 
 // Superblocks [first, last) of it, on the calling thread.
@@ -62,5 +64,12 @@ using Run = void (*)(const Linear&, int64_t first, int64_t last);
 namespace portable { void run(const Linear&, int64_t first, int64_t last); }
 namespace avx2 { void run(const Linear&, int64_t first, int64_t last); }
 namespace avx512 { void run(const Linear&, int64_t first, int64_t last); }
+
+// With activations laid out as tiles before, by all threads; without them it is avx512's.
+namespace amx {
+bool takes(const Linear&);  // whether it has a way of its own for the layer
+void pack_tokens(const Linear&, int64_t first, int64_t last, uint8_t* out);  // tokens from 16 * first on; out is for all
+void run(const Linear&, int64_t first, int64_t last);
+}  // namespace amx
 
 }  // namespace sparse24

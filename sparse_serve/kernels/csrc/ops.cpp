@@ -31,7 +31,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kWorthAThread = 1 << 17;  // products below which a second thread costs more than it brings
+// Products below which a second thread costs more than it brings; and with tiles.
+constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
 
 int64_t isa() { return best_isa(); }
 
@@ -41,6 +42,9 @@ Run runner(int64_t wanted) {
   STD_TORCH_CHECK(refusal.empty(), refusal);
   if (wanted < 0) wanted = best;
 #if defined(__x86_64__)
+#if SPARSE24_AMX
+  if (wanted == 3) return amx::run;
+#endif
   if (wanted == 2) return avx512::run;
   if (wanted == 1) return avx2::run;
 #endif
@@ -106,6 +110,20 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
   return out;
 }
 
+#if SPARSE24_AMX
+// The activations as tiles.
+Tensor tiles_of(const Linear& op, const Tensor& blocks) {
+  constexpr int64_t kBytesAThread = 1 << 17;
+  const int64_t tiles = ceil_div(op.tokens, kLanes), bytes = tile_bytes(op.columns);
+  Tensor out = torch::stable::new_empty(blocks, {tiles * bytes});
+  uint8_t* start = static_cast<uint8_t*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, tiles, ceil_div(kBytesAThread, bytes), [&](int64_t first, int64_t last) {
+    amx::pack_tokens(op, first, last, start);
+  });
+  return out;
+}
+#endif
+
 Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& bias, int64_t wanted) {
   const Tensor x = torch::stable::contiguous(input);
@@ -127,11 +145,18 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   Tensor y = torch::stable::new_empty(x, shape);
   const int64_t tokens = columns ? x.numel() / columns : 0;
   if (tokens == 0 || rows == 0) return y;
-  const Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
-                  y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
-                  bias ? bias->const_data_ptr() : nullptr, of_x};
-  const int64_t worth = ceil_div(tokens * columns * rows, kWorthAThread);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(tokens, rows, threads);
+  Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
+            y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+            bias ? bias->const_data_ptr() : nullptr, of_x};
+#if SPARSE24_AMX
+  std::optional<Tensor> tiles;
+  if (run == amx::run && amx::takes(op)) {
+    tiles = tiles_of(op, blocks);
+    op.tiles = static_cast<const uint8_t*>(tiles->const_data_ptr());
+  }
+#endif
+  const int64_t worth = ceil_div(tokens * columns * rows, op.tiles ? kWorthAThreadOfTiles : kWorthAThread);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(op, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     run_shares(run, op, tile, first, last, threads);
   });

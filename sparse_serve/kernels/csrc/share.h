@@ -7,14 +7,33 @@
 
 namespace sparse24 {
 
-// Reading a unit's weights takes as long as the products of so many tokens: a tile of fewer is no cheaper.
-constexpr int64_t kReading = 8;
+// What a unit of some tokens costs. Reading its weights takes as long as the products of 8 tokens, so a tile of fewer is
+// no cheaper. For AMX, reading them and making them dense takes as long as the products of some 48.
+inline int64_t work_of(const Linear& op, int64_t tokens) {
+  constexpr int64_t kReading = 8, kExpanding = 48;
+  return op.tiles ? kExpanding + tokens : std::max(kReading, tokens);
+}
+
+// With tiles the weights of a unit are made dense for all of its tokens, so it has as many as let the longest share end
+// soonest: all, if superblocks alone can be dealt out.
+inline int64_t tile_of_tiles(const Linear& op, int64_t threads) {
+  const int64_t supers = superblocks(op.rows), most = std::min(ceil_div(op.tokens, kLanes), 2 * threads);
+  int64_t best = op.tokens, least = INT64_MAX;
+  for (int64_t count = 1; count <= most; ++count) {
+    const int64_t tile = ceil_div(ceil_div(op.tokens, count), kLanes) * kLanes;
+    const int64_t longest = ceil_div(count * supers, threads) * work_of(op, tile);
+    if (longest < least) best = tile, least = longest;
+  }
+  return best;
+}
 
 // A tile of 64 tokens is what many.h wants, and each thread makes tables of x for many rows; each also reads the weights
 // for its own tiles, which so many tokens pay for. Few tokens are one tile, so that weights are read once, unless
 // superblocks alone cannot be dealt out within 5 %. Shares differ by a unit at most, so there have to be some for each.
-inline int64_t tile_of(int64_t tokens, int64_t rows, int64_t threads) {
+inline int64_t tile_of(const Linear& op, int64_t threads) {
   constexpr int64_t kSome = 32, kUnits = 8;
+  const int64_t tokens = op.tokens, rows = op.rows;
+  if (op.tiles) return tile_of_tiles(op, threads);
   const int64_t supers = superblocks(rows), most = ceil_div(supers, threads) * kSuper * threads;
   for (int64_t tile : {int64_t{kMany}, kSome}) {
     if (tokens >= 2 * kMany && ceil_div(tokens, tile) * supers >= kUnits * threads) return tile;
@@ -24,11 +43,10 @@ inline int64_t tile_of(int64_t tokens, int64_t rows, int64_t threads) {
 
 // Of all units before `unit`, in row blocks times tokens.
 inline int64_t work_before(const Linear& op, int64_t tile, int64_t unit) {
-  const auto work = [](int64_t tokens) { return std::max(kReading, tokens); };
   const int64_t supers = superblocks(op.rows), blocks = row_blocks(op.rows), left = op.tokens % tile;
   const int64_t before = unit / supers, whole = std::min(before, op.tokens / tile);
-  const int64_t done = whole * work(tile) + (before - whole) * work(left);
-  return done * blocks + work(whole < op.tokens / tile ? tile : left) * std::min(unit % supers * kSuper, blocks);
+  const int64_t done = whole * work_of(op, tile) + (before - whole) * work_of(op, left);
+  return done * blocks + work_of(op, whole < op.tokens / tile ? tile : left) * std::min(unit % supers * kSuper, blocks);
 }
 
 // The first unit of a share.
@@ -47,6 +65,7 @@ inline Linear tokens_of(Linear op, int64_t first, int64_t count) {
   const int64_t bytes = op.kind == Floats::kFloat32 ? 4 : 2;
   op.x = static_cast<const uint8_t*>(op.x) + first * op.columns * bytes;
   op.y = static_cast<uint8_t*>(op.y) + first * op.rows * bytes;
+  if (op.tiles) op.tiles += first / kLanes * tile_bytes(op.columns);
   op.tokens = std::min(count, op.tokens - first);
   return op;
 }

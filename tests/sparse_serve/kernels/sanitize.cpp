@@ -33,6 +33,8 @@ struct Buffer {  // of floats, read as what they are rounded to
   float at(size_t i) const { return kind == Floats::kFloat32 ? exact[i] : from_half(halves[i], kind); }
 };
 
+struct alignas(64) Line { uint8_t bytes[64]; };  // as torch aligns what it allocates
+
 // As so many threads would share it; with a bias, or without.
 int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
           int64_t threads = 1, bool biased = true) {
@@ -67,9 +69,17 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   std::vector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
   pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows));
   Buffer x(tokens * columns, io), y(tokens * rows, io), bias(rows, io);
-  const Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
-                  scaled ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
-  const int64_t tile = tile_of(tokens, rows, threads);
+  Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
+            scaled ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
+  std::vector<Line> tiles;
+#if SPARSE24_AMX
+  if (run == amx::run && amx::takes(op)) {
+    tiles.resize(ceil_div(tokens, kLanes) * tile_bytes(columns) / sizeof(Line));
+    amx::pack_tokens(op, 0, ceil_div(tokens, kLanes), tiles.data()->bytes);
+    op.tiles = tiles.data()->bytes;
+  }
+#endif
+  const int64_t tile = tile_of(op, threads);
   for (int64_t share = 0; share < threads; ++share) run_shares(run, op, tile, share, share + 1, threads);
   for (int64_t token = 0; token < tokens; ++token) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -100,11 +110,14 @@ void visit(const Linear& op, int64_t first, int64_t last) {
   }
 }
 
-// Every product is one share's; and of many tokens and rows no share is a quarter larger than the mean.
-int check_shares(int64_t tokens, int64_t rows, int64_t threads) {
+// Every product is one share's; and of many tokens and rows no share is a quarter larger than the mean, nor for AMX by
+// more than a superblock, for which weights are made dense once.
+int check_shares(int64_t tokens, int64_t rows, int64_t threads, bool tiled) {
   std::vector<float> x(tokens * 8), y(tokens * rows);
-  const Linear op{nullptr, Values::kFloat32, tokens, rows, 8, x.data(), y.data(), nullptr, y.data(), Floats::kFloat32};
-  const int64_t tile = tile_of(tokens, rows, threads), supers = superblocks(rows);
+  std::vector<uint8_t> tiles(ceil_div(tokens, kLanes) * tile_bytes(8));
+  const Linear op{nullptr, Values::kFloat32, tokens, rows, 8, x.data(), y.data(), nullptr, y.data(), Floats::kFloat32,
+                  tiled ? tiles.data() : nullptr};
+  const int64_t tile = tile_of(op, threads), supers = superblocks(rows);
   visits.assign(tokens * supers, 0);
   double all = 0, most = 0;
   for (int64_t share = 0; share < threads; ++share) {
@@ -113,7 +126,8 @@ int check_shares(int64_t tokens, int64_t rows, int64_t threads) {
     for (int64_t i = 0; i < tokens * supers; ++i) done += visits[i] * blocks_of(rows, i % supers);
     most = std::max(most, done - all), all = done;
   }
-  bool wrong = tokens >= 128 && rows >= 100 * threads && most * threads > 1.25 * all;
+  bool wrong = tokens >= 128 && rows >= 100 * threads && !tiled && most * threads > 1.25 * all;
+  wrong = wrong || (tiled && (most > all / threads + kSuper * tile || (tile < tokens && tile % kLanes)));
   for (int count : visits) wrong = wrong || count != 1;
   if (wrong) std::printf("%ld tokens, %ld rows, %ld threads: largest share %g\n", long(tokens), long(rows), long(threads), most * threads / all);
   return wrong;
@@ -123,7 +137,7 @@ int check_shares(int64_t tokens, int64_t rows, int64_t threads) {
 int check_refusals() {
   int wrong = 0;
   for (int64_t best = 0; best < kIsaCount; ++best) {
-    for (int64_t wanted : {-3, -2, -1, 0, 1, 2, 3, 99}) {
+    for (int64_t wanted : {-3, -2, -1, 0, 1, 2, 3, 4, 99}) {
       const std::string refusal = isa_refusal(wanted, best);
       bool right = refusal.empty() == (wanted >= -1 && wanted <= best);
       if (!refusal.empty()) {
@@ -146,11 +160,16 @@ int main() {
       {"avx2", avx2::run, best_isa() >= 1},
       {"avx512", avx512::run, best_isa() >= 2},
 #endif
+#if SPARSE24_AMX
+      {"amx", amx::run, best_isa() >= 3},
+#endif
   };
   int wrong = check_refusals(), checked = 0;
   for (int64_t tokens : {1, 7, 31, 32, 63, 64, 127, 128, 129, 135, 160, 200, 257}) {
     for (int64_t rows : {16, 300, 512, 576, 1153, 4096}) {
-      for (int64_t threads : {1, 2, 3, 5, 16, 32}) wrong += check_shares(tokens, rows, threads), ++checked;
+      for (int64_t threads : {1, 2, 3, 5, 16, 32}) {
+        for (bool tiled : {false, true}) wrong += check_shares(tokens, rows, threads, tiled), ++checked;
+      }
     }
   }
   for (const auto& isa : isas) {
@@ -158,7 +177,7 @@ int main() {
     std::printf("%s ", isa.name);
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8}) {
       for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
-        for (int64_t tokens : {1, 2, 3, 5, 16, 17, 64, 82}) {
+        for (int64_t tokens : {1, 2, 3, 5, 16, 17, 33, 64, 82}) {
           for (int64_t rows : {1, 16, 37, 300}) {
             for (int64_t columns : {8, 128, 136, 1032}) {
               if (columns > 1000 && !(tokens >= 64 && io == Floats::kBFloat16)) continue;  // what many.h asks for

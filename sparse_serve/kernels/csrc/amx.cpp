@@ -1,0 +1,206 @@
+// AMX with bfloat16: 16 tokens by 16 rows by 32 columns with one instruction. It multiplies dense tiles, so the weight
+// is made dense a few blocks at a time, in the nearest cache, for all tokens of a group at once:
+//
+//     for each 512 tokens, for each group of superblocks:
+//         for so many columns that the tokens' inputs stay in a cache:
+//             for each panel of 4 blocks (panels.h):     for each 32 tokens, 4 sums in registers
+//                 for each 32 columns:                   4 products of tiles; and in between, a part of the next panel
+//                                                        is made dense, and of the one after that asked for
+//
+// Twice the products of avx512's, each at a sixteenth of the cost. Up to 32 tokens sums stay in registers over all
+// columns, and a step takes about as long as reading the weight. Sums are float32; a token's are added in the same order
+// whatever its place. Subnormal numbers count as zero, in inputs, weights and sums, as in avx512's products.
+#include "isa.h"
+#if SPARSE24_AMX
+#include <immintrin.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "layout.h"  // before the pragma: what it declares is for every processor
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma")
+#endif
+#include "panels.h"
+
+namespace sparse24 {
+namespace {
+
+constexpr int kMostTokens = 512;  // of a group
+constexpr int kInputTiles = 256;  // of 1 KiB, read again for each panel: they and the sums share the L2 cache
+constexpr int kSumTiles = 512;    // of 1 KiB
+
+struct Scratch {
+  alignas(64) uint8_t weights[2][kPanel * kBlockTiles];
+  alignas(64) float sums[kSumTiles * kLanes * kLanes];
+};
+
+// Products of a panel of kN blocks with kM times 16 tokens, whose inputs are `x_tile` bytes apart.
+template <int kM, int kN, class Between>
+INLINE void multiply(const Panel& panel, const uint8_t* w, const uint8_t* x, int64_t x_tile, float* sums,
+                     int64_t sum_block, Between between) {
+  const int64_t w_block = panel.parts * kBlockTiles;
+  if (panel.opens) {
+    each<kM * kN>([&](auto i) {
+      if (panel.part == 0) zero_tile<i>();
+      else load_tile<i>(sums + i % kN * sum_block + i / kN * kLanes * kLanes);
+    });
+  }
+  for (int step = panel.steps; step; --step, x += kTileBytes, w += kTileBytes) {
+    each<kM>([&](auto m) { load_tile<4 + m>(x + m * x_tile); });
+    each<kN>([&](auto n) {
+      constexpr int kW = kM == 2 ? 6 + n : 5 + n % 3;
+      load_tile<kW>(w + n * w_block);
+      each<kM>([&](auto m) { multiply_tiles<m * kN + n, 4 + m, kW>(); });
+    });
+    between();
+  }
+  if (panel.closes) each<kM * kN>([&](auto i) { store_tile<i>(sums + i % kN * sum_block + i / kN * kLanes * kLanes); });
+}
+
+// Products of a panel with `tiles` times 16 tokens, into sums [block][16 tokens].
+template <class Between>
+void multiply_panel(const Panel& panel, const uint8_t* w, const uint8_t* x, int64_t x_tile, int tiles, float* sums,
+                    Between between) {
+  x += panel.part * kBlockTiles;
+  for (int m = 0; m < tiles; m += 2, x += 2 * x_tile, sums += 2 * kLanes * kLanes) {
+#define MULTIPLY(m, n) multiply<m, n>(panel, w, x, x_tile, sums, tiles * kLanes * kLanes, between)
+    if (m + 1 < tiles) {
+      if (panel.blocks == 2) MULTIPLY(2, 2);
+      else MULTIPLY(2, 1);
+    } else {
+      if (panel.blocks == 4) MULTIPLY(1, 4);
+      else if (panel.blocks == 3) MULTIPLY(1, 3);
+      else if (panel.blocks == 2) MULTIPLY(1, 2);
+      else MULTIPLY(1, 1);
+    }
+#undef MULTIPLY
+  }
+}
+
+__m512 widened(__m256i bfloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16)); }
+
+// Sums of rows [first, end) for `tiles` times 16 tokens into y; two blocks at once, for whole lines of the cache.
+void write_tiles(const Linear& op, const float* sums, int64_t first, int64_t end, int64_t token, int tiles) {
+  constexpr int kTwo = 2 * kLanes;
+  const int64_t block = tiles * kLanes * kLanes, tokens = std::min<int64_t>(op.tokens - token, tiles * kLanes);
+  uint16_t* y = static_cast<uint16_t*>(op.y) + token * op.rows;
+  for (int64_t m = 0; m < tokens; ++m, y += op.rows, sums += kLanes) {
+    const float* sum = sums;
+    for (int64_t row = first; row < end; row += kTwo, sum += 2 * block) {
+      const int64_t left = end - row;
+      const __mmask32 here = left < kTwo ? (__mmask32{1} << left) - 1 : ~__mmask32{0};
+      const __mmask16 near = static_cast<__mmask16>(here), far = static_cast<__mmask16>(here >> kLanes);
+      __m512 a = _mm512_load_ps(sum), b = far ? _mm512_load_ps(sum + block) : _mm512_setzero_ps();
+      if (op.scale) {
+        a = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(near, op.scale + row));
+        b = _mm512_mul_ps(b, _mm512_maskz_loadu_ps(far, op.scale + row + kLanes));
+      }
+      if (op.bias) {
+        const __m512i both = _mm512_maskz_loadu_epi16(here, static_cast<const uint16_t*>(op.bias) + row);
+        a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(both)));
+        b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(both, 1)));
+      }
+      _mm512_mask_storeu_epi16(y + row, here, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+  }
+}
+
+// Deals out `all` things over `calls`.
+struct Even {
+  int all, calls, credit = 0, done = 0;
+  Even(int all, int calls) : all(all), calls(calls) {}
+  template <class Do>
+  INLINE void some(Do run) {
+    for (credit += all; credit >= calls; credit -= calls) run(done++);
+  }
+};
+
+// Superblocks [first, last), few enough for the sums, for the tokens [token, token + 16 * tiles).
+template <Values kValues>
+void group(const Linear& op, int64_t first, int64_t last, int64_t token, int tiles, Scratch& own) {
+  const int64_t parts = column_blocks(op.columns), x_tile = tile_bytes(op.columns);
+  const int64_t most = kInputTiles / (kSteps * tiles);
+  const uint8_t* x = op.tiles + token / kLanes * x_tile;
+  for (int64_t begin = 0; begin < parts; begin += most) {
+    const int64_t end = std::min(begin + most, parts);
+    const int blocks = tiles == 1 ? kPanel : kPanel / 2;
+    Walk walk{op, last, begin, end, first, begin, blocks, kPanel / blocks, block_bytes(kValues), tiles <= 2};
+    Panel panels[3];  // one is multiplied, the next made dense, the one after that asked for
+    for (int i = 0; i < 3; ++i) walk.next(panels[i]);
+    const auto make_dense = [&](const Panel& panel, const Panel& ahead, int turn, int i) {
+      expand<kValues>(panel.data[i], own.weights[turn % 2] + panel.place[i], (i < ahead.count ? ahead : panel).data[i]);
+    };
+    for (int i = 0; i < panels[0].count; ++i) make_dense(panels[0], panels[1], 0, i);
+    for (int turn = 0; panels[turn % 3].count; ++turn) {
+      Panel &now = panels[turn % 3], &then = panels[(turn + 1) % 3], &later = panels[(turn + 2) % 3];
+      float* sums = own.sums + ((now.super - first) * kSuper + now.block) * tiles * kLanes * kLanes;
+      Even made(then.count, (tiles + 1) / 2 * now.steps);
+      multiply_panel(now, own.weights[turn % 2], x, x_tile, tiles, sums, [&] {
+        made.some([&](int i) { make_dense(then, later, turn + 1, i); });
+      });
+      walk.next(now);
+    }
+  }
+  write_tiles(op, own.sums, first * kSuper * kLanes, std::min(op.rows, last * kSuper * kLanes), token, tiles);
+}
+
+template <Values kValues>
+void run_tiles(const Linear& op, int64_t first, int64_t last) {
+  static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
+  if (!own) own.reset(new Scratch);                  // as it is: every byte is written before it is read
+  const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)));  // fewer rows to load
+  const int64_t groups = ceil_div(op.tokens, kMostTokens);
+  const int64_t even = ceil_div(ceil_div(op.tokens, groups), kLanes) * kLanes;
+  const int64_t supers = kSumTiles / (even / kLanes) / kSuper;
+  for (int64_t token = 0; token < op.tokens; token += even) {
+    const int tiles = static_cast<int>(ceil_div(std::min(even, op.tokens - token), kLanes));
+    for (int64_t start = first; start < last; start += supers) {
+      group<kValues>(op, start, std::min(start + supers, last), token, tiles, *own);
+    }
+  }
+}
+
+}  // namespace
+
+bool amx::takes(const Linear& op) {
+  return op.kind == Floats::kBFloat16 && (op.values == Values::kBFloat16 || op.values == Values::kInt8);
+}
+
+void amx::pack_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* out) {
+  const uint16_t* x = static_cast<const uint16_t*>(op.x);
+  out += first * tile_bytes(op.columns);
+  for (int64_t token = first * kLanes; token < last * kLanes; token += kLanes) {
+    for (int64_t column = 0; column < op.columns; column += kColumns, out += kBlockTiles) {
+      const int64_t left = op.columns - column;
+      for (int m = 0; m < kLanes; ++m) {
+        const uint16_t* from = x + (token + m) * op.columns + column;
+        alignas(64) uint16_t padded[kColumns];
+        if (token + m >= op.tokens || left < kColumns) {
+          __builtin_memset(padded, 0, sizeof(padded));
+          if (token + m < op.tokens) __builtin_memcpy(padded, from, std::min<int64_t>(left, kColumns) * 2);
+          from = padded;
+        }
+        for (int step = 0; step < kSteps; ++step) {
+          _mm512_store_si512(out + step * kTileBytes + m * 64, _mm512_loadu_si512(from + step * 32));
+        }
+      }
+    }
+  }
+}
+
+void amx::run(const Linear& op, int64_t first, int64_t last) {
+  if (!op.tiles) return avx512::run(op, first, last);
+  if (op.values == Values::kBFloat16) return run_tiles<Values::kBFloat16>(op, first, last);
+  run_tiles<Values::kInt8>(op, first, last);
+}
+
+}  // namespace sparse24
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

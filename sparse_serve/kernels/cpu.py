@@ -25,7 +25,7 @@ times).
 AMX multiplies 16 by 32 by 16 numbers with one instruction, sixteen times what a product of pairs does, so there the way
 is another (`amx.cpp`): a few blocks at a time are made dense in the nearest cache, for all tokens at once, zeros and
 all, while the blocks before are multiplied. It costs as many products as a dense layer, and reads half the bytes. It is
-for bfloat16 activations with bfloat16 or int8 values; the rest goes AVX-512's way.
+for bfloat16 activations with int8 values, and with bfloat16 values from five tokens on; the rest goes AVX-512's way.
 
 The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI is
 not used, since it would have activations rounded to int8. Linux gives tiles to a process that asks; where it refuses,
@@ -34,8 +34,9 @@ AVX-512 it is.
 Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16
 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32 takes part,
 in activations or in values, both become float32 first. A token's result does not depend on the other tokens of its
-batch, nor on the number of threads; on the instruction set it does, by the order of the sum. With AMX an input that is
-not finite shows in every row, as in a dense layer, otherwise in those that keep its column.
+batch, nor on the number of threads. On the instruction set it does, by the order of the sum; so with AMX and bfloat16
+values a batch of up to four tokens gives other last bits than a larger one. By tiles an input that is not finite shows
+in every row, as in a dense layer, otherwise in those that keep its column.
 
 Legend: T = tokens, O = out features, I = in features.
 """

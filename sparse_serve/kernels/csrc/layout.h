@@ -67,7 +67,7 @@ namespace avx512 { void run(const Linear&, int64_t first, int64_t last); }
 
 // With activations laid out as tiles before, by all threads; without them it is avx512's.
 namespace amx {
-bool takes(const Linear&);  // whether it has a way of its own for the layer
+bool takes(const Linear&);  // whether it has a way of its own for the layer, and for so many tokens
 void pack_tokens(const Linear&, int64_t first, int64_t last, uint8_t* out);  // tokens from 16 * first on; out is for all
 void run(const Linear&, int64_t first, int64_t last);
 }  // namespace amx

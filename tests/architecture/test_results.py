@@ -13,6 +13,10 @@ from tests.bench.quality import ROWS, WHAT
 from tests.bench.quality_table import markdown
 
 BLOCK = re.compile(r"<!-- quality of (\S+): .*? -->\n(.*?)\n<!-- /quality -->", re.DOTALL)
+AMX_TABLE = re.compile(r"<!-- kernels: (\S+) -->\n(.*?)\n<!-- /kernels -->", re.DOTALL)
+AMX_ROW = re.compile(r"^\| (\d+ x \d+) \| ([^|]+) \| (.*) \|$", re.MULTILINE)
+CANDIDATES = {"bfloat16, in tiles": "cpu", "int8": "cpu int8", "bfloat16, by AVX-512": "cpu avx512"}
+"""How the tables of AMX name what was timed."""
 KERNELS_COMMIT = re.compile(r"at commit `(\w+)`[^`]*`tests/bench/results/kernels--cpu")
 
 
@@ -49,6 +53,22 @@ def test_the_kernels_table_in_the_readme_is_the_results() -> None:
             assert cells[-7:] == [_range(speedups) for _, speedups in sorted(found[kind].items())], kind
             shown.add(kind)
     assert shown >= {kind for kind in found if kind[2] != "int8"}, "README leaves out a shape that was measured"
+
+
+def test_the_tables_of_amx_in_the_readme_are_the_results() -> None:
+    """One run each, of the files that a table names."""
+    tables = AMX_TABLE.findall((ROOT / "README.md").read_text("utf-8"))
+    assert tables
+    for pattern, table in tables:
+        runs = [json.loads(file.read_text("utf-8")) for file in (ROOT / "tests/bench/results").glob(pattern)]
+        assert runs and all(run["isa"] == "amx" for run in runs), pattern
+        found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for result in (result for run in runs for result in run["results"]):
+            for name, speedup in result["speedup"].items():
+                found[f"{result['out_features']} x {result['in_features']}", name].append(f"{speedup:.2f}")
+        assert {
+            (shape, CANDIDATES[values]): cells.split(" | ") for shape, values, cells in AMX_ROW.findall(table)
+        } == found
 
 
 def _range(numbers: list[float]) -> str:

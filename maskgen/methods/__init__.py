@@ -86,11 +86,28 @@ class LocalMethod(Method, ABC):
 
     needs_data: ClassVar[bool] = True
 
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether the method is to see what layers receive in the dense model, too, with these options.
+
+        The layers of a block are then solved in the order in which they are reached, each for the inputs that it gets
+        when all before it are pruned.
+        """
+        return False
+
     def observe(self, stats: Any, x_TI: Tensor) -> Any:
         """Add a batch of a layer's float32 inputs `[T, I]` to its statistics and return them.
 
         `stats` is whatever the last call returned, None in the first, and may be updated in place. Layers that receive
         the same tensor share one `stats`.
+        """
+        return stats
+
+    def observe_drift(self, stats: Any, x_TI: Tensor, dense_TI: Tensor) -> Any:
+        """Of a batch that `observe` was just called with: add what the layer receives of the same tokens in the dense
+        model, `dense_TI` `[T, I]`. Only for methods with `is_asymmetric`.
+
+        It is left out for layers that do not see every token (the experts of a mixture), as these may get others.
         """
         return stats
 

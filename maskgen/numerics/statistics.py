@@ -1,8 +1,9 @@
 """Statistics that one-shot methods keep of a layer's inputs, and the factorisation of their Hessian.
 
-`add_squares` keeps the diagonal of X^T X (Wanda, RIA), `add_gram` all of it (SparseGPT, ADMM). Both sum over tokens in
-float32 whatever the model's dtype, add one batch at a time, and update in place. TF32 must stay off (torch's
-default): a Gram matrix with ten bits is not positive definite.
+`add_squares` keeps the diagonal of X^T X (Wanda, RIA), `add_gram` all of it (SparseGPT, ADMM), `add_drift` how far the
+inputs have moved from those of the dense model. All sum over tokens in float32 whatever the model's dtype, add one
+batch at a time, and update in place. TF32 must stay off (torch's default): a Gram matrix with ten bits is not positive
+definite.
 
 Legend: T = tokens, I = in features.
 """
@@ -21,10 +22,15 @@ _MAX_RETRY_DAMP = 0.1
 
 @dataclass
 class Gram:
-    """The Gram matrix of a layer's inputs: `sum_II` is the float32 sum of x x^T over `tokens` tokens."""
+    """The Gram matrix of a layer's inputs: `sum_II` is the float32 sum of x x^T over `tokens` tokens.
+
+    `drift_II` is the float32 sum of (d - x) x^T, where d is what the layer receives of the same token in the dense
+    model; None if nobody looked.
+    """
 
     sum_II: Tensor
     tokens: int
+    drift_II: Tensor | None = None
 
 
 def add_squares(stats: Tensor | None, x_TI: Tensor) -> Tensor:
@@ -42,6 +48,13 @@ def add_gram(stats: Gram | None, x_TI: Tensor) -> Gram:
     stats.sum_II.addmm_(x_TI.T, x_TI)
     stats.tokens += x_TI.shape[0]
     return stats
+
+
+def add_drift(stats: Gram, x_TI: Tensor, dense_TI: Tensor) -> None:
+    """Add to the drift of `stats` that of the inputs `x_TI`, which are `dense_TI` in the dense model."""
+    if stats.drift_II is None:
+        stats.drift_II = torch.zeros_like(stats.sum_II)
+    stats.drift_II.addmm_((dense_TI - x_TI).T, x_TI)
 
 
 def cholesky(matrix_II: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ So the inputs of a block carry the errors that pruning the blocks before it real
 float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
 block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
 v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A `BlockMethod`
-trains each block once it is pruned (`reconstruct`); the activations of the dense model are then held, too. For a
+trains each block once it is pruned (`reconstruct`), and an asymmetric method solves it stage by stage (`asymmetric`);
+the activations of the dense model are then held, too. For a
 `CorrectionMethod` the layers are those of a sparse checkpoint, and what is solved is the correction beside each.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
@@ -21,9 +22,10 @@ Legend: O = out features, I = in features, T = tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.asymmetric import BesideDense
 from maskgen.sweep.layers import check_prior, correct_layer, solve_layer
 from maskgen.sweep.observe import InputStatistics, advance, observe
 from maskgen.sweep.reconstruct import Fitted, Teacher, Training
@@ -144,7 +147,8 @@ def sweep(
     )  # fmt: skip
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
-        run.teacher = None if fits is None else Teacher.of(run.recording)
+        follows_dense = fits is not None or (method is not None and method.is_asymmetric)
+        run.teacher = Teacher.of(run.recording) if follows_dense else None
     for index in range(len(todo.blocks)):
         run.prune_block(index)
     count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
@@ -199,7 +203,6 @@ class _Sweep:
                 self._put(index, layers)
             else:
                 layers, fitted = self._solve(index, dtypes), None
-                self._put(index, layers)
                 if self.fits is not None and layers:
                     layers, fitted = self._fit(index, layers, dtypes)
                     advanced = True
@@ -217,39 +220,55 @@ class _Sweep:
             linear = self.plan.targets[index][name]
             linear.weight.data = layer.dense(blocks.COMPUTE_DTYPE).to(self.device)
 
-    def _observe(self, index: int) -> InputStatistics | None:
-        """Statistics of the inputs of the block's layers, dense as yet, if the method wants any."""
+    def _observed(self, index: int) -> Iterator[tuple[Sequence[str], InputStatistics | None]]:
+        """The block's layers, dense as yet, with statistics of their inputs if the method wants any.
+
+        They come at once, or stage by stage; what one stage gives is to be put in before the next is asked for.
+        """
         targets, method = self.plan.targets[index], self.method if self.adds is None else self.adds
-        if self.recording is None or not targets or method is None:
-            return None
-        if isinstance(method, LocalMethod) and not method.needs_data:
-            return None
-        inputs = observe(method, targets, self.plan.blocks[index], index, self.recording, self.device)
+        needs_none = method is None or (isinstance(method, LocalMethod) and not method.needs_data)
+        if self.recording is None or not targets or method is None or needs_none:
+            yield list(targets), None
+            return
+        block = self.plan.blocks[index]
+        if isinstance(method, LocalMethod) and method.is_asymmetric:
+            assert self.teacher is not None
+            beside = BesideDense.of(method, block, index, targets, self.recording, self.teacher, self.device)
+            for names in beside.stages():
+                inputs = beside.observe(names)
+                self._report(index, "calibration inputs")
+                yield names, inputs
+            return
+        inputs = observe(method, targets, block, index, self.recording, self.device)
         self._report(index, "calibration inputs")
-        return inputs
+        yield list(targets), inputs
 
     def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredLayer]:
-        targets, inputs = self.plan.targets[index], self._observe(index)
-        layers = {}
-        for name, linear in targets.items():
-            started_s = time.perf_counter()
-            stats = None if inputs is None else inputs.take(name)
-            prior_OI = None if self.prior is None else self.prior(name).to(self.device)
-            pattern, dtype = self.work.form.pattern, dtypes[name]
-            if self.adds is not None:
-                assert self.sparse is not None
-                layers[name] = correct_layer(self.adds, linear.weight, self.sparse.packed(name), stats, dtype, name)
-            elif self.method is None:
-                assert prior_OI is not None
-                weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
-                packed = PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name)
-                layers[name] = StoredLayer(packed)
-            else:
-                packed = solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI)
-                layers[name] = StoredLayer(packed)
-            self.solve_s[name] = time.perf_counter() - started_s
-            self._report(index, name)
-        return layers
+        """Solve the layers of a block and put what comes out into it."""
+        layers: dict[str, StoredLayer] = {}
+        for names, inputs in self._observed(index):
+            solved = {}
+            for name in names:
+                started_s = time.perf_counter()
+                stats = None if inputs is None else inputs.take(name)
+                solved[name] = self._solve_layer(name, self.plan.targets[index][name], stats, dtypes[name])
+                self.solve_s[name] = time.perf_counter() - started_s
+                self._report(index, name)
+            self._put(index, solved)
+            layers |= solved
+        return {name: layers[name] for name in self.plan.targets[index]}
+
+    def _solve_layer(self, name: str, linear: nn.Linear, stats: Any, dtype: torch.dtype) -> StoredLayer:
+        prior_OI = None if self.prior is None else self.prior(name).to(self.device)
+        pattern = self.work.form.pattern
+        if self.adds is not None:
+            assert self.sparse is not None
+            return correct_layer(self.adds, linear.weight, self.sparse.packed(name), stats, dtype, name)
+        if self.method is None:
+            assert prior_OI is not None
+            weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
+            return StoredLayer(PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name))
+        return StoredLayer(solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI))
 
     def _fit(
         self, index: int, layers: Mapping[str, StoredLayer], dtypes: Mapping[str, torch.dtype]

@@ -20,6 +20,9 @@ from maskgen.hf import blocks
 from maskgen.methods import LocalMethod
 from maskgen.methods.correction import CorrectionMethod
 
+Receives = Callable[[str, Tensor], object]
+"""Called with the name of a layer and the input that it receives."""
+
 
 class InputStatistics:
     """A method's statistics of the inputs of some layers; layers that receive the very same tensor share them.
@@ -32,6 +35,8 @@ class InputStatistics:
         self._stats: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
+        self._dense: Mapping[str, Tensor] = {}
+        self._tokens = 0
 
     def take(self, name: str) -> Any:
         """The statistics of layer `name`, to be taken once; they are freed when the last layer that shares them has.
@@ -45,27 +50,17 @@ class InputStatistics:
         leader = self._leaders.pop(name)
         return self._stats[leader] if leader in self._leaders.values() else self._stats.pop(leader)
 
-    @contextlib.contextmanager
-    def watching(self, layers: Mapping[str, nn.Linear]) -> Iterator[None]:
-        """Collect what `layers` receive while the block that holds them runs."""
-        handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def begin_batch(self, dense: Mapping[str, Tensor], tokens: int) -> None:
+        """A batch of so many `tokens` begins, of which layers receive `dense`, by name, in the dense model."""
+        self._dense, self._tokens = dense, tokens
 
     def end_of_batch(self) -> None:
         """Forget this batch's inputs. They are held until here so that `is` cannot meet a recycled object."""
         self._inputs.clear()
+        self._dense = {}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._add(name, args[0])
-
-        return before
-
-    def _add(self, name: str, x: Tensor) -> None:
+    def add(self, name: str, x: Tensor) -> None:
+        """Layer `name` receives `x` `[..., I]`. Raises `ModelError` for layers that share an input in some batches."""
         leader = next((other for other, seen in self._inputs.items() if seen is x), name)
         if self._leaders.setdefault(name, leader) != leader:
             raise ModelError(
@@ -74,7 +69,32 @@ class InputStatistics:
             )
         if leader == name:
             self._inputs[name] = x
-            self._stats[name] = self._method.observe(self._stats.get(name), x.reshape(-1, x.shape[-1]))
+            self._see(name, x.reshape(-1, x.shape[-1]), self._dense.get(name))
+
+    def _see(self, name: str, x_TI: Tensor, dense: Tensor | None) -> None:
+        self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
+        if dense is not None and isinstance(self._method, LocalMethod):
+            dense_TI = dense.reshape(-1, dense.shape[-1])
+            if len(x_TI) == len(dense_TI) == self._tokens:
+                self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, dense_TI)
+
+
+@contextlib.contextmanager
+def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> Iterator[None]:
+    """`receives` is called with the name of each of `layers` and its input, while the block that holds them runs."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            receives(name, args[0])
+
+        return before
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def observe(
@@ -93,7 +113,7 @@ def observe(
     are kept and not finite.
     """
     statistics = InputStatistics(method)
-    with statistics.watching(layers):
+    with receiving(layers, statistics.add):
         for batch, output_BTD in _outputs(block, index, recording, device):
             statistics.end_of_batch()
             if keep_outputs:

@@ -22,10 +22,20 @@ Deviation: the ramp ranks weights within their row, not within the whole matrix,
 scaling a row changes nothing. With `mask = "prior"` the mask is given, and this is the cheap repair after any method
 (`maskgen run admm --prior MASKS --set method.mask=prior`).
 
+With `asymmetric`, a layer is to put out what it puts out in the dense model, not what its dense weights make of its
+present inputs: by then these carry the errors of all layers before it, and this layer can undo a part of them. With d
+the dense inputs and x the present ones, the least-squares weights for W_0 d are
+
+    W_0 + W_0 (sum (d - x) x^T) (H + ridge * diag(H))^-1
+
+and these take the place of W_0 above. The ridge keeps them from fitting what few tokens say by accident: without one,
+texts that were not calibrated on get worse.
+
 Features that were never active constrain nothing: they are dropped first, and where a given mask keeps them they keep
 their weights. Workspace: three float32 matrices `[I, I]` beside five of the weight's size.
 
-Source: Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024.
+Sources: Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024; for asymmetric
+calibration Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML 2025.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -41,7 +51,7 @@ from torch import Tensor
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_gram, cholesky
+from maskgen.numerics.statistics import Gram, add_drift, add_gram, cholesky
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,13 @@ class ADMM(LocalMethod):
     """`mask`: "own" chooses a mask during the first `ramp` of `iterations`, "prior" uses the one in `--prior`.
 
     `damp`: this fraction of the Hessian's mean diagonal is added to it; `rho`: weight of the penalty on entries outside
-    of the mask, relative to the Hessian of unit features.
+    of the mask, relative to the Hessian of unit features. `asymmetric`: aim at the outputs of the dense model, with
+    this `ridge`.
     """
 
     mask: str = "own"
+    asymmetric: bool = False
+    ridge: float = 1.0
     damp: float = 0.1
     rho: float = 1.0
     iterations: int = 20
@@ -60,7 +73,7 @@ class ADMM(LocalMethod):
 
     def __post_init__(self) -> None:
         self.require_one_of(mask=("own", "prior"))
-        self.require_positive("damp", "rho")
+        self.require_positive("damp", "rho", "ridge")
         if not 1 <= self.ramp <= self.iterations:
             raise RecipeError(
                 f"method.ramp {self.ramp}: expected at least 1 and at most method.iterations ({self.iterations})"
@@ -71,15 +84,28 @@ class ADMM(LocalMethod):
         """Whether `mask` is "prior"."""
         return self.mask == "prior"
 
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether `asymmetric` is set."""
+        return self.asymmetric
+
     def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
         """`stats` is the Gram matrix of the inputs, updated in place."""
         return add_gram(stats, x_TI)
+
+    def observe_drift(self, stats: Gram, x_TI: Tensor, dense_TI: Tensor) -> Gram:
+        """Its drift is updated in place, too."""
+        add_drift(stats, x_TI, dense_TI)
+        return stats
 
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """The mask and the repaired weights (float32, zero where pruned)."""
         assert (prior_OI is not None) == self.uses_prior
         norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
         start_OI = weight_OI * norm_I
+        if stats.drift_II is not None:
+            drift_II = stats.drift_II / norm_I / norm_I[:, None]
+            start_OI = start_OI + start_OI @ drift_II @ _inverse(_unit(stats.sum_II, norm_I), self.ridge)
         inverse_II = _inverse(hessian_II, self.rho)
         mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
         free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)
@@ -98,9 +124,13 @@ def _normalised(sum_II: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     """Norms of the features `[I]` (1 for dead ones), which are alive `[I]`, and the damped Hessian of unit features."""
     alive_I = sum_II.diagonal() > 0
     norm_I = sum_II.diagonal().sqrt().where(alive_I, 1.0)
-    hessian_II = sum_II / norm_I / norm_I[:, None]
+    hessian_II = _unit(sum_II, norm_I)
     hessian_II.diagonal().add_(damp * hessian_II.diagonal().mean())
     return norm_I, alive_I, hessian_II
+
+
+def _unit(sum_II: Tensor, norm_I: Tensor) -> Tensor:
+    return sum_II / norm_I / norm_I[:, None]
 
 
 def _inverse(hessian_II: Tensor, rho: float) -> Tensor:

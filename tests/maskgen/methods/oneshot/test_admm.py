@@ -181,3 +181,46 @@ def test_an_impossible_hessian_is_a_numerical_error() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         ADMM(**options)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, 0.3, 1.0]))
+def test_asymmetric_weights_put_out_what_the_dense_model_does(seed: int, shift: float) -> None:
+    """Against least squares of the dense outputs on each row's support, in float64, with a ridge that is next to
+    none."""
+    weight_OI, dense_TI = layer(seed=seed)
+    noise_TI = torch.randn(dense_TI.shape, generator=torch.Generator().manual_seed(seed))
+    x_TI = dense_TI + shift * noise_TI * dense_TI.square().mean(0).sqrt()
+    mask_OI = random_mask(weight_OI, PATTERN, seed)
+    method = ADMM(mask="prior", asymmetric=True, ridge=1e-6, damp=1e-6, iterations=3000)
+    stats = method.observe_drift(method.observe(None, x_TI), x_TI, dense_TI)
+    solved_OI = method.solve(weight_OI, stats, PATTERN, mask_OI).weight
+    assert solved_OI is not None
+
+    def distance(found_OI: Tensor) -> float:
+        return float((found_OI.double() @ x_TI.double().T - weight_OI.double() @ dense_TI.double().T).square().sum())
+
+    best_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
+    for row, keep in enumerate(mask_OI):
+        wanted_T = dense_TI.double() @ weight_OI[row].double()
+        best_OI[row, keep] = torch.linalg.lstsq(x_TI[:, keep].double(), wanted_T[:, None]).solution[:, 0]
+    assert distance(solved_OI) <= 1.02 * distance(best_OI)
+
+
+def test_without_drift_asymmetric_changes_nothing() -> None:
+    weight_OI, x_TI = layer()
+    method = ADMM(asymmetric=True)
+    stats = method.observe_drift(method.observe(None, x_TI), x_TI, x_TI)
+    one, other = method.solve(weight_OI, stats, PATTERN), ADMM().solve(weight_OI, add_gram(None, x_TI), PATTERN)
+    assert one.weight is not None and other.weight is not None
+    assert torch.equal(one.mask, other.mask) and torch.equal(one.weight, other.weight)
+
+
+def test_features_that_are_dead_by_now_stay_finite() -> None:
+    weight_OI, dense_TI = layer()
+    x_TI = dense_TI.clone()
+    x_TI[:, 3] = 0
+    method = ADMM(asymmetric=True)
+    stats = method.observe_drift(method.observe(None, x_TI), x_TI, dense_TI)
+    solution = method.solve(weight_OI, stats, PATTERN)
+    assert solution.weight is not None and torch.isfinite(solution.weight).all()

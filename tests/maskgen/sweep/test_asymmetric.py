@@ -1,0 +1,185 @@
+"""Solving a block stage by stage beside the dense one: the stages, what is observed, and what comes of it.
+
+Legend: B = batch, T = tokens, D = hidden size, I = in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskgen.hf.blocks import BlockCall, Recording
+from maskgen.methods.oneshot.admm import ADMM
+from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.asymmetric import BesideDense
+from maskgen.sweep.reconstruct import Teacher
+from tests import models
+from tests.maskgen.sweeping import recipe, run, windows
+
+CPU = torch.device("cpu")
+METHOD = ADMM(asymmetric=True)
+
+
+class Experts(nn.Module):
+    """One layer that reads every token, then two experts that read half of them each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mix = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"fc1": nn.Linear(8, 16), "gate": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+            for _ in range(3)
+        )
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        tokens_MD = self.mix(x_BTD).flatten(0, 1)
+        halves = []
+        for expert, half_MD in zip(list(self.experts)[:2], tokens_MD.chunk(2), strict=True):
+            halves.append(expert["fc2"](expert["fc1"](half_MD) * expert["gate"](half_MD)))
+        return torch.cat(halves).view_as(x_BTD)
+
+
+def beside(block: nn.Module, dense_shift: float = 0.0) -> BesideDense:
+    generator = torch.Generator().manual_seed(1)
+    hidden = [torch.randn(size, 6, 8, generator=generator) for size in (2, 2, 1)]
+    recording = Recording(hidden, {size: [BlockCall((), {})] for size in (1, 2)})
+    teacher = Teacher([hidden_BTD + dense_shift for hidden_BTD in hidden], [])
+    layers = {f"model.3.{name}": layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    return BesideDense.of(METHOD, block, 0, layers, recording, teacher, CPU)
+
+
+def names(*ends: str) -> list[str]:
+    return [f"model.3.{end}" for end in ends]
+
+
+@torch.no_grad()
+def test_experts_of_one_kind_make_one_stage() -> None:
+    """Layers that share an input are together, unreached experts among their kind; `fc1` and `fc2` are two kinds."""
+    assert beside(Experts()).stages() == [
+        names("mix"),
+        names(*(f"experts.{expert}.{layer}" for expert in range(3) for layer in ("fc1", "gate"))),
+        names(*(f"experts.{expert}.fc2" for expert in range(3))),
+    ]
+
+
+@torch.no_grad()
+def test_the_drift_is_that_of_the_same_tokens() -> None:
+    at_work = beside(Experts(), dense_shift=0.5)
+    stats = at_work.observe(names("mix")).take("model.3.mix")
+    x_TI = torch.cat([hidden_BTD.flatten(0, 1) for hidden_BTD in at_work.recording.hidden])
+    torch.testing.assert_close(stats.sum_II, x_TI.T @ x_TI)
+    torch.testing.assert_close(stats.drift_II, torch.full_like(x_TI, 0.5).T @ x_TI)
+
+
+@torch.no_grad()
+def test_a_layer_that_sees_some_tokens_only_has_no_drift() -> None:
+    """Routers may send other tokens to an expert when the model is pruned."""
+    at_work = beside(Experts(), dense_shift=0.5)
+    inputs = at_work.observe(names("experts.0.fc1", "experts.0.gate"))
+    assert inputs.take("model.3.experts.0.fc1").drift_II is None
+
+
+@torch.no_grad()
+def test_a_stage_is_observed_with_what_was_put_in_before_it() -> None:
+    block = Experts()
+    at_work = beside(block)
+    dense = at_work.observe(names("experts.0.fc2")).take("model.3.experts.0.fc2").sum_II
+    block.mix.weight.data.mul_(2)
+    block.mix.bias.data.mul_(2)
+    doubled = at_work.observe(names("experts.0.fc2")).take("model.3.experts.0.fc2").sum_II
+    assert (doubled != dense).all()
+    assert not torch.equal(at_work.dense.get_submodule("mix").weight, block.mix.weight)
+
+
+@torch.no_grad()
+def plain_sweep(model: nn.Module, wanted: Recipe, data: Tensor) -> dict[str, Tensor]:
+    """Whole-model forwards of the dense and the pruned model for every stage of every block."""
+    method, masks, dense = wanted.local_method(), {}, copy.deepcopy(model)
+
+    def inputs(of: nn.Module, name: str) -> Tensor:
+        seen: list[Tensor] = []
+        layer = of.get_submodule(name)
+        handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+        for batch in data.split(wanted.calibration.batch):
+            of(batch)
+        handle.remove()
+        return torch.cat(seen)
+
+    ends = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
+    for index in range(models.LAYERS):
+        for stage in ends:
+            solutions = {}
+            for name in (f"model.layers.{index}.{end}" for end in stage):
+                x_TI = inputs(model, name)
+                stats: Any = method.observe_drift(method.observe(None, x_TI), x_TI, inputs(dense, name))
+                solutions[name] = method.solve(model.get_submodule(name).weight, stats, wanted.pattern)
+            for name, solution in solutions.items():
+                masks[name] = solution.mask
+                model.get_submodule(name).weight.copy_(solution.weight)
+    return masks
+
+
+def test_equals_the_plain_sweep(tmp_path: Path) -> None:
+    wanted = recipe("admm", "method.asymmetric=true")
+    plain, model = models.build("llama"), models.build("llama")
+    masks = plain_sweep(plain, wanted, windows())
+    report, work = run(model, wanted, tmp_path / "work")
+    assert set(report.targets) == set(masks)
+    same = [float((work.packed(name).mask() == mask_OI).float().mean()) for name, mask_OI in masks.items()]
+    assert min(same) > 0.999, "sums of another order may turn a tie round"
+    for name in masks:
+        error = (model.get_submodule(name).weight - plain.get_submodule(name).weight).norm()
+        assert error < 0.02 * plain.get_submodule(name).weight.norm(), name
+
+
+@pytest.mark.parametrize("kind", models.BUILDERS)
+def test_every_architecture(kind: str, tmp_path: Path) -> None:
+    model = models.build(kind, dtype=torch.bfloat16)
+    report, work = run(model, recipe("admm", "method.asymmetric=true"), tmp_path / "work")
+    for name in report.targets:
+        work.form.pattern.check_mask(work.packed(name).mask(), name)
+    with torch.no_grad():
+        assert torch.isfinite(model(windows()[:1]).logits).all()
+
+
+def test_outputs_come_nearer_to_those_of_the_dense_model(tmp_path: Path) -> None:
+    """On the calibration windows, which is what is solved for."""
+    dense, data = models.build("llama"), windows(40)
+    with torch.no_grad():
+        wanted_BTV = dense(data).logits
+    errors = []
+    for asymmetric in ("false", "true"):
+        model = models.build("llama")
+        run(model, recipe("admm", f"method.asymmetric={asymmetric}"), tmp_path / asymmetric, data)
+        with torch.no_grad():
+            errors.append(float((model(data).logits - wanted_BTV).norm()))
+    assert errors[1] < 0.98 * errors[0]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    wanted = recipe("admm", "method.asymmetric=true")
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress: Any) -> None:
+        if progress.block == 1 and progress.what.endswith("gate_proj"):
+            raise Killed
+
+    whole, resumed = models.build("llama"), models.build("llama")
+    run(whole, wanted, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(models.build("llama"), wanted, tmp_path / "work", progress=kill)
+    report, _ = run(resumed, wanted, tmp_path / "work")
+    assert report.resumed_blocks == 1
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name

@@ -77,6 +77,19 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far a pruned model has moved from the dense one at a layer, for the tokens of one batch.
+
+    `input_TI` is what must be added to the inputs of the layer to have those of the dense model. `stream_TO`, for a
+    layer whose output is added to the residual stream, is what must be added to that stream in front of the layer; None
+    for every other layer.
+    """
+
+    input_TI: Tensor
+    stream_TO: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LocalMethod(Method, ABC):
     """Base of the one-shot methods, which prune one layer after the other.
 
@@ -103,9 +116,9 @@ class LocalMethod(Method, ABC):
         """
         return stats
 
-    def observe_drift(self, stats: Any, x_TI: Tensor, dense_TI: Tensor) -> Any:
-        """Of a batch that `observe` was just called with: add what the layer receives of the same tokens in the dense
-        model, `dense_TI` `[T, I]`. Only for methods with `is_asymmetric`.
+    def observe_drift(self, stats: Any, x_TI: Tensor, drift: Drift) -> Any:
+        """Of a batch that `observe` was just called with: add how far it is from the dense model. Only for methods with
+        `is_asymmetric`.
 
         It is left out for layers that do not see every token (the experts of a mixture), as these may get others.
         """

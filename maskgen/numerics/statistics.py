@@ -24,13 +24,15 @@ _MAX_RETRY_DAMP = 0.1
 class Gram:
     """The Gram matrix of a layer's inputs: `sum_II` is the float32 sum of x x^T over `tokens` tokens.
 
-    `drift_II` is the float32 sum of (d - x) x^T, where d is what the layer receives of the same token in the dense
-    model; None if nobody looked.
+    For inputs that have moved from those of the dense model, `drift_II` is the float32 sum of (d - x) x^T, where d is
+    what the layer receives of the same token in the dense model, and `missing_OI` that of e x^T, where e is what the
+    layer's output is to make up for besides. They are None if nobody looked.
     """
 
     sum_II: Tensor
     tokens: int
     drift_II: Tensor | None = None
+    missing_OI: Tensor | None = None
 
 
 def add_squares(stats: Tensor | None, x_TI: Tensor) -> Tensor:
@@ -50,11 +52,15 @@ def add_gram(stats: Gram | None, x_TI: Tensor) -> Gram:
     return stats
 
 
-def add_drift(stats: Gram, x_TI: Tensor, dense_TI: Tensor) -> None:
-    """Add to the drift of `stats` that of the inputs `x_TI`, which are `dense_TI` in the dense model."""
-    if stats.drift_II is None:
-        stats.drift_II = torch.zeros_like(stats.sum_II)
-    stats.drift_II.addmm_((dense_TI - x_TI).T, x_TI)
+def add_drift(stats: Gram, x_TI: Tensor, drift_TI: Tensor, missing_TO: Tensor | None) -> None:
+    """Add what the inputs `x_TI` lack of those of the dense model, and what the outputs are to make up for besides."""
+    stats.drift_II = _add_product(stats.drift_II, drift_TI, x_TI)
+    if missing_TO is not None:
+        stats.missing_OI = _add_product(stats.missing_OI, missing_TO, x_TI)
+
+
+def _add_product(sum_OI: Tensor | None, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+    return y_TO.T @ x_TI if sum_OI is None else sum_OI.addmm_(y_TO.T, x_TI)
 
 
 def cholesky(matrix_II: Tensor) -> Tensor | None:

@@ -9,6 +9,9 @@ Both blocks run on the same windows: the one at work on what the pruned blocks b
 what the dense model has there. A run ends when it has reached the last layer of the stage. Experts of a mixture make
 one stage by their kind, since no expert comes before another.
 
+The writers of a block are the layers whose outputs are added to the residual stream, if there is nothing else that is:
+each is told what the stream in front of it lacks, hidden + outputs of the writers before it, dense minus pruned.
+
 Legend: B = batch, T = tokens, D = hidden size.
 """
 
@@ -16,17 +19,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from maskgen.hf import blocks
-from maskgen.methods import LocalMethod
-from maskgen.sweep.observe import InputStatistics, Receives, receiving
+from maskgen.methods import Drift, LocalMethod
+from maskgen.sweep.observe import InputStatistics, putting_out, receiving
 from maskgen.sweep.reconstruct import Teacher
+
+_ROUNDING = 1e-5
+"""Most of a block's output, by L2 norm, that its input and its writers may leave unexplained."""
 
 
 class _StageReached(Exception):
@@ -35,13 +42,18 @@ class _StageReached(Exception):
 
 @dataclass(frozen=True)
 class BesideDense:
-    """The float32 block at work, number `index`, with its `layers` by name, and the dense block beside it."""
+    """The float32 block at work, number `index`, with its `layers` by name, and the dense block beside it.
+
+    `paths` say where in the block a layer is, `writers` which ones add to the residual stream, in their order.
+    """
 
     method: LocalMethod
     block: nn.Module
     dense: nn.Module
     index: int
     layers: Mapping[str, nn.Linear]
+    paths: Mapping[str, str]
+    writers: Sequence[str]
     recording: blocks.Recording
     teacher: Teacher
     device: torch.device
@@ -58,7 +70,15 @@ class BesideDense:
         device: torch.device,
     ) -> BesideDense:
         """Of a block that is dense as yet. The copy of it takes as much memory again."""
-        return cls(method, block, copy.deepcopy(block), index, layers, recording, teacher, device)
+        paths = {id(module): path for path, module in block.named_modules()}
+        names = {paths[id(layer)]: name for name, layer in layers.items()}
+        paths_of = {name: path for path, name in names.items()}
+        written = _writers(block, recording.hidden[0], recording.call(0, index), device)
+        for path in written:  # one that is not pruned goes by its path
+            paths_of.setdefault(names.get(path, path), path)
+        writers = [names.get(path, path) for path in written]
+        dense = copy.deepcopy(block)
+        return cls(method, block, dense, index, layers, paths_of, writers, recording, teacher, device)
 
     def stages(self) -> list[list[str]]:
         """Names of the layers of each stage, in the order in which the first batch reaches them.
@@ -79,31 +99,67 @@ class BesideDense:
     def observe(self, names: Sequence[str]) -> InputStatistics:
         """Statistics of the inputs of these layers, which make one stage, in the block as it is now."""
         statistics = InputStatistics(self.method)
-        own = {name: self.layers[name] for name in names}
-        modules = {id(module): path for path, module in self.block.named_modules()}
-        dense = {name: self.dense.get_submodule(modules[id(layer)]) for name, layer in own.items()}
         for batch, hidden_BTD in enumerate(self.recording.hidden):
-            beside: dict[str, Tensor] = {}
-            self._reach(self.dense, dense, batch, self.teacher.hidden[batch], beside.__setitem__)
-            statistics.begin_batch(beside, hidden_BTD.shape[0] * hidden_BTD.shape[1])
-            self._reach(self.block, own, batch, hidden_BTD, statistics.add)
+            dense_BTD = self.teacher.hidden[batch]
+            wanted, wanted_out = self._reach(self.dense, names, batch, dense_BTD)
+            found, found_out = self._reach(self.block, names, batch, hidden_BTD)
+            for name, x in found.items():
+                missing_BTD = None
+                if name in self.writers and sum(other is x for other in found.values()) == 1:
+                    missing_BTD = (dense_BTD - hidden_BTD).to(self.device)
+                    for writer in self.writers[: self.writers.index(name)]:
+                        missing_BTD = missing_BTD + wanted_out[writer] - found_out[writer]
+                tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
+                statistics.add(name, x, _drift(x, wanted.get(name), missing_BTD, tokens))
             statistics.end_of_batch()
         return statistics
 
     def _reach(
-        self, block: nn.Module, layers: Mapping[str, nn.Module], batch: int, hidden_BTD: Tensor, receives: Receives
-    ) -> None:
-        """Run `block` on a batch until all of `layers` have received an input, or to its end."""
-        missing = set(layers)
+        self, block: nn.Module, names: Collection[str], batch: int, hidden_BTD: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run `block` on a batch until all layers of `names` have received an input, or to its end.
+
+        Gives these inputs, and the outputs of writers that were there by then, by name.
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def reach(name: str, x: Tensor) -> None:
-            receives(name, x)
-            missing.discard(name)
-            if not missing:
+            inputs[name] = x
+            if len(inputs) == len(names):
                 raise _StageReached
 
-        with receiving(layers, reach), contextlib.suppress(_StageReached):
+        layers = {name: block.get_submodule(self.paths[name]) for name in names}
+        writers = {name: block.get_submodule(self.paths[name]) for name in self.writers}
+        with receiving(layers, reach), putting_out(writers, outputs.__setitem__), contextlib.suppress(_StageReached):
             blocks.run(block, hidden_BTD, self.recording.call(batch, self.index), self.device)
+        return inputs, outputs
+
+
+def _drift(x: Tensor, dense: Tensor | None, missing_BTD: Tensor | None, tokens: int) -> Drift | None:
+    """How far the input `x` `[..., I]` is from that in the `dense` model, if both are of all `tokens` of a batch."""
+    if dense is None or dense.shape != x.shape or x.numel() != tokens * x.shape[-1]:
+        return None
+    difference_TI = (dense - x).reshape(tokens, -1)
+    return Drift(difference_TI, None if missing_BTD is None else missing_BTD.reshape(tokens, -1))
+
+
+def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, device: torch.device) -> list[str]:
+    """The one or two linear layers, by their path in the block, in order, whose outputs make it when they are added to
+    its input; none for a block that is made in another way (norms after its layers, experts).
+    """
+    found: dict[str, Tensor] = {}
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    with putting_out(linears, found.__setitem__):
+        output_BTD = blocks.forward(block, hidden_BTD, call, device)
+    added_BTD = output_BTD - hidden_BTD.to(device)
+    candidates = [path for path, y in found.items() if y.shape == added_BTD.shape]
+    for count in (1, 2):
+        for paths in itertools.combinations(candidates, count):
+            rest_BTD = added_BTD - sum(found[path] for path in paths)
+            if float(rest_BTD.norm()) <= _ROUNDING * float(added_BTD.norm() + hidden_BTD.norm()):
+                return list(paths)
+    return []
 
 
 def _kind(name: str) -> str:

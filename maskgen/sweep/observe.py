@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import ModelError, NumericalError
 from maskgen.hf import blocks
-from maskgen.methods import LocalMethod
+from maskgen.methods import Drift, LocalMethod
 from maskgen.methods.correction import CorrectionMethod
 
 Receives = Callable[[str, Tensor], object]
-"""Called with the name of a layer and the input that it receives."""
+"""Called with the name of a layer and the input that it receives, or the output."""
 
 
 class InputStatistics:
@@ -35,8 +35,6 @@ class InputStatistics:
         self._stats: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
-        self._dense: Mapping[str, Tensor] = {}
-        self._tokens = 0
 
     def take(self, name: str) -> Any:
         """The statistics of layer `name`, to be taken once; they are freed when the last layer that shares them has.
@@ -50,16 +48,11 @@ class InputStatistics:
         leader = self._leaders.pop(name)
         return self._stats[leader] if leader in self._leaders.values() else self._stats.pop(leader)
 
-    def begin_batch(self, dense: Mapping[str, Tensor], tokens: int) -> None:
-        """A batch of so many `tokens` begins, of which layers receive `dense`, by name, in the dense model."""
-        self._dense, self._tokens = dense, tokens
-
     def end_of_batch(self) -> None:
         """Forget this batch's inputs. They are held until here so that `is` cannot meet a recycled object."""
         self._inputs.clear()
-        self._dense = {}
 
-    def add(self, name: str, x: Tensor) -> None:
+    def add(self, name: str, x: Tensor, drift: Drift | None = None) -> None:
         """Layer `name` receives `x` `[..., I]`. Raises `ModelError` for layers that share an input in some batches."""
         leader = next((other for other, seen in self._inputs.items() if seen is x), name)
         if self._leaders.setdefault(name, leader) != leader:
@@ -69,14 +62,10 @@ class InputStatistics:
             )
         if leader == name:
             self._inputs[name] = x
-            self._see(name, x.reshape(-1, x.shape[-1]), self._dense.get(name))
-
-    def _see(self, name: str, x_TI: Tensor, dense: Tensor | None) -> None:
-        self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
-        if dense is not None and isinstance(self._method, LocalMethod):
-            dense_TI = dense.reshape(-1, dense.shape[-1])
-            if len(x_TI) == len(dense_TI) == self._tokens:
-                self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, dense_TI)
+            x_TI = x.reshape(-1, x.shape[-1])
+            self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
+            if drift is not None and isinstance(self._method, LocalMethod):
+                self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, drift)
 
 
 @contextlib.contextmanager
@@ -90,6 +79,24 @@ def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> Iterator[N
         return before
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> Iterator[None]:
+    """`puts_out` is called with the name of each of `layers` and its output, while the block that holds them runs."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            puts_out(name, output)
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:

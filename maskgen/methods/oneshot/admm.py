@@ -23,13 +23,14 @@ scaling a row changes nothing. With `mask = "prior"` the mask is given, and this
 (`maskgen run admm --prior MASKS --set method.mask=prior`).
 
 With `asymmetric`, a layer is to put out what it puts out in the dense model, not what its dense weights make of its
-present inputs: by then these carry the errors of all layers before it, and this layer can undo a part of them. With d
-the dense inputs and x the present ones, the least-squares weights for W_0 d are
+present inputs: these carry the errors of all layers before it, and this layer can undo a part of them. A layer that
+adds to the residual stream also makes up for what the stream itself lacks, e. With d the dense inputs and x the present
+ones, the least-squares weights for W_0 d + e are
 
-    W_0 + W_0 (sum (d - x) x^T) (H + ridge * diag(H))^-1
+    W_0 + (W_0 (sum (d - x) x^T) + sum e x^T) (H + ridge * diag(H))^-1
 
-and these take the place of W_0 above. The ridge keeps them from fitting what few tokens say by accident: without one,
-texts that were not calibrated on get worse.
+and these take the place of W_0 above. The ridge keeps them from fitting what few tokens say by accident: with a small
+one, texts that were not calibrated on get worse.
 
 Features that were never active constrain nothing: they are dropped first, and where a given mask keeps them they keep
 their weights. Workspace: three float32 matrices `[I, I]` beside five of the weight's size.
@@ -50,7 +51,7 @@ from torch import Tensor
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods import LocalMethod, Solution
+from maskgen.methods import Drift, LocalMethod, Solution
 from maskgen.numerics.statistics import Gram, add_drift, add_gram, cholesky
 
 
@@ -59,7 +60,7 @@ class ADMM(LocalMethod):
     """`mask`: "own" chooses a mask during the first `ramp` of `iterations`, "prior" uses the one in `--prior`.
 
     `damp`: this fraction of the Hessian's mean diagonal is added to it; `rho`: weight of the penalty on entries outside
-    of the mask, relative to the Hessian of unit features. `asymmetric`: aim at the outputs of the dense model, with
+    of the mask, relative to the Hessian of unit features. `asymmetric`: aim at what the dense model puts out, with
     this `ridge`.
     """
 
@@ -93,9 +94,9 @@ class ADMM(LocalMethod):
         """`stats` is the Gram matrix of the inputs, updated in place."""
         return add_gram(stats, x_TI)
 
-    def observe_drift(self, stats: Gram, x_TI: Tensor, dense_TI: Tensor) -> Gram:
-        """Its drift is updated in place, too."""
-        add_drift(stats, x_TI, dense_TI)
+    def observe_drift(self, stats: Gram, x_TI: Tensor, drift: Drift) -> Gram:
+        """Its sums for the drift are updated in place, too."""
+        add_drift(stats, x_TI, drift.input_TI, drift.stream_TO)
         return stats
 
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
@@ -104,8 +105,8 @@ class ADMM(LocalMethod):
         norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
         start_OI = weight_OI * norm_I
         if stats.drift_II is not None:
-            drift_II = stats.drift_II / norm_I / norm_I[:, None]
-            start_OI = start_OI + start_OI @ drift_II @ _inverse(_unit(stats.sum_II, norm_I), self.ridge)
+            missing_OI = weight_OI @ stats.drift_II + (0 if stats.missing_OI is None else stats.missing_OI)
+            start_OI = start_OI + missing_OI / norm_I @ _inverse(_unit(stats.sum_II, norm_I), self.ridge)
         inverse_II = _inverse(hessian_II, self.rho)
         mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
         free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)

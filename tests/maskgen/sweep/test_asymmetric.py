@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.hf.blocks import BlockCall, Recording
+from maskgen.methods import Drift
 from maskgen.methods.oneshot.admm import ADMM
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.asymmetric import BesideDense
@@ -107,7 +108,7 @@ def plain_sweep(model: nn.Module, wanted: Recipe, data: Tensor) -> dict[str, Ten
     def inputs(of: nn.Module, name: str) -> Tensor:
         seen: list[Tensor] = []
         layer = of.get_submodule(name)
-        handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+        handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2).clone()))
         for batch in data.split(wanted.calibration.batch):
             of(batch)
         handle.remove()
@@ -115,12 +116,18 @@ def plain_sweep(model: nn.Module, wanted: Recipe, data: Tensor) -> dict[str, Ten
 
     ends = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
+    streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     for index in range(models.LAYERS):
         for stage in ends:
             solutions = {}
             for name in (f"model.layers.{index}.{end}" for end in stage):
-                x_TI = inputs(model, name)
-                stats: Any = method.observe_drift(method.observe(None, x_TI), x_TI, inputs(dense, name))
+                x_TI, missing_TD = inputs(model, name), None
+                if stream := streams.get(name.partition(f"layers.{index}.")[2]):
+                    missing_TD = inputs(dense, f"model.layers.{index}.{stream}") - inputs(
+                        model, f"model.layers.{index}.{stream}"
+                    )
+                drift = Drift(inputs(dense, name) - x_TI, missing_TD)
+                stats: Any = method.observe_drift(method.observe(None, x_TI), x_TI, drift)
                 solutions[name] = method.solve(model.get_submodule(name).weight, stats, wanted.pattern)
             for name, solution in solutions.items():
                 masks[name] = solution.mask

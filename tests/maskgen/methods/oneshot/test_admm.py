@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.core.pattern import NMPattern
+from maskgen.methods import Drift
 from maskgen.methods.oneshot.admm import ADMM
 from maskgen.methods.oneshot.magnitude import Magnitude
 from maskgen.methods.oneshot.wanda import Wanda
@@ -184,8 +185,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, 0.3, 1.0]))
-def test_asymmetric_weights_put_out_what_the_dense_model_does(seed: int, shift: float) -> None:
+@given(seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, 0.3, 1.0]), writes=st.booleans())
+def test_asymmetric_weights_put_out_what_the_dense_model_does(seed: int, shift: float, writes: bool) -> None:
     """Against least squares of the dense outputs on each row's support, in float64, with a ridge that is next to
     none."""
     weight_OI, dense_TI = layer(seed=seed)
@@ -193,24 +194,30 @@ def test_asymmetric_weights_put_out_what_the_dense_model_does(seed: int, shift: 
     x_TI = dense_TI + shift * noise_TI * dense_TI.square().mean(0).sqrt()
     mask_OI = random_mask(weight_OI, PATTERN, seed)
     method = ADMM(mask="prior", asymmetric=True, ridge=1e-6, damp=1e-6, iterations=3000)
-    stats = method.observe_drift(method.observe(None, x_TI), x_TI, dense_TI)
-    solved_OI = method.solve(weight_OI, stats, PATTERN, mask_OI).weight
+    wanted_TO = dense_TI @ weight_OI.T
+    stream_TO = 0.1 * wanted_TO.flip(1) if writes else torch.zeros_like(wanted_TO)
+    drift = Drift(dense_TI - x_TI, stream_TO if writes else None)
+    solved_OI = method.solve(
+        weight_OI, method.observe_drift(method.observe(None, x_TI), x_TI, drift), PATTERN, mask_OI
+    ).weight
     assert solved_OI is not None
+    wanted_TO = (wanted_TO + stream_TO).double()
 
     def distance(found_OI: Tensor) -> float:
-        return float((found_OI.double() @ x_TI.double().T - weight_OI.double() @ dense_TI.double().T).square().sum())
+        return float((x_TI.double() @ found_OI.double().T - wanted_TO).square().sum())
 
     best_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
     for row, keep in enumerate(mask_OI):
-        wanted_T = dense_TI.double() @ weight_OI[row].double()
-        best_OI[row, keep] = torch.linalg.lstsq(x_TI[:, keep].double(), wanted_T[:, None]).solution[:, 0]
+        best_OI[row, keep] = torch.linalg.lstsq(x_TI[:, keep].double(), wanted_TO[:, row, None]).solution[:, 0]
     assert distance(solved_OI) <= 1.02 * distance(best_OI)
 
 
 def test_without_drift_asymmetric_changes_nothing() -> None:
     weight_OI, x_TI = layer()
     method = ADMM(asymmetric=True)
-    stats = method.observe_drift(method.observe(None, x_TI), x_TI, x_TI)
+    stats = method.observe_drift(
+        method.observe(None, x_TI), x_TI, Drift(x_TI - x_TI, torch.zeros(len(x_TI), len(weight_OI)))
+    )
     one, other = method.solve(weight_OI, stats, PATTERN), ADMM().solve(weight_OI, add_gram(None, x_TI), PATTERN)
     assert one.weight is not None and other.weight is not None
     assert torch.equal(one.mask, other.mask) and torch.equal(one.weight, other.weight)
@@ -221,6 +228,6 @@ def test_features_that_are_dead_by_now_stay_finite() -> None:
     x_TI = dense_TI.clone()
     x_TI[:, 3] = 0
     method = ADMM(asymmetric=True)
-    stats = method.observe_drift(method.observe(None, x_TI), x_TI, dense_TI)
+    stats = method.observe_drift(method.observe(None, x_TI), x_TI, Drift(dense_TI - x_TI))
     solution = method.solve(weight_OI, stats, PATTERN)
     assert solution.weight is not None and torch.isfinite(solution.weight).all()

@@ -108,7 +108,7 @@ class BesideDense:
                 if name in self.writers and sum(other is x for other in found.values()) == 1:
                     missing_BTD = (dense_BTD - hidden_BTD).to(self.device)
                     for writer in self.writers[: self.writers.index(name)]:
-                        missing_BTD = missing_BTD + wanted_out[writer] - found_out[writer]
+                        missing_BTD += (wanted_out[writer] - found_out[writer]).reshape(missing_BTD.shape)
                 tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
                 statistics.add(name, x, _drift(x, wanted.get(name), missing_BTD, tokens))
             statistics.end_of_batch()
@@ -153,13 +153,18 @@ def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, devic
     with putting_out(linears, found.__setitem__):
         output_BTD = blocks.forward(block, hidden_BTD, call, device)
     added_BTD = output_BTD - hidden_BTD.to(device)
-    candidates = [path for path, y in found.items() if y.shape == added_BTD.shape]
+    added = {path: y.reshape(added_BTD.shape) for path, y in found.items() if _fits(y, added_BTD)}
     for count in (1, 2):
-        for paths in itertools.combinations(candidates, count):
-            rest_BTD = added_BTD - sum(found[path] for path in paths)
+        for paths in itertools.combinations(added, count):
+            rest_BTD = added_BTD - sum(added[path] for path in paths)
             if float(rest_BTD.norm()) <= _ROUNDING * float(added_BTD.norm() + hidden_BTD.norm()):
                 return list(paths)
     return []
+
+
+def _fits(y: Tensor, hidden_BTD: Tensor) -> bool:
+    """Whether `y` is of the same tokens and as wide; some blocks put all tokens in one row of them."""
+    return y.shape[-1] == hidden_BTD.shape[-1] and y.numel() == hidden_BTD.numel()
 
 
 def _kind(name: str) -> str:

@@ -6,6 +6,7 @@ Legend: B = batch, T = tokens, D = hidden size, I = in features.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgen.hf.blocks import BlockCall, Recording
+from maskgen.core.pattern import NMPattern
+from maskgen.hf.blocks import BlockCall, Recording, record
+from maskgen.hf.planning import plan
 from maskgen.methods import Drift
 from maskgen.methods.oneshot.admm import ADMM
 from maskgen.recipes.recipe import Recipe
@@ -69,6 +72,63 @@ def test_experts_of_one_kind_make_one_stage() -> None:
         names(*(f"experts.{expert}.{layer}" for expert in range(3) for layer in ("fc1", "gate"))),
         names(*(f"experts.{expert}.fc2" for expert in range(3))),
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("llama", ["self_attn.o_proj", "mlp.down_proj"]),
+        ("opt", ["self_attn.out_proj", "fc2"]),
+        ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"]),
+    ],
+)
+def test_the_writers_of_a_block_are_found(kind: str, ends: list[str]) -> None:
+    """With and without a stream that both read at once (GPT-NeoX)."""
+    model = models.build(kind)
+    found, ids = plan(model, NMPattern(2, 4), ()), windows(2)
+    at_work = BesideDense.of(METHOD, found.blocks[1], 1, found.targets[1], *recorded(model, found.blocks, ids), CPU)
+    assert [name.split(".", 3)[-1].removeprefix("1.") for name in at_work.writers] == ends
+    assert list(at_work.stages()[-1]) == [at_work.writers[-1]]
+
+
+@torch.no_grad()
+def test_a_block_that_adds_something_else_has_no_writers() -> None:
+    """Experts, or norms behind the layers: their inputs drift, but nobody is told what the stream lacks."""
+    assert beside(Experts()).writers == []
+
+
+@torch.no_grad()
+def test_a_writer_learns_what_the_stream_in_front_of_it_lacks() -> None:
+    block = Two()
+    at_work = beside(block, dense_shift=0.5)
+    assert at_work.writers == names("first", "second")
+    block.first.weight.data.zero_()
+    x_TI = torch.cat([hidden_BTD.flatten(0, 1) for hidden_BTD in at_work.recording.hidden])
+    first = at_work.observe(names("first")).take("model.3.first")
+    torch.testing.assert_close(first.missing_OI, torch.full_like(x_TI, 0.5).T @ x_TI)
+    second = at_work.observe(names("second")).take("model.3.second")
+    before_TI = x_TI + block.first.bias
+    dense_TI = x_TI + 0.5 + at_work.dense.get_submodule("first")(x_TI + 0.5)
+    torch.testing.assert_close(second.missing_OI, (dense_TI - before_TI).T @ before_TI)
+
+
+class Two(nn.Module):
+    """x + first(x), and that plus second of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.first(x_BTD)
+        return x_BTD + self.second(x_BTD)
+
+
+def recorded(model: nn.Module, of: Sequence[nn.Module], ids_ST: Tensor) -> tuple[Recording, Teacher]:
+    recording = record(model, of, ids_ST.split(1))
+    return recording, Teacher.of(recording)
 
 
 @torch.no_grad()

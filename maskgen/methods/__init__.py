@@ -90,21 +90,15 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class LocalMethod(Method, ABC):
-    """Base of the one-shot methods, which prune one layer after the other.
-
-    `needs_data` says whether the method looks at the inputs of layers; if not, no calibration text is read and no
-    forward pass is run.
-    """
-
-    needs_data: ClassVar[bool] = True
+class LayerMethod(Method):
+    """Base of the methods that solve one layer after the other, from what was seen of its inputs."""
 
     @property
     def is_asymmetric(self) -> bool:
         """Whether the method is to see what layers receive in the dense model, too, with these options.
 
         The layers of a block are then solved in the order in which they are reached, each for the inputs that it gets
-        when all before it are pruned.
+        when all before it are served as they will be.
         """
         return False
 
@@ -123,6 +117,17 @@ class LocalMethod(Method, ABC):
         It is left out for layers that do not see every token (the experts of a mixture), as these may get others.
         """
         return stats
+
+
+@dataclass(frozen=True)
+class LocalMethod(LayerMethod, ABC):
+    """Base of the one-shot methods, which prune one layer after the other.
+
+    `needs_data` says whether the method looks at the inputs of layers; if not, no calibration text is read and no
+    forward pass is run.
+    """
+
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:

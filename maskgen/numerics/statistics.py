@@ -63,6 +63,49 @@ def _add_product(sum_OI: Tensor | None, y_TO: Tensor, x_TI: Tensor) -> Tensor:
     return y_TO.T @ x_TI if sum_OI is None else sum_OI.addmm_(y_TO.T, x_TI)
 
 
+def aimed_at_dense(weight_OI: Tensor, stats: Gram, ridge: float) -> Tensor:
+    """The weights whose outputs come nearest to what those of the dense model are, and to what is missing besides.
+
+    With H the Gram matrix, the least-squares solution
+
+        W + (W drift + missing) (H + ridge * diag(H))^-1
+
+    which is W where nothing has drifted, and W itself if nobody looked. Raises `NumericalError` for sums that are no
+    Gram matrix.
+    """
+    if stats.drift_II is None:
+        return weight_OI
+    missing_OI = weight_OI @ stats.drift_II
+    if stats.missing_OI is not None:
+        missing_OI += stats.missing_OI
+    norm_I, _, unit_II = unit_features(stats.sum_II)
+    return weight_OI + missing_OI / norm_I @ shifted_inverse(unit_II, ridge, "ridge") / norm_I
+
+
+def unit_features(sum_II: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms of the features `[I]` (1 for dead ones), which are alive `[I]`, and the Gram matrix of unit features."""
+    alive_I = sum_II.diagonal() > 0
+    norm_I = sum_II.diagonal().sqrt().where(alive_I, 1.0)
+    return norm_I, alive_I, sum_II / norm_I / norm_I[:, None]
+
+
+def shifted_inverse(unit_II: Tensor, shift: float, option: str) -> Tensor:
+    """(H + shift I)^-1 for a Gram matrix H of unit features, whose diagonal is about 1.
+
+    So this is well conditioned unless H is no Gram matrix at all, which raises `NumericalError`; it names the `option`
+    of the method that makes it more so.
+    """
+    shifted_II = unit_II.clone()
+    shifted_II.diagonal().add_(shift)
+    lower_II = cholesky(shifted_II)
+    if lower_II is None:
+        raise NumericalError(
+            f"the Gram matrix of {unit_II.shape[0]} input features is not positive semi-definite; look for NaN or "
+            f"infinity in the calibration inputs, or raise method.{option}"
+        )
+    return torch.cholesky_inverse(lower_II)
+
+
 def cholesky(matrix_II: Tensor) -> Tensor | None:
     """Lower triangular L with L L^T = A, or None when A is not positive definite in its own precision."""
     lower_II, info = torch.linalg.cholesky_ex(matrix_II)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.hf import blocks
-from maskgen.methods import Drift, LocalMethod
+from maskgen.methods import Drift, LayerMethod
 from maskgen.sweep.observe import InputStatistics, putting_out, receiving
 from maskgen.sweep.reconstruct import Teacher
 
@@ -47,7 +47,7 @@ class BesideDense:
     `paths` say where in the block a layer is, `writers` which ones add to the residual stream, in their order.
     """
 
-    method: LocalMethod
+    method: LayerMethod
     block: nn.Module
     dense: nn.Module
     index: int
@@ -61,7 +61,7 @@ class BesideDense:
     @classmethod
     def of(
         cls,
-        method: LocalMethod,
+        method: LayerMethod,
         block: nn.Module,
         index: int,
         layers: Mapping[str, nn.Linear],

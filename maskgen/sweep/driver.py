@@ -147,7 +147,8 @@ def sweep(
     )  # fmt: skip
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
-        follows_dense = fits is not None or (method is not None and method.is_asymmetric)
+        solver = method or adds
+        follows_dense = fits is not None or (solver is not None and solver.is_asymmetric)
         run.teacher = Teacher.of(run.recording) if follows_dense else None
     for index in range(len(todo.blocks)):
         run.prune_block(index)
@@ -231,7 +232,7 @@ class _Sweep:
             yield list(targets), None
             return
         block = self.plan.blocks[index]
-        if isinstance(method, LocalMethod) and method.is_asymmetric:
+        if method.is_asymmetric:
             assert self.teacher is not None
             beside = BesideDense.of(method, block, index, targets, self.recording, self.teacher, self.device)
             for names in beside.stages():

@@ -56,7 +56,7 @@ def correct_layer(
             "not made from this model"
         )
     try:
-        correction = method.solve(weight_OI - packed.unpack().to(weight_OI), stats).to(dtype)
+        correction = method.solve(weight_OI, packed.unpack().to(weight_OI), stats).to(dtype)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error}") from error
     if not correction.is_finite:

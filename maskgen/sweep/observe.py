@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from maskgen.core.errors import ModelError, NumericalError
 from maskgen.hf import blocks
-from maskgen.methods import Drift, LocalMethod
-from maskgen.methods.correction import CorrectionMethod
+from maskgen.methods import Drift, LayerMethod
 
 Receives = Callable[[str, Tensor], object]
 """Called with the name of a layer and the input that it receives, or the output."""
@@ -30,7 +29,7 @@ class InputStatistics:
     Such layers (q, k and v; gate and up) are represented by the first of them, their leader.
     """
 
-    def __init__(self, method: LocalMethod | CorrectionMethod) -> None:
+    def __init__(self, method: LayerMethod) -> None:
         self._method = method
         self._stats: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
@@ -64,7 +63,7 @@ class InputStatistics:
             self._inputs[name] = x
             x_TI = x.reshape(-1, x.shape[-1])
             self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
-            if drift is not None and isinstance(self._method, LocalMethod):
+            if drift is not None:
                 self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, drift)
 
 
@@ -105,7 +104,7 @@ def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> Iterator
 
 
 def observe(
-    method: LocalMethod | CorrectionMethod,
+    method: LayerMethod,
     layers: Mapping[str, nn.Linear],
     block: nn.Module,
     index: int,

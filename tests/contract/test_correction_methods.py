@@ -63,7 +63,7 @@ def test_imports_only_what_a_method_may_see(name: str) -> None:
 
 def test_makes_what_its_form_says(name: str) -> None:
     method, (error_OI, x_TI) = method_of(name), layer()
-    found = method.solve(error_OI, observe(method, x_TI))
+    found = method.solve(error_OI, torch.zeros_like(error_OI), observe(method, x_TI))
     pool = None if found.pool is None else list(found.pool.shape)
     assert (list(found.out.shape), pool) == method.correction.shapes(OUT_FEATURES, IN_FEATURES, "layer")
     assert found.is_finite and found.out.dtype == torch.float32
@@ -73,7 +73,9 @@ def test_makes_what_its_form_says(name: str) -> None:
 
 def test_same_answer_twice_and_for_any_batching(name: str) -> None:
     method, (error_OI, x_TI) = method_of(name), layer()
-    first, second, third = (method.solve(error_OI, observe(method, x_TI, parts)) for parts in (1, 1, 7))
+    first, second, third = (
+        method.solve(error_OI, torch.zeros_like(error_OI), observe(method, x_TI, parts)) for parts in (1, 1, 7)
+    )
     assert torch.equal(first.dense(IN_FEATURES), second.dense(IN_FEATURES))
     torch.testing.assert_close(first.dense(IN_FEATURES), third.dense(IN_FEATURES), rtol=1e-3, atol=1e-3)
 
@@ -81,7 +83,7 @@ def test_same_answer_twice_and_for_any_batching(name: str) -> None:
 def test_leaves_its_arguments_alone(name: str) -> None:
     method, (error_OI, x_TI) = method_of(name), layer()
     before = error_OI.clone(), x_TI.clone()
-    stats = observe(method, x_TI)
-    first = method.solve(error_OI, stats)
+    stats, served_OI = observe(method, x_TI), torch.zeros_like(error_OI)
+    first = method.solve(error_OI, served_OI, stats)
     assert torch.equal(error_OI, before[0]) and torch.equal(x_TI, before[1])
-    assert torch.equal(method.solve(error_OI, stats).out, first.out), "the statistics are as they were"
+    assert torch.equal(method.solve(error_OI, served_OI, stats).out, first.out), "the statistics are as they were"

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from maskgen.core.correction import CorrectionConfig
-from maskgen.methods import Correction, Method
+from maskgen.methods import Correction, LayerMethod
 
 
 @dataclass(frozen=True)
-class CorrectionMethod(Method, ABC):
+class CorrectionMethod(LayerMethod, ABC):
     """Makes the correction of one layer after the other."""
 
     @property
@@ -33,14 +33,10 @@ class CorrectionMethod(Method, ABC):
         """The form of the correction that every layer gets, with these options."""
 
     @abstractmethod
-    def observe(self, stats: Any, x_TI: Tensor) -> Any:
-        """Add a batch of a layer's float32 inputs to its statistics, as `LocalMethod.observe`."""
-
-    @abstractmethod
-    def solve(self, error_OI: Tensor, stats: Any) -> Correction:
+    def solve(self, weight_OI: Tensor, served_OI: Tensor, stats: Any) -> Correction:
         """The float32 correction of one layer.
 
-        `error_OI` is its dense weight less the one that is served (zero where pruned, codes as the floats they stand
-        for), in float32; `stats` is what `observe` returned last. No argument may be changed. Raises `NumericalError`
-        when the statistics cannot be used.
+        `weight_OI` is its dense weight, `served_OI` the one that is served (zero where pruned, codes as the floats they
+        stand for), both in float32; `stats` is what `observe` returned last. No argument may be changed. Raises
+        `NumericalError` when the statistics cannot be used.
         """

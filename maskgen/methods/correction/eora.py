@@ -10,6 +10,9 @@ undoes the scaling: B A = U S V^T diag(1 / sqrt(l)) Q^T. The left singular vecto
 U S V^T = U U^T E Q diag(sqrt(l)), so that is U U^T E, which divides by no eigenvalue: inputs that never occur, whose
 eigenvalue is 0, need no guard. With H = I it is the truncated SVD of E. With the full rank it is E itself.
 
+With `asymmetric`, W is not the layer's own weight but what would put out what the layer puts out in the dense model,
+from inputs that carry the errors of all layers before it (`maskgen.numerics.statistics.aimed_at_dense`).
+
 With more outputs than inputs, E = Q R is factorised first and M made of R `[I, I]`. All is done in float64: M squares
 E, so in float32 what is small in E would be lost. Rows of A and columns of B are in the order of what they repair.
 
@@ -28,20 +31,30 @@ from torch import Tensor
 
 from maskgen.core.correction import LowRankCorrection
 from maskgen.core.errors import NumericalError, RecipeError
-from maskgen.methods import Correction
+from maskgen.methods import Correction, Drift
 from maskgen.methods.correction import CorrectionMethod
-from maskgen.numerics.statistics import Gram, add_gram
+from maskgen.numerics.statistics import Gram, add_drift, add_gram, aimed_at_dense
 
 
 @dataclass(frozen=True)
 class EoRA(CorrectionMethod):
-    """`rank`: R, the same for every layer, which then stores R * (O + I) more numbers."""
+    """`rank`: R, the same for every layer, which then stores R * (O + I) more numbers. `asymmetric`: aim at what the
+    dense model puts out, with this `ridge`.
+    """
 
     rank: int = 16
+    asymmetric: bool = False
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"method.rank {self.rank}: expected a positive number, such as 16")
+        self.require_positive("ridge")
+
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether `asymmetric` is set."""
+        return self.asymmetric
 
     @property
     def correction(self) -> LowRankCorrection:
@@ -52,8 +65,14 @@ class EoRA(CorrectionMethod):
         """`stats` is the Gram matrix of the inputs, updated in place."""
         return add_gram(stats, x_TI)
 
-    def solve(self, error_OI: Tensor, stats: Gram) -> Correction:
+    def observe_drift(self, stats: Gram, x_TI: Tensor, drift: Drift) -> Gram:
+        """Its sums for the drift are updated in place, too."""
+        add_drift(stats, x_TI, drift.input_TI, drift.stream_TO)
+        return stats
+
+    def solve(self, weight_OI: Tensor, served_OI: Tensor, stats: Gram) -> Correction:
         """B `[O, R]` with orthonormal columns as `out`, A `[R, I]` as `pool`."""
+        error_OI = aimed_at_dense(weight_OI, stats, self.ridge) - served_OI
         error_NI, basis_ON = error_OI.double(), None
         if error_OI.shape[0] > error_OI.shape[1]:
             basis_ON, error_NI = torch.linalg.qr(error_NI)

@@ -22,15 +22,11 @@ Deviation: the ramp ranks weights within their row, not within the whole matrix,
 scaling a row changes nothing. With `mask = "prior"` the mask is given, and this is the cheap repair after any method
 (`maskgen run admm --prior MASKS --set method.mask=prior`).
 
-With `asymmetric`, a layer is to put out what it puts out in the dense model, not what its dense weights make of its
-present inputs: these carry the errors of all layers before it, and this layer can undo a part of them. A layer that
-adds to the residual stream also makes up for what the stream itself lacks, e. With d the dense inputs and x the present
-ones, the least-squares weights for W_0 d + e are
-
-    W_0 + (W_0 (sum (d - x) x^T) + sum e x^T) (H + ridge * diag(H))^-1
-
-and these take the place of W_0 above. The ridge keeps them from fitting what few tokens say by accident: with a small
-one, texts that were not calibrated on get worse.
+With `asymmetric`, the weights W_0 that are aimed at are not the layer's own but those that would put out what the layer
+puts out in the dense model (`maskgen.numerics.statistics.aimed_at_dense`): the present inputs carry the errors of all
+layers before it, and this layer can undo a part of them. A layer that adds to the residual stream also makes up for
+what the stream itself lacks. The ridge keeps W_0 from fitting what few tokens say by accident: with a small one, texts
+that were not calibrated on get worse.
 
 Features that were never active constrain nothing: they are dropped first, and where a given mask keeps them they keep
 their weights. Workspace: three float32 matrices `[I, I]` beside five of the weight's size.
@@ -49,10 +45,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import Drift, LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_drift, add_gram, cholesky
+from maskgen.numerics.statistics import Gram, add_drift, add_gram, aimed_at_dense, shifted_inverse, unit_features
 
 
 @dataclass(frozen=True)
@@ -102,12 +98,10 @@ class ADMM(LocalMethod):
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """The mask and the repaired weights (float32, zero where pruned)."""
         assert (prior_OI is not None) == self.uses_prior
-        norm_I, alive_I, hessian_II = _normalised(stats.sum_II, self.damp)
-        start_OI = weight_OI * norm_I
-        if stats.drift_II is not None:
-            missing_OI = weight_OI @ stats.drift_II + (0 if stats.missing_OI is None else stats.missing_OI)
-            start_OI = start_OI + missing_OI / norm_I @ _inverse(_unit(stats.sum_II, norm_I), self.ridge)
-        inverse_II = _inverse(hessian_II, self.rho)
+        norm_I, alive_I, hessian_II = unit_features(stats.sum_II)
+        hessian_II.diagonal().add_(self.damp * hessian_II.diagonal().mean())
+        start_OI = aimed_at_dense(weight_OI, stats, self.ridge) * norm_I
+        inverse_II = shifted_inverse(hessian_II, self.rho, "damp or method.rho")
         mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
         free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)
         for iteration in range(self.iterations):
@@ -119,32 +113,6 @@ class ADMM(LocalMethod):
             dual_OI = total_OI - kept_OI
             free_OI = start_OI + self.rho * (kept_OI - dual_OI - start_OI) @ inverse_II
         return Solution(mask_OI, (free_OI + dual_OI) / norm_I * mask_OI)
-
-
-def _normalised(sum_II: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of the features `[I]` (1 for dead ones), which are alive `[I]`, and the damped Hessian of unit features."""
-    alive_I = sum_II.diagonal() > 0
-    norm_I = sum_II.diagonal().sqrt().where(alive_I, 1.0)
-    hessian_II = _unit(sum_II, norm_I)
-    hessian_II.diagonal().add_(damp * hessian_II.diagonal().mean())
-    return norm_I, alive_I, hessian_II
-
-
-def _unit(sum_II: Tensor, norm_I: Tensor) -> Tensor:
-    return sum_II / norm_I / norm_I[:, None]
-
-
-def _inverse(hessian_II: Tensor, rho: float) -> Tensor:
-    """(H + rho I)^-1. The diagonal of H is about 1, so this is well conditioned unless H is no Gram matrix at all."""
-    shifted_II = hessian_II.clone()
-    shifted_II.diagonal().add_(rho)
-    lower_II = cholesky(shifted_II)
-    if lower_II is None:
-        raise NumericalError(
-            f"the Gram matrix of {hessian_II.shape[0]} input features is not positive semi-definite; look for NaN or "
-            "infinity in the calibration inputs, or raise method.damp or method.rho"
-        )
-    return torch.cholesky_inverse(lower_II)
 
 
 def _ramped_mask(score_OI: Tensor, pattern: NMPattern, progress: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskgen.core.correction import LowRankCorrection
 from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.methods import Drift
 from maskgen.methods.correction.eora import EoRA
 from maskgen.numerics.statistics import Gram
 
@@ -33,7 +34,7 @@ def layer(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, T
 def correct(error_OI: Tensor, x_TI: Tensor, rank: int) -> Tensor:
     """B A, `[O, I]`."""
     method = EoRA(rank)
-    found = method.solve(error_OI, method.observe(None, x_TI))
+    found = method.solve(error_OI, torch.zeros_like(error_OI), method.observe(None, x_TI))
     assert found.pool is not None and found.out.dtype == found.pool.dtype == torch.float32
     assert [list(found.out.shape), list(found.pool.shape)] == list(LowRankCorrection(rank).shapes(*error_OI.shape, ""))
     return found.dense(error_OI.shape[1])
@@ -58,7 +59,7 @@ def test_it_is_the_formula_of_the_paper(shape: tuple[int, int], rank: int) -> No
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_white_inputs_make_it_the_truncated_svd(shape: tuple[int, int]) -> None:
     error_OI, _ = layer(*shape)
-    found = EoRA(6).solve(error_OI, Gram(torch.eye(shape[1]), 1))
+    found = EoRA(6).solve(error_OI, torch.zeros_like(error_OI), Gram(torch.eye(shape[1]), 1))
     u, s, vt = torch.linalg.svd(error_OI, full_matrices=False)
     torch.testing.assert_close(found.dense(shape[1]), u[:, :6] * s[:6] @ vt[:6], rtol=1e-4, atol=1e-4)
 
@@ -75,7 +76,7 @@ def test_nothing_of_the_same_rank_leaves_less(shape: tuple[int, int], rank: int,
     """Not what is near it, not what the plain SVD gives, and not the best that its B, or its A, disturbed can do."""
     error_OI, x_TI = layer(*shape, seed)
     method, generator = EoRA(rank), torch.Generator().manual_seed(seed)
-    found = method.solve(error_OI, method.observe(None, x_TI))
+    found = method.solve(error_OI, torch.zeros_like(error_OI), method.observe(None, x_TI))
     assert found.pool is not None
     least = left_over(error_OI, found.dense(shape[1]), x_TI)
     assert least < left_over(error_OI, torch.zeros(shape), x_TI)
@@ -119,3 +120,17 @@ def test_statistics_that_cannot_be_used() -> None:
 def test_ranks_that_are_none(rank: int) -> None:
     with pytest.raises(RecipeError, match=rf"method\.rank {rank}: expected a positive number"):
         EoRA(rank)
+
+
+def test_asymmetric_corrections_aim_at_the_dense_outputs() -> None:
+    """With the full rank and next to no ridge, what is served puts out W d + e from the inputs x, by least squares."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, served_OI = (torch.randn(12, 16, generator=generator) for _ in range(2))
+    x_TI, drift_TI = (torch.randn(300, 16, generator=generator) for _ in range(2))
+    stream_TO = torch.randn(300, 12, generator=generator)
+    method = EoRA(12, asymmetric=True, ridge=1e-6)
+    stats = method.observe_drift(method.observe(None, x_TI), x_TI, Drift(0.3 * drift_TI, stream_TO))
+    wanted_TO = (x_TI + 0.3 * drift_TI) @ weight_OI.T + stream_TO
+    best_IO = torch.linalg.lstsq(x_TI.double(), wanted_TO.double()).solution
+    found_OI = served_OI + method.solve(weight_OI, served_OI, stats).dense(16)
+    torch.testing.assert_close(found_OI.T.double(), best_IO, rtol=1e-3, atol=1e-3)

@@ -9,8 +9,8 @@ Both blocks run on the same windows: the one at work on what the pruned blocks b
 what the dense model has there. A run ends when it has reached the last layer of the stage. Experts of a mixture make
 one stage by their kind, since no expert comes before another.
 
-The writers of a block are the layers whose outputs are added to the residual stream, if there is nothing else that is:
-each is told what the stream in front of it lacks, hidden + outputs of the writers before it, dense minus pruned.
+The writers of a block are the layers whose outputs are added to the residual stream: each is told what the stream in
+front of it lacks, hidden + outputs of the writers before it, dense minus pruned.
 
 Legend: B = batch, T = tokens, D = hidden size.
 """
@@ -145,21 +145,31 @@ def _drift(x: Tensor, dense: Tensor | None, missing_BTD: Tensor | None, tokens: 
 
 
 def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, device: torch.device) -> list[str]:
-    """The one or two linear layers, by their path in the block, in order, whose outputs make it when they are added to
-    its input; none for a block that is made in another way (norms after its layers, experts).
+    """The linear layers whose outputs are added to the residual stream, by their path in the block, in order.
+
+    They are the one or two that make the block's output when they are added to its input. Where no two do (the second
+    half are experts), it is the one that makes what some other layer of the block, a norm, reads. None for blocks that
+    are made in another way, with norms behind their layers for instance.
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    with putting_out(linears, found.__setitem__):
-        output_BTD = blocks.forward(block, hidden_BTD, call, device)
-    added_BTD = output_BTD - hidden_BTD.to(device)
-    added = {path: y.reshape(added_BTD.shape) for path, y in found.items() if _fits(y, added_BTD)}
-    for count in (1, 2):
-        for paths in itertools.combinations(added, count):
-            rest_BTD = added_BTD - sum(added[path] for path in paths)
-            if float(rest_BTD.norm()) <= _ROUNDING * float(added_BTD.norm() + hidden_BTD.norm()):
-                return list(paths)
-    return []
+    leaves = {path: module for path, module in block.named_modules() if not list(module.children())}
+    with putting_out(linears, outputs.__setitem__), receiving(leaves, inputs.__setitem__):
+        whole_BTD = blocks.forward(block, hidden_BTD, call, device)
+    start_BTD = hidden_BTD.to(device)
+    added = {path: y.reshape(start_BTD.shape) for path, y in outputs.items() if _fits(y, start_BTD)}
+
+    def make(paths: Sequence[str], reached_BTD: Tensor) -> bool:
+        rest_BTD = reached_BTD - start_BTD - sum(added[path] for path in paths)
+        return float(rest_BTD.norm()) <= _ROUNDING * float(reached_BTD.norm() + start_BTD.norm())
+
+    pairs = [*itertools.combinations(added, 1), *itertools.combinations(added, 2)]
+    found = next((paths for paths in pairs if make(paths, whole_BTD)), None)
+    if found is None:
+        read = [x.reshape(start_BTD.shape) for x in inputs.values() if _fits(x, start_BTD)]
+        found = next(((path,) for path in added if any(make((path,), x_BTD) for x_BTD in read)), ())
+    return list(found)
 
 
 def _fits(y: Tensor, hidden_BTD: Tensor) -> bool:

@@ -99,6 +99,25 @@ def test_a_block_that_adds_something_else_has_no_writers() -> None:
 
 
 @torch.no_grad()
+def test_the_first_writer_is_found_by_what_is_read_after_it() -> None:
+    """A block whose second half adds what no single linear layer puts out, as experts do."""
+    assert beside(Half()).writers == names("first")
+
+
+class Half(nn.Module):
+    """h = x + first(x), and h + tanh(second(norm(h)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.first(x_BTD)
+        return x_BTD + self.second(self.norm(x_BTD)).tanh()
+
+
+@torch.no_grad()
 def test_a_writer_learns_what_the_stream_in_front_of_it_lacks() -> None:
     block = Two()
     at_work = beside(block, dense_shift=0.5)

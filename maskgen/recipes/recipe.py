@@ -28,13 +28,10 @@ the mask to start from, on the `[calibration]` text; it is dropped when the meth
     steps = 300                            # see `Training`; defaults for what is left out
     lr = 1e-3
 
-With `weights = "prior"` a method that trains weights (`adaptive_sparse`) starts from the weights that `[prior]` makes,
-too: from all of the sparse checkpoint that a run of the one-shot method would write.
+With `weights = "prior"` a method that trains weights (`adaptive_sparse`) starts from its weights, too.
 
-A method that trains block after block (`reconstruct`) has a `[prior]` too: the one-shot method that prunes the block
-first, on the same calibration text.
-
-Every recipe may have a [budget]: layers whose sparsity costs most then stay dense, as far as it goes (`sections`).
+A method that trains block after block (`reconstruct`) has a `[prior]` too, which prunes the block first. Every recipe
+may have a [budget]: layers whose sparsity costs most then stay dense, as far as it goes (`sections`).
 
     [budget]
     bytes = 0.75                           # of what prunable weights take dense; or speedup, or max_ppl_increase
@@ -60,6 +57,7 @@ from maskgen.methods import LocalMethod, Method, create
 from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
+from maskgen.recipes.overrides import apply
 from maskgen.recipes.sections import Budget, Strict, Training, asking
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
@@ -209,6 +207,17 @@ class Recipe(Strict):
         """This recipe without its [budget]: every layer is pruned."""
         return self.model_copy(update={"budget": None})
 
+    def symmetric(self) -> Recipe:
+        """This recipe with every layer solved for what its own dense weights put out.
+
+        Layers of an asymmetric method make up for those before them, and are of no use beside other ones.
+        """
+        options = self.method.options
+        if "asymmetric" not in options:
+            return self
+        method = self.method.model_copy(update={"options": {**options, "asymmetric": False}})
+        return self.model_copy(update={"method": method})
+
     def resolved(self) -> dict[str, Any]:
         """JSON-serialisable form with every default spelled out; what `digest` covers."""
         form = self.model_dump(mode="json")
@@ -236,13 +245,12 @@ def load(source: str, overrides: Sequence[str] = (), budget: Mapping[str, float]
 def parse(
     text: str, where: str = "recipe", overrides: Sequence[str] = (), budget: Mapping[str, float] | None = None
 ) -> Recipe:
-    """Read TOML text. Override values are TOML too; a value that is not TOML is taken as a string."""
+    """Read TOML text, with overrides as `maskgen.recipes.overrides` reads them."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{where}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(raw, override)
+    apply(raw, overrides)
     if budget:
         raw["budget"] = asking(raw.get("budget"), budget)
     try:
@@ -268,22 +276,6 @@ def _read(source: str) -> str:
         raise RecipeError(f"no recipe {source!r}; shipped recipes are {names()}, or give the path of a .toml file")
     text: str = (_folder() / f"{source}.toml").read_text("utf-8")
     return text
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *path, last = key.strip().split(".")
-    if not equals or not last:
-        raise RecipeError(f"override {override!r}: expected key=value, for example method.damp=0.05")
-    table: Any = raw
-    for part in path:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"override {override!r}: {part} is not a table")
-    try:
-        table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[last] = text
 
 
 def _explain(error: ValidationError) -> str:

@@ -2,7 +2,7 @@
 
 What it has done is in the work directory, for this budget and for the next one:
 
-    run.json, block-*.safetensors    every layer pruned: an ordinary sweep
+    run.json, block-*.safetensors    every layer pruned: an ordinary sweep, symmetric
     budget/costs-*.json              what each layer's sparsity costs (`sensitivity`)
     budget/looks-*.json              how high the perplexity was with some layers dense (`search`)
     budget/spent-*.json              how one budget is spent
@@ -76,9 +76,14 @@ class Measuring:
         return HeldOutText(self.windows_ST[: self.budget.windows], self.bos_tokens, ["calibration"])
 
     @property
+    def measured(self) -> Recipe:
+        """How everything is pruned to look at one layer after the other."""
+        return self.recipe.symmetric()
+
+    @property
     def strict_digest(self) -> str:
         """The digest of the run that prunes everything."""
-        return run_digest(self.recipe, self.base_digest, self.windows_ST, self.device, self.prior_digest)
+        return run_digest(self.measured, self.base_digest, self.windows_ST, self.device, self.prior_digest)
 
     def file(self, kind: str, *what: Any) -> Path:
         """Where one thing about this run is kept."""
@@ -168,7 +173,7 @@ def _strict(measuring: Measuring, progress: Callable[[Progress], None]) -> WorkD
     """Prune every layer of a throw-away copy of the model."""
     loaded = model.load(measuring.model_dir)
     _, swept = sweep(
-        loaded, measuring.plan(loaded), measuring.recipe, measuring.windows_ST, measuring.work, measuring.base_digest,
+        loaded, measuring.plan(loaded), measuring.measured, measuring.windows_ST, measuring.work, measuring.base_digest,
         measuring.device, progress, measuring.prior, measuring.prior_digest,
     )  # fmt: skip
     return swept

@@ -147,9 +147,7 @@ def sweep(
     )  # fmt: skip
     if data is not None and unfinished:
         run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
-        solver = method or adds
-        follows_dense = fits is not None or (solver is not None and solver.is_asymmetric)
-        run.teacher = Teacher.of(run.recording) if follows_dense else None
+        run.teacher = Teacher.of(run.recording) if run.follows_dense else None
     for index in range(len(todo.blocks)):
         run.prune_block(index)
     count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
@@ -189,6 +187,12 @@ class _Sweep:
     fitted: dict[int, Fitted] = field(default_factory=dict)
     resumed_blocks: int = 0
     started_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the activations of the dense model are needed, too."""
+        solver = self.method or self.adds
+        return self.fits is not None or (solver is not None and solver.is_asymmetric)
 
     def prune_block(self, index: int) -> None:
         """Solve block number `index` or load it, put its pruned weights in, and run it to get the next one's inputs."""

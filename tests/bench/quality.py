@@ -64,7 +64,6 @@ ROWS = (
     Row("ria", "ria", seeds=2),
     Row("sparsegpt, mask only", "sparsegpt-mask-only", seeds=2),
     Row("sparsegpt", "sparsegpt", seeds=2, weights=CHANGE),
-    Row("admm, symmetric", "admm", ("method.asymmetric=false",), seeds=2, weights=CHANGE),
     Row("admm", "admm", seeds=2, weights=CHANGE),
     Row("reconstruct", "reconstruct", seeds=2, weights=CHANGE),
     Row("best-effort", "best-effort", seeds=2, weights=CHANGE),

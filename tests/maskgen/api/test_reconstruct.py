@@ -40,7 +40,7 @@ def test_one_command_makes_a_checkpoint_with_its_record(model_dir: ModelDir, tex
     assert made.quality.method == "reconstruct" and not (tmp_path / "out.work").exists()
     assert [entry["block"] for entry in losses(made.out)] == list(range(models.LAYERS))
     assert all(0 < entry["after"] < entry["before"] for entry in losses(made.out))
-    assert json.loads((made.out / RECIPE_FILE).read_text())["prior"]["name"] == "sparsegpt"
+    assert json.loads((made.out / RECIPE_FILE).read_text())["prior"]["name"] == "admm"
     said = [event.what for event in heard if isinstance(event, maskgen.SweepProgress)]
     assert sum(what.startswith("reconstruction, epoch 2 of 2, loss ") for what in said) == models.LAYERS
     checkpoint = SparseCheckpoint.open(made.out)
@@ -54,7 +54,7 @@ def test_goes_on_from_the_weights_of_another_result(
     dense, first = model_dir("llama", dtype=torch.bfloat16), tmp_path / "first"
     maskgen.prune(
         maskgen.PruneRequest(
-            recipe="admm", model=dense, data=text_file, out=first, overrides=dict(list(SHORT.items())[:2])
+            recipe="sparsegpt", model=dense, data=text_file, out=first, overrides=dict(list(SHORT.items())[:2])
         )
     )
     if values == "int8":

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import LearnedMethod
+from maskgen.methods.oneshot.admm import ADMM
 from maskgen.methods.oneshot.sparsegpt import SparseGPT
 from maskgen.recipes import recipe
 from maskgen.recipes.sections import Training
@@ -80,6 +81,21 @@ def test_the_prior_is_a_one_shot_recipe_of_its_own() -> None:
     assert prior == same and prior is not None and prior.digest() == same.digest()
     assert prior.local_method() == SparseGPT(update=False)
     assert recipe.parse(MINIMAL).prior_recipe() is None
+
+
+def test_another_method_does_not_inherit_the_options_of_the_recipes_own() -> None:
+    """But those of other overrides, in any order; naming the same method changes nothing."""
+    other = recipe.load("best-effort", ["prior.block=64", "prior.name=sparsegpt"])
+    assert other.prior is not None and other.prior.build() == SparseGPT(block=64)
+    assert recipe.load("sparsegpt", ["method.name=admm"]).build_method() == ADMM()
+    assert recipe.load("admm", ["method.name=admm"]) == recipe.load("admm")
+    with pytest.raises(RecipeError, match=r"method\.damp: wanda has no such option"):
+        recipe.load("sparsegpt", ["method.name=wanda", "method.damp=0.1"])
+
+
+def test_layers_of_a_symmetric_recipe_do_not_make_up_for_each_other() -> None:
+    assert recipe.load("admm").symmetric() == recipe.load("admm", ["method.asymmetric=false"])
+    assert recipe.load("wanda").symmetric() == recipe.load("wanda")
 
 
 def test_a_prior_without_a_use_is_no_part_of_the_recipe() -> None:

@@ -65,8 +65,9 @@ class Allocation(_Record):
 
     `bytes` is what the prunable weights take now, as a share of what they take dense. `strict_kl` is the KL divergence
     from the dense model with every layer sparse, in nats per token, and `kl` that with the layers of the budget put
-    back, before anything else was solved again; both were measured on `windows` calibration windows of `window_tokens`.
-    `speedup` is how much faster one token gets through prunable layers than dense, where times were given.
+    back, before anything was solved again; for both each layer is solved by itself (symmetrically), and they were
+    measured on `windows` calibration windows of `window_tokens`. `speedup` is how much faster one token gets through
+    prunable layers than dense, where times were given.
     `search` are the choices looked at on `search_windows` held-out windows for a budget of perplexity, and `proof` is
     what came of it on others.
     """

@@ -21,7 +21,7 @@ import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,10 @@ from maskgen.sweep.reconstruct import Teacher
 
 _ROUNDING = 1e-5
 """Most of a block's output, by L2 norm, that its input and its writers may leave unexplained."""
+
+
+_ANY = "#"
+"""Stands for the number of an expert."""
 
 
 class _StageReached(Exception):
@@ -83,7 +87,7 @@ class BesideDense:
     def stages(self) -> list[list[str]]:
         """Names of the layers of each stage, in the order in which the first batch reaches them.
 
-        Layers that it does not reach, nor any of their kind, come last.
+        Experts that it does not reach are with the others of their kind, other such layers at the end.
         """
         reached: dict[str, Tensor] = {}
         with receiving(self.layers, reached.setdefault):
@@ -110,7 +114,8 @@ class BesideDense:
                     for writer in self.writers[: self.writers.index(name)]:
                         missing_BTD += (wanted_out[writer] - found_out[writer]).reshape(missing_BTD.shape)
                 tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
-                statistics.add(name, x, _drift(x, wanted.get(name), missing_BTD, tokens))
+                dense = None if _ANY in _kind(name) else wanted.get(name)  # experts order their tokens as they like
+                statistics.add(name, x, _drift(x, dense, missing_BTD, tokens))
             statistics.end_of_batch()
         return statistics
 
@@ -131,7 +136,7 @@ class BesideDense:
 
         layers = {name: block.get_submodule(self.paths[name]) for name in names}
         writers = {name: block.get_submodule(self.paths[name]) for name in self.writers}
-        with receiving(layers, reach), putting_out(writers, outputs.__setitem__), contextlib.suppress(_StageReached):
+        with receiving(layers, reach), putting_out(writers, _cloning(outputs)), contextlib.suppress(_StageReached):
             blocks.run(block, hidden_BTD, self.recording.call(batch, self.index), self.device)
         return inputs, outputs
 
@@ -152,10 +157,8 @@ def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, devic
     are made in another way, with norms behind their layers for instance.
     """
     outputs: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
     linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    leaves = {path: module for path, module in block.named_modules() if not list(module.children())}
-    with putting_out(linears, outputs.__setitem__), receiving(leaves, inputs.__setitem__):
+    with putting_out(linears, _cloning(outputs)), _reading(block, hidden_BTD) as read:
         whole_BTD = blocks.forward(block, hidden_BTD, call, device)
     start_BTD = hidden_BTD.to(device)
     added = {path: y.reshape(start_BTD.shape) for path, y in outputs.items() if _fits(y, start_BTD)}
@@ -167,9 +170,32 @@ def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, devic
     pairs = [*itertools.combinations(added, 1), *itertools.combinations(added, 2)]
     found = next((paths for paths in pairs if make(paths, whole_BTD)), None)
     if found is None:
-        read = [x.reshape(start_BTD.shape) for x in inputs.values() if _fits(x, start_BTD)]
         found = next(((path,) for path in added if any(make((path,), x_BTD) for x_BTD in read)), ())
     return list(found)
+
+
+@contextlib.contextmanager
+def _reading(block: nn.Module, hidden_BTD: Tensor) -> Iterator[list[Tensor]]:
+    """What norms and the like of a block read while it runs, where that is as large as its input; filled meanwhile."""
+    read: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[object, ...]) -> None:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.dim() and _fits(x, hidden_BTD):
+            read.append(x.clone().reshape(hidden_BTD.shape))
+
+    leaves = [module for module in block.modules() if not list(module.children()) and not isinstance(module, nn.Linear)]
+    handles = [leaf.register_forward_pre_hook(before) for leaf in leaves]
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cloning(outputs: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+    """Keeps outputs as they are: some blocks add to them in place."""
+    return lambda name, y: outputs.__setitem__(name, y.clone())
 
 
 def _fits(y: Tensor, hidden_BTD: Tensor) -> bool:
@@ -178,5 +204,5 @@ def _fits(y: Tensor, hidden_BTD: Tensor) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The name without the numbers of its modules: what all experts call this layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+    """The name without the number of an expert: what all of them call this layer."""
+    return re.sub(r"(?<=\bexperts\.)\d+(?=\.)", _ANY, name)

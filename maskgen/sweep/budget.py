@@ -121,7 +121,7 @@ def check(budget: Budget, layers: Sequence[ServedLayer], times: Sequence[Times] 
 
 def folder_of(measuring: Measuring, allocation: Allocation) -> Path:
     """The work directory of the sweep that leaves the layers of `allocation` dense."""
-    return measuring.file("sweep", sorted(allocation.dense)).with_suffix("")
+    return measuring.file("sweep", measuring.recipe.digest(), sorted(allocation.dense)).with_suffix("")
 
 
 def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allocation:

@@ -9,9 +9,9 @@ So the inputs of a block carry the errors that pruning the blocks before it real
 float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
 block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
 v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A `BlockMethod`
-trains each block once it is pruned (`reconstruct`), and an asymmetric method solves it stage by stage (`asymmetric`);
-the activations of the dense model are then held, too. For a
-`CorrectionMethod` the layers are those of a sparse checkpoint, and what is solved is the correction beside each.
+trains each block once it is pruned (`reconstruct`), and an asymmetric method solves it stage by stage beside a copy of
+the dense block (`asymmetric`); the activations of the dense model are then held, too. For a `CorrectionMethod` the
+layers are those of a sparse checkpoint, and what is solved is the correction beside each.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
 and ends with the same bits as an uninterrupted one.
@@ -199,7 +199,8 @@ class _Sweep:
         block, targets = self.plan.blocks[index], self.plan.targets[index]
         dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
         with blocks.upcast(block, self.device):
-            if self.teacher is not None and self.recording is not None and index <= self.last_to_solve:
+            needed = index < self.last_to_solve or (self.fits is not None and index == self.last_to_solve)
+            if self.teacher is not None and self.recording is not None and needed:
                 self.teacher.run(block, index, self.recording, self.device)
             advanced = False
             if self.work.has(index):

@@ -73,8 +73,7 @@ def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> Iterator[N
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args:
-                receives(name, args[0])
+            receives(name, args[0])
 
         return before
 

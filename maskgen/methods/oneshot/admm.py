@@ -29,7 +29,7 @@ what the stream itself lacks. The ridge keeps W_0 from fitting what few tokens s
 that were not calibrated on get worse.
 
 Features that were never active constrain nothing: they are dropped first, and where a given mask keeps them they keep
-their weights. Workspace: three float32 matrices `[I, I]` beside five of the weight's size.
+their weights. Workspace: three float32 matrices `[I, I]` (five with `asymmetric`) beside five of the weight's size.
 
 Sources: Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024; for asymmetric
 calibration Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", ICML 2025.
@@ -98,9 +98,10 @@ class ADMM(LocalMethod):
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """The mask and the repaired weights (float32, zero where pruned)."""
         assert (prior_OI is not None) == self.uses_prior
+        aimed_OI = aimed_at_dense(weight_OI, stats, self.ridge)
         norm_I, alive_I, hessian_II = unit_features(stats.sum_II)
         hessian_II.diagonal().add_(self.damp * hessian_II.diagonal().mean())
-        start_OI = aimed_at_dense(weight_OI, stats, self.ridge) * norm_I
+        start_OI = aimed_OI * norm_I
         inverse_II = shifted_inverse(hessian_II, self.rho, "damp or method.rho")
         mask_OI = torch.ones_like(weight_OI, dtype=torch.bool) if prior_OI is None else prior_OI
         free_OI, dual_OI = start_OI, torch.zeros_like(start_OI)

@@ -51,6 +51,19 @@ class Experts(nn.Module):
         return torch.cat(halves).view_as(x_BTD)
 
 
+class Two(nn.Module):
+    """x + first(x), and that plus second of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.first(x_BTD)
+        return x_BTD + self.second(x_BTD)
+
+
 def beside(block: nn.Module, dense_shift: float = 0.0) -> BesideDense:
     generator = torch.Generator().manual_seed(1)
     hidden = [torch.randn(size, 6, 8, generator=generator) for size in (2, 2, 1)]
@@ -118,6 +131,20 @@ class Half(nn.Module):
 
 
 @torch.no_grad()
+def test_outputs_that_are_added_to_in_place_are_those_of_their_layer() -> None:
+    assert beside(InPlace()).writers == names("first", "second")
+
+
+class InPlace(Two):
+    """Both layers read x, and the second's output takes in the first's, in place."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        first_BTD, second_BTD = self.first(x_BTD), self.second(x_BTD)
+        second_BTD += first_BTD
+        return x_BTD + second_BTD
+
+
+@torch.no_grad()
 def test_a_writer_learns_what_the_stream_in_front_of_it_lacks() -> None:
     block = Two()
     at_work = beside(block, dense_shift=0.5)
@@ -130,19 +157,6 @@ def test_a_writer_learns_what_the_stream_in_front_of_it_lacks() -> None:
     before_TI = x_TI + block.first.bias
     dense_TI = x_TI + 0.5 + at_work.dense.get_submodule("first")(x_TI + 0.5)
     torch.testing.assert_close(second.missing_OI, (dense_TI - before_TI).T @ before_TI)
-
-
-class Two(nn.Module):
-    """x + first(x), and that plus second of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.first(x_BTD)
-        return x_BTD + self.second(x_BTD)
 
 
 def recorded(model: nn.Module, of: Sequence[nn.Module], ids_ST: Tensor) -> tuple[Recording, Teacher]:

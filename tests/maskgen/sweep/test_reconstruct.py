@@ -22,7 +22,7 @@ from tests import models
 from tests.families import FAMILIES
 from tests.maskgen.sweeping import recipe, run, windows
 
-SHORT = ("calibration.samples=10", "method.epochs=3", "method.lr=0.02", "method.dtype=float32")
+SHORT = ("prior.name=sparsegpt", "calibration.samples=10", "method.epochs=3", "method.lr=0.02", "method.dtype=float32")
 WANTED = recipe("reconstruct", *SHORT, "calibration.window_tokens=24", "calibration.batch=4")
 PRUNED = recipe("sparsegpt")
 

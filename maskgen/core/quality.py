@@ -144,8 +144,7 @@ _FITTED = {"reconstruct"}
 NEXT = (
     Step(
         "`maskgen run best-effort`, the best there is: ADMM, then training with the dense model as teacher. "
-        "SmolLM2-135M on news: perplexity 102.9 after SparseGPT, 54.7 after ADMM, 42.9 after 100 steps of training, 27.4 "
-        "dense. "
+        "SmolLM2-135M on news: perplexity 102.9 after SparseGPT, 54.7 after ADMM, 42.9 after 100 steps, 27.4 dense. "
         "--prior SPARSE trains this result further instead",
         frozenset(_SCORED | _SOLVED | _FITTED | _LEARNED | {"magnitude", UNKNOWN_METHOD}),
     ),

@@ -29,12 +29,11 @@ from torch import Tensor, nn
 
 from maskgen.hf import blocks
 from maskgen.methods import Drift, LayerMethod
-from maskgen.sweep.observe import InputStatistics, putting_out, receiving
+from maskgen.sweep.observe import InputStatistics, hooked, putting_out, receiving
 from maskgen.sweep.reconstruct import Teacher
 
 _ROUNDING = 1e-5
 """Most of a block's output, by L2 norm, that its input and its writers may leave unexplained."""
-
 
 _ANY = "#"
 """Stands for the number of an expert."""
@@ -185,12 +184,8 @@ def _reading(block: nn.Module, hidden_BTD: Tensor) -> Iterator[list[Tensor]]:
             read.append(x.clone().reshape(hidden_BTD.shape))
 
     leaves = [module for module in block.modules() if not list(module.children()) and not isinstance(module, nn.Linear)]
-    handles = [leaf.register_forward_pre_hook(before) for leaf in leaves]
-    try:
+    with hooked([leaf.register_forward_pre_hook(before) for leaf in leaves]):
         yield read
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cloning(outputs: dict[str, Tensor]) -> Callable[[str, Tensor], None]:

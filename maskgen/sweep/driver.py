@@ -232,8 +232,8 @@ class _Sweep:
         They come at once, or stage by stage; what one stage gives is to be put in before the next is asked for.
         """
         targets, method = self.plan.targets[index], self.method if self.adds is None else self.adds
-        needs_none = method is None or (isinstance(method, LocalMethod) and not method.needs_data)
-        if self.recording is None or not targets or method is None or needs_none:
+        sees_none = isinstance(method, LocalMethod) and not method.needs_data
+        if self.recording is None or not targets or method is None or sees_none:
             yield list(targets), None
             return
         block = self.plan.blocks[index]

@@ -9,11 +9,12 @@ Legend: B = batch, T = tokens, D = hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from maskgen.core.errors import ModelError, NumericalError
 from maskgen.hf import blocks
@@ -68,7 +69,16 @@ class InputStatistics:
 
 
 @contextlib.contextmanager
-def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> Iterator[None]:
+def hooked(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were just put on are taken off at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> contextlib.AbstractContextManager[None]:
     """`receives` is called with the name of each of `layers` and its input, while the block that holds them runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -77,16 +87,10 @@ def receiving(layers: Mapping[str, nn.Module], receives: Receives) -> Iterator[N
 
         return before
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()])
 
 
-@contextlib.contextmanager
-def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> Iterator[None]:
+def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> contextlib.AbstractContextManager[None]:
     """`puts_out` is called with the name of each of `layers` and its output, while the block that holds them runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -95,12 +99,7 @@ def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> Iterator
 
         return after
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([layer.register_forward_hook(hook(name)) for name, layer in layers.items()])
 
 
 def observe(

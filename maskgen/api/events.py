@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from maskgen.hf.planning import Planned
-from maskgen.sweep.driver import Progress as SweepProgress
+from maskgen.sweep.report import Progress as SweepProgress
 from maskgen.train.loop import HeldOut, Stage
 from maskgen.train.step import TrainingStep
 

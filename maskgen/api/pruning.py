@@ -38,7 +38,8 @@ from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
 from maskgen.sweep import reconstruct, result
-from maskgen.sweep.driver import SweepReport, sweep
+from maskgen.sweep.driver import sweep
+from maskgen.sweep.report import SweepReport
 from maskgen.sweep.workdir import WorkDir, finish, is_left_over, work_dir
 from maskgen.train import run as run_module
 from maskgen.train.budget import Budget, any_steps

@@ -22,7 +22,7 @@ from maskgen.cli.kept import print_kept, print_planned
 from maskgen.export.compress import CompressReport
 from maskgen.export.inspect import InspectReport
 from maskgen.export.slice import ShrinkReport
-from maskgen.sweep.driver import SweepReport
+from maskgen.sweep.report import SweepReport
 from maskgen.train.result import DenseReport, Written
 
 LOG_EVERY_S = 10.0

@@ -30,10 +30,11 @@ _PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one call of a block, without the hidden states."""
+    """The arguments of one call of a block, without the hidden states, and the dtype of its matrix products."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    products: torch.dtype = COMPUTE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,18 @@ class _LastBlockReached(Exception):
     """Ends a recording run before the head is computed."""
 
 
-def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> Recording:
+def record(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor], products: torch.dtype = COMPUTE_DTYPE
+) -> Recording:
     """Run the part of `model` before its `blocks` on batches of token ids `[B, T]`, and record what the blocks receive.
 
-    Raises `ModelError` for a model whose blocks cannot be run one by one, `NumericalError` if the embeddings are not
-    finite.
+    `products` is the dtype in which `run` and `forward` will compute the matrix products of blocks. Raises `ModelError`
+    for a model whose blocks cannot be run one by one, `NumericalError` if the embeddings are not finite.
     """
     as_output = _output_shape(model, blocks, batches[0][:1, :_PROBE_TOKENS])
     recording = Recording([], {})
     for ids_BT in batches:
-        hidden_BTD, calls = _record_batch(model, blocks, ids_BT, as_output)
+        hidden_BTD, calls = _record_batch(model, blocks, ids_BT, as_output, products)
         known = recording.calls.setdefault(ids_BT.shape[0], calls)
         for index, (call, first) in enumerate(zip(calls, known, strict=True)):
             if not _same((call.args, call.kwargs), (first.args, first.kwargs)):
@@ -84,10 +87,17 @@ def run(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.dev
     return forward(block, hidden_BTD, call, device).to("cpu")
 
 
-def forward(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.device) -> Tensor:
-    """`run`, with the output left on `device`."""
+def forward(
+    block: nn.Module, hidden_BTD: Tensor, call: BlockCall, device: torch.device, products: torch.dtype | None = None
+) -> Tensor:
+    """`run`, with the output left on `device`, and matrix products in another dtype than the call's, if one is given.
+
+    What blocks add up is float32 in any case. Weights are cast anew at each use: they may have changed since.
+    """
+    products = products or call.products
     args, kwargs = (_cast(part, device) for part in (call.args, call.kwargs))
-    return _first(block(hidden_BTD.to(device), *args, **kwargs))
+    with torch.autocast(device.type, products, enabled=products is not COMPUTE_DTYPE, cache_enabled=False):
+        return _first(block(hidden_BTD.to(device), *args, **kwargs)).to(COMPUTE_DTYPE)
 
 
 @contextlib.contextmanager
@@ -136,7 +146,11 @@ def _output_shape(model: nn.Module, blocks: Sequence[nn.Module], ids_BT: Tensor)
 
 
 def _record_batch(
-    model: nn.Module, blocks: Sequence[nn.Module], ids_BT: Tensor, as_output: Callable[[Tensor], Any]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ids_BT: Tensor,
+    as_output: Callable[[Tensor], Any],
+    products: torch.dtype,
 ) -> tuple[Tensor, list[BlockCall]]:
     inputs: list[Tensor] = []
     calls: list[BlockCall] = []
@@ -144,7 +158,7 @@ def _record_batch(
     def stub(*args: Any, **kwargs: Any) -> Any:
         hidden_BTD = args[0] if args else kwargs.pop("hidden_states")
         inputs.append(hidden_BTD)
-        calls.append(BlockCall(args[1:], kwargs))
+        calls.append(BlockCall(args[1:], kwargs, products))
         if len(calls) == len(blocks):
             raise _LastBlockReached
         return as_output(hidden_BTD)

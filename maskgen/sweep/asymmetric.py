@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +27,9 @@ from torch import Tensor, nn
 
 from maskgen.hf import blocks
 from maskgen.methods import Drift, LayerMethod
-from maskgen.sweep.observe import InputStatistics, hooked, putting_out, receiving
+from maskgen.sweep.observe import InputStatistics, cloning, putting_out, receiving
 from maskgen.sweep.reconstruct import Teacher
-
-_ROUNDING = 1e-5
-"""Most of a block's output, by L2 norm, that its input and its writers may leave unexplained."""
-
-_ANY = "#"
-"""Stands for the number of an expert."""
+from maskgen.sweep.wiring import Wiring, is_expert
 
 
 class _StageReached(Exception):
@@ -45,17 +38,18 @@ class _StageReached(Exception):
 
 @dataclass(frozen=True)
 class BesideDense:
-    """The float32 block at work, number `index`, with its `layers` by name, and the dense block beside it.
+    """The float32 block at work, number `index`, dense as yet, and a copy of it that stays dense.
 
-    `paths` say where in the block a layer is, `writers` which ones add to the residual stream, in their order.
+    `paths` say where in the block a layer is, by name, `stages` which ones to solve together, by name and in order, and
+    `writers` which ones add to the residual stream, in their order.
     """
 
     method: LayerMethod
     block: nn.Module
     dense: nn.Module
     index: int
-    layers: Mapping[str, nn.Linear]
     paths: Mapping[str, str]
+    stages: Sequence[Sequence[str]]
     writers: Sequence[str]
     recording: blocks.Recording
     teacher: Teacher
@@ -68,136 +62,77 @@ class BesideDense:
         block: nn.Module,
         index: int,
         layers: Mapping[str, nn.Linear],
+        wiring: Wiring,
         recording: blocks.Recording,
         teacher: Teacher,
         device: torch.device,
     ) -> BesideDense:
-        """Of a block that is dense as yet. The copy of it takes as much memory again."""
-        paths = {id(module): path for path, module in block.named_modules()}
-        names = {paths[id(layer)]: name for name, layer in layers.items()}
-        paths_of = {name: path for path, name in names.items()}
-        written = _writers(block, recording.hidden[0], recording.call(0, index), device)
-        for path in written:  # one that is not pruned goes by its path
-            paths_of.setdefault(names.get(path, path), path)
-        writers = [names.get(path, path) for path in written]
-        dense = copy.deepcopy(block)
-        return cls(method, block, dense, index, layers, paths_of, writers, recording, teacher, device)
+        """Of a block whose layers to be pruned are `layers`, by name. The copy of it takes as much memory again."""
+        paths = paths_in(block, layers)
+        names = {path: name for name, path in paths.items()}
+        stages = [[names[path] for path in stage] for stage in wiring.stages]
+        writers = [names.get(path, path) for path in wiring.writers]  # one that is not pruned goes by its path
+        paths |= {name: name for name in writers if name not in paths}
+        return cls(method, block, copy.deepcopy(block), index, paths, stages, writers, recording, teacher, device)
 
-    def stages(self) -> list[list[str]]:
-        """Names of the layers of each stage, in the order in which the first batch reaches them.
+    def observe(self, names: Sequence[str], keep_outputs: bool = False) -> InputStatistics:
+        """Statistics of the inputs of these layers, which make one stage, in the block as it is now.
 
-        Experts that it does not reach are with the others of their kind, other such layers at the end.
+        With `keep_outputs`, the dense block is run to its end, and what it puts out is given to the teacher.
         """
-        reached: dict[str, Tensor] = {}
-        with receiving(self.layers, reached.setdefault):
-            blocks.run(self.block, self.recording.hidden[0], self.recording.call(0, self.index), self.device)
-        stage_of: dict[str, str] = {}
-        for name, x in reached.items():
-            leader = next(other for other, seen in reached.items() if seen is x)
-            stage_of.setdefault(_kind(name), stage_of.get(_kind(leader), _kind(leader)))
-        order = [*dict.fromkeys(stage_of.values()), ""]
-        names = [[name for name in self.layers if stage_of.get(_kind(name), "") == stage] for stage in order]
-        return [stage for stage in names if stage]
-
-    def observe(self, names: Sequence[str]) -> InputStatistics:
-        """Statistics of the inputs of these layers, which make one stage, in the block as it is now."""
-        statistics = InputStatistics(self.method)
+        statistics = InputStatistics(self.method, self.recording.call(0, self.index).products)
         for batch, hidden_BTD in enumerate(self.recording.hidden):
             dense_BTD = self.teacher.hidden[batch]
-            wanted, wanted_out = self._reach(self.dense, names, batch, dense_BTD)
+            wanted, wanted_out = self._reach(self.dense, names, batch, dense_BTD, keep_outputs)
             found, found_out = self._reach(self.block, names, batch, hidden_BTD)
             for name, x in found.items():
                 missing_BTD = None
                 if name in self.writers and sum(other is x for other in found.values()) == 1:
                     missing_BTD = (dense_BTD - hidden_BTD).to(self.device)
                     for writer in self.writers[: self.writers.index(name)]:
-                        missing_BTD += (wanted_out[writer] - found_out[writer]).reshape(missing_BTD.shape)
+                        missing_BTD += (wanted_out[writer].float() - found_out[writer].float()).reshape(
+                            missing_BTD.shape
+                        )
                 tokens = hidden_BTD.shape[0] * hidden_BTD.shape[1]
-                dense = None if _ANY in _kind(name) else wanted.get(name)  # experts order their tokens as they like
+                dense = None if is_expert(name) else wanted.get(name)  # experts order their tokens as they like
                 statistics.add(name, x, _drift(x, dense, missing_BTD, tokens))
             statistics.end_of_batch()
         return statistics
 
     def _reach(
-        self, block: nn.Module, names: Collection[str], batch: int, hidden_BTD: Tensor
+        self, block: nn.Module, names: Collection[str], batch: int, hidden_BTD: Tensor, keep_output: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run `block` on a batch until all layers of `names` have received an input, or to its end.
 
-        Gives these inputs, and the outputs of writers that were there by then, by name.
+        Gives these inputs, and the outputs of writers that were there by then, by name. With `keep_output` the run goes
+        to the end in any case, for the teacher.
         """
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def reach(name: str, x: Tensor) -> None:
             inputs[name] = x
-            if len(inputs) == len(names):
+            if len(inputs) == len(names) and not keep_output:
                 raise _StageReached
 
         layers = {name: block.get_submodule(self.paths[name]) for name in names}
         writers = {name: block.get_submodule(self.paths[name]) for name in self.writers}
-        with receiving(layers, reach), putting_out(writers, _cloning(outputs)), contextlib.suppress(_StageReached):
-            blocks.run(block, hidden_BTD, self.recording.call(batch, self.index), self.device)
+        with receiving(layers, reach), putting_out(writers, cloning(outputs)), contextlib.suppress(_StageReached):
+            output_BTD = blocks.run(block, hidden_BTD, self.recording.call(batch, self.index), self.device)
+            if keep_output:
+                self.teacher.put(output_BTD, self.index)
         return inputs, outputs
+
+
+def paths_in(block: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Where in `block` each of `layers` is, by name."""
+    paths = {id(module): path for path, module in block.named_modules()}
+    return {name: paths[id(layer)] for name, layer in layers.items()}
 
 
 def _drift(x: Tensor, dense: Tensor | None, missing_BTD: Tensor | None, tokens: int) -> Drift | None:
     """How far the input `x` `[..., I]` is from that in the `dense` model, if both are of all `tokens` of a batch."""
     if dense is None or dense.shape != x.shape or x.numel() != tokens * x.shape[-1]:
         return None
-    difference_TI = (dense - x).reshape(tokens, -1)
+    difference_TI = (dense.float() - x.float()).reshape(tokens, -1)
     return Drift(difference_TI, None if missing_BTD is None else missing_BTD.reshape(tokens, -1))
-
-
-def _writers(block: nn.Module, hidden_BTD: Tensor, call: blocks.BlockCall, device: torch.device) -> list[str]:
-    """The linear layers whose outputs are added to the residual stream, by their path in the block, in order.
-
-    They are the one or two that make the block's output when they are added to its input. Where no two do (the second
-    half are experts), it is the one that makes what some other layer of the block, a norm, reads. None for blocks that
-    are made in another way, with norms behind their layers for instance.
-    """
-    outputs: dict[str, Tensor] = {}
-    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    with putting_out(linears, _cloning(outputs)), _reading(block, hidden_BTD) as read:
-        whole_BTD = blocks.forward(block, hidden_BTD, call, device)
-    start_BTD = hidden_BTD.to(device)
-    added = {path: y.reshape(start_BTD.shape) for path, y in outputs.items() if _fits(y, start_BTD)}
-
-    def make(paths: Sequence[str], reached_BTD: Tensor) -> bool:
-        rest_BTD = reached_BTD - start_BTD - sum(added[path] for path in paths)
-        return float(rest_BTD.norm()) <= _ROUNDING * float(reached_BTD.norm() + start_BTD.norm())
-
-    pairs = [*itertools.combinations(added, 1), *itertools.combinations(added, 2)]
-    found = next((paths for paths in pairs if make(paths, whole_BTD)), None)
-    if found is None:
-        found = next(((path,) for path in added if any(make((path,), x_BTD) for x_BTD in read)), ())
-    return list(found)
-
-
-@contextlib.contextmanager
-def _reading(block: nn.Module, hidden_BTD: Tensor) -> Iterator[list[Tensor]]:
-    """What norms and the like of a block read while it runs, where that is as large as its input; filled meanwhile."""
-    read: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple[object, ...]) -> None:
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and x.dim() and _fits(x, hidden_BTD):
-            read.append(x.clone().reshape(hidden_BTD.shape))
-
-    leaves = [module for module in block.modules() if not list(module.children()) and not isinstance(module, nn.Linear)]
-    with hooked([leaf.register_forward_pre_hook(before) for leaf in leaves]):
-        yield read
-
-
-def _cloning(outputs: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
-    """Keeps outputs as they are: some blocks add to them in place."""
-    return lambda name, y: outputs.__setitem__(name, y.clone())
-
-
-def _fits(y: Tensor, hidden_BTD: Tensor) -> bool:
-    """Whether `y` is of the same tokens and as wide; some blocks put all tokens in one row of them."""
-    return y.shape[-1] == hidden_BTD.shape[-1] and y.numel() == hidden_BTD.numel()
-
-
-def _kind(name: str) -> str:
-    """The name without the number of an expert: what all of them call this layer."""
-    return re.sub(r"(?<=\bexperts\.)\d+(?=\.)", _ANY, name)

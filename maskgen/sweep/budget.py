@@ -35,11 +35,12 @@ from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Budget
-from maskgen.sweep.driver import Progress, run_digest, sweep
+from maskgen.sweep.driver import sweep
 from maskgen.sweep.kernel_times import Times, speedup_of
+from maskgen.sweep.report import Progress
 from maskgen.sweep.search import LOOKS, names_of, share_of, within_bytes, within_increase, within_time
 from maskgen.sweep.sensitivity import Probe, Weights, costs, mixture
-from maskgen.sweep.workdir import WorkDir
+from maskgen.sweep.workdir import WorkDir, run_digest
 
 FOLDER = "budget"
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}

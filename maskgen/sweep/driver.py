@@ -7,11 +7,12 @@
 
 So the inputs of a block carry the errors that pruning the blocks before it really caused. Only the current block is in
 float32 and on the device; the rest of the model keeps its dtype in host memory, so the peak is the dense model, one
-block's float32 copy with its statistics, and the activations. Linear layers that receive the very same tensor (q, k and
-v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A `BlockMethod`
-trains each block once it is pruned (`reconstruct`), and an asymmetric method solves it stage by stage beside a copy of
-the dense block (`asymmetric`); the activations of the dense model are then held, too. For a `CorrectionMethod` the
-layers are those of a sparse checkpoint, and what is solved is the correction beside each.
+block's float32 copy with its statistics, and the activations. Forward passes multiply in bfloat16 where the model is
+stored in it and that is fast; sums, statistics and solving are float32. Linear layers that receive the very same tensor
+(q, k and v; gate and up) share one set of statistics. For a method that needs no data, no forward pass is run. A
+`BlockMethod` trains each block once it is pruned (`reconstruct`), and an asymmetric method solves it stage by stage
+beside a copy of the dense block (`asymmetric`); the activations of the dense model are then held, too. For a
+`CorrectionMethod` the layers are those of a sparse checkpoint, and what is solved is the correction beside each.
 
 Each finished block is saved (`workdir`); a run that was killed loads what is finished, replays only the forward passes,
 and ends with the same bits as an uninterrupted one.
@@ -31,75 +32,23 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.digest import digest_json
 from maskgen.core.layout import LayerForm
 from maskgen.core.packed import PackedTensor, StoredLayer
-from maskgen.data.tokens import digest_tokens
 from maskgen.hf import blocks
 from maskgen.hf.planning import Plan
 from maskgen.methods import LocalMethod
 from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.numerics.memory import peak_rss_bytes
+from maskgen.numerics.products import products_dtype
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.asymmetric import BesideDense
+from maskgen.sweep.asymmetric import BesideDense, paths_in
 from maskgen.sweep.layers import check_prior, correct_layer, solve_layer
 from maskgen.sweep.observe import InputStatistics, advance, observe
 from maskgen.sweep.reconstruct import Fitted, Teacher, Training
-from maskgen.sweep.workdir import WorkDir
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: it works on block number `block` (from 0) of `blocks`, and has just finished `what`.
-
-    `what` is "calibration inputs", the name of a layer, where the training of the block is ("reconstruction, ..."), or
-    "block done". `elapsed_s` counts from the start of the run.
-    """
-
-    block: int
-    blocks: int
-    what: str
-    elapsed_s: float
-    peak_rss_bytes: int
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What a sweep did and cost.
-
-    `targets` are the pruned layers by module name, `ignored` maps those that stay dense to the reason. `solve_s` has
-    the seconds spent on each layer solved in this process. `million_weights` counts the weights of the targets.
-    `resumed_blocks` were finished by an earlier process. `fitted` are the losses of each block that was trained, those
-    of earlier processes included, by its number. With `corrects`, the targets were sparse before and got a correction.
-    """
-
-    targets: tuple[str, ...]
-    ignored: Mapping[str, str]
-    solve_s: Mapping[str, float]
-    total_s: float
-    million_weights: float
-    peak_rss_bytes: int
-    resumed_blocks: int
-    fitted: Mapping[int, Fitted] = field(default_factory=dict)
-    corrects: bool = False
-
-    @property
-    def s_per_million_weights(self) -> float:
-        """Seconds of the whole sweep, forward passes included, per million weights in pruned layers."""
-        return self.total_s / self.million_weights
-
-
-def run_digest(
-    recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu", prior_digest: str | None = None
-) -> str:
-    """Digest of everything that decides a run's bits: recipe, dense weights, calibration tokens, prior masks, the kind
-    of device and the version of torch."""
-    data = None if windows is None else digest_tokens(windows)
-    arithmetic = {"device": torch.device(device).type, "torch": str(torch.__version__)}
-    return digest_json(
-        {"recipe": recipe.digest(), "base": base_digest, "data": data, "prior": prior_digest, **arithmetic}
-    )
+from maskgen.sweep.report import Progress, SweepReport
+from maskgen.sweep.wiring import Wiring, Wirings
+from maskgen.sweep.workdir import WorkDir, run_digest
 
 
 @torch.no_grad()
@@ -146,7 +95,8 @@ def sweep(
         max(unfinished, default=-1), prior, prior_weight, sparse,
     )  # fmt: skip
     if data is not None and unfinished:
-        run.recording = blocks.record(model, todo.blocks, data.split(recipe.calibration.batch))
+        batches = data.split(recipe.calibration.batch)
+        run.recording = blocks.record(model, todo.blocks, batches, _products(todo, run.device))
         run.teacher = Teacher.of(run.recording) if run.follows_dense else None
     for index in range(len(todo.blocks)):
         run.prune_block(index)
@@ -163,6 +113,12 @@ def sweep(
         corrects=adds is not None,
     )
     return report, work
+
+
+def _products(todo: Plan, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products while blocks run: by that of the layers to prune, as stored."""
+    stored = {linear.weight.dtype for targets in todo.targets for linear in targets.values()}
+    return products_dtype(stored.pop() if len(stored) == 1 else blocks.COMPUTE_DTYPE, device)
 
 
 @dataclass
@@ -183,6 +139,7 @@ class _Sweep:
     sparse: SparseCheckpoint | None = None
     recording: blocks.Recording | None = None
     teacher: Teacher | None = None
+    wirings: Wirings = field(default_factory=Wirings)
     solve_s: dict[str, float] = field(default_factory=dict)
     fitted: dict[int, Fitted] = field(default_factory=dict)
     resumed_blocks: int = 0
@@ -199,8 +156,9 @@ class _Sweep:
         block, targets = self.plan.blocks[index], self.plan.targets[index]
         dtypes = {name: linear.weight.dtype for name, linear in targets.items()}
         with blocks.upcast(block, self.device):
-            needed = index < self.last_to_solve or (self.fits is not None and index == self.last_to_solve)
-            if self.teacher is not None and self.recording is not None and needed:
+            wiring = self._wiring(index)  # before the block is pruned
+            runs_dense = self._needs_dense_outputs(index) and (wiring is None or self.work.has(index))
+            if self.teacher is not None and self.recording is not None and runs_dense:
                 self.teacher.run(block, index, self.recording, self.device)
             advanced = False
             if self.work.has(index):
@@ -208,7 +166,7 @@ class _Sweep:
                 self.resumed_blocks += 1
                 self._put(index, layers)
             else:
-                layers, fitted = self._solve(index, dtypes), None
+                layers, fitted = self._solve(index, dtypes, wiring), None
                 if self.fits is not None and layers:
                     layers, fitted = self._fit(index, layers, dtypes)
                     advanced = True
@@ -226,7 +184,21 @@ class _Sweep:
             linear = self.plan.targets[index][name]
             linear.weight.data = layer.dense(blocks.COMPUTE_DTYPE).to(self.device)
 
-    def _observed(self, index: int) -> Iterator[tuple[Sequence[str], InputStatistics | None]]:
+    def _needs_dense_outputs(self, index: int) -> bool:
+        """Whether what the dense block puts out is read by the next block, or by the training of this one."""
+        return index < self.last_to_solve or (self.fits is not None and index == self.last_to_solve)
+
+    def _wiring(self, index: int) -> Wiring | None:
+        """How a block is wired that is solved stage by stage, None for others."""
+        solver, targets = self.method or self.adds, self.plan.targets[index]
+        if self.recording is None or not targets or solver is None or not solver.is_asymmetric:
+            return None
+        block, call = self.plan.blocks[index], self.recording.call(0, index)
+        return self.wirings.of(
+            block, list(paths_in(block, targets).values()), self.recording.hidden[0], call, self.device
+        )
+
+    def _observed(self, index: int, wiring: Wiring | None) -> Iterator[tuple[Sequence[str], InputStatistics | None]]:
         """The block's layers, dense as yet, with statistics of their inputs if the method wants any.
 
         They come at once, or stage by stage; what one stage gives is to be put in before the next is asked for.
@@ -237,11 +209,11 @@ class _Sweep:
             yield list(targets), None
             return
         block = self.plan.blocks[index]
-        if method.is_asymmetric:
+        if wiring is not None:
             assert self.teacher is not None
-            beside = BesideDense.of(method, block, index, targets, self.recording, self.teacher, self.device)
-            for names in beside.stages():
-                inputs = beside.observe(names)
+            beside = BesideDense.of(method, block, index, targets, wiring, self.recording, self.teacher, self.device)
+            for names in beside.stages:
+                inputs = beside.observe(names, names is beside.stages[-1] and self._needs_dense_outputs(index))
                 self._report(index, "calibration inputs")
                 yield names, inputs
             return
@@ -249,10 +221,10 @@ class _Sweep:
         self._report(index, "calibration inputs")
         yield list(targets), inputs
 
-    def _solve(self, index: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, StoredLayer]:
+    def _solve(self, index: int, dtypes: Mapping[str, torch.dtype], wiring: Wiring | None) -> dict[str, StoredLayer]:
         """Solve the layers of a block and put what comes out into it."""
         layers: dict[str, StoredLayer] = {}
-        for names, inputs in self._observed(index):
+        for names, inputs in self._observed(index, wiring):
             solved = {}
             for name in names:
                 started_s = time.perf_counter()

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from maskgen.core.errors import ModelError, NumericalError
 from maskgen.hf import blocks
 from maskgen.methods import Drift, LayerMethod
+from maskgen.numerics.products import float32_sums
 
 Receives = Callable[[str, Tensor], object]
 """Called with the name of a layer and the input that it receives, or the output."""
@@ -30,8 +31,10 @@ class InputStatistics:
     Such layers (q, k and v; gate and up) are represented by the first of them, their leader.
     """
 
-    def __init__(self, method: LayerMethod) -> None:
+    def __init__(self, method: LayerMethod, products: torch.dtype) -> None:
+        """`products` is the dtype that matrix products may be computed in."""
         self._method = method
+        self._products = products
         self._stats: dict[str, Any] = {}
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
@@ -62,10 +65,11 @@ class InputStatistics:
             )
         if leader == name:
             self._inputs[name] = x
-            x_TI = x.reshape(-1, x.shape[-1])
-            self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
-            if drift is not None:
-                self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, drift)
+            x_TI = x.reshape(-1, x.shape[-1]).float()
+            with float32_sums(self._products):
+                self._stats[name] = self._method.observe(self._stats.get(name), x_TI)
+                if drift is not None:
+                    self._stats[name] = self._method.observe_drift(self._stats[name], x_TI, drift)
 
 
 @contextlib.contextmanager
@@ -102,6 +106,11 @@ def putting_out(layers: Mapping[str, nn.Module], puts_out: Receives) -> contextl
     return hooked([layer.register_forward_hook(hook(name)) for name, layer in layers.items()])
 
 
+def cloning(outputs: dict[str, Tensor]) -> Receives:
+    """Keeps outputs as they are: some blocks add to them in place."""
+    return lambda name, y: outputs.__setitem__(name, y.clone())
+
+
 def observe(
     method: LayerMethod,
     layers: Mapping[str, nn.Linear],
@@ -117,7 +126,7 @@ def observe(
     Raises `ModelError` for layers that share their input in some batches only, and `NumericalError` for outputs that
     are kept and not finite.
     """
-    statistics = InputStatistics(method)
+    statistics = InputStatistics(method, recording.call(0, index).products)
     with receiving(layers, statistics.add):
         for batch, output_BTD in _outputs(block, index, recording, device):
             statistics.end_of_batch()

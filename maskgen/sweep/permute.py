@@ -41,8 +41,8 @@ from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.numerics.units import FEEDS, NEURONS, kind_of
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.arrange import Arrangement, arrange
-from maskgen.sweep.driver import Progress
 from maskgen.sweep.observe import observe
+from maskgen.sweep.report import Progress
 
 PERMUTATION_FILE = "permutation.json"
 """File in a reordered model that holds each layer's order, and the digests of recipe, base model and data."""

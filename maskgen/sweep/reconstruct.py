@@ -64,10 +64,13 @@ class Teacher:
     def run(self, block: nn.Module, index: int, recording: blocks.Recording, device: torch.device) -> None:
         """Run the float32 block number `index`, dense as yet. Raises `NumericalError` for outputs that are not
         finite."""
-        self.wanted = []
         for batch, hidden_BTD in enumerate(self.hidden):
-            self.wanted.append(blocks.run(block, hidden_BTD, recording.call(batch, index), device))
-            blocks.check_finite(self.wanted[-1], f"output of dense block {index}")
+            self.put(blocks.run(block, hidden_BTD, recording.call(batch, index), device), index)
+
+    def put(self, output_BTD: Tensor, index: int) -> None:
+        """The output of dense block number `index` for the next batch. Raises `NumericalError` if it is not finite."""
+        blocks.check_finite(output_BTD, f"output of dense block {index}")
+        self.wanted.append(output_BTD)
 
     def advance(self) -> None:
         """The outputs of this block are the inputs of the next one."""
@@ -125,15 +128,9 @@ class Training:
             total = 0.0
             for batch in torch.randperm(batches, generator=generator).tolist():
                 inputs_BTD = self._inputs(batch, epoch)
-                with (
-                    torch.enable_grad(),
-                    torch.autocast(
-                        self.device.type, method.compute_dtype, enabled=method.compute_dtype != blocks.COMPUTE_DTYPE
-                    ),
-                ):
-                    output_BTD = self._run(batch, inputs_BTD)
                 with torch.enable_grad():
-                    total += fit.step(output_BTD.float(), self.teacher.wanted[batch].to(self.device))
+                    output_BTD = self._run(batch, inputs_BTD, method.compute_dtype)
+                    total += fit.step(output_BTD, self.teacher.wanted[batch].to(self.device))
                 if not math.isfinite(total):
                     raise NumericalError(
                         f"block {self.index}: the loss of its reconstruction is {total} in epoch {epoch + 1}; lower "
@@ -146,8 +143,8 @@ class Training:
         dense = self.method.inputs == "dense" or (self.method.inputs == "mixed" and (batch + epoch) % 2 == 1)
         return (self.teacher if dense else self.recording).hidden[batch]
 
-    def _run(self, batch: int, inputs_BTD: Tensor) -> Tensor:
-        return blocks.forward(self.block, inputs_BTD, self.recording.call(batch, self.index), self.device)
+    def _run(self, batch: int, inputs_BTD: Tensor, products: torch.dtype | None = None) -> Tensor:
+        return blocks.forward(self.block, inputs_BTD, self.recording.call(batch, self.index), self.device, products)
 
     def _loss(self, keep: Callable[[int, Tensor], None]) -> float:
         """Mean over all batches, of what the pruned model really reads; `keep` gets number and output of each, on the

@@ -34,7 +34,7 @@ from maskgen.hf.logits import Logits, logits_of
 from maskgen.hf.planning import Plan
 from maskgen.hf.pruning_cost import Baseline, HeldOutText, logits_after
 from maskgen.numerics.memory import peak_rss_bytes
-from maskgen.sweep.driver import Progress
+from maskgen.sweep.report import Progress
 
 POINTS = 3
 """Points of the integral, which is exact for a rise that is a polynomial of degree 6."""
@@ -66,7 +66,9 @@ class Probe:
         """Of the dense model. Raises `ModelError` for one whose logits do not follow from its last block."""
         first = HeldOutText(text.ids_ST[:1], text.bos_tokens, text.names)
         (template,) = Baseline.record(model, plan.blocks, first, lambda done, windows: None).outputs
-        recording = blocks.record(model, plan.blocks, text.ids_ST.split(1))
+        last = template[0] if isinstance(template, tuple) else template
+        products = torch.bfloat16 if last.dtype is torch.bfloat16 else blocks.COMPUTE_DTYPE
+        recording = blocks.record(model, plan.blocks, text.ids_ST.split(1), products)
         probe = cls(model, plan, text, logits_of(model), recording, template, [], torch.device(device))
         *_, dense = probe.forward()
         return cls(model, plan, text, probe.logits, recording, template, dense, probe.device)
@@ -105,8 +107,7 @@ class Probe:
         Products are of bfloat16 if the model is: measuring is many passes, and that is the faster arithmetic.
         """
         call, block = self.recording.call(window, index), self.plan.blocks[index]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._last.dtype == torch.bfloat16):
-            return blocks.forward(block, hidden_1TD, call, self.device).float()
+        return blocks.forward(block, hidden_1TD, call, self.device)
 
     def compare(self, hidden: Sequence[Tensor]) -> Measured:
         """The model against the dense one, when its last block puts out `hidden`, a window in each."""

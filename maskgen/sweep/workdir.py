@@ -2,8 +2,8 @@
 
 `block-00012.safetensors` holds what is to be stored of every target layer of block 12 (`core.layout`: values, bitmask,
 correction), and if the block was trained the losses of that, written under a temporary name, flushed and renamed: it is
-whole or absent. `run.json` says which run the directory belongs to (the digest of recipe, base weights, data, prior,
-kind of device and version of torch); a different run raises an error instead of mixing its blocks in.
+whole or absent. `run.json` says which run the directory belongs to (`run_digest`); a different run raises an error
+instead of mixing its blocks in.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from maskgen.core import layout
+from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.core.files import (
     is_temporary,
@@ -28,6 +30,9 @@ from maskgen.core.files import (
 from maskgen.core.layout import LayerForm
 from maskgen.core.mask import BITMASK_SUFFIX, MaskSet
 from maskgen.core.packed import PackedTensor, StoredLayer
+from maskgen.data.tokens import digest_tokens
+from maskgen.numerics.products import multiplies_bfloat16
+from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.reconstruct import Fitted
 
 _FITTED = "fitted"
@@ -39,6 +44,19 @@ _KEPT_FILE = "kept"
 interrupted."""
 TOKENS_FOLDER = "tokens"
 """Folder of `data.corpus`'s token cache. Its files are named by content, so it may exist before the run is known."""
+
+
+def run_digest(
+    recipe: Recipe, base_digest: str, windows: Tensor | None, device: str = "cpu", prior_digest: str | None = None
+) -> str:
+    """Digest of everything that decides a run's bits: recipe, dense weights, calibration tokens, prior masks, the kind
+    of device and whether it multiplies in bfloat16, and the version of torch."""
+    place = torch.device(device)
+    arithmetic = {"device": place.type, "bfloat16": multiplies_bfloat16(place), "torch": str(torch.__version__)}
+    data = None if windows is None else digest_tokens(windows)
+    return digest_json(
+        {"recipe": recipe.digest(), "base": base_digest, "data": data, "prior": prior_digest, **arithmetic}
+    )
 
 
 def work_dir(out_dir: Path) -> Path:

@@ -30,7 +30,8 @@ from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Budget
 from maskgen.sweep import result
 from maskgen.sweep.budget import Measuring, allocate, folder_of
-from maskgen.sweep.driver import Progress, sweep
+from maskgen.sweep.driver import sweep
+from maskgen.sweep.report import Progress
 from maskgen.sweep.workdir import WorkDir
 from maskgen.train.loop import Stage
 from maskgen.train.parallel import Group

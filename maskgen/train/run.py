@@ -38,8 +38,8 @@ from maskgen.hf.layers import stored_shapes
 from maskgen.hf.planning import Planned
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import RECIPE_FILE, Recipe
-from maskgen.sweep.driver import Progress
 from maskgen.sweep.layers import check_prior
+from maskgen.sweep.report import Progress
 from maskgen.sweep.workdir import TOKENS_FOLDER, reserve_for_run
 from maskgen.train import result
 from maskgen.train.budget import Budget, any_steps, passes_s, with_steps

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from maskgen.hf.planning import plan
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.driver import SweepReport, sweep
+from maskgen.sweep.driver import sweep
+from maskgen.sweep.report import SweepReport
 from maskgen.sweep.workdir import WorkDir
 from tests import models
 

@@ -6,7 +6,6 @@ Legend: B = batch, T = tokens, D = hidden size, I = in features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgen.core.pattern import NMPattern
-from maskgen.hf.blocks import BlockCall, Recording, record
-from maskgen.hf.planning import plan
+from maskgen.hf.blocks import BlockCall, Recording
 from maskgen.methods import Drift
 from maskgen.methods.oneshot.admm import ADMM
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.asymmetric import BesideDense
+from maskgen.sweep.asymmetric import BesideDense, paths_in
 from maskgen.sweep.reconstruct import Teacher
+from maskgen.sweep.wiring import Wiring
 from tests import models
+from tests.maskgen.blocks import Experts, Two
 from tests.maskgen.sweeping import recipe, run, windows
 
 CPU = torch.device("cpu")
 METHOD = ADMM(asymmetric=True)
-
-
-class Experts(nn.Module):
-    """One layer that reads every token, then two experts that read half of them each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.mix = nn.Linear(8, 8)
-        self.experts = nn.ModuleList(
-            nn.ModuleDict({"fc1": nn.Linear(8, 16), "gate": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
-            for _ in range(3)
-        )
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        tokens_MD = self.mix(x_BTD).flatten(0, 1)
-        halves = []
-        for expert, half_MD in zip(list(self.experts)[:2], tokens_MD.chunk(2), strict=True):
-            halves.append(expert["fc2"](expert["fc1"](half_MD) * expert["gate"](half_MD)))
-        return torch.cat(halves).view_as(x_BTD)
-
-
-class Two(nn.Module):
-    """x + first(x), and that plus second of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.first(x_BTD)
-        return x_BTD + self.second(x_BTD)
 
 
 def beside(block: nn.Module, dense_shift: float = 0.0) -> BesideDense:
@@ -70,78 +34,12 @@ def beside(block: nn.Module, dense_shift: float = 0.0) -> BesideDense:
     recording = Recording(hidden, {size: [BlockCall((), {})] for size in (1, 2)})
     teacher = Teacher([hidden_BTD + dense_shift for hidden_BTD in hidden], [])
     layers = {f"model.3.{name}": layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-    return BesideDense.of(METHOD, block, 0, layers, recording, teacher, CPU)
+    wiring = Wiring.of(block, list(paths_in(block, layers).values()), hidden[0], recording.call(0, 0), CPU)
+    return BesideDense.of(METHOD, block, 0, layers, wiring, recording, teacher, CPU)
 
 
 def names(*ends: str) -> list[str]:
     return [f"model.3.{end}" for end in ends]
-
-
-@torch.no_grad()
-def test_experts_of_one_kind_make_one_stage() -> None:
-    """Layers that share an input are together, unreached experts among their kind; `fc1` and `fc2` are two kinds."""
-    assert beside(Experts()).stages() == [
-        names("mix"),
-        names(*(f"experts.{expert}.{layer}" for expert in range(3) for layer in ("fc1", "gate"))),
-        names(*(f"experts.{expert}.fc2" for expert in range(3))),
-    ]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("kind", "ends"),
-    [
-        ("llama", ["self_attn.o_proj", "mlp.down_proj"]),
-        ("opt", ["self_attn.out_proj", "fc2"]),
-        ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"]),
-    ],
-)
-def test_the_writers_of_a_block_are_found(kind: str, ends: list[str]) -> None:
-    """With and without a stream that both read at once (GPT-NeoX)."""
-    model = models.build(kind)
-    found, ids = plan(model, NMPattern(2, 4), ()), windows(2)
-    at_work = BesideDense.of(METHOD, found.blocks[1], 1, found.targets[1], *recorded(model, found.blocks, ids), CPU)
-    assert [name.split(".", 3)[-1].removeprefix("1.") for name in at_work.writers] == ends
-    assert list(at_work.stages()[-1]) == [at_work.writers[-1]]
-
-
-@torch.no_grad()
-def test_a_block_that_adds_something_else_has_no_writers() -> None:
-    """Experts, or norms behind the layers: their inputs drift, but nobody is told what the stream lacks."""
-    assert beside(Experts()).writers == []
-
-
-@torch.no_grad()
-def test_the_first_writer_is_found_by_what_is_read_after_it() -> None:
-    """A block whose second half adds what no single linear layer puts out, as experts do."""
-    assert beside(Half()).writers == names("first")
-
-
-class Half(nn.Module):
-    """h = x + first(x), and h + tanh(second(norm(h)))."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.first(x_BTD)
-        return x_BTD + self.second(self.norm(x_BTD)).tanh()
-
-
-@torch.no_grad()
-def test_outputs_that_are_added_to_in_place_are_those_of_their_layer() -> None:
-    assert beside(InPlace()).writers == names("first", "second")
-
-
-class InPlace(Two):
-    """Both layers read x, and the second's output takes in the first's, in place."""
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        first_BTD, second_BTD = self.first(x_BTD), self.second(x_BTD)
-        second_BTD += first_BTD
-        return x_BTD + second_BTD
 
 
 @torch.no_grad()
@@ -157,11 +55,6 @@ def test_a_writer_learns_what_the_stream_in_front_of_it_lacks() -> None:
     before_TI = x_TI + block.first.bias
     dense_TI = x_TI + 0.5 + at_work.dense.get_submodule("first")(x_TI + 0.5)
     torch.testing.assert_close(second.missing_OI, (dense_TI - before_TI).T @ before_TI)
-
-
-def recorded(model: nn.Module, of: Sequence[nn.Module], ids_ST: Tensor) -> tuple[Recording, Teacher]:
-    recording = record(model, of, ids_ST.split(1))
-    return recording, Teacher.of(recording)
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from maskgen.hf.dense import OUTSIDE
 from maskgen.hf.planning import plan
 from maskgen.methods import LocalMethod, Solution
 from maskgen.recipes.recipe import Recipe
-from maskgen.sweep.driver import Progress, sweep
+from maskgen.sweep.driver import sweep
 from maskgen.sweep.layers import solve_layer
+from maskgen.sweep.report import Progress
 from tests import models
 from tests.maskgen.sweeping import BASE, recipe, run, windows
 

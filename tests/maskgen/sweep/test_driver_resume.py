@@ -14,8 +14,8 @@ from torch import nn
 
 from maskgen.core.errors import FormatError, OutputExistsError
 from maskgen.core.layout import LayerForm
-from maskgen.sweep.driver import Progress, run_digest
-from maskgen.sweep.workdir import TOKENS_FOLDER, WorkDir, reserve_for_run
+from maskgen.sweep.report import Progress
+from maskgen.sweep.workdir import TOKENS_FOLDER, WorkDir, reserve_for_run, run_digest
 from tests import models
 from tests.maskgen.sweeping import BASE, recipe, run, windows
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from maskgen.core.errors import NumericalError, RecipeError
 from maskgen.hf.planning import plan
 from maskgen.methods.blockwise.reconstruct import Reconstruct
-from maskgen.sweep.driver import Progress
 from maskgen.sweep.reconstruct import Fitted, report
+from maskgen.sweep.report import Progress
 from tests import models
 from tests.families import FAMILIES
 from tests.maskgen.sweeping import recipe, run, windows

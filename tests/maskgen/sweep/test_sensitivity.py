@@ -11,7 +11,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.hf.planning import plan
 from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.sweep import sensitivity
-from maskgen.sweep.driver import Progress
+from maskgen.sweep.report import Progress
 from maskgen.sweep.sensitivity import Probe, costs, mixture
 from tests import models
 

@@ -21,7 +21,7 @@ POINTS ?=
 LABEL ?= demo
 ARGS ?=
 # Values of the recipe that `serve` changes, such as train.steps=300. SET= takes the recipe as it is.
-SET ?= $(if $(MODEL),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14,calibration.samples=32))
+SET ?= $(if $(MODEL),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14 train.heldout_windows=16,calibration.samples=32))
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)

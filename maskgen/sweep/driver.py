@@ -95,18 +95,17 @@ def sweep(
         max(unfinished, default=-1), prior, prior_weight, sparse,
     )  # fmt: skip
     if data is not None and unfinished:
-        batches = data.split(recipe.calibration.batch)
-        run.recording = blocks.record(model, todo.blocks, batches, _products(todo, run.device))
+        products, batches = _products(todo, run.device), data.split(recipe.calibration.batch)
+        run.recording = blocks.record(model, todo.blocks, batches, products)
         run.teacher = Teacher.of(run.recording) if run.follows_dense else None
     for index in range(len(todo.blocks)):
         run.prune_block(index)
-    count = sum(linear.weight.numel() for targets in todo.targets for linear in targets.values())
     report = SweepReport(
         targets=tuple(name for targets in todo.targets for name in targets),
         ignored=todo.ignored,
         solve_s=run.solve_s,
         total_s=time.perf_counter() - run.started_s,
-        million_weights=count / 1e6,
+        million_weights=sum(linear.weight.numel() for block in todo.targets for linear in block.values()) / 1e6,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_blocks=run.resumed_blocks,
         fitted=run.fitted,

@@ -3,8 +3,8 @@
 There is one method per file, in `oneshot/` if it prunes one layer after the other, in `blockwise/` if it trains one
 decoder block after the other, and in `learned/` if it trains the whole model; the file name is the method's name in a
 recipe, and the file exports its class as `METHOD`. A method works on tensors only: it imports `maskgen.methods`,
-`maskgen.numerics`, `maskgen.core`, torch and the standard library, never another method. It does not load, move, save,
-print or parse anything.
+`maskgen.numerics`, `maskgen.core`, torch, numpy and the standard library, never another method. It does not load, move,
+save, print or parse anything.
 
 A one-shot method gets a layer's float32 weight and what it wanted to know of the layer's inputs from
 `maskgen.sweep.driver`, on whatever device they are, and returns a `Solution`. The options of a method are the fields of

@@ -153,6 +153,8 @@ def evaluate(request: EvaluateRequest, progress: Listener = silent) -> EvaluateR
             f"{request.model} and {request.against} make different tokens of the same text; `against` takes the dense "
             "model that the other was made from"
         )
+    if dense_dir is not None and made is None:
+        record.warn_of_another_base(model_dir, dense_dir)
     for windows in texts.values():
         model.check_ids(torch.tensor([max(window.ids) for window in windows]), vocabulary, model_dir)
     progress(Stage("loading"))

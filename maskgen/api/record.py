@@ -6,6 +6,7 @@ were applied with `maskgen compress`, or that were pruned without text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from maskgen.recipes.recipe import RECIPE_FILE
 
 if TYPE_CHECKING:
     from maskgen.api.measuring import TextResult
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,29 @@ def made_from(model: str, dense_dir: Path) -> Made:
     """How `model` was made. `ModelError` if `dense_dir` does not hold the dense model that a checkpoint names."""
     path, pattern = Path(model), ""
     if is_sparse_checkpoint(path):
-        config = SparseCheckpoint.open(path, verify_bits=False).config
-        pattern = str(config.pattern)
-        digest = digest_weights(dense_dir)
-        if config.base_digest != digest:
-            raise ModelError(
-                f"`against` {dense_dir}: its weights have digest {digest}, but {model} was made from "
-                f"{clip(config.base_model)} with {config.base_digest}; give that model, or leave `keep` out"
-            )
+        pattern = str(SparseCheckpoint.open(path, verify_bits=False).config.pattern)
+        if other := _another_base(path, dense_dir):
+            raise ModelError(f"{other}; give that model, or leave `keep` out")
     return Made(_method(path), pattern)
+
+
+def warn_of_another_base(model_dir: Path, dense_dir: Path) -> None:
+    """A sparse checkpoint may be compared with any model, but people should know when that is not its own."""
+    other = _another_base(model_dir, dense_dir) if is_sparse_checkpoint(model_dir) else None
+    if other:
+        logger.warning("%s; how far the two are apart says little about pruning", other)
+
+
+def _another_base(checkpoint: Path, dense_dir: Path) -> str | None:
+    """That a sparse checkpoint was made from another model than the one in `dense_dir`, in words, if it was."""
+    config = SparseCheckpoint.open(checkpoint, verify_bits=False).config
+    digest = digest_weights(dense_dir)
+    if config.base_digest == digest:
+        return None
+    return (
+        f"`against` {dense_dir}: its weights have digest {digest}, but {checkpoint} was made from "
+        f"{clip(config.base_model)} with {config.base_digest}"
+    )
 
 
 def keep(made: Made, model_dir: Path, results: Sequence[TextResult]) -> Quality:

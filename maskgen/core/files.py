@@ -130,9 +130,15 @@ def check_tensor_names(path: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file and flush it to disk; `StorageError` when that fails (disk full, file too large)."""
+    """Write a safetensors file and flush it to disk; `StorageError` when that fails (disk full, file too large).
+
+    Its permissions are those of any new file; safetensors alone would let nobody else read it.
+    """
     with explained(path):
+        path.touch()
+        mode = path.stat().st_mode
         save_file(dict(tensors), path, metadata=dict(metadata))
+        path.chmod(mode)
         fsync_path(path)
 
 

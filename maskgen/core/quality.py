@@ -11,6 +11,7 @@ nothing that a terminal would act on. What to try when a model is bad stands her
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from typing import Any, TypeGuard
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import read_json
 from maskgen.core.pattern import NMPattern
+
+logger = logging.getLogger(__name__)
 
 QUALITY_FILE = "maskgen_quality.json"
 UNKNOWN = "not known; `maskgen eval {} --against DENSE --data TEXT --keep` measures it and keeps it beside the weights"
@@ -93,9 +96,10 @@ class Quality:
         """One line for people, without advice."""
         names = ", ".join(self.texts[:_SHOWN_TEXTS]) + (", ..." if len(self.texts) > _SHOWN_TEXTS else "")
         digits = 1 if abs(self.increase) < 0.1 else 0
+        percent = round(100 * self.increase, digits) + 0.0  # never -0.0
         return (
             f"perplexity {_number(self.dense_perplexity)} dense -> {_number(self.perplexity)} "
-            f"{self.pattern or 'pruned'} ({100 * self.increase:+,.{digits}f} %), KL {self.kl:.3f} nats per token, "
+            f"{self.pattern or 'pruned'} ({percent:+,.{digits}f} %), KL {self.kl:.3f} nats per token, "
             f"top-1 agreement {self.agreement:.1%}, on {self.windows} held-out windows of {self.window_tokens} tokens "
             f"of {names}"
         )
@@ -191,11 +195,19 @@ def read_quality(model_dir: Path) -> Quality | None:
         return None
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_FILE_BYTES} are read; delete it")
-    value = read_json(path)
     try:
-        return Quality.from_dict(value)
+        return Quality.from_dict(read_json(path))
     except FormatError as error:
         raise FormatError(f"{path}: {error}; delete it, or measure again with maskgen eval --keep") from None
+
+
+def known_quality(model_dir: Path) -> Quality | None:
+    """As `read_quality`; None, and a warning in the log, for a damaged file, which is no reason to stop at."""
+    try:
+        return read_quality(model_dir)
+    except FormatError as error:
+        logger.warning("the quality of this model is not known: %s", error)
+        return None
 
 
 def _is_name(name: object) -> bool:

@@ -69,7 +69,7 @@ def token_pieces(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
     elif kind is Kind.SAFETENSORS:
         pieces = _checked(_safetensors_ids(Path(source)), source, len(tokenizer))
     else:
-        pieces = _tokenised(sources.documents(source, tokenizer), tokenizer)
+        pieces = _tokenised(source, tokenizer)
     empty = True
     for ids in pieces:
         empty = empty and not len(ids)
@@ -132,19 +132,22 @@ def digest_tokens(ids: Tensor) -> str:
     return digest_tensors("tokens", [("ids", ids)])
 
 
-def _tokenised(documents: Iterable[Iterator[str]], tokenizer: Any) -> Iterator[_Ids]:
+def _tokenised(source: Path | str, tokenizer: Any) -> Iterator[_Ids]:
     eos, bos = tokenizer.eos_token_id, list(Bos.of(tokenizer).ids)
-    anything = False
-    for document in documents:
+    anything, blank = False, True
+    for document in sources.documents(source, tokenizer):
         joined = not anything or eos is None
         for number, piece in enumerate(_pieces(document)):
             if not joined:
                 yield np.array([eos], dtype=np.int32)
             joined = anything = True
+            blank = blank and piece.isspace()
             ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             if bos and number == 0 and ids[: len(bos)] == bos:
                 ids = ids[len(bos) :]
             yield np.array(ids, dtype=np.int32)
+    if anything and blank:
+        raise DataError(f"{source}: holds nothing but white space")
 
 
 def _pieces(chunks: Iterable[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_checkpoint, iterate_tensors, read_headers
 from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
-from maskgen.core.quality import Quality, read_quality
+from maskgen.core.quality import Quality, known_quality
 from maskgen.core.values import FLOAT
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
@@ -93,7 +93,7 @@ def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
             layers.append(_dense_layer(name.removesuffix(WEIGHT_SUFFIX), tensor, pattern))
         else:
             other_bytes += tensor.nbytes
-    return InspectReport(str(path), str(pattern), False, layers, other_bytes, quality=read_quality(path))
+    return InspectReport(str(path), str(pattern), False, layers, other_bytes, quality=known_quality(path))
 
 
 def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
@@ -115,7 +115,7 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     others = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in targets}
     allocation = read_allocation(checkpoint.path)
     kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), dense_layers(allocation))
-    quality, values, form = read_quality(checkpoint.path), checkpoint.config.values, checkpoint.config.correction
+    quality, values, form = known_quality(checkpoint.path), checkpoint.config.values, checkpoint.config.correction
     correction = None if form is None else form.to_dict()
     return InspectReport(
         str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation, correction

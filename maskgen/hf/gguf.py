@@ -128,6 +128,7 @@ def convert(path: Path, out: Path) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             for file in temporary.iterdir():
+                file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
                 fsync_path(file)
             temporary.rename(out)
     finally:

@@ -131,12 +131,24 @@ def _linears(
             number = module_name.removeprefix(prefix + ".").partition(".")[0]
             places.add(name.partition(f".{number}.")[0])
         elif weight not in parts:
-            raise ModelError(
-                f"{type(model).__name__}: no tensor {weight} is stored, tensors have other names such as "
-                f"{next(iter(renamed))}, which transformers understands and engines may not: load the model with "
-                "AutoModelForCausalLM, save_pretrained it in another directory, and start from that"
-            )
+            raise _not_stored(model, weight, renamed)
     return linears, outside, places
+
+
+def _not_stored(model: nn.Module, weight: str, renamed: Mapping[str, Renamed]) -> ModelError:
+    """What to say of a linear layer whose `weight` no stored tensor becomes."""
+    known = model.state_dict().keys()
+    strange = [name for name, one in renamed.items() if name.endswith(WEIGHT_SUFFIX) and not known & set(one.targets)]
+    if not strange:
+        return ModelError(
+            f"{type(model).__name__}: tensor {weight} is missing in its files; download the model again: "
+            "transformers would put random weights in its place"
+        )
+    return ModelError(
+        f"{type(model).__name__}: no tensor {weight} is stored, tensors have other names such as {strange[0]}, which "
+        "transformers understands and engines may not: load the model with AutoModelForCausalLM, save_pretrained it in "
+        "another directory, and start from that"
+    )
 
 
 def _check_no_conv1d(model: nn.Module) -> None:

@@ -125,9 +125,12 @@ class WorkDir:
         `shapes` are the shapes `(O, I)` of the layers the block must hold. `FormatError` names a damaged file.
         """
         path = self._path(block)
-        with open_tensors(path) as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-            losses = file.get_tensor(_FITTED).tolist() if _FITTED in names else None
+        try:
+            with open_tensors(path) as file:
+                metadata, names = file.metadata() or {}, set(file.keys())
+                losses = file.get_tensor(_FITTED).tolist() if _FITTED in names else None
+        except FormatError:
+            raise FormatError(f"{path}: damaged; delete this file to solve its block again") from None
         expected = {name + suffix for name in shapes for suffix in layout.suffixes(self.form)}
         if metadata.get("run") != self.run_digest or names - {_FITTED} != expected:
             raise FormatError(f"{path}: not written by this run; delete this file to solve its block again")

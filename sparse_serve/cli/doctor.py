@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _describe(console: Console, found: Survey) -> None:
-    from maskgen.core.quality import UNKNOWN, read_quality
+    from maskgen.core.quality import UNKNOWN, known_quality
     from sparse_serve.runtime.machine import device_name
 
     config, spec = found.checkpoint.config, next(iter(found.kinds))
@@ -69,7 +69,7 @@ def _describe(console: Console, found: Survey) -> None:
         console.print(f"  dense: {line}")
     dtype = str(spec.dtype).removeprefix("torch.")
     console.print(f"  on {device_name(spec.device_type)} ({spec.device_type}), as {dtype}")
-    quality = read_quality(found.checkpoint.path)
+    quality = known_quality(found.checkpoint.path)
     first, *others = [UNKNOWN.format(found.checkpoint.path)] if quality is None else quality.lines()
     for line in (f"quality: {first}", *others, ""):
         console.print(f"  {line}", markup=False, soft_wrap=True)

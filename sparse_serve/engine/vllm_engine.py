@@ -25,6 +25,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -32,9 +33,10 @@ import psutil
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
+from maskgen.core.quality import known_quality
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults
 from sparse_serve.engine.vllm_flags import parse
-from sparse_serve.engine.vllm_values import engine_info, known_quality, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -151,7 +153,7 @@ class VllmEngine:
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
-        return replace(info, chat=chat, quality=known_quality(self.args.model))
+        return replace(info, chat=chat, quality=known_quality(Path(self.args.model)))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -4,11 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from maskgen.core.errors import FormatError
-from maskgen.core.quality import Quality, read_quality
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
@@ -103,15 +100,6 @@ def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tenso
         sparse_weight_bytes=sum(rank["sparse_weight_bytes"] for rank in ranks),
         dense_equivalent_bytes=sum(rank["dense_equivalent_bytes"] for rank in ranks),
     )
-
-
-def known_quality(model: str) -> Quality | None:
-    """What was measured of the model when it was made. A damaged record is no reason not to serve."""
-    try:
-        return read_quality(Path(model))
-    except FormatError as error:
-        logger.warning("the quality of this model is not known: %s", error)
-        return None
 
 
 def takes_chat(template: str | None, tokenizer: Any) -> bool:

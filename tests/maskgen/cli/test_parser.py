@@ -212,6 +212,11 @@ def test_models_that_cannot_be_written_are_refused_before_the_work(
     save_file(unprefixed, renamed / "model.safetensors", metadata={"format": "pt"})
     code, _, errors = run(capsys, "run", "magnitude", "--model", renamed, "--out", tmp_path / "o")
     assert code == 2 and "no tensor model.layers.0.self_attn.q_proj.weight" in errors and "other names" in errors
+    missing = shutil.copytree(model_dir(), tmp_path / "missing")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, missing / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = run(capsys, "run", "magnitude", "--model", missing, "--out", tmp_path / "o")
+    assert code == 2 and "q_proj.weight is missing in its files; download the model again" in errors
     oversized = shutil.copytree(model_dir(), tmp_path / "oversized")
     edit_config(oversized, lambda config: config.update(num_experts=10**6))
     code, _, errors = run(capsys, "run", "magnitude", "--model", oversized, "--out", tmp_path / "o")

@@ -172,3 +172,14 @@ def test_what_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StorageError, match=f"{tmp_path} cannot be written; change its permissions"):
         check_writable(tmp_path / "x.json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_tensors_can_be_read_by_whom_other_files_can(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {})
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskgen.core.errors import FormatError
-from maskgen.core.quality import QUALITY_FILE, Quality, name_for_people, read_quality, stored
+from maskgen.core.quality import QUALITY_FILE, Quality, known_quality, name_for_people, read_quality, stored
 
 BAD = Quality(21.7, 54.5, 0.931, 0.582, 16, 512, False, ("a.txt", "b.txt"), "sparsegpt", "2:4")
 GOOD = dataclasses.replace(BAD, perplexity=22.0)
@@ -104,3 +104,17 @@ def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
 @given(st.text())
 def test_any_name_can_be_stored(name: str) -> None:
     dataclasses.replace(BAD, texts=(name_for_people(name),))
+
+
+def test_a_damaged_record_is_no_reason_to_stop_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert known_quality(tmp_path / "none") is None and known_quality(tmp_path) is None and not caplog.records
+    write(tmp_path, BAD.to_dict())
+    assert known_quality(tmp_path) == BAD
+    for damaged in ('{"kl": ', json.dumps({**BAD.to_dict(), "kl": -1.0})):
+        caplog.clear()
+        write(tmp_path, damaged)
+        assert known_quality(tmp_path) is None and "delete it, or measure again" in caplog.text
+
+
+def test_no_change_has_no_minus() -> None:
+    assert "(+0.0 %)" in dataclasses.replace(BAD, perplexity=BAD.dense_perplexity * (1 - 1e-6)).describe()

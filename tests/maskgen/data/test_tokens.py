@@ -69,6 +69,8 @@ def test_a_line_longer_than_a_piece_is_cut_and_nothing_is_lost(
     ("name", "content", "message"),
     [
         ("a.txt", b"", "holds no text"),
+        ("a.txt", b" \n\t\n" * 900, "holds nothing but white space"),
+        ("a.jsonl", b'{"text": " "}\n{"text": "\\n"}\n', "holds nothing but white space"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b"", "holds no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl:2: expected an object with a string field "text"'),

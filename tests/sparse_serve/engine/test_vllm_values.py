@@ -1,17 +1,13 @@
 """Values to and from vLLM, on stand-ins with the attributes vLLM's have."""
 
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from maskgen.core.files import write_json
-from maskgen.core.quality import QUALITY_FILE
 from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
-from sparse_serve.engine.fake import INFO
-from sparse_serve.engine.vllm_values import engine_info, known_quality, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -25,17 +21,6 @@ def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> No
 @pytest.mark.parametrize(("asked", "given"), [(None, DEFAULT_MAX_TOKENS), (5, 5), (10**9, 100)])
 def test_max_tokens_has_a_default_and_a_cap(asked: int | None, given: int) -> None:
     assert sampling_arguments(Sampling(max_tokens=asked), {}, 100)["max_tokens"] == given
-
-
-def test_a_damaged_record_of_quality_is_no_reason_not_to_serve(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert known_quality("org/name") is None and known_quality(str(tmp_path)) is None and not caplog.records
-    assert INFO.quality is not None
-    write_json(tmp_path / QUALITY_FILE, INFO.quality.to_dict())
-    assert known_quality(str(tmp_path)) == INFO.quality
-    write_json(tmp_path / QUALITY_FILE, {**INFO.quality.to_dict(), "kl": -1.0})
-    assert known_quality(str(tmp_path)) is None and "kl -1.0" in caplog.text
 
 
 def test_a_chat_needs_a_template_of_a_flag_or_of_the_tokenizer() -> None:

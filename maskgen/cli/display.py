@@ -228,6 +228,11 @@ def print_permuted(result: PermuteResult) -> None:
     say(f"next: maskgen run {recipe.method.name} --model {out} --data FILE --out DIR, or any other recipe")
 
 
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def print_inspect(report: InspectReport) -> None:
     """A table, one line per matrix."""
     kind = "sparse checkpoint" if report.compressed else "dense model"
@@ -238,7 +243,7 @@ def print_inspect(report: InspectReport) -> None:
         table.add_column(heading, overflow="fold")
     for heading in ("shape", report.pattern, "zeros", "MB"):
         table.add_column(heading, justify="right")
-    for layer in report.layers:
+    for layer in sorted(report.layers, key=lambda layer: _by_number(layer.name)):
         table.add_row(
             Text(layer.name),
             layer.stored,

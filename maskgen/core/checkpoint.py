@@ -160,6 +160,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{index_path}: no weight_map object")
         shards = sorted(set(map(str, weight_map.values())))
+    elif not path.exists():
+        raise FormatError(f"{path}: no such directory; check the path")
     else:
         weight_map, shards = None, [SINGLE_NAME]
         if not (path / SINGLE_NAME).exists():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +50,11 @@ _TEMPORARY = re.compile(rf"\A\.(.+?)(?:(?:\.[0-9a-f]{{8}})?{re.escape(TEMPORARY_
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|not enough memory|out of memory|ALLOC_FAILED")
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
-_NOT_FILES = (ConnectionError, TimeoutError, BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError)
+_NOT_FILES = (
+    ConnectionError, TimeoutError, BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError,
+    socket.gaierror, socket.herror, ssl.SSLError,
+)  # fmt: skip
+_NETWORK = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
 
 @contextmanager
@@ -73,7 +79,7 @@ def in_words(error: BaseException, where: Path | str | None = None) -> SparseErr
     number = _errno(error)
     if number == errno.ENOMEM or _is_out_of_memory(error):
         return OutOfMemoryError(_memory(error, where))
-    if isinstance(error, _NOT_FILES):
+    if isinstance(error, _NOT_FILES) or number in _NETWORK:
         return None
     if number is not None:
         advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_too_little_memory_on_a_gpu() -> None:
         ValueError("x"),
         KeyError("x"),
         BrokenPipeError(32, "x"),
+        socket.gaierror(-2, "Name or service not known"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
     ],
 )
 def test_what_may_be_a_bug_is_passed_on(error: Exception) -> None:

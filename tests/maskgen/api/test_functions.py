@@ -184,19 +184,6 @@ def test_evaluate_several_texts_against_the_dense_model(model_dir: ModelDir, tex
     assert twin.texts[0].divergence.kl == 0 and twin.to_dict()["divergence"]["agreement"] == 1
 
 
-def test_another_dense_model_is_said(
-    model_dir: ModelDir, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It may be meant, as with a model of another seed; but nobody is to take it for what pruning cost."""
-    models.save_sparse(model_dir(), tmp_path / "sparse")
-    models.save("llama", tmp_path / "other", seed=1)
-    request = {"model": tmp_path / "sparse", "data": text_file, "window_tokens": 32, "max_windows": 2}
-    maskgen.evaluate(maskgen.EvaluateRequest(against=model_dir(), **request))
-    assert not caplog.records
-    maskgen.evaluate(maskgen.EvaluateRequest(against=tmp_path / "other", **request))
-    assert "other: its weights have digest" in caplog.text
-
-
 def test_models_that_read_other_tokens_are_not_compared(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     models.save("llama", other)

@@ -184,3 +184,16 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_measured(
     with pytest.raises(ModelError, match=r"`against` .*other: its weights have digest .*; give that model"):
         maskgen.evaluate(evaluation(sparse, other, text_file))
     assert read_quality(sparse) is None
+
+
+def test_another_dense_model_is_said(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be meant, as with a model of another seed; but nobody is to take it for what pruning cost."""
+    models.save_sparse(model_dir(), tmp_path / "sparse")
+    models.save("llama", tmp_path / "other", seed=1)
+    request = {"model": tmp_path / "sparse", "data": text_file, "window_tokens": 32, "max_windows": 2}
+    maskgen.evaluate(maskgen.EvaluateRequest(against=model_dir(), **request))
+    assert not caplog.records
+    maskgen.evaluate(maskgen.EvaluateRequest(against=tmp_path / "other", **request))
+    assert "other: its weights have digest" in caplog.text

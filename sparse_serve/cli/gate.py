@@ -15,8 +15,9 @@ from maskgen.core.errors import SparseError
 from maskgen.core.failures import explained
 from maskgen.core.files import check_writable
 from sparse_serve.cli.request import from_flags
-from sparse_serve.gate.report import GateReport, Verdict
+from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.request import DType, GateRequest, GateStep
+from sparse_serve.gate.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 

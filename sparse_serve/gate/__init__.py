@@ -8,8 +8,9 @@
 `checks/` judge, `report` holds the result. One check is one file; every file in the folder is run.
 """
 
-from sparse_serve.gate.report import GateReport, Verdict
+from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.request import GateRequest, GateStep, OnStep
+from sparse_serve.gate.verdict import Verdict
 
 __all__ = ["GateReport", "GateRequest", "GateStep", "Verdict", "run"]
 

@@ -13,14 +13,14 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
-from sparse_serve.engine import Engine
-from sparse_serve.gate.report import Measured
+from sparse_serve.engine import Engine, EngineInfo
+from sparse_serve.gate.evidence import Scores
 from sparse_serve.runtime.errors import GateError
 
 logger = logging.getLogger(__name__)
@@ -33,22 +33,22 @@ MakeEngine = Callable[[Path], Engine]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: text, windows and dtype (`float32`, `bfloat16` or `float16`) for both stacks.
+    """What to measure: texts, windows and dtype (`float32`, `bfloat16` or `float16`) for both stacks.
 
     `bos` says whether windows begin with BOS; None: as the tokenizer does by itself.
     """
 
-    data: Path
+    data: tuple[Path, ...]
     window_tokens: int
     dtype: str
     max_windows: int | None = None
     bos: bool | None = None
 
 
-def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
-    """Run `maskgen eval`; returns its result, with the protocol it used, and the windows it scored."""
+def measure_offline(model_dir: Path, text: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
+    """Run `maskgen eval` on one text; returns its result, with the protocol it used, and the windows it scored."""
     result_path, windows_path = work_dir / f"{model_dir.name}.json", work_dir / f"{model_dir.name}.windows.json"
-    command = [sys.executable, "-m", "maskgen", "eval", str(model_dir), "--data", str(request.data)]
+    command = [sys.executable, "-m", "maskgen", "eval", str(model_dir), "--data", str(text)]
     command += ["--window", str(request.window_tokens), "--dtype", request.dtype]
     command += ["--json", str(result_path), "--windows-out", str(windows_path)]
     if request.max_windows is not None:
@@ -69,9 +69,10 @@ def measure_offline(model_dir: Path, request: Request, work_dir: Path) -> tuple[
     return offline, [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
 
 
-def measure_served(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
-    """Start the engine, score the windows, stop it. Works inside of a running event loop too (a notebook's)."""
-    scoring = _score(engine, offline, windows)
+def measure_served(engine: Engine, texts: Sequence[tuple[Perplexity, list[Window]]]) -> tuple[EngineInfo, list[Scores]]:
+    """Start the engine, score the windows of every text, stop it. Works inside of a running event loop too (a
+    notebook's). `texts` has what `measure_offline` returned for each."""
+    scoring = _score(engine, texts)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -80,15 +81,18 @@ def measure_served(engine: Engine, offline: Perplexity, windows: list[Window]) -
         return aside.submit(asyncio.run, scoring).result()
 
 
-async def _score(engine: Engine, offline: Perplexity, windows: list[Window]) -> Measured:
+async def _score(engine: Engine, texts: Sequence[tuple[Perplexity, list[Window]]]) -> tuple[EngineInfo, list[Scores]]:
     try:
         info = await engine.start()
-        logger.info("%s: scoring %d windows through the engine", info.model, len(windows))
-        served = await score_windows(engine, windows, offline.protocol)
+        found = []
+        for offline, windows in texts:
+            logger.info("%s: scoring %d windows through the engine", info.model, len(windows))
+            served = await score_windows(engine, windows, offline.protocol)
+            assert served.tokens_digest == offline.tokens_digest
+            found.append(Scores(served, offline))
     finally:
         await engine.stop(STOP_GRACE_S)
-    assert served.tokens_digest == offline.tokens_digest
-    return Measured(offline, served, info)
+    return info, found
 
 
 async def score_windows(engine: Engine, windows: list[Window], protocol: Protocol) -> Perplexity:

@@ -1,86 +1,18 @@
-"""What the gate measured and decided, as data, as JSON and as Markdown.
-
-    evidence   the raw numbers: mean negative log-likelihood of every window, four times over
-    result     one check's verdict with the numbers it rests on
-    report     everything together; its verdict is the worst of its results
-
-Verdicts, from best to worst, and the exit code of the command:
-
-    pass          0    within the limits, with confidence
-    inconclusive  4    the data cannot tell; measure more windows
-    fail          1    a regression, with confidence
-    error         3    could not measure
-"""
+"""What the gate measured and decided, as data, as JSON and as Markdown. Its verdict is the worst of its results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from maskgen.core.files import fsync_path, temporary_sibling
-from maskgen.core.perplexity import Perplexity
-from sparse_serve.engine import EngineInfo
+from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
+from sparse_serve.gate.verdict import CheckResult, Verdict, worst
 
-SCHEMA_VERSION = 1
-
-
-class Verdict(Enum):
-    """Outcome of a check or of the whole gate."""
-
-    PASS = "pass"
-    INCONCLUSIVE = "inconclusive"
-    FAIL = "fail"
-    ERROR = "error"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit status of `sparse-serve gate`; 2 is left to usage errors."""
-        return {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.ERROR: 3, Verdict.INCONCLUSIVE: 4}[self]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is allowed. Fractions, not percent: `max_ppl_increase=0.05` allows 5 %.
-
-    `parity_tolerance` bounds the relative difference between served and offline perplexity of the same weights;
-    `alpha` is the significance level of the quality check, a one-sided test.
-    """
-
-    max_ppl_increase: float = 0.05
-    parity_tolerance: float = 0.001
-    alpha: float = 0.05
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model: perplexity offline (transformers) and served (vLLM) on the same windows, and what was served."""
-
-    offline: Perplexity
-    served: Perplexity
-    engine: EngineInfo
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Both models, and the smallest resident fraction the sparse one's pattern and dtype allow."""
-
-    dense: Measured
-    sparse: Measured
-    packed_fraction: float
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """A verdict in one sentence, with the numbers behind it."""
-
-    check: str
-    verdict: Verdict
-    summary: str
-    numbers: Mapping[str, float]
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -95,8 +27,7 @@ class GateReport:
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of all checks."""
-        order = list(Verdict)
-        return max((result.verdict for result in self.results), key=order.index)
+        return worst(self.results)
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write `report.json` and `report.md` into `folder`, which is made if needed; returns their paths."""
@@ -112,45 +43,59 @@ class GateReport:
         """The paths that `write` writes in `folder`."""
         return [Path(folder) / "report.json", Path(folder) / "report.md"]
 
-    def to_json(self) -> str:
-        """All of it, raw samples included."""
-        value = {
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form: all of it, raw samples included."""
+        return {
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict.value,
-            "results": [{**asdict(result), "verdict": result.verdict.value} for result in self.results],
+            "results": [result.to_dict() for result in self.results],
             "limits": asdict(self.limits),
             "provenance": dict(self.provenance),
-            "evidence": {
-                name: {
-                    "offline": measured.offline.to_dict(),
-                    "served": measured.served.to_dict(),
-                    "engine": {**asdict(measured.engine), "kernels": dict(measured.engine.kernels)},
-                }
-                for name, measured in (("dense", self.evidence.dense), ("sparse", self.evidence.sparse))
-            },
+            "evidence": self.evidence.to_dict(),
         }
-        return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+    def to_json(self) -> str:
+        """`to_dict` as text. A number that is none (NaN) becomes null."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         """A page for people: verdict, checks, perplexities, provenance."""
-        dense, sparse = self.evidence.dense, self.evidence.sparse
         lines = [
             f"# Gate: {self.verdict.value.upper()}",
             "",
             "| check | verdict | finding |",
             "|---|---|---|",
-            *(f"| {result.check} | {result.verdict.value} | {result.summary} |" for result in self.results),
+            *(f"| {result.name} | {result.verdict.value} | {result.summary} |" for result in self.results),
             "",
-            "| perplexity | offline (transformers) | served (vLLM) |",
-            "|---|---:|---:|",
-            f"| dense | {dense.offline.value:.4f} | {dense.served.value:.4f} |",
-            f"| sparse | {sparse.offline.value:.4f} | {sparse.served.value:.4f} |",
-            f"| increase | {sparse.offline.value / dense.offline.value - 1:+.2%} "
-            f"| {sparse.served.value / dense.served.value - 1:+.2%} |",
-            "",
-            f"Protocol: {dense.served.protocol.describe()}; {len(dense.served.nll_per_window)} windows, "
-            f"{sum(dense.served.scored_tokens_per_window)} scored tokens, dtype {sparse.engine.dtype}.",
-            "",
+            *(line for text in self.evidence.texts for line in _perplexities(text)),
             *(f"- {key}: `{value}`" for key, value in self.provenance.items()),
         ]
         return "\n".join(lines) + "\n"
+
+
+def _perplexities(text: TextEvidence) -> Iterator[str]:
+    base, candidate = text.base, text.candidate
+    yield f"| perplexity of {text.text} | offline (transformers) | served |"
+    yield "|---|---:|---:|"
+    for name, scores in (("base", base), ("candidate", candidate)):
+        offline = "" if scores.offline is None else f"{scores.offline.value:.4f}"
+        yield f"| {name} | {offline} | {scores.served.value:.4f} |"
+    offline = ""
+    if base.offline is not None and candidate.offline is not None:
+        offline = f"{candidate.offline.value / base.offline.value - 1:+.2%}"
+    yield f"| increase | {offline} | {candidate.served.value / base.served.value - 1:+.2%} |"
+    yield ""
+    yield (
+        f"Protocol: {base.served.protocol.describe()}; {len(base.served.nll_per_window)} windows, "
+        f"{sum(base.served.scored_tokens_per_window)} scored tokens."
+    )
+    yield ""
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for floats that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sparse_serve.gate.report import Limits
+from sparse_serve.gate.evidence import Limits
 from sparse_serve.runtime.request import Request
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -24,7 +24,7 @@ class GateRequest(Request):
     `dtype` is what both stacks compute in, by default the checkpoint's. `window_tokens` is the length of the windows
     perplexity is measured on, by default 2048 or half the model's context if that is less; `max_windows` measures only
     the first so many. `bos` says whether they begin with BOS, by default as the tokenizer does by itself. For the
-    limits see `sparse_serve.gate.report.Limits`; `parity_tolerance=None` is 0.001 in float32 and 0.01 in 16 bits.
+    limits see `sparse_serve.gate.evidence.Limits`; `parity_tolerance=None` is 0.001 in float32 and 0.01 in 16 bits.
     `allow_other_base` compares although `sparse` was not made from `dense`.
     """
 

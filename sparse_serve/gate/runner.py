@@ -15,10 +15,12 @@ from maskgen.core.config import CONFIG_KEY
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
 from maskgen.core.registry import load, names
-from sparse_serve.engine import Engine
+from sparse_serve.engine import Engine, EngineInfo
+from sparse_serve.gate.evidence import TARGETS, Evidence, Limits, Scores, TextEvidence
 from sparse_serve.gate.measure import MakeEngine, Request, measure_offline, measure_served
-from sparse_serve.gate.report import CheckResult, Evidence, GateReport, Limits, Measured
+from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.request import DType, GateRequest, GateStep, OnStep
+from sparse_serve.gate.verdict import CheckResult
 from sparse_serve.runtime import environment, machine
 from sparse_serve.runtime.errors import GateError, SettingsError
 
@@ -67,7 +69,7 @@ def plan(request: GateRequest) -> MeasurementPlan:
         raise SettingsError(f"data {request.data}: no such file")
     tolerance = PARITY_TOLERANCE[dtype] if request.parity_tolerance is None else request.parity_tolerance
     limits = Limits(request.max_ppl_increase, tolerance, request.alpha)
-    todo = Request(request.data, window, dtype, request.max_windows, request.bos)
+    todo = Request((request.data,), window, dtype, request.max_windows, request.bos)
     return MeasurementPlan(request.dense, checkpoint, dense_digest, todo, limits)
 
 
@@ -80,17 +82,20 @@ def run(
     """
     request = todo.request
     make_engine = (engine_factory or _vllm_engine)(request.dtype, request.window_tokens + 1)
-    models = {"dense": todo.dense, "sparse": todo.checkpoint.path}
-    measured: dict[str, Measured] = {}
+    directories = dict(zip(TARGETS, (todo.dense, todo.checkpoint.path), strict=True))
+    engines: dict[str, EngineInfo] = {}
+    scores: dict[str, list[Scores]] = {}
     with environment.restored(), tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
-        for at, (name, directory) in enumerate(models.items()):
-            on_step(GateStep(2 * at + 1, 2 * len(models), f"{name} model offline (transformers)"))
-            offline, windows = measure_offline(directory, request, Path(work))
-            on_step(GateStep(2 * at + 2, 2 * len(models), f"{name} model served (vLLM)"))
-            measured[name] = measure_served(make_engine(directory), offline, windows)
-    evidence = Evidence(**measured, packed_fraction=packed_fraction(todo))
-    if evidence.dense.served.tokens_digest != evidence.sparse.served.tokens_digest:
+        for at, (target, directory) in enumerate(directories.items()):
+            on_step(GateStep(2 * at + 1, 2 * len(directories), f"{target} offline (transformers)"))
+            offline = [measure_offline(directory, text, request, Path(work)) for text in request.data]
+            on_step(GateStep(2 * at + 2, 2 * len(directories), f"{target} served (vLLM)"))
+            engines[target], scores[target] = measure_served(make_engine(directory), offline)
+    pairs = zip(request.data, scores["base"], scores["candidate"], strict=True)
+    texts = [TextEvidence(text.name, base, candidate) for text, base, candidate in pairs]
+    if any(text.base.served.tokens_digest != text.candidate.served.tokens_digest for text in texts):
         raise GateError("the two models tokenise the text differently; perplexities per token cannot be compared")
+    evidence = Evidence(texts, engines["base"], engines["candidate"], packed_fraction(todo))
     return GateReport(judge(evidence, todo.limits), evidence, todo.limits, provenance(todo))
 
 
@@ -100,8 +105,9 @@ def packed_fraction(todo: MeasurementPlan) -> float:
 
 
 def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
-    """Run every check of the folder."""
-    return [load(checks_folder, name, GateError).run(evidence, limits) for name in names(checks_folder)]
+    """Run every check of the folder, on what there is of its evidence."""
+    checks = (load(checks_folder, name, GateError) for name in names(checks_folder))
+    return [result for check in checks for result in check.run(evidence, limits)]
 
 
 def provenance(todo: MeasurementPlan) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def provenance(todo: MeasurementPlan) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dense": todo.dense.name,
         "sparse": todo.checkpoint.path.name,
-        "data": todo.request.data.name,
+        "data": ", ".join(text.name for text in todo.request.data),
         "pattern": str(config.pattern),
         "mask_digest": config.mask_digest,
         "recipe_digest": config.recipe_digest,

@@ -6,8 +6,9 @@ import pytest
 
 import sparse_serve.gate.checks as folder
 from maskgen.core.registry import load, names
-from sparse_serve.gate.report import Limits, Verdict
-from tests.sparse_serve.gate.test_checks import INFO, evidence
+from sparse_serve.gate.evidence import Evidence
+from sparse_serve.gate.verdict import Verdict
+from tests.sparse_serve.gate.test_checks import INFO, LIMITS, evidence
 
 
 @pytest.mark.parametrize("name", names(folder))
@@ -15,15 +16,21 @@ def test_passes_a_good_model_and_fails_a_bad_one(name: str) -> None:
     run = load(folder, name).run
     good = evidence(shift=0.001)
     bad = evidence(shift=0.5, served_error=0.2, info=replace(INFO, sparse_weight_bytes=INFO.dense_equivalent_bytes))
-    assert run(good, Limits()).verdict is Verdict.PASS
-    assert run(bad, Limits()).verdict is Verdict.FAIL
+    assert {result.verdict for result in run(good, LIMITS)} == {Verdict.PASS}
+    assert {result.verdict for result in run(bad, LIMITS)} == {Verdict.FAIL}
 
 
 @pytest.mark.parametrize("name", names(folder))
 def test_is_deterministic_and_explains_itself(name: str) -> None:
     run, sample = load(folder, name).run, evidence(shift=0.01)
-    first = run(sample, Limits())
-    assert first == run(sample, Limits())
-    assert first.check == name
-    assert len(first.summary) > 20
-    assert first.numbers
+    results = run(sample, LIMITS)
+    assert results == run(sample, LIMITS)
+    for result in results:
+        assert result.check == name
+        assert len(result.summary) > 20
+        assert result.numbers
+
+
+@pytest.mark.parametrize("name", names(folder))
+def test_judges_nothing_where_nothing_was_measured(name: str) -> None:
+    assert load(folder, name).run(Evidence(), LIMITS) == []

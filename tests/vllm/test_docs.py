@@ -36,8 +36,8 @@ def test_what_the_manual_shows_runs(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gate-report" / "report.json").read_text("utf-8"))
     assert f"verdict {report['verdict']}\n" in done.stdout
     assert {result["check"] for result in report["results"]} == {"memory", "parity", "quality"}
-    assert "4 of 4 sparse model served (vLLM)" in done.stdout
-    assert f"over {len(report['evidence']['sparse']['served']['nll_per_window'])} windows" in done.stdout
+    assert "4 of 4 candidate served (vLLM)" in done.stdout
+    assert f"over {len(report['evidence']['texts'][0]['candidate']['served']['nll_per_window'])} windows" in done.stdout
     assert re.search(r"layers hold \d+ bytes, dense \d+", done.stdout)
     assert done.stdout.count(" times as fast as dense\n") == 7, "one line for each number of tokens that is measured"
     assert re.search(r"timed cpu with 16 tokens: \d", done.stdout)

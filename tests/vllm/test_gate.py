@@ -44,12 +44,13 @@ def test_one_measurement_is_judged_by_two_limits(
     """Random weights, half of them cut: no perplexity to be proud of."""
     offline, served = functools.cache(runner.measure_offline), {}
 
-    def offline_once(model_dir: Path, request: Any, work_dir: Path) -> Any:
-        return offline(model_dir, request, tmp_path)
+    def offline_once(model_dir: Path, text: Path, request: Any, work_dir: Path) -> Any:
+        return offline(model_dir, text, request, tmp_path)
 
-    def served_once(engine: Any, known: Any, windows: Any) -> Any:
+    def served_once(engine: Any, texts: Any) -> Any:
+        ((known, _),) = texts
         if id(known) not in served:
-            served[id(known)] = measure_served(engine, known, windows)
+            served[id(known)] = measure_served(engine, texts)
         return served[id(known)]
 
     measure_served = runner.measure_served
@@ -61,11 +62,12 @@ def test_one_measurement_is_judged_by_two_limits(
     results = {result["check"]: result for result in report["results"]}
     assert code == 0, capsys.readouterr()
     assert report["verdict"] == "pass"
-    assert results["parity"]["numbers"]["sparse_relative_difference"] < 1e-3
+    assert results["parity"]["numbers"]["candidate_relative_difference"] < 1e-3
     assert results["memory"]["numbers"]["fraction"] == pytest.approx(0.5 + 1 / 32, rel=0.06)
     assert report["provenance"]["base_matches"] is True
-    assert len(report["evidence"]["sparse"]["served"]["nll_per_window"]) == 24
-    assert report["evidence"]["sparse"]["served"]["protocol"]["bos"] is True
+    (text,) = report["evidence"]["texts"]
+    assert len(text["candidate"]["served"]["nll_per_window"]) == 24
+    assert text["candidate"]["served"]["protocol"]["bos"] is True
     assert str(tmp_path) not in json.dumps(report)
     assert "# Gate: PASS" in capsys.readouterr().out
 

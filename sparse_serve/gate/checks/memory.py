@@ -7,19 +7,25 @@ than dense, fails.
 
 from __future__ import annotations
 
-from sparse_serve.gate.report import CheckResult, Evidence, Limits, Verdict
+from sparse_serve.gate.evidence import Evidence, Limits
+from sparse_serve.gate.verdict import CheckResult, Verdict
 
 LAYOUT_SLACK = 0.07
 """Room for a kernel's own layout above the stored form: a vendor's 8-bit 2:4 blob is 0.625 where we store 0.5625."""
 
 
-def run(evidence: Evidence, limits: Limits) -> CheckResult:
-    """Fail when resident bytes exceed the stored fraction of the dense bytes by more than `LAYOUT_SLACK`."""
-    engine = evidence.sparse.engine
+def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
+    """Fail when resident bytes exceed the stored fraction of the dense bytes by more than `LAYOUT_SLACK`.
+
+    Judged is a sparse candidate whose engine the gate started.
+    """
+    engine = evidence.candidate_engine
+    if engine is None or evidence.packed_fraction is None:
+        return []
     allowed = evidence.packed_fraction + LAYOUT_SLACK
     fraction = engine.sparse_weight_bytes / max(engine.dense_equivalent_bytes, 1)
     small = engine.sparse_layers > 0 and fraction <= allowed
-    return CheckResult(
+    result = CheckResult(
         check="memory",
         verdict=Verdict.PASS if small else Verdict.FAIL,
         summary=f"{engine.sparse_layers} sparse layers hold {engine.sparse_weight_bytes} bytes, {fraction:.4f} of "
@@ -30,3 +36,4 @@ def run(evidence: Evidence, limits: Limits) -> CheckResult:
             "fraction": fraction,
         },
     )
+    return [result]

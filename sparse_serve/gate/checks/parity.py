@@ -2,26 +2,42 @@
 
 The same weights, the same token windows, two stacks: vLLM with our kernels and transformers with the unpacked weights.
 A difference beyond rounding is a loading or kernel bug, and would make every other number of the gate meaningless. The
-dense model is compared too, so that a difference can be blamed on the engine or on the sparse path.
+base is compared too, so that a difference can be blamed on the engine or on the sparse path.
 """
 
 from __future__ import annotations
 
-from sparse_serve.gate.report import CheckResult, Evidence, Limits, Measured, Verdict
+import math
+
+from sparse_serve.gate.evidence import Evidence, Limits, Scores, TextEvidence
+from sparse_serve.gate.verdict import CheckResult, Verdict
 
 
-def run(evidence: Evidence, limits: Limits) -> CheckResult:
-    """Fail when served and offline perplexity differ by more than `limits.parity_tolerance`, relatively."""
-    dense, sparse = _difference(evidence.dense), _difference(evidence.sparse)
-    worst = max(dense, sparse)
+def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
+    """Fail when served and offline perplexity differ by more than `limits.parity_tolerance`, relatively.
+
+    A target that was not measured offline (a URL) is left out.
+    """
+    return [result for text in evidence.texts if (result := _judge(text, limits)) is not None]
+
+
+def _judge(text: TextEvidence, limits: Limits) -> CheckResult | None:
+    targets = {"candidate": text.candidate, "base": text.base}
+    found = {name: _difference(scores) for name, scores in targets.items() if scores.offline is not None}
+    if not found:
+        return None
+    if not all(map(math.isfinite, found.values())):
+        return CheckResult("parity", Verdict.ERROR, "a perplexity is no finite number", {}, text.text)
+    differences = " and ".join(f"{difference:.4%} ({name})" for name, difference in found.items())
     return CheckResult(
         check="parity",
-        verdict=Verdict.PASS if worst <= limits.parity_tolerance else Verdict.FAIL,
-        summary=f"served and offline perplexity differ by {sparse:.4%} (sparse) and {dense:.4%} (dense), "
-        f"allowed {limits.parity_tolerance:.2%}",
-        numbers={"dense_relative_difference": dense, "sparse_relative_difference": sparse},
+        verdict=Verdict.PASS if max(found.values()) <= limits.parity_tolerance else Verdict.FAIL,
+        summary=f"served and offline perplexity differ by {differences}, allowed {limits.parity_tolerance:.2%}",
+        numbers={f"{name}_relative_difference": difference for name, difference in found.items()},
+        subject=text.text,
     )
 
 
-def _difference(measured: Measured) -> float:
-    return abs(measured.served.value / measured.offline.value - 1.0)
+def _difference(scores: Scores) -> float:
+    assert scores.offline is not None
+    return abs(scores.served.value / scores.offline.value - 1.0)

@@ -25,7 +25,7 @@ from sparse_serve.bench import kernels, serve, survey
 from sparse_serve.cli import main as cli
 from sparse_serve.engine.vllm_engine import VllmEngine
 from sparse_serve.gate import runner
-from sparse_serve.gate.report import Verdict
+from sparse_serve.gate.verdict import Verdict
 from tests.directories import TARGETS, sparse_dir
 from tests.faults import Fault, closed_pipe, errno_of, injected
 from tests.sparse_serve.bench.test_bench import results

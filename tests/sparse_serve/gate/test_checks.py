@@ -6,10 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from maskgen.core.divergence import Divergence
 from maskgen.core.perplexity import Perplexity, Protocol
 from sparse_serve.engine import EngineInfo
-from sparse_serve.gate.checks import memory, parity, quality
-from sparse_serve.gate.report import Evidence, Limits, Measured, Verdict
+from sparse_serve.gate.checks import divergence, memory, parity, quality, tasks
+from sparse_serve.gate.evidence import (
+    Evidence,
+    HostReading,
+    Limits,
+    Scores,
+    SpeedEvidence,
+    SpeedRound,
+    SpeedRun,
+    TaskEvidence,
+    TextEvidence,
+)
+from sparse_serve.gate.verdict import CheckResult, Verdict, worst
 
 PROTOCOL = Protocol(window_tokens=8)
 RNG = np.random.default_rng(7)
@@ -24,45 +36,83 @@ def ppl(nll: np.ndarray) -> Perplexity:
 def evidence(
     shift: float = 0.0, noise: float = 0.01, served_error: float = 0.0, info: EngineInfo = INFO, count: int = 200
 ) -> Evidence:
-    dense = NLL[:count]
-    sparse = dense + shift + RNG.normal(0, noise, count)
+    """One text, one task: the candidate is worse by `shift` nats, and by as many of its answers."""
+    base = NLL[:count]
+    candidate = base + shift + RNG.normal(0, noise, count)
+    kl, agreement = np.full(count, 0.01 + shift) + RNG.normal(0, 0.001, count), np.full(count, max(0.97 - shift, 0))
+    text = TextEvidence(
+        "a.txt",
+        base=Scores(ppl(base), ppl(base)),
+        candidate=Scores(ppl(candidate + served_error), ppl(candidate)),
+        divergence=Divergence(list(kl), list(agreement), [7] * count),
+    )
+    answers = [True] * 800 + [False] * 200
+    lost = round(800 * min(shift, 1.0))
+    task = TaskEvidence("words", answers, [False] * lost + answers[lost:])
     return Evidence(
-        dense=Measured(ppl(dense), ppl(dense), replace(info, sparse_layers=0)),
-        sparse=Measured(ppl(sparse), ppl(sparse + served_error), info),
+        [text],
+        replace(info, sparse_layers=0),
+        info,
         packed_fraction=0.5625,
+        speed=rounds(slowdown=min(shift, 0.5)),
+        tasks=[task],
     )
 
 
+def rounds(slowdown: float = 0.0, noise: float = 0.005, count: int = 16, seed: int = 3) -> SpeedEvidence:
+    """Rounds whose metrics are ten per cent of a second and `noise`, times one and `slowdown` for the candidate."""
+    rng = np.random.default_rng(seed)
+    quiet = HostReading(0.0, 0.0, (0.001,))
+
+    def one(target: str) -> SpeedRun:
+        factor = (1 + slowdown if target == "candidate" else 1.0) * math.exp(rng.normal(0, noise))
+        return SpeedRun(target, [100 * factor] * 4, [20 * factor] * 40, [300 * factor] * 4, factor, 44)
+
+    order = ("base", "candidate", "candidate", "base")
+    return SpeedEvidence(
+        [SpeedRound(number, 1, [one(target) for target in order], quiet) for number in range(count)],
+        ("ttft_p50", "throughput"),
+    )
+
+
+LIMITS = Limits(max_kl=0.1, max_flips=0.1)
+
+
+def only(results: list[CheckResult]) -> CheckResult:
+    (result,) = results
+    return result
+
+
 def test_quality_passes_when_the_upper_bound_is_within_the_limit() -> None:
-    result = quality.run(evidence(shift=0.02), Limits(max_ppl_increase=0.05))
+    result = only(quality.run(evidence(shift=0.02), Limits(max_ppl_increase=0.05)))
     assert result.verdict is Verdict.PASS
     assert result.numbers["ppl_increase"] == pytest.approx(math.expm1(0.02), abs=0.003)
     assert result.numbers["lower_bound"] < result.numbers["ppl_increase"] < result.numbers["upper_bound"]
 
 
 def test_quality_fails_when_the_lower_bound_is_beyond_the_limit() -> None:
-    assert quality.run(evidence(shift=0.08), Limits(max_ppl_increase=0.05)).verdict is Verdict.FAIL
+    assert only(quality.run(evidence(shift=0.08), Limits(max_ppl_increase=0.05))).verdict is Verdict.FAIL
 
 
 def test_quality_is_inconclusive_when_the_bounds_straddle_the_limit() -> None:
-    result = quality.run(evidence(shift=math.log1p(0.05), noise=0.2), Limits(max_ppl_increase=0.05))
+    result = only(quality.run(evidence(shift=math.log1p(0.05), noise=0.2), Limits(max_ppl_increase=0.05)))
     assert result.verdict is Verdict.INCONCLUSIVE
     assert result.numbers["lower_bound"] < 0.05 < result.numbers["upper_bound"]
 
 
 def test_quality_needs_enough_windows() -> None:
-    assert quality.run(evidence(count=7), Limits()).verdict is Verdict.INCONCLUSIVE
+    assert only(quality.run(evidence(count=7), Limits())).verdict is Verdict.INCONCLUSIVE
 
 
 def test_quality_of_equal_models_passes_and_of_an_exact_shift_is_exact() -> None:
-    assert quality.run(evidence(noise=0.0), Limits(max_ppl_increase=0.0)).verdict is Verdict.PASS
-    result = quality.run(evidence(shift=0.5, noise=0.0), Limits())
+    assert only(quality.run(evidence(noise=0.0), Limits(max_ppl_increase=0.0))).verdict is Verdict.PASS
+    result = only(quality.run(evidence(shift=0.5, noise=0.0), Limits()))
     assert result.verdict is Verdict.FAIL
 
 
 def test_pairing_sees_what_an_unpaired_comparison_cannot() -> None:
     """The windows spread by 0.5 nats, the effect is 0.02: only differences resolve it."""
-    result = quality.run(evidence(shift=0.02, noise=0.01), Limits(max_ppl_increase=0.025))
+    result = only(quality.run(evidence(shift=0.02, noise=0.01), Limits(max_ppl_increase=0.025)))
     assert result.verdict is Verdict.PASS
     unpaired_error = 2 * NLL.std() / math.sqrt(len(NLL))
     assert result.numbers["upper_bound"] - result.numbers["lower_bound"] < unpaired_error / 10
@@ -72,17 +122,17 @@ def test_quality_error_rate_is_about_alpha() -> None:
     """At exactly the limit, the chance of a false pass is alpha."""
     limit = Limits(max_ppl_increase=math.expm1(0.03), alpha=0.1)
     passes = sum(
-        quality.run(evidence(shift=0.03, noise=0.05, count=40), limit).verdict is Verdict.PASS for _ in range(60)
+        only(quality.run(evidence(shift=0.03, noise=0.05, count=40), limit)).verdict is Verdict.PASS for _ in range(60)
     )
     assert 0 < passes <= 15  # Binomial(60, 0.1) is outside with probability below 0.002
 
 
 def test_parity_blames_the_side_that_differs() -> None:
-    assert parity.run(evidence(served_error=0.0005), Limits(parity_tolerance=0.001)).verdict is Verdict.PASS
-    result = parity.run(evidence(served_error=0.002), Limits(parity_tolerance=0.001))
+    assert only(parity.run(evidence(served_error=0.0005), Limits(parity_tolerance=0.001))).verdict is Verdict.PASS
+    result = only(parity.run(evidence(served_error=0.002), Limits(parity_tolerance=0.001)))
     assert result.verdict is Verdict.FAIL
-    assert result.numbers["dense_relative_difference"] == 0
-    assert result.numbers["sparse_relative_difference"] == pytest.approx(0.002, rel=0.01)
+    assert result.numbers["base_relative_difference"] == 0
+    assert result.numbers["candidate_relative_difference"] == pytest.approx(0.002, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -91,4 +141,52 @@ def test_parity_blames_the_side_that_differs() -> None:
 )
 def test_memory_judges_resident_bytes(resident: int, layers: int, verdict: Verdict) -> None:
     info = replace(INFO, sparse_layers=layers, sparse_weight_bytes=resident)
-    assert memory.run(evidence(info=info), Limits()).verdict is verdict
+    assert only(memory.run(evidence(info=info), Limits())).verdict is verdict
+
+
+def test_the_worst_text_decides() -> None:
+    good, bad = evidence(shift=0.01), evidence(shift=0.3)
+    both = replace(good, texts=[*good.texts, replace(bad.texts[0], text="b.txt")])
+    results = quality.run(both, Limits())
+    assert [(result.subject, result.verdict) for result in results] == [
+        ("a.txt", Verdict.PASS),
+        ("b.txt", Verdict.FAIL),
+    ]
+    assert worst(results) is Verdict.FAIL
+    assert worst([]) is Verdict.ERROR, "nothing judged is no pass"
+
+
+def test_samples_that_are_missing_or_no_numbers_are_errors() -> None:
+    good = evidence().texts[0]
+    served = good.candidate.served
+    broken = [
+        replace(served, nll_per_window=[math.nan, *served.nll_per_window[1:]]),
+        replace(served, nll_per_window=served.nll_per_window[1:]),
+        replace(served, nll_per_window=[]),
+        replace(served, tokens_digest="sha256:" + "1" * 64),
+    ]
+    for scores in broken:
+        changed = Evidence([replace(good, candidate=Scores(scores))])
+        assert only(quality.run(changed, Limits())).verdict is Verdict.ERROR
+    for kl in ([math.nan] * 200, [0.1] * 199):
+        changed = Evidence([replace(good, divergence=replace(good.divergence, kl_per_window=kl))])
+        assert {result.verdict for result in divergence.run(changed, LIMITS)} == {Verdict.ERROR}
+    assert {result.verdict for result in divergence.run(Evidence([replace(good, divergence=None)]), LIMITS)} == {
+        Verdict.ERROR
+    }
+    assert only(tasks.run(Evidence(tasks=[TaskEvidence("t", [True], [])]), Limits())).verdict is Verdict.ERROR
+
+
+def test_divergence_is_judged_where_a_limit_is_given() -> None:
+    assert divergence.run(evidence(), Limits()) == []
+    assert [result.subject for result in divergence.run(evidence(), LIMITS)] == ["kl, a.txt", "flips, a.txt"]
+    (result,) = divergence.run(evidence(shift=0.2), Limits(max_kl=0.1))
+    assert result.verdict is Verdict.FAIL
+    assert result.numbers["kl"] == pytest.approx(0.21, abs=0.001)
+
+
+def test_a_target_that_was_not_measured_offline_has_no_parity() -> None:
+    text = evidence().texts[0]
+    assert (
+        parity.run(Evidence([TextEvidence("a.txt", Scores(text.base.served), Scores(text.base.served))]), LIMITS) == []
+    )

@@ -34,9 +34,9 @@ async def test_a_score_that_is_not_a_number_is_an_error_not_a_verdict() -> None:
 
 
 def test_offline_failure_is_one_clear_error(tmp_path: Path) -> None:
-    request = Request(tmp_path / "none.txt", 4, "float32")
+    text = tmp_path / "none.txt"
     with pytest.raises(GateError, match="offline evaluation failed: maskgen: error: "):
-        measure_offline(tmp_path, request, tmp_path)
+        measure_offline(tmp_path, text, Request((text,), 4, "float32"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,10 @@ def test_windows_of_a_model_that_wants_bos_have_it_on_both_stacks(
 ) -> None:
     """The offline side decides; the engine is given its windows, as token ids to which nothing is added."""
     dense = models.save("llama", tmp_path / "dense", tokens=models.bos_tokenizer)
-    (tmp_path / "text.txt").write_text(models.TEXT[:400], "utf-8")
-    request = Request(tmp_path / "text.txt", 16, "float32", max_windows=2, bos=bos)
-    offline, windows = measure_offline(dense, request, tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(models.TEXT[:400], "utf-8")
+    request = Request((text,), 16, "float32", max_windows=2, bos=bos)
+    offline, windows = measure_offline(dense, text, request, tmp_path)
     assert (offline.protocol.bos, offline.protocol.own_bos) == (begins, True)
     assert [window.ids[0] == 2 for window in windows] == [begins] * 2
     assert [len(window.ids) for window in windows] == [16] * 2

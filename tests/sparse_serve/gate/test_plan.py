@@ -12,7 +12,7 @@ from sparse_serve.cli import gate as cli_gate
 from sparse_serve.cli.main import main
 from sparse_serve.engine.vllm_defaults import set_common
 from sparse_serve.gate import runner
-from sparse_serve.gate.report import Limits
+from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.request import GateRequest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import GateError, SettingsError

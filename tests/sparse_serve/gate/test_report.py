@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from sparse_serve.gate.report import CheckResult, GateReport, Limits, Verdict
+from sparse_serve.gate.evidence import Limits
+from sparse_serve.gate.report import GateReport
+from sparse_serve.gate.verdict import CheckResult, Verdict
 from tests.sparse_serve.gate.test_checks import evidence
 
 
@@ -31,11 +33,12 @@ def test_the_worst_verdict_wins(pair: tuple[Verdict, Verdict]) -> None:
 
 def test_json_holds_every_raw_sample() -> None:
     value = json.loads(report(Verdict.PASS, Verdict.FAIL).to_json())
-    assert value["schema_version"] == 1
+    assert value["schema_version"] == 2
     assert value["verdict"] == "fail"
     assert [result["verdict"] for result in value["results"]] == ["pass", "fail"]
-    for model, stack in itertools.product(("dense", "sparse"), ("offline", "served")):
-        assert len(value["evidence"][model][stack]["nll_per_window"]) == 9
+    (text,) = value["evidence"]["texts"]
+    for target, stack in itertools.product(("base", "candidate"), ("offline", "served")):
+        assert len(text[target][stack]["nll_per_window"]) == 9
     assert value["limits"]["max_ppl_increase"] == Limits().max_ppl_increase
 
 

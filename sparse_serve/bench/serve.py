@@ -15,11 +15,8 @@ request, which includes the prompt, does not count.
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,10 +27,10 @@ from maskgen.core.checkpoint import check_directory, read_headers
 from maskgen.core.companions import check_companions
 from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY
 from maskgen.core.files import read_json
-from sparse_serve.bench.load import Load, bench_serve, serving
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.runtime import environment, processes
-from sparse_serve.runtime.errors import BenchError, SettingsError
+from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.runtime.load import Load, bench_serve, serving, summary, temporary
 from sparse_serve.runtime.request import Request
 
 MODELS = ("dense", "sparse")
@@ -117,34 +114,20 @@ def run(request: ServeRequest, on_progress: Callable[[str], None] = lambda text:
         Load(clients, request.requests, request.input_tokens, request.output_tokens) for clients in request.clients
     ]
     runs: list[Run] = []
-    with environment.restored(), temporary() as work_dir:
+    with environment.restored(), temporary("sparse-serve-bench-") as work_dir:
         processes.lead()  # servers end with this process however it ends
         for number in range(request.rounds):
             for model in MODELS if number % 2 == 0 else MODELS[::-1]:
                 on_progress(f"round {number + 1}: starting the {model} server")
                 with serving(directories[model], flags, work_dir) as url:
                     for load in loads:
-                        vllm = bench_serve(url, directories[model], load, number, work_dir)
+                        vllm = summary(bench_serve(url, directories[model], load, number, work_dir))
                         runs.append(Run(model, number, load.clients, figures(vllm, load.clients), vllm))
                         decode = runs[-1].figures["decode_tokens_per_s"]
                         on_progress(
                             f"round {number + 1}: {model}, clients: {load.clients}, {decode:.1f} tokens/s decoding"
                         )
     return runs
-
-
-@contextmanager
-def temporary() -> Iterator[Path]:
-    """A temporary directory that stays when a child failed, as its log is there."""
-    path, is_wanted = Path(tempfile.mkdtemp(prefix="sparse-serve-bench-")), False
-    try:
-        yield path
-    except BenchError:
-        is_wanted = True
-        raise
-    finally:
-        if not is_wanted:
-            shutil.rmtree(path)
 
 
 def check(dense_dir: Path, sparse_dir: Path) -> None:

@@ -1,4 +1,10 @@
-"""`sparse-serve gate --dense DIR --sparse DIR --data FILE`: may the sparse model replace the dense one?
+"""`sparse-serve gate`: may the candidate replace the base? The short form by flags, and all of it by `gate.yaml`.
+
+    gate --dense DIR --sparse DIR --data FILE    a sparse checkpoint against its dense base
+    gate init                                    write a commented gate.yaml
+    gate run gate.yaml                           what the file says
+    gate explain report.json                     what a report means
+    gate compare A.json B.json                   the candidate of B against that of A
 
 Exit status: 0 pass, 1 fail, 2 wrong usage or input, 3 could not measure, 4 inconclusive.
 """
@@ -8,32 +14,69 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import get_args
 
-from maskgen.core.errors import SparseError
+from maskgen.core.errors import OutputExistsError, SparseError
 from maskgen.core.failures import explained
 from maskgen.core.files import check_writable
 from sparse_serve.cli.request import from_flags
+from sparse_serve.gate.config import DType, GateConfig
 from sparse_serve.gate.report import GateReport
-from sparse_serve.gate.request import DType, GateRequest, GateStep
+from sparse_serve.gate.request import GateRequest, GateStep
 from sparse_serve.gate.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
+_EXIT_STATUS = "exit status: 0 pass, 1 fail, 2 wrong usage or input, 3 could not measure, 4 inconclusive"
 _FLAGS = {"window_tokens": "--window"}
 """Flags that are not called like the field of `GateRequest` they set."""
 
+_REQUIRED = ("dense", "sparse", "data")
+_HELP = {
+    "init": "write a gate.yaml with every key explained",
+    "run": "measure and judge what a gate.yaml says",
+    "explain": "say what a report.json means and what to do next",
+    "compare": "judge the candidate of one report against that of an earlier one",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sparse-serve gate`: the fields of `GateRequest`, whose defaults hold, and `--out`."""
-    parser.epilog = "exit status: 0 pass, 1 fail, 2 wrong usage or input, 3 could not measure, 4 inconclusive"
+    """The verbs, and the flags of the short form: the fields of `GateRequest`, whose defaults hold, and `--out`."""
+    parser.epilog = f"The flags are the short form; `run` takes all of it from a file. {_EXIT_STATUS}"
+    parser.set_defaults(usage_error=parser.error)
+    _add_short_form(parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="init | run | explain | compare", required=False)
+    init = verbs.add_parser("init", help=_HELP["init"], description=_HELP["init"])
+    init.add_argument("file", type=Path, nargs="?", default=Path("gate.yaml"), help="(default: gate.yaml)")
+    run = verbs.add_parser("run", help=_HELP["run"], description=_HELP["run"], epilog=_EXIT_STATUS)
+    run.add_argument("file", type=Path, metavar="gate.yaml", help="what to measure and what is allowed")
+    run.add_argument(
+        "--calibrate", action="store_true", help="speed of the base against itself: what this host can tell"
+    )
+    _add_out(run)
+    explain = verbs.add_parser("explain", help=_HELP["explain"], description=_HELP["explain"])
+    explain.add_argument("report", type=Path, metavar="report.json")
+    compare = verbs.add_parser("compare", help=_HELP["compare"], description=_HELP["compare"], epilog=_EXIT_STATUS)
+    compare.add_argument("earlier", type=Path, metavar="A.json", help="report of the earlier one")
+    compare.add_argument("later", type=Path, metavar="B.json", help="report of the later one; its limits hold")
+    _add_out(compare)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("gate"), metavar="DIR", help="where reports are written (default: gate)"
+    )
+
+
+def _add_short_form(parser: argparse.ArgumentParser) -> None:
     defaults = {name: field.default for name, field in GateRequest.model_fields.items()}
     add = parser.add_argument
-    add("--dense", type=Path, required=True, metavar="DIR", help="the dense model")
-    add("--sparse", type=Path, required=True, metavar="DIR", help="the sparse checkpoint made from it")
-    add("--data", type=Path, required=True, metavar="FILE", help="held-out text: a file that `maskgen eval` reads")
-    add("--out", type=Path, default=Path("gate"), metavar="DIR", help="where reports are written (default: gate)")
+    add("--dense", type=Path, metavar="DIR", help="the dense model")
+    add("--sparse", type=Path, metavar="DIR", help="the sparse checkpoint made from it")
+    add("--data", type=Path, metavar="FILE", help="held-out text: a file that `maskgen eval` reads")
+    _add_out(parser)
     add(
         "--max-ppl-increase",
         type=float,
@@ -73,10 +116,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the gate, print its report, write it. Returns the exit status."""
-    from sparse_serve.gate import runner  # torch, which --help does not need
+    if args.verb == "init":
+        return _init(args.file)
+    if args.verb == "run":
+        config = GateConfig.load(args.file)
+        return _run(config.calibration() if args.calibrate else config, args.out)
+    if args.verb in ("explain", "compare"):
+        return _read(args)
+    missing = [f"--{name}" for name in _REQUIRED if getattr(args, name) is None]
+    if missing:
+        args.usage_error(f"the following arguments are required: {', '.join(missing)}")
+    return _run(from_flags(GateRequest, args, _FLAGS), args.out)
 
-    check_writable(*GateReport.files(args.out))
-    todo = runner.plan(from_flags(GateRequest, args, _FLAGS))
+
+def _init(file: Path) -> int:
+    text = (resources.files("sparse_serve.gate") / "gate.yaml").read_text("utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise OutputExistsError(f"{file}: is there already; remove it, or give another name") from None
+    print(f"written: {file}; next: edit it, then sparse-serve gate run {file}")
+    return 0
+
+
+def _read(args: argparse.Namespace) -> int:
+    from sparse_serve.gate import explain, report_file
+
+    if args.verb == "compare":
+        check_writable(*GateReport.files(args.out))
+        return _finish(report_file.compare(report_file.load(args.earlier), report_file.load(args.later)), args.out)
+    print("\n".join(explain.explain(report_file.load(args.report))))
+    return 0
+
+
+def _run(asked: GateConfig | GateRequest, out: Path) -> int:
+    from sparse_serve.gate import plan, runner  # torch, which --help does not need
+
+    check_writable(*GateReport.files(out))
+    todo = plan.plan(asked)
     try:
         with explained():
             report = runner.run(todo, on_step=_show)
@@ -86,8 +164,12 @@ def main(args: argparse.Namespace) -> int:
     except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
         logger.exception("the gate could not measure")
         return Verdict.ERROR.exit_code
+    return _finish(report, out)
+
+
+def _finish(report: GateReport, out: Path) -> int:
     try:
-        written = report.write(args.out)  # first, as nobody may read what is printed
+        written = report.write(out)  # first, as nobody may read what is printed
     finally:
         print(report.to_markdown(), end="", flush=True)
     print(f"\nwritten: {', '.join(map(str, written))}")

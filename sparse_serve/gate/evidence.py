@@ -21,10 +21,11 @@ class Limits:
     """What is allowed. Fractions, not percent: `max_ppl_increase=0.05` allows 5 %. None: not judged.
 
     `parity_tolerance` bounds the relative difference between served and offline perplexity of the same weights. `alpha`
-    is the significance level of the one-sided tests of quality, divergence and speed. `max_kl` (nats per token) and
+    is the significance level of the one-sided tests of quality and divergence. `max_kl` (nats per token) and
     `max_flips` (share of positions) bound how far the candidate's predictions are from the base's. Speed may get worse
-    by `max_slowdown`, or by `floor_ms` if that is more; it passes only where a regression at the limit would pass with
-    probability `speed_pass_alpha`. A task's accuracy may drop by `max_task_drop`, tested at the level `task_alpha`.
+    by `max_slowdown`, or by `floor_ms` if that is more, tested at `speed_alpha`; it passes only where a regression at
+    the limit would pass with probability `speed_pass_alpha`. A task's accuracy may drop by `max_task_drop`, tested at
+    `task_alpha`.
     """
 
     max_ppl_increase: float = 0.05
@@ -34,6 +35,7 @@ class Limits:
     max_flips: float | None = None
     max_slowdown: float = 0.03
     floor_ms: float = 1.0
+    speed_alpha: float = 0.05
     speed_pass_alpha: float = 0.001
     max_task_drop: float = 0.01
     task_alpha: float = 0.02

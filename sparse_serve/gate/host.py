@@ -7,6 +7,7 @@ neighbour on the same cache).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -49,8 +50,7 @@ def _fastest(reading: HostReading) -> float:
 class HostWatch:
     """Reads the host over one round: make it before, call `probe` before each run, and `read` at the end.
 
-    `pids` are the processes of the gate: these and all below them are not foreign. Of a server that is elsewhere, or
-    was started by somebody else, the processes are foreign to the gate; name them, or judge without.
+    `pids` are servers on this host that somebody else started; they, this process and all below them are not foreign.
     """
 
     def __init__(self, pids: Sequence[int] = ()) -> None:
@@ -84,15 +84,16 @@ class HostWatch:
 
     def _own_seconds(self) -> float:
         """Processor time of the gate's processes, those that ended included where their parent is one of them."""
-        total = 0.0
+        found: set[psutil.Process] = set()
         for pid in self._own:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 top = psutil.Process(pid)
-                for process in (top, *top.children(recursive=True)):
-                    times = process.cpu_times()
-                    total += times.user + times.system + times.children_user + times.children_system
-            except psutil.NoSuchProcess:
-                continue
+                found |= {top, *top.children(recursive=True)}
+        total = 0.0
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
         return total
 
 

@@ -15,9 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from maskgen.core.divergence import Divergence
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.gate.evidence import Scores
@@ -45,8 +47,22 @@ class Request:
     bos: bool | None = None
 
 
-def measure_offline(model_dir: Path, text: Path, request: Request, work_dir: Path) -> tuple[Perplexity, list[Window]]:
-    """Run `maskgen eval` on one text; returns its result, with the protocol it used, and the windows it scored."""
+@dataclass(frozen=True)
+class Offline:
+    """What `maskgen eval` measured on one text, with its protocol, and the windows it scored.
+
+    `divergence` is that from the dense model it was compared with, None without one.
+    """
+
+    perplexity: Perplexity
+    windows: list[Window]
+    divergence: Divergence | None = None
+
+
+def measure_offline(
+    model_dir: Path, text: Path, request: Request, work_dir: Path, against: Path | None = None
+) -> Offline:
+    """Run `maskgen eval` on one text, with `against` also for the divergence from that model."""
     result_path, windows_path = work_dir / f"{model_dir.name}.json", work_dir / f"{model_dir.name}.windows.json"
     command = [sys.executable, "-m", "maskgen", "eval", str(model_dir), "--data", str(text)]
     command += ["--window", str(request.window_tokens), "--dtype", request.dtype]
@@ -55,23 +71,31 @@ def measure_offline(model_dir: Path, text: Path, request: Request, work_dir: Pat
         command += ["--max-windows", str(request.max_windows)]
     if request.bos is not None:
         command += ["--bos" if request.bos else "--no-bos"]
+    if against is not None:
+        command += ["--against", str(against)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise GateError(f"{model_dir}: offline evaluation failed: {''.join(reason) or done.returncode}")
     result = json.loads(result_path.read_text("utf-8"))
-    offline = Perplexity(
+    perplexity = Perplexity(
         Protocol(**result["protocol"]),
         result["nll_per_window"],
         result["scored_tokens_per_window"],
         result["tokens_digest"],
     )
-    return offline, [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
+    windows = [Window(**window) for window in json.loads(windows_path.read_text("utf-8"))]
+    return Offline(perplexity, windows, _divergence(result.get("divergence")))
 
 
-def measure_served(engine: Engine, texts: Sequence[tuple[Perplexity, list[Window]]]) -> tuple[EngineInfo, list[Scores]]:
+def _divergence(found: dict[str, Any] | None) -> Divergence | None:
+    names = [field.name for field in fields(Divergence)]
+    return None if found is None else Divergence(**{name: found[name] for name in names})
+
+
+def measure_served(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo, list[Scores]]:
     """Start the engine, score the windows of every text, stop it. Works inside of a running event loop too (a
-    notebook's). `texts` has what `measure_offline` returned for each."""
+    notebook's)."""
     scoring = _score(engine, texts)
     try:
         asyncio.get_running_loop()
@@ -81,15 +105,15 @@ def measure_served(engine: Engine, texts: Sequence[tuple[Perplexity, list[Window
         return aside.submit(asyncio.run, scoring).result()
 
 
-async def _score(engine: Engine, texts: Sequence[tuple[Perplexity, list[Window]]]) -> tuple[EngineInfo, list[Scores]]:
+async def _score(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo, list[Scores]]:
     try:
         info = await engine.start()
         found = []
-        for offline, windows in texts:
-            logger.info("%s: scoring %d windows through the engine", info.model, len(windows))
-            served = await score_windows(engine, windows, offline.protocol)
-            assert served.tokens_digest == offline.tokens_digest
-            found.append(Scores(served, offline))
+        for offline in texts:
+            logger.info("%s: scoring %d windows through the engine", info.model, len(offline.windows))
+            served = await score_windows(engine, offline.windows, offline.perplexity.protocol)
+            assert served.tokens_digest == offline.perplexity.tokens_digest
+            found.append(Scores(served, offline.perplexity))
     finally:
         await engine.stop(STOP_GRACE_S)
     return info, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class GateReport:
-    """Everything a release pipeline keeps. `provenance` holds digests, versions and hardware."""
+    """Everything a release pipeline keeps.
+
+    `provenance` says when, which targets and which text; `environment` what measurements depend on beside these.
+    """
 
     results: Sequence[CheckResult]
     evidence: Evidence
     limits: Limits
     provenance: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -30,9 +34,13 @@ class GateReport:
         return worst(self.results)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write `report.json` and `report.md` into `folder`, which is made if needed; returns their paths."""
+        """Write the four `files` into `folder`, which is made if needed; returns their paths."""
+        from sparse_serve.gate.junit import junit
+        from sparse_serve.gate.page import page
+
         paths = self.files(folder)
-        for path, text in zip(paths, (self.to_json(), self.to_markdown()), strict=True):
+        forms = (self.to_json(), self.to_markdown(), page(self), junit(self))
+        for path, text in zip(paths, forms, strict=True):
             with temporary_sibling(path) as temporary:
                 temporary.write_text(text, "utf-8")
                 fsync_path(temporary)
@@ -40,8 +48,8 @@ class GateReport:
 
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
-        """The paths that `write` writes in `folder`."""
-        return [Path(folder) / "report.json", Path(folder) / "report.md"]
+        """The paths that `write` writes in `folder`: all numbers, for a pull request, a page, for a build server."""
+        return [Path(folder) / name for name in ("report.json", "report.md", "report.html", "junit.xml")]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form: all of it, raw samples included."""
@@ -51,6 +59,7 @@ class GateReport:
             "results": [result.to_dict() for result in self.results],
             "limits": asdict(self.limits),
             "provenance": dict(self.provenance),
+            "environment": dict(self.environment),
             "evidence": self.evidence.to_dict(),
         }
 
@@ -68,7 +77,7 @@ class GateReport:
             *(f"| {result.name} | {result.verdict.value} | {result.summary} |" for result in self.results),
             "",
             *(line for text in self.evidence.texts for line in _perplexities(text)),
-            *(f"- {key}: `{value}`" for key, value in self.provenance.items()),
+            *(f"- {key}: `{value}`" for key, value in {**self.provenance, **self.environment}.items()),
         ]
         return "\n".join(lines) + "\n"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from sparse_serve.gate.config import DType, GateConfig, QualityConfig, TargetConfig
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.runtime.request import Request
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 _DEFAULTS = Limits()
 
@@ -40,10 +39,30 @@ class GateRequest(Request):
     alpha: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = _DEFAULTS.alpha
     allow_other_base: bool = False
 
+    def config(self) -> GateConfig:
+        """The long form of it."""
+        quality = QualityConfig(
+            texts=[self.data],
+            max_ppl_increase=self.max_ppl_increase,
+            alpha=self.alpha,
+            parity_tolerance=self.parity_tolerance,
+            window_tokens=self.window_tokens,
+            max_windows=self.max_windows,
+            bos=self.bos,
+        )
+        return GateConfig(
+            version=1,
+            base=TargetConfig(model=self.dense),
+            candidate=TargetConfig(model=self.sparse),
+            dtype=self.dtype,
+            allow_other_base=self.allow_other_base,
+            quality=quality,
+        )
+
 
 @dataclass(frozen=True)
 class GateStep:
-    """One of the gate's `steps` measurements begins: `number` counts from 1, `what` says which model on which stack."""
+    """One of the gate's `steps` measurements begins, or goes on: `number` counts from 1, `what` says what it does."""
 
     number: int
     steps: int

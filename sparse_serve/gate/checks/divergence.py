@@ -48,7 +48,7 @@ def _judge(text: TextEvidence, name: str, limit: float, alpha: float, tests: int
         verdict=bounded(low, high, limit),
         summary=f"{what} {show(mean)}, between {show(low)} and {show(high)} (one-sided {1 - alpha:.0%} bounds), "
         f"allowed {show(limit)}",
-        numbers={name: mean, "lower_bound": low, "upper_bound": high},
+        numbers={name: mean, "lower_bound": low, "upper_bound": high, "limit": limit},
         subject=subject,
     )
 

@@ -51,7 +51,12 @@ def _judge(text: TextEvidence, limits: Limits, texts: int) -> CheckResult:
         verdict=bounded(lower, upper, limits.max_ppl_increase),
         summary=f"perplexity {increase:+.2%}, between {lower:+.2%} and {upper:+.2%} "
         f"(one-sided {1 - limits.alpha:.0%} bounds), allowed {limits.max_ppl_increase:+.2%}",
-        numbers={"ppl_increase": increase, "lower_bound": lower, "upper_bound": upper},
+        numbers={
+            "ppl_increase": increase,
+            "lower_bound": lower,
+            "upper_bound": upper,
+            "limit": limits.max_ppl_increase,
+        },
         subject=text.text,
     )
 

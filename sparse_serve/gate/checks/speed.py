@@ -11,9 +11,9 @@ The limit is the larger of `max_slowdown` and of `floor_ms` by the base's time: 
     otherwise                                       inconclusive; measure more rounds
 
 Fine is an interval whose upper half is no wider than the limit: a host too noisy to see a regression at the limit
-cannot rule it out by luck. A failing metric is tested at `alpha` by the number of metrics, loads and looks, as rounds
-are added until decided; a pass is at `speed_pass_alpha`. Rounds in which the host was disturbed (`host.contamination`)
-are not used; if more than half were, or too few are left, nothing is concluded.
+cannot rule it out by luck. A failing metric is tested at `speed_alpha` by the number of metrics, loads and looks, as
+rounds are added until decided; a pass is at `speed_pass_alpha`. Rounds in which the host was disturbed
+(`host.contamination`) are not used; if more than half were, or too few are left, nothing is concluded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
 def _judge(metric: str, rounds: Sequence[SpeedRound], limits: Limits, tests: int) -> CheckResult:
     subject = f"{metric}, {rounds[0].clients} client{'s' * (rounds[0].clients != 1)}"
     try:
-        measured = [_of_round(metric, round) for round in rounds]
+        measured = [of_round(metric, round) for round in rounds]
     except ValueError as error:
         return CheckResult("speed", Verdict.ERROR, str(error), {}, subject)
     disturbed = contamination([round.host for round in rounds])
@@ -69,14 +69,15 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], limits: Limits, tests: int
     is_rate = metric in RATES
     ratios = [pair[0] / pair[1] if is_rate else pair[1] / pair[0] for pair in clean]
     limit = limits.max_slowdown if is_rate else max(limits.max_slowdown, limits.floor_ms / base)
-    bounds = ratio_bounds(ratios, limits.alpha / tests, limits.speed_pass_alpha)
+    bounds = ratio_bounds(ratios, limits.speed_alpha / tests, limits.speed_pass_alpha)
+    effect = max(bounds.high / bounds.estimate, bounds.estimate / bounds.low) - 1
     unit = RATES.get(metric, "ms")
     return CheckResult(
         check="speed",
         verdict=_verdict(bounds, limit),
         summary=f"{candidate:.4g} {unit}, base {base:.4g} {unit}: {bounds.estimate - 1:+.1%} "
         f"{'slower' if is_rate else 'longer'}, between {bounds.low - 1:+.1%} and {bounds.high - 1:+.1%} over "
-        f"{len(clean)} rounds, allowed {limit:+.1%}",
+        f"{len(clean)} rounds, allowed {limit:+.1%}; the host can tell {effect:.1%}",
         numbers={
             "base": base,
             "candidate": candidate,
@@ -84,6 +85,7 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], limits: Limits, tests: int
             "lower_bound": bounds.low - 1,
             "upper_bound": bounds.high - 1,
             "limit": limit,
+            "smallest_effect": effect,
             "clean_rounds": float(len(clean)),
         },
         subject=subject,
@@ -101,7 +103,7 @@ RATES = {"throughput": "tokens/s"}
 """Metrics of which more is better, with their unit. The others are times: `ttft_p50`, `itl_p99`, `e2e_p95` ..."""
 
 
-def _of_round(metric: str, round: SpeedRound) -> tuple[float, float]:
+def of_round(metric: str, round: SpeedRound) -> tuple[float, float]:
     """Base and candidate: geometric means of their two runs. `ValueError` for runs that cannot be compared."""
     values: dict[str, list[float]] = {"base": [], "candidate": []}
     for one in round.runs:

@@ -51,6 +51,7 @@ def _judge(task: TaskEvidence, limits: Limits, tasks: int) -> CheckResult:
             "p_value": p_value,
             "drop": counts.drop,
             "upper_bound": upper,
+            "limit": limits.max_task_drop,
         },
         subject=task.task,
     )

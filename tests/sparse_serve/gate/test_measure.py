@@ -8,7 +8,7 @@ import pytest
 from maskgen.core.perplexity import Protocol, digest_windows
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.gate.measure import Request, measure_offline, score_windows
-from sparse_serve.gate.runner import default_window, stored_dtype
+from sparse_serve.gate.plan import default_window, stored_dtype
 from sparse_serve.runtime.errors import GateError, SettingsError
 from tests import models
 
@@ -68,7 +68,8 @@ def test_windows_of_a_model_that_wants_bos_have_it_on_both_stacks(
     text = tmp_path / "text.txt"
     text.write_text(models.TEXT[:400], "utf-8")
     request = Request((text,), 16, "float32", max_windows=2, bos=bos)
-    offline, windows = measure_offline(dense, text, request, tmp_path)
+    measured = measure_offline(dense, text, request, tmp_path)
+    offline, windows = measured.perplexity, measured.windows
     assert (offline.protocol.bos, offline.protocol.own_bos) == (begins, True)
     assert [window.ids[0] == 2 for window in windows] == [begins] * 2
     assert [len(window.ids) for window in windows] == [16] * 2

@@ -13,6 +13,7 @@ from sparse_serve.cli.main import main
 from sparse_serve.engine.vllm_defaults import set_common
 from sparse_serve.gate import runner
 from sparse_serve.gate.evidence import Limits
+from sparse_serve.gate.plan import plan
 from sparse_serve.gate.request import GateRequest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import GateError, SettingsError
@@ -35,7 +36,7 @@ def command(pair: dict[str, Path], *more: str) -> list[str]:
 
 
 def test_a_good_pair_is_planned(pair: dict[str, Path]) -> None:
-    todo = runner.plan(GateRequest(**pair, window_tokens=16))
+    todo = plan(GateRequest(**pair, window_tokens=16))
     assert todo.request.dtype == "bfloat16"
     assert todo.request.window_tokens == 16
     assert todo.limits == Limits(parity_tolerance=0.01)
@@ -53,7 +54,7 @@ def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path:
     other = pair | {"dense": dense_dir(tmp_path / "other", seed=1)}
     with pytest.raises(SettingsError, match=r"was made from another model than .*allow_other_base"):
         gate.run(GateRequest(**other))
-    todo = runner.plan(GateRequest(**other, allow_other_base=True))
+    todo = plan(GateRequest(**other, allow_other_base=True))
     assert runner.provenance(todo)["base_matches"] is False
 
 
@@ -100,7 +101,7 @@ def test_the_environment_is_left_as_it_was(pair: dict[str, Path], monkeypatch: p
         raise GateError("the engine is gone")
 
     monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
-    monkeypatch.setattr(runner, "measure_offline", lambda *args: (None, []))
+    monkeypatch.setattr(runner, "measure_offline", lambda *args: None)
     monkeypatch.setattr(runner, "measure_served", served)
     before = dict(os.environ)
     with pytest.raises(GateError, match="the engine is gone"):

@@ -1,4 +1,4 @@
-"""The processes of `sparse-serve bench serve`: a server, and vLLM's load generator against it.
+"""Processes for benchmarks and the gate: a server, and vLLM's load generator against it.
 
 Both write into files. When one fails, the error has the end of its log. The server is asked to end whatever happens
 here, and is made to if it does not; should this process be killed, it ends by itself (`processes`).
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +47,20 @@ class Load:
 
 
 @contextmanager
+def temporary(prefix: str) -> Iterator[Path]:
+    """A temporary directory that stays when a child failed, as its log is there."""
+    path, is_wanted = Path(tempfile.mkdtemp(prefix=prefix)), False
+    try:
+        yield path
+    except BenchError:
+        is_wanted = True
+        raise
+    finally:
+        if not is_wanted:
+            shutil.rmtree(path)
+
+
+@contextmanager
 def serving(model_dir: Path, flags: Sequence[str], work_dir: Path) -> Iterator[str]:
     """The address of a `sparse-serve serve` of `model_dir`; it is gone afterwards. Raises `BenchError` with its log."""
     command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(model_dir), "--verbose"]
@@ -77,16 +93,19 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             server.wait()
 
 
-def bench_serve(url: str, model_dir: Path, load: Load, seed: int, work_dir: Path) -> dict[str, Any]:
-    """Run `vllm bench serve` against a server of `model_dir`; returns its report, less single requests and paths.
+def bench_serve(
+    url: str, tokenizer: str | Path, load: Load, seed: int, work_dir: Path, model: str | None = None
+) -> dict[str, Any]:
+    """Run `vllm bench serve` against the server at `url`; returns its report with the lists of single requests.
 
-    Raises `BenchError` with the end of its log if it fails, or if a request failed or stopped early.
+    `model` is the name to ask for; None: the first that the server names. Raises `BenchError` with the end of its log
+    if it fails, or if a request failed or stopped early.
     """
     report, log = work_dir / "report.json", work_dir / "load.log"
     report.unlink(missing_ok=True)
     flags = {
         "base-url": url,
-        "tokenizer": model_dir,
+        "tokenizer": tokenizer,
         "dataset-name": "random",
         "random-input-len": load.input_tokens,
         "random-output-len": load.output_tokens,
@@ -98,17 +117,24 @@ def bench_serve(url: str, model_dir: Path, load: Load, seed: int, work_dir: Path
         "result-dir": work_dir,
         "result-filename": report.name,
     }
+    if model is not None:
+        flags["model"] = model
     command = [sys.executable, "-m", "sparse_serve.cli.vllm", "bench", "serve", "--ignore-eos", "--disable-tqdm"]
     command += ["--save-result", "--save-detailed", *(f"--{name}={value}" for name, value in flags.items())]
     with log.open("wb") as log_file:
         done = subprocess.run(command, stdout=log_file, stderr=subprocess.STDOUT, check=False)
     if done.returncode or not report.is_file():
-        raise BenchError(f"vllm bench serve on {model_dir} ended with {done.returncode}; {_end_of(log)}")
+        raise BenchError(f"vllm bench serve on {url} ended with {done.returncode}; {_end_of(log)}")
     result = read_json(report)
     problem = incomplete(result, load)
     if problem:
-        raise BenchError(f"vllm bench serve on {model_dir}: {problem}; {_end_of(log)}")
-    return {name: value for name, value in result.items() if not (isinstance(value, list) or name in _PATHS)}
+        raise BenchError(f"vllm bench serve on {url}: {problem}; {_end_of(log)}")
+    return result
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of `vllm bench serve` less single requests and paths."""
+    return {name: value for name, value in report.items() if not (isinstance(value, list) or name in _PATHS)}
 
 
 def incomplete(report: Mapping[str, Any], load: Load) -> str | None:

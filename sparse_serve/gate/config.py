@@ -1,0 +1,221 @@
+"""`gate.yaml`: two targets, what is measured of them, and what is allowed.
+
+Read with YAML's safe loader. Unknown keys, wrong types, values out of range, keys given twice and aliases are a
+`SettingsError` of one line that begins with the path of the key. Paths are relative to the file's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from maskgen.core.errors import clip
+from sparse_serve.gate.evidence import Limits
+from sparse_serve.runtime.errors import SettingsError
+
+VERSION = 1
+_MAX_FILE_BYTES = 1 << 20
+_DEFAULTS = Limits()
+_METRIC = re.compile(r"throughput|(ttft|itl|e2e)_p([1-9]|[1-9]\d)")
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _metric(name: str) -> str:
+    if not _METRIC.fullmatch(name):
+        raise ValueError("expected throughput, or ttft_pN, itl_pN or e2e_pN with a percentile N from 1 to 99")
+    return name
+
+
+def _once(values: list[Any]) -> list[Any]:
+    if len(set(values)) != len(values):
+        raise ValueError("has an entry twice")
+    return values
+
+
+PathText = Annotated[Path, Field(strict=False)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TargetConfig(_Section):
+    """A model directory, which the gate serves itself with `flags` of `vllm serve`, or a running server's address.
+
+    A server speaks OpenAI's completions API and returns log-probabilities of the prompt; its key is read from the
+    environment variable OPENAI_API_KEY. `name` is the model to ask it for, by default the first it names. `tokenizer`
+    (a directory) is what `vllm bench serve` makes prompts with; by default that of the other target, if a directory.
+    """
+
+    model: PathText | None = None
+    flags: list[str] = []
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$")] | None = None
+    name: str | None = None
+    tokenizer: PathText | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TargetConfig:
+        if (self.model is None) == (self.url is None):
+            raise ValueError("give either `model`, a directory, or `url`, a server's address")
+        if self.url is None and (self.name or self.tokenizer):
+            raise ValueError("`name` and `tokenizer` are for a target by `url`")
+        if self.model is None and self.flags:
+            raise ValueError("`flags` are for a target by `model`, which the gate serves itself")
+        return self
+
+
+class QualityConfig(_Section):
+    """Perplexity, divergence and parity on held-out `texts`; `max_kl` and `max_flips` are judged where given.
+
+    With two directories, windows are of `window_tokens` tokens (default: 2048, or half the base's context if that is
+    less), and both stacks are measured: transformers and the server. With a `url`, or without `offline`, texts are
+    plain UTF-8, cut into pieces of three characters for each of `window_tokens` (default: 512), and divergence is over
+    the `top_k` most likely tokens.
+    """
+
+    texts: Annotated[list[PathText], Field(min_length=1), AfterValidator(_once)]
+    max_ppl_increase: Annotated[float, Field(gt=-1, allow_inf_nan=False)] = _DEFAULTS.max_ppl_increase
+    alpha: Alpha = _DEFAULTS.alpha
+    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_flips: Annotated[float, Field(ge=0, le=1)] | None = None
+    parity_tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    window_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_windows: Count | None = None
+    bos: bool | None = None
+    offline: bool = True
+    top_k: Annotated[int, Field(ge=1, le=20)] = 20
+
+
+class SpeedConfig(_Section):
+    """Rounds of base, candidate, candidate, base under the load of `vllm bench serve`, at each number of `clients`.
+
+    Rounds are added until every metric is decided, for at most `budget_s` seconds.
+    """
+
+    clients: Annotated[list[Count], Field(min_length=1), AfterValidator(_once)] = [1, 4]
+    requests: Count = 4
+    input_tokens: Count = 128
+    output_tokens: Annotated[int, Field(ge=2)] = 64
+    metrics: Annotated[list[Annotated[str, AfterValidator(_metric)]], Field(min_length=1), AfterValidator(_once)] = [
+        "ttft_p50",
+        "itl_p50",
+        "e2e_p95",
+        "throughput",
+    ]
+    max_slowdown: Fraction = _DEFAULTS.max_slowdown
+    floor_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _DEFAULTS.floor_ms
+    alpha: Alpha = _DEFAULTS.alpha
+    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900
+
+
+class GateConfig(_Section):
+    """Everything `sparse_serve.gate.run` needs. `dtype` is what directories compute in, by default the base's own.
+
+    `allow_other_base` compares although a sparse candidate was not made from the base.
+    """
+
+    version: Literal[1]
+    base: TargetConfig
+    candidate: TargetConfig
+    dtype: DType | None = None
+    allow_other_base: bool = False
+    quality: QualityConfig | None = None
+    speed: SpeedConfig | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> GateConfig:
+        if self.quality is None and self.speed is None:
+            raise ValueError("nothing to measure; give `quality`, `speed` or both")
+        return self
+
+    @staticmethod
+    def load(path: str | Path) -> GateConfig:
+        """Read a file. Raises `SettingsError` for what is wrong with it, `OSError` if it cannot be read."""
+        path = Path(path)
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise SettingsError(
+                f"{path}: {path.stat().st_size} bytes; expected a gate.yaml of at most {_MAX_FILE_BYTES}"
+            )
+        try:
+            value = yaml.load(path.read_bytes(), Loader=_StrictLoader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise SettingsError(f"{path}: is no YAML: {_one_line(error)}") from None
+        if not isinstance(value, dict):
+            raise SettingsError(
+                f"{path}: holds {clip(value)}; expected keys (`sparse-serve gate init` writes an example)"
+            )
+        return GateConfig.of(value, str(path), path.parent)
+
+    @staticmethod
+    def of(value: dict[str, Any], where: str = "gate", folder: Path | None = None) -> GateConfig:
+        """From keys and values, with paths relative to `folder`. `SettingsError` names the key, after `where`."""
+        try:
+            config = GateConfig.model_validate(value)
+        except ValidationError as error:
+            raise SettingsError(f"{where}: {_explain(error)}") from None
+        return config if folder is None else config._below(folder)
+
+    def calibration(self) -> GateConfig:
+        """The base against itself, in speed alone: what the host can tell. `SettingsError` without `speed`."""
+        if self.speed is None:
+            raise SettingsError("speed: missing; a calibration measures the speed of the base against itself")
+        return self.model_copy(update={"candidate": self.base, "quality": None})
+
+    def _below(self, folder: Path) -> GateConfig:
+        def moved(target: TargetConfig) -> TargetConfig:
+            paths = {name: getattr(target, name) for name in ("model", "tokenizer")}
+            return target.model_copy(update={name: folder / path for name, path in paths.items() if path is not None})
+
+        quality = self.quality
+        if quality is not None:
+            quality = quality.model_copy(update={"texts": [folder / text for text in quality.texts]})
+        update = {"base": moved(self.base), "candidate": moved(self.candidate), "quality": quality}
+        return self.model_copy(update=update)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, without aliases (which make a small file large) and without keys given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{clip(key.value)} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line, which begins with the path of its key."""
+    problem = error.errors(include_url=False)[0]
+    path = ""
+    for part in problem["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if problem["type"] == "missing":
+        return f"{path}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if isinstance(problem["input"], dict | GateConfig | TargetConfig):
+        return f"{path}: {message}" if path else message
+    return f"{path}: {clip(problem['input'])}: {message}"

@@ -1,0 +1,74 @@
+"""What each kind of result means, and what to do about it: for `gate explain` and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparse_serve.gate.verdict import Verdict
+
+MEANING = {
+    "quality": "How much worse the candidate predicts held-out text. Perplexity is compared window by window.",
+    "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse.",
+    "parity": "Whether the server computes what the same weights compute offline. A difference is a bug.",
+    "memory": "Whether the sparse layers are as small in the running server as their stored form allows.",
+    "speed": "How much longer clients wait for the candidate, in runs that alternate with the base.",
+    "tasks": "Whether the candidate answers as many samples correctly as the base, sample by sample.",
+    "environment": "Whether two reports were measured alike: processor, versions, dtype.",
+}
+
+NEXT = {
+    (
+        "quality",
+        Verdict.FAIL,
+    ): "Keep more layers dense, or prune with a better recipe; or allow more (max_ppl_increase).",
+    ("quality", Verdict.INCONCLUSIVE): "Give more text, or more windows of it (max_windows).",
+    (
+        "divergence",
+        Verdict.FAIL,
+    ): "The candidate is another model than the base; allow it (max_kl, max_flips) if wanted.",
+    ("divergence", Verdict.INCONCLUSIVE): "Give more text, or more windows of it (max_windows).",
+    ("parity", Verdict.FAIL): "Find the layer: sparse-serve doctor checks the masks, dtype float32 rules out rounding.",
+    ("memory", Verdict.FAIL): "See which kernels serve the layers: sparse-serve doctor.",
+    ("speed", Verdict.FAIL): "Measure kernels: sparse-serve tune, sparse-serve doctor; or allow more (max_slowdown).",
+    ("speed", Verdict.INCONCLUSIVE): "Quieten the host, or raise budget_s; gate run --calibrate says what it can tell.",
+    ("tasks", Verdict.FAIL): "Keep more layers dense, or prune with a better recipe; or allow more (max_task_drop).",
+    ("tasks", Verdict.INCONCLUSIVE): "Give more samples.",
+    ("environment", Verdict.INCONCLUSIVE): "Measure both in one run: gate run with the two as base and candidate.",
+}
+
+_VERDICT = {
+    Verdict.PASS: "The candidate may replace the base: every check is within its limit, with confidence.",
+    Verdict.INCONCLUSIVE: "Nothing is shown to be worse, and not everything is shown to be within its limit.",
+    Verdict.FAIL: "The candidate is worse than allowed, with confidence.",
+    Verdict.ERROR: "Something could not be measured, so nothing is decided.",
+}
+
+
+def headline(verdict: Verdict) -> str:
+    """A verdict as a sentence."""
+    return _VERDICT[verdict]
+
+
+def next_step(check: str, verdict: Verdict) -> str:
+    """What to do about a result; empty if nothing."""
+    return NEXT.get((check, verdict), "")
+
+
+def explain(report: Mapping[str, Any]) -> Iterator[str]:
+    """A report (`report_file.load`) as lines for people, the worst results first."""
+    verdict, order = Verdict(report["verdict"]), list(Verdict)
+    provenance = report["provenance"]
+    yield f"{verdict.value.upper()}: {headline(verdict)}"
+    yield f"base {provenance.get('base', '?')}, candidate {provenance.get('candidate', '?')}"
+    results = sorted(report["results"], key=lambda result: -order.index(Verdict(result["verdict"])))
+    for result in results:
+        check, found = result["check"], Verdict(result["verdict"])
+        yield ""
+        subject = f" ({result['subject']})" if result["subject"] else ""
+        yield f"{found.value.upper()}  {check}{subject}"
+        yield f"  {result['summary']}"
+        yield f"  what it is: {MEANING.get(check, 'a check of another version')}"
+        advice = next_step(check, found)
+        if advice:
+            yield f"  next: {advice}"

@@ -1,0 +1,165 @@
+"""A report as one HTML page with its plots inside, for people: nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+
+from sparse_serve.gate import explain
+from sparse_serve.gate.checks import speed
+from sparse_serve.gate.evidence import SpeedRound
+from sparse_serve.gate.host import contamination
+from sparse_serve.gate.report import GateReport
+from sparse_serve.gate.verdict import CheckResult
+
+_ESTIMATES = ("ppl_increase", "kl", "flips", "slowdown", "drop")
+_PLAIN = {"kl"}
+"""Estimates that are no shares, and are not shown in per cent."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate between its bounds beside its limit: positions in per cent of the plot's width, and labels."""
+
+    low: float
+    high: float
+    estimate: float
+    limit: float
+    estimate_text: str
+    limit_text: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a plot, in its units, and what is said of it. `is_odd`: not used, or no number."""
+
+    x: float
+    y: float
+    text: str
+    is_odd: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Dots over a horizontal zero line, in a box of 640 by 160."""
+
+    title: str
+    explanation: str
+    dots: Sequence[Dot]
+    zero: float
+    top: str
+    bottom: str
+
+
+def page(report: GateReport) -> str:
+    """The page as text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((resources.files("sparse_serve.gate") / "page.html").read_text("utf-8"))
+    return template.render(
+        verdict=report.verdict.value,
+        headline=explain.headline(report.verdict),
+        base=report.provenance.get("base", "?"),
+        candidate=report.provenance.get("candidate", "?"),
+        rows=[
+            (
+                result,
+                explain.MEANING.get(result.check, ""),
+                explain.next_step(result.check, result.verdict),
+                _interval(result),
+            )
+            for result in report.results
+        ],
+        plots=[*_text_plots(report), *_speed_plots(report)],
+        facts={**report.provenance, **report.environment},
+    )
+
+
+def _interval(result: CheckResult) -> Interval | None:
+    """What to draw of a result; None where there are no bounds or no limit."""
+    numbers = result.numbers
+    name = next((name for name in _ESTIMATES if name in numbers), None)
+    if name is None or "limit" not in numbers or "upper_bound" not in numbers:
+        return None
+    estimate, high, limit = numbers[name], numbers["upper_bound"], numbers["limit"]
+    low = numbers.get("lower_bound", estimate)
+    if not all(map(math.isfinite, (estimate, low, high, limit))):
+        return None
+    left, right = min(low, limit, 0.0), max(high, limit, 0.0)
+    margin = 0.08 * (right - left) or 1.0
+    left, right = left - margin, right + margin
+
+    def place(value: float) -> float:
+        return round(100 * (value - left) / (right - left), 2)
+
+    def show(value: float) -> str:
+        return f"{value:.3f}" if name in _PLAIN else f"{value:+.1%}"
+
+    return Interval(place(low), place(high), place(estimate), place(limit), show(estimate), show(limit))
+
+
+def _text_plots(report: GateReport) -> Iterator[Plot]:
+    for text in report.evidence.texts:
+        pairs = zip(text.base.served.nll_per_window, text.candidate.served.nll_per_window, strict=False)
+        values = [candidate - base for base, candidate in pairs]
+        labels = [f"window {at + 1}: {value:+.4f} nats" for at, value in enumerate(values)]
+        yield _plot(
+            f"{text.text}: what the candidate loses, window by window",
+            "Each dot is a piece of the text. Above the line the base predicts it better, below it the candidate.",
+            values,
+            labels,
+            [False] * len(values),
+            "nats per token",
+        )
+
+
+def _speed_plots(report: GateReport) -> Iterator[Plot]:
+    measured = report.evidence.speed
+    if measured is None:
+        return
+    for clients in dict.fromkeys(round.clients for round in measured.rounds):
+        rounds = [round for round in measured.rounds if round.clients == clients]
+        problems = contamination([round.host for round in rounds])
+        for metric in measured.metrics:
+            values = [_slowdown(metric, round) for round in rounds]
+            labels = [
+                f"round {round.number + 1}: {value:+.1%}{f', not used: {problem}' if problem else ''}"
+                for round, value, problem in zip(rounds, values, problems, strict=True)
+            ]
+            yield _plot(
+                f"{metric}, clients: {clients}: how much slower the candidate is, round by round",
+                "Above the line the candidate is slower. Hollow dots were measured on a disturbed host and not used.",
+                values,
+                labels,
+                [problem is not None for problem in problems],
+                "share of the base's",
+            )
+
+
+def _slowdown(metric: str, round: SpeedRound) -> float:
+    try:
+        base, candidate = speed.of_round(metric, round)
+    except ValueError:
+        return math.nan
+    return (base / candidate if metric in speed.RATES else candidate / base) - 1
+
+
+def _plot(
+    title: str, explanation: str, values: Sequence[float], labels: Sequence[str], odd: Sequence[bool], unit: str
+) -> Plot:
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    span = high - low or 1.0
+
+    def y(value: float) -> float:
+        return round(150 - 140 * (value - low) / span, 1)
+
+    step = 620 / max(len(values), 1)
+    dots = [
+        Dot(round(10 + step * (at + 0.5), 1), y(value) if math.isfinite(value) else y(0.0), label, is_odd)
+        for at, (value, label, is_odd) in enumerate(zip(values, labels, odd, strict=True))
+    ]
+    return Plot(title, explanation, dots, y(0.0), f"{high:+.3g} {unit}", f"{low:+.3g} {unit}")

@@ -1,0 +1,130 @@
+"""From what is asked to what will be done: everything that can be known to be right before measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from maskgen.core.checkpoint import SparseCheckpoint, check_directory
+from maskgen.core.config import CONFIG_KEY
+from maskgen.core.files import read_json
+from sparse_serve.gate.config import DType, GateConfig, QualityConfig, SpeedConfig
+from sparse_serve.gate.evidence import Limits
+from sparse_serve.gate.measure import Request
+from sparse_serve.gate.request import GateRequest
+from sparse_serve.gate.targets import Target, check_base, find
+from sparse_serve.runtime.errors import SettingsError
+
+PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
+"""Rounding of a dtype, as it shows in perplexity; beyond it something computes another function."""
+
+MAX_WINDOW_TOKENS = 2048
+PIECE_WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class MeasurementPlan:
+    """What will be measured. `base_matches`: the candidate was made from the base (None: it cannot be known).
+
+    `dtype` is what directories compute in, None without any. `request` is there for two directories that are measured
+    offline and served.
+    """
+
+    config: GateConfig
+    base: Target
+    candidate: Target
+    base_matches: bool | None
+    dtype: str | None
+    request: Request | None
+    limits: Limits
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """Both, by role."""
+        return {"base": self.base, "candidate": self.candidate}
+
+
+def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
+    """Check directories, texts and what they say of each other. Raises `SettingsError` or `FormatError`."""
+    if isinstance(asked, GateRequest):
+        _check_short_form(asked)
+        config = asked.config()
+    else:
+        config = asked
+    base, candidate = find(config.base), find(config.candidate)
+    matches = check_base(base, candidate, config.allow_other_base)
+    described = next((target for target in (base, candidate) if target.directory is not None), None)
+    dtype = None if described is None else config.dtype or stored_dtype(described.hf_config)
+    request = None
+    if config.quality is not None:
+        for text in config.quality.texts:
+            if text.is_dir() or not text.exists():
+                raise SettingsError(f"data {text}: no such file")
+        if config.quality.offline and base.directory is not None and candidate.directory is not None and dtype:
+            request = _request(config.quality, base, dtype)
+    if config.speed is not None:
+        tokenizers(base, candidate)
+    limits = _limits(config.quality, config.speed, dtype)
+    return MeasurementPlan(config, base, candidate, matches, dtype, request, limits)
+
+
+def tokenizers(base: Target, candidate: Target) -> dict[str, Path]:
+    """What `vllm bench serve` makes prompts with, by role. `SettingsError` where none is known."""
+    found = {}
+    for role, target, other in (("base", base, candidate), ("candidate", candidate, base)):
+        tokenizer = target.directory or target.config.tokenizer or other.directory or other.config.tokenizer
+        if tokenizer is None:
+            raise SettingsError(f"{role}.tokenizer: missing; `speed` needs a directory with the tokenizer of the model")
+        if not tokenizer.is_dir():
+            raise SettingsError(f"{role}.tokenizer: {tokenizer}: no such directory")
+        found[role] = tokenizer
+    return found
+
+
+def _check_short_form(request: GateRequest) -> None:
+    """The short form compares a sparse checkpoint with its dense base, and nothing else."""
+    SparseCheckpoint.open(request.sparse)
+    check_directory(request.dense)
+    if CONFIG_KEY in read_json(request.dense / "config.json"):
+        raise SettingsError(f"dense model {request.dense} has a {CONFIG_KEY}; expected a model that is not quantised")
+
+
+def _request(quality: QualityConfig, base: Target, dtype: str) -> Request:
+    window = default_window(base.hf_config) if quality.window_tokens is None else quality.window_tokens
+    context = base.hf_config.get("max_position_embeddings")
+    if type(context) is int and window >= context:
+        raise SettingsError(
+            f"window of {window} tokens: the model reads {context} tokens, so at most {context - 1} can be scored"
+        )
+    return Request(tuple(quality.texts), window, dtype, quality.max_windows, quality.bos)
+
+
+def _limits(quality: QualityConfig | None, speed: SpeedConfig | None, dtype: str | None) -> Limits:
+    limits: dict[str, Any] = {}
+    if quality is not None:
+        tolerance = PARITY_TOLERANCE[dtype or "bfloat16"]
+        limits |= {
+            "max_ppl_increase": quality.max_ppl_increase,
+            "parity_tolerance": tolerance if quality.parity_tolerance is None else quality.parity_tolerance,
+            "alpha": quality.alpha,
+            "max_kl": quality.max_kl,
+            "max_flips": quality.max_flips,
+        }
+    if speed is not None:
+        limits |= {"max_slowdown": speed.max_slowdown, "floor_ms": speed.floor_ms, "speed_alpha": speed.alpha}
+    return Limits(**limits)
+
+
+def stored_dtype(hf_config: dict[str, Any]) -> str:
+    """The checkpoint's dtype, from `config.json` (`dtype`, or `torch_dtype` in older files)."""
+    dtype, known = hf_config.get("dtype", hf_config.get("torch_dtype")), get_args(DType)
+    if dtype not in known:
+        raise SettingsError(f"config.json names dtype {dtype!r}; give a dtype, one of {list(known)}")
+    return str(dtype)
+
+
+def default_window(hf_config: dict[str, Any]) -> int:
+    """2048 tokens, or half the context of a model that has less than twice that."""
+    context = hf_config.get("max_position_embeddings")
+    return min(MAX_WINDOW_TOKENS, context // 2) if type(context) is int and context >= 4 else MAX_WINDOW_TOKENS

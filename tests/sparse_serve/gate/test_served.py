@@ -1,0 +1,217 @@
+"""Two servers by URL: log-probabilities over HTTP, tokens compared, and everything that can go wrong on the way."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_serve.cli.main import main
+from sparse_serve.gate import GateConfig, Verdict, run, served
+from sparse_serve.gate.endpoint import Endpoint
+from sparse_serve.runtime.errors import GateError, SettingsError
+
+TEXT = " ".join(f"word{number % 17}" for number in range(900))
+Answer = Callable[[dict[str, Any]], tuple[int, bytes]]
+
+
+def of_vllm(worse: float = 0.0, change: Callable[[dict[str, Any]], object] = lambda choice: None) -> Answer:
+    """Tokens are characters; each has log-probability -1 - `worse`, and another one the rest of the probability."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        ids, actual = list(map(ord, body["prompt"])), -1 - worse
+        other = math.log(1 - math.exp(actual))
+        entries = [{str(id_): _entry(id_, actual), str(id_ + 1): _entry(id_ + 1, other)} for id_ in ids[1:]]
+        choice = {"prompt_logprobs": [None, *entries], "prompt_token_ids": ids, "text": "x"}
+        change(choice)
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    return answer
+
+
+def of_openai(body: dict[str, Any]) -> tuple[int, bytes]:
+    """Knows `echo` only; the token it generates comes last."""
+    if not body.get("echo"):
+        return 200, json.dumps({"choices": [{"text": "x", "logprobs": None}]}).encode()
+    tokens = [*body["prompt"], "x"]
+    found = {
+        "tokens": tokens,
+        "token_logprobs": [None, *[-1.0] * (len(tokens) - 1)],
+        "top_logprobs": [None, *({token: -1.0, "other": -0.5} for token in tokens[1:])],
+    }
+    return 200, json.dumps({"choices": [{"text": "x", "logprobs": found}]}).encode()
+
+
+def _entry(token: int, logprob: float) -> dict[str, Any]:
+    return {"logprob": logprob, "rank": 1, "decoded_token": chr(token)}
+
+
+@contextmanager
+def server(answer: Answer, cut: int | None = None) -> Iterator[str]:
+    """The address of a server; with `cut`, of one whose answers end after so many bytes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send(200, b'{"data": [{"id": "m"}]}')
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert body["model"] == "m"
+            self.send(*answer(body))
+
+        def send(self, status: int, value: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(value)))
+            self.end_headers()
+            self.wfile.write(value if cut is None or self.command == "GET" else value[:cut])
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_port}"
+    finally:
+        listener.shutdown()
+        thread.join()
+        listener.server_close()
+
+
+def config(base: str, candidate: str, tmp_path: Path, **quality: Any) -> GateConfig:
+    (tmp_path / "a.txt").write_text(TEXT)
+    more = {"texts": [str(tmp_path / "a.txt")], "window_tokens": 50, **quality}
+    return GateConfig.of({"version": 1, "base": {"url": base}, "candidate": {"url": candidate}, "quality": more})
+
+
+@pytest.mark.parametrize(("worse", "verdict"), [(0.0, Verdict.PASS), (0.02, Verdict.PASS), (0.2, Verdict.FAIL)])
+def test_two_servers_are_gated(worse: float, verdict: Verdict, tmp_path: Path) -> None:
+    with server(of_vllm()) as base, server(of_vllm(worse)) as candidate:
+        report = run(config(base, candidate, tmp_path, max_kl=0.01, max_flips=0.1))
+    assert report.verdict is verdict
+    assert {result.check for result in report.results} == {"quality", "divergence"}
+    (text,) = report.evidence.texts
+    assert text.base.served.value == pytest.approx(math.e)
+    assert text.candidate.served.value == pytest.approx(math.exp(1 + worse))
+    assert text.divergence is not None and text.divergence.agreement == 1.0
+    p, q = math.exp(-1), math.exp(-1 - worse)
+    assert text.divergence.kl == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), abs=1e-9)
+    assert json.loads(report.to_json())["evidence"]["texts"][0]["divergence"]["exact"] is False
+    assert len(text.base.served.nll_per_window) == len(served.pieces(TEXT, 150, None)) > 8
+
+
+def test_a_server_that_only_echoes_is_gated_too(tmp_path: Path) -> None:
+    with server(of_openai) as base, server(of_openai) as candidate:
+        report = run(config(base, candidate, tmp_path, max_flips=0.0))
+    assert report.verdict is Verdict.PASS
+    with server(of_openai) as url, Endpoint(url) as endpoint:
+        assert endpoint.score("abc", 2).tokens == ("a", "b", "c")
+
+
+def drop_last(choice: dict[str, Any]) -> None:
+    choice["prompt_logprobs"].pop()
+
+
+def not_a_number(choice: dict[str, Any]) -> None:
+    next(iter(choice["prompt_logprobs"][5].values()))["logprob"] = math.nan
+
+
+def infinite(choice: dict[str, Any]) -> None:
+    next(iter(choice["prompt_logprobs"][5].values()))["logprob"] = -math.inf
+
+
+def other_token(choice: dict[str, Any]) -> None:
+    choice["prompt_token_ids"][7] += 1
+
+
+def without_ids(choice: dict[str, Any]) -> None:
+    del choice["prompt_token_ids"]
+
+
+def fails_in_the_middle() -> Answer:
+    good, asked = of_vllm(), [0]
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        asked[0] += 1
+        return (500, b"out of memory") if asked[0] >= 5 else good(body)
+
+    return answer
+
+
+BROKEN: dict[str, tuple[Answer, int | None, str]] = {
+    "500 in the middle": (fails_in_the_middle(), None, "status 500: 'out of memory'"),
+    "cut off": (of_vllm(), 400, "RemoteProtocolError"),
+    "no JSON": (lambda body: (200, b"<html>"), None, "is no JSON"),
+    "no object": (lambda body: (200, b"[]"), None, "expected an object"),
+    "no choices": (lambda body: (200, b'{"choices": []}'), None, "has no choices"),
+    "NaN": (of_vllm(change=not_a_number), None, "a log-probability in its answer is nan"),
+    "infinite": (of_vllm(change=infinite), None, "a log-probability in its answer is -inf"),
+    "fewer": (of_vllm(change=drop_last), None, "not of all its tokens"),
+    "without ids": (of_vllm(change=without_ids), None, "not of all its tokens"),
+    "no log-probabilities": (lambda body: (200, b'{"choices": [{"text": "x"}]}'), None, "has no log-probabilities"),
+    "other tokens": (lambda body: of_vllm()({**body, "prompt": body["prompt"] + "!"}), None, "make different tokens"),
+    "another token": (of_vllm(change=other_token), None, "not of all its tokens|make different tokens"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_server_that_breaks_is_an_error_never_a_verdict(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, cut, message = BROKEN[how]
+    with server(of_vllm()) as base, server(answer, cut) as candidate:
+        asked = config(base, candidate, tmp_path)
+        with pytest.raises(GateError, match=message):
+            run(asked)
+        (tmp_path / "gate.yaml").write_text(asked.model_dump_json(exclude_none=True))  # YAML has JSON in it
+        assert main(["gate", "run", str(tmp_path / "gate.yaml"), "--out", str(tmp_path / "out")]) == 3
+    assert "sparse-serve: error: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with server(of_vllm()) as base, server(of_vllm()) as gone:
+        asked = config(base, gone, tmp_path)
+    with server(of_vllm()) as base, pytest.raises(GateError, match="ConnectError"):
+        run(asked.model_copy(update={"base": config(base, base, tmp_path).base}))
+
+
+def test_the_key_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(Endpoint(stack.enter_context(server(of_vllm())) + "/v1"))
+        assert endpoint._client.headers["authorization"] == "Bearer secret"
+        assert endpoint.model == "m"
+        assert len(endpoint.score("hello", 1).logprobs) == 4
+
+
+def test_pieces_are_the_text() -> None:
+    cut = served.pieces(TEXT, 100, None)
+    assert TEXT.startswith("".join(cut))
+    assert all(80 < len(piece) <= 100 for piece in cut)
+    assert served.pieces(TEXT, 100, 3) == cut[:3]
+    assert served.pieces("short", 100, None) == ["short"]
+    assert served.pieces("x" * 250, 100, None) == ["x" * 100, "x" * 100]
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\x00", "is no plain text"), (b" \n", "is empty")])
+def test_what_is_no_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(SettingsError, match=message):
+        served.read_pieces(tmp_path / "a.txt", 10, None)
+
+
+def test_merged_divergence_is_a_lower_bound() -> None:
+    p, q = [0.5, 0.3, 0.15, 0.05], [0.3, 0.4, 0.1, 0.2]
+    exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    tops = [{at: math.log(value) for at, value in enumerate(values)} for values in (p, q)]
+    assert served.merged_kl(*tops) == pytest.approx(exact)
+    for kept in ({0, 1}, {0}, {2}, set()):
+        left, right = ({at: top[at] for at in kept} for top in tops)
+        assert 0 <= served.merged_kl(left, right) <= exact

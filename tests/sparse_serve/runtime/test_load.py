@@ -1,0 +1,111 @@
+"""The processes of benchmarks and of the gate without models: loads that fail, servers that are gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_serve.runtime import load, processes
+from sparse_serve.runtime.errors import BenchError
+from sparse_serve.runtime.load import Load, incomplete, serving
+from tests.sparse_serve.bench.test_serve import REPORT
+
+LOAD = Load(clients=2, requests=3, input_tokens=16, output_tokens=8)
+
+
+def test_a_report_of_unfinished_requests_is_no_figure() -> None:
+    assert incomplete(REPORT, LOAD) is None
+    refused = {"completed": 4, "total_output_tokens": 32, "errors": ["", "Traceback\nValueError: too long\n", ""]}
+    assert incomplete(refused, LOAD) == (
+        "4 of 6 requests were answered, with 32 tokens in all; expected 8 from each (ValueError: too long)"
+    )
+    assert "with 47 tokens in all; expected 8 from each" in str(incomplete(REPORT | {"total_output_tokens": 47}, LOAD))
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BenchError, match=r"ended with 2; the end of .*server\.log:\n  .*not a directory"),
+        serving(tmp_path / "nothing", [], tmp_path),
+    ):
+        pytest.fail("it started")
+
+
+def test_the_log_of_a_failure_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(load.tempfile, "tempdir", None)
+    kept = []
+    for error in (BenchError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), load.temporary("test-") as path:
+            kept.append(path)
+            raise error
+    assert [path.exists() for path in kept] == [True, False]
+
+
+STUB = """#!{python}
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("ready: a model\\n\\n  HTTP  http://127.0.0.1:1\\n", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("error", [BenchError, KeyboardInterrupt])
+def test_a_server_that_ignores_us_is_gone_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    monkeypatch.setattr(load.sys, "executable", str(stub))
+    monkeypatch.setattr(load, "_STOP_S", 0.1)
+    before = processes.descendants(os.getpid())
+    with pytest.raises(error), serving(tmp_path, [], tmp_path) as url:
+        assert url == "http://127.0.0.1:1"
+        family = processes.descendants(os.getpid()) - before
+        assert len(family) >= 2
+        raise error("somewhere in the middle")
+    deadline_s = time.monotonic() + 10
+    while any(map(processes.is_alive, family)):
+        assert time.monotonic() < deadline_s
+
+
+def fake_load(monkeypatch: pytest.MonkeyPatch, work_dir: Path, code: int, report: dict[str, Any] | None) -> None:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        assert {"--num-prompts=6", "--max-concurrency=2", "--random-output-len=8"} <= set(command)
+        options["stdout"].write(b"first\nValueError: no tokenizer\n")
+        if report is not None:
+            (work_dir / "report.json").write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(load.subprocess, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("code", "report", "message"),
+    [
+        (1, REPORT, "ended with 1"),
+        (0, None, "ended with 0"),
+        (0, REPORT | {"completed": 5}, r"5 of 6 requests were answered, .* \(no reason was given\)"),
+    ],
+)
+def test_load_that_fails_is_an_error_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, report: dict[str, Any] | None, message: str
+) -> None:
+    fake_load(monkeypatch, tmp_path, code, report)
+    with pytest.raises(BenchError, match=message + r"; the end of .*load\.log:\n  first\n  ValueError: no tokenizer"):
+        load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
+
+
+def test_a_report_loses_its_requests_and_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_load(monkeypatch, tmp_path, 0, REPORT | {"model_id": str(tmp_path), "tokenizer_id": str(tmp_path)})
+    report = load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
+    assert report["errors"] == [""] * 6
+    assert load.summary(report) == {name: value for name, value in REPORT.items() if name != "errors"}

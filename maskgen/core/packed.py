@@ -108,9 +108,11 @@ class PackedTensor:
         check_bits(self.bitmask, self.pattern, name)
 
     def verify_numbers(self, name: str = "weight") -> None:
-        """The part of `verify` that reads values: codes and scales. Float values may be anything."""
+        """The part of `verify` that reads values: codes and scales, or that none is NaN or infinite."""
         check_scale(self.scale, self.values, name)
         check_codes(self.values, name)
+        if self.scale is None and not torch.isfinite(self.values).all():
+            raise FormatError(f"{name}: the values hold NaN or infinity; download or make the checkpoint again")
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,15 @@ def check_cpu(args: Namespace) -> None:
         )
 
 
+def expect_all_weights(args: Namespace) -> None:
+    """A start without some tensor of a sparse checkpoint fails; of quantised models vLLM misses none unless asked to.
+
+    Other loaders than that of safetensors files do not know this setting.
+    """
+    if args.load_format in ("auto", "hf", "safetensors") and is_sparse_checkpoint(args.model):
+        args.model_loader_extra_config = {"enable_weights_track": True, **args.model_loader_extra_config}
+
+
 def set_common(environ: MutableMapping[str, str]) -> None:
     """Defaults for every machine, to be set before vLLM is imported."""
     environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

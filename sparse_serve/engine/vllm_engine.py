@@ -18,6 +18,7 @@ workers really hold on sparse kernels are compared with its manifest: vLLM merel
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -91,10 +92,13 @@ class VllmEngine:
             try:
                 await loaded
                 await self.client.reset_mm_cache()
-                return await self._describe()
+                info = await self._describe()
+                await self._warm_up()
+                return info
             except BaseException as error:
                 await self.stop(0.0)
-                if isinstance(error, SparseError) or not isinstance(error, Exception):
+                dead = isinstance(error, EngineDiedError)  # which says not why
+                if (isinstance(error, SparseError) and not dead) or not isinstance(error, Exception):
                     raise
                 logger.exception("vLLM did not start")
                 raise EngineStartError(f"the engine did not start: {startup_error() or reason(error)}") from None
@@ -146,6 +150,11 @@ class VllmEngine:
         assert self.args is not None
         model = self.client.model_config
         ranks = await self.client.collective_rpc("sparse_stats")
+        if broken := sorted({name for rank in ranks for name in rank["not_finite"]}):
+            raise EngineStartError(
+                f"{len(broken)} parameters of {self.args.model} hold NaN or infinity, such as {broken[0]}; download or "
+                "make the model again"
+            )
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
             _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served)
@@ -154,6 +163,15 @@ class VllmEngine:
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
         return replace(info, chat=chat, quality=known_quality(Path(self.args.model)))
+
+    async def _warm_up(self) -> None:
+        """One step through the whole model: what cannot serve fails here, and not in the first client's hands."""
+        (logprob,) = await self.score([0, 1])
+        if not math.isfinite(logprob):
+            raise EngineStartError(
+                f"the log-probability of a first token is {logprob}: this model cannot be served in "
+                f"{self.client.model_config.dtype}; try --dtype float32, or make the model again"
+            )
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
         raise SettingsError(reason(error)) from None
     vllm_defaults.resolve_hub_model(args, os.environ)
     vllm_defaults.check_tokenizer(args)
+    vllm_defaults.expect_all_weights(args)
     if on_cpu:
         args.dtype = _cpu_dtype(args)
     return args

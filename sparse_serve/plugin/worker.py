@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, TypedDict
 
+import torch
+from torch import nn
+
 
 class SparseStats(TypedDict):
     """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype.
 
-    `sparse_names` are the checkpoint's layers that are served sparse, several for one of vLLM's where it fuses them.
-    `kernels` counts layers; two kernels that share a layer are joined by `+`. `choices` are the fields of
-    `sparse_serve.engine.KernelChoice`, for each kind of layer and bucket of tokens that was measured.
+    `not_finite` are the parameters that hold NaN or infinity, by vLLM's names. `sparse_names` are the checkpoint's
+    layers that are served sparse, several for one of vLLM's where it fuses them. `kernels` counts layers; two kernels
+    that share a layer are joined by `+`. `choices` are the fields of `sparse_serve.engine.KernelChoice`, for each kind
+    of layer and bucket of tokens that was measured.
     """
 
     sparse_layers: int
@@ -24,6 +28,7 @@ class SparseStats(TypedDict):
     kernels: dict[str, int]
     choices: list[dict[str, Any]]
     sparse_names: list[str]
+    not_finite: list[str]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
 
@@ -46,6 +51,7 @@ class WorkerExtension:
             kernels={},
             choices=[],
             sparse_names=[],
+            not_finite=_not_finite(model),
             sparse_weight_bytes=0,
             dense_equivalent_bytes=0,
         )
@@ -71,3 +77,12 @@ class WorkerExtension:
                 for bucket in choice.buckets
             ]
         return stats
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Parameters that hold NaN or infinity, if they have 16 bits or more; codes have checks of their own."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.itemsize >= 2 and not torch.isfinite(parameter).all()
+    ]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests import models
 from tests.vllm.nursery import Nursery
-from tests.vllm.serving import make_checkpoint
+from tests.vllm.serving import SHAPE, make_checkpoint
 
 Refusal = Callable[..., str]
 
@@ -86,3 +91,60 @@ def test_what_is_wrong_with_a_dense_model(sparse: Path, refusal: Refusal, change
     file = sparse.parent / "dense" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert re.search(reason, refusal(file.parent))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        (
+            "model.layers.1.input_layernorm.weight",
+            None,
+            r"weights were not initialized from checkpoint: \{'model.layers.1.input_layernorm.weight'\}",
+        ),
+        (
+            "model.layers.1.mlp.down_proj.values",
+            math.inf,
+            "model.layers.1.mlp.down_proj: the values hold NaN or infinity; download",
+        ),
+    ],
+)
+def test_a_checkpoint_that_would_answer_wrongly_does_not_start(
+    sparse: Path, refusal: Refusal, name: str, damage: float | None, reason: str
+) -> None:
+    """One tensor is missing, or one of its numbers is none."""
+    spoil(sparse, name, damage)
+    assert re.search(reason, refusal(sparse))
+
+
+def test_a_norm_that_is_no_number_is_named(sparse: Path) -> None:
+    """By the engine, once it runs."""
+    spoil(sparse, "model.norm.weight", math.nan)
+    line = last_line(sparse)
+    assert re.search("error: 1 parameters of .*sparse hold NaN or infinity, such as model.norm.weight; download", line)
+
+
+def last_line(model: Path) -> str:
+    """What a failed start says last, started as users do: a forked engine would pass the signal that ends it on to the
+    server."""
+    argv = ["-m", "sparse_serve.cli.main", "serve", model, "--http-port=0", "--grpc-port=0"]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+    assert done.returncode == 2
+    return done.stderr.splitlines()[-1]
+
+
+def spoil(checkpoint: Path, name: str, number: float | None) -> None:
+    """Take a tensor out of a checkpoint, or put a number in it."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensor = tensors.pop(name)
+    if number is not None:
+        tensor.view(-1)[0] = number
+        tensors[name] = tensor
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def test_a_model_that_dies_in_its_first_step_does_not_start(sparse: Path) -> None:
+    """vLLM's CPU attention has no heads of 16; it gets ready all the same."""
+    models.save("llama", sparse.parent / "small", **{**SHAPE, "num_attention_heads": 8, "num_key_value_heads": 8})
+    assert "the engine did not start: Unsupported CPU attention configuration: head_dim=16" in last_line(
+        sparse.parent / "small"
+    )

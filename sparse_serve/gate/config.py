@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from maskgen.core.errors import clip
+from sparse_serve.gate import task_pack
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.runtime.errors import SettingsError
 
@@ -117,6 +118,18 @@ class SpeedConfig(_Section):
     budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900
 
 
+class TasksConfig(_Section):
+    """Samples with one right ending among several, through servers: names of the pack, or files of JSON lines.
+
+    See `sparse_serve.gate.tasks` for the form of a file, and `sparse_serve.gate.task_pack` for the pack.
+    """
+
+    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_once)]
+    max_samples: Count | None = None
+    max_drop: Fraction = _DEFAULTS.max_task_drop
+    alpha: Alpha = _DEFAULTS.task_alpha
+
+
 class GateConfig(_Section):
     """Everything `sparse_serve.gate.run` needs. `dtype` is what directories compute in, by default the base's own.
 
@@ -130,11 +143,12 @@ class GateConfig(_Section):
     allow_other_base: bool = False
     quality: QualityConfig | None = None
     speed: SpeedConfig | None = None
+    tasks: TasksConfig | None = None
 
     @model_validator(mode="after")
     def _something(self) -> GateConfig:
-        if self.quality is None and self.speed is None:
-            raise ValueError("nothing to measure; give `quality`, `speed` or both")
+        if self.quality is None and self.speed is None and self.tasks is None:
+            raise ValueError("nothing to measure; give `quality`, `speed` or `tasks`")
         return self
 
     @staticmethod
@@ -168,7 +182,7 @@ class GateConfig(_Section):
         """The base against itself, in speed alone: what the host can tell. `SettingsError` without `speed`."""
         if self.speed is None:
             raise SettingsError("speed: missing; a calibration measures the speed of the base against itself")
-        return self.model_copy(update={"candidate": self.base, "quality": None})
+        return self.model_copy(update={"candidate": self.base, "quality": None, "tasks": None})
 
     def _below(self, folder: Path) -> GateConfig:
         def moved(target: TargetConfig) -> TargetConfig:
@@ -178,7 +192,11 @@ class GateConfig(_Section):
         quality = self.quality
         if quality is not None:
             quality = quality.model_copy(update={"texts": [folder / text for text in quality.texts]})
-        update = {"base": moved(self.base), "candidate": moved(self.candidate), "quality": quality}
+        tasks = self.tasks
+        if tasks is not None:
+            names = [task if task in task_pack.NAMES else str(folder / task) for task in tasks.tasks]
+            tasks = tasks.model_copy(update={"tasks": names})
+        update = {"base": moved(self.base), "candidate": moved(self.candidate), "quality": quality, "tasks": tasks}
         return self.model_copy(update=update)
 
 

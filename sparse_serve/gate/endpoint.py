@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from maskgen.core.errors import clip
 from sparse_serve.runtime.errors import GateError
 
 TIMEOUT_S = 600.0
+CONCURRENT_TEXTS = 8
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
@@ -75,6 +77,14 @@ class Endpoint:
                 return self._checked(_from_ids(choice))
             self._echoes = True
         return self._checked(_from_echo(self._choice(asked | {"echo": True, "logprobs": top_k})))
+
+    def score_all(self, texts: Sequence[str], top_k: int) -> list[ScoredText]:
+        """Score several texts, a few at a time, in their order."""
+        if not texts:
+            return []
+        first = self.score(texts[0], top_k)  # it finds out how to ask
+        with ThreadPoolExecutor(CONCURRENT_TEXTS) as pool:
+            return [first, *pool.map(lambda text: self.score(text, top_k), texts[1:])]
 
     def _checked(self, found: ScoredText | None) -> ScoredText:
         if found is None or len(found.tokens) < 2:

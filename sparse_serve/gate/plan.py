@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -9,11 +10,13 @@ from typing import Any, get_args
 from maskgen.core.checkpoint import SparseCheckpoint, check_directory
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.files import read_json
-from sparse_serve.gate.config import DType, GateConfig, QualityConfig, SpeedConfig
+from sparse_serve.gate import tasks
+from sparse_serve.gate.config import DType, GateConfig, QualityConfig
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.measure import Request
 from sparse_serve.gate.request import GateRequest
 from sparse_serve.gate.targets import Target, check_base, find
+from sparse_serve.gate.task_pack import Sample
 from sparse_serve.runtime.errors import SettingsError
 
 PARITY_TOLERANCE = {"float32": 0.001, "bfloat16": 0.01, "float16": 0.01}
@@ -28,7 +31,7 @@ class MeasurementPlan:
     """What will be measured. `base_matches`: the candidate was made from the base (None: it cannot be known).
 
     `dtype` is what directories compute in, None without any. `request` is there for two directories that are measured
-    offline and served.
+    offline and served. `samples` are those of every task, by its name.
     """
 
     config: GateConfig
@@ -38,6 +41,7 @@ class MeasurementPlan:
     dtype: str | None
     request: Request | None
     limits: Limits
+    samples: Mapping[str, Sequence[Sample]]
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -65,8 +69,11 @@ def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
             request = _request(config.quality, base, dtype)
     if config.speed is not None:
         tokenizers(base, candidate)
-    limits = _limits(config.quality, config.speed, dtype)
-    return MeasurementPlan(config, base, candidate, matches, dtype, request, limits)
+    samples: dict[str, list[Sample]] = {}
+    if config.tasks is not None:
+        samples = {Path(task).name: tasks.read(task, config.tasks.max_samples) for task in config.tasks.tasks}
+    limits = _limits(config, dtype)
+    return MeasurementPlan(config, base, candidate, matches, dtype, request, limits, samples)
 
 
 def tokenizers(base: Target, candidate: Target) -> dict[str, Path]:
@@ -100,8 +107,9 @@ def _request(quality: QualityConfig, base: Target, dtype: str) -> Request:
     return Request(tuple(quality.texts), window, dtype, quality.max_windows, quality.bos)
 
 
-def _limits(quality: QualityConfig | None, speed: SpeedConfig | None, dtype: str | None) -> Limits:
+def _limits(config: GateConfig, dtype: str | None) -> Limits:
     limits: dict[str, Any] = {}
+    quality, speed = config.quality, config.speed
     if quality is not None:
         tolerance = PARITY_TOLERANCE[dtype or "bfloat16"]
         limits |= {
@@ -113,6 +121,8 @@ def _limits(quality: QualityConfig | None, speed: SpeedConfig | None, dtype: str
         }
     if speed is not None:
         limits |= {"max_slowdown": speed.max_slowdown, "floor_ms": speed.floor_ms, "speed_alpha": speed.alpha}
+    if config.tasks is not None:
+        limits |= {"max_task_drop": config.tasks.max_drop, "task_alpha": config.tasks.alpha}
     return Limits(**limits)
 
 

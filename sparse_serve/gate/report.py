@@ -94,8 +94,10 @@ def _perplexities(text: TextEvidence) -> Iterator[str]:
         offline = f"{candidate.offline.value / base.offline.value - 1:+.2%}"
     yield f"| increase | {offline} | {candidate.served.value / base.served.value - 1:+.2%} |"
     yield ""
+    how = "pieces of text, as the servers tokenise them"
     yield (
-        f"Protocol: {base.served.protocol.describe()}; {len(base.served.nll_per_window)} windows, "
+        f"Protocol: {how if base.offline is None else base.served.protocol.describe()}; "
+        f"{len(base.served.nll_per_window)} windows, "
         f"{sum(base.served.scored_tokens_per_window)} scored tokens."
     )
     yield ""

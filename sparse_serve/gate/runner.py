@@ -12,9 +12,9 @@ from typing import Any
 import sparse_serve.gate.checks as checks_folder
 from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.gate import served, speed
+from sparse_serve.gate import served, speed, tasks
 from sparse_serve.gate.endpoint import Endpoint
-from sparse_serve.gate.evidence import Evidence, Limits, Scores, TextEvidence
+from sparse_serve.gate.evidence import Evidence, Limits, Scores, TaskEvidence, TextEvidence
 from sparse_serve.gate.measure import MakeEngine, measure_offline, measure_served
 from sparse_serve.gate.plan import PIECE_WINDOW_TOKENS, MeasurementPlan, tokenizers
 from sparse_serve.gate.report import GateReport
@@ -54,18 +54,22 @@ def run(
     `engine_factory` takes a dtype, a context length in tokens and flags; default: vLLM's. Environment variables that
     starting engines sets are put back as they were (`environment.restored`).
     """
-    quality, through_servers = todo.config.quality, todo.config.quality is not None and todo.request is None
+    through_servers = todo.config.quality is not None and todo.request is None
     both_stacks = 4 if todo.request is not None else 0
-    steps = _Steps(both_stacks + through_servers + (todo.config.speed is not None), on_step)
+    wants_speed, wants_tasks = todo.config.speed is not None, todo.config.tasks is not None
+    steps = _Steps(both_stacks + through_servers + wants_tasks + wants_speed, on_step)
     evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo)}
     with environment.restored(), temporary("sparse-serve-gate-") as work:
         if todo.request is not None:
             evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps)
-        if through_servers or todo.config.speed is not None:
+        if through_servers or wants_tasks or wants_speed:
             with _servers(todo, work, steps) as servers:
-                if quality is not None and through_servers:
+                if through_servers:
                     steps.begin("both targets through their servers")
                     evidence["texts"] = _through_servers(todo, servers, steps)
+                if wants_tasks:
+                    steps.begin("tasks")
+                    evidence["tasks"] = _tasks(todo, servers, steps)
                 if todo.config.speed is not None:
                     steps.begin("speed")
                     evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
@@ -127,12 +131,14 @@ def _through_servers(todo: MeasurementPlan, servers: Mapping[str, speed.Served],
     with Endpoint(base.url, base.model) as left, Endpoint(candidate.url, candidate.model) as right:
         for text in quality.texts:
             cut = served.read_pieces(text, quality.window_tokens or PIECE_WINDOW_TOKENS, quality.max_windows)
-
-            def tell(at: int, name: str = text.name, of: int = len(cut)) -> None:
-                steps.tell(f"{name}: piece {at + 1} of {of}")
-
-            found.append(served.measure(text.name, cut, left, right, quality.top_k, tell))
+            found.append(served.measure(text.name, cut, left, right, quality.top_k, steps.tell))
     return found
+
+
+def _tasks(todo: MeasurementPlan, servers: Mapping[str, speed.Served], steps: _Steps) -> list[TaskEvidence]:
+    base, candidate = servers["base"], servers["candidate"]
+    with Endpoint(base.url, base.model) as left, Endpoint(candidate.url, candidate.model) as right:
+        return [tasks.measure(name, samples, left, right, steps.tell) for name, samples in todo.samples.items()]
 
 
 def packed_fraction(todo: MeasurementPlan) -> float | None:

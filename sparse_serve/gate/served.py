@@ -47,15 +47,16 @@ def read_pieces(path: Path, window_tokens: int, most: int | None) -> list[str]:
 
 
 def measure(
-    name: str, texts: list[str], base: Endpoint, candidate: Endpoint, top_k: int, on_piece: Callable[[int], None]
+    name: str, texts: list[str], base: Endpoint, candidate: Endpoint, top_k: int, on_target: Callable[[str], None]
 ) -> TextEvidence:
     """Score every piece of the text called `name` with both. Raises `GateError`, also for different tokens."""
-    pairs = []
-    for at, text in enumerate(texts):
-        on_piece(at)
-        pair = base.score(text, top_k), candidate.score(text, top_k)
+    scored_by = []
+    for role, endpoint in (("base", base), ("candidate", candidate)):
+        on_target(f"{name}: {len(texts)} pieces, {role}")
+        scored_by.append(endpoint.score_all(texts, top_k))
+    pairs = list(zip(*scored_by, strict=True))
+    for at, pair in enumerate(pairs):
         _check_same(name, at, *pair)
-        pairs.append(pair)
     scored = [len(left.logprobs) for left, _ in pairs]
     protocol = Protocol(window_tokens=max(scored) + 1, max_windows=len(pairs))
     digest = digest_bytes("\n".join(repr(left.ids or left.tokens) for left, _ in pairs).encode("utf-8"))
@@ -94,7 +95,7 @@ def _divergence(base: ScoredText, candidate: ScoredText) -> tuple[float, float]:
 
 
 def merged_kl(base: Mapping[int | str, float], candidate: Mapping[int | str, float]) -> float:
-    """KL divergence over the tokens that both name, by log-probability, and all others taken as one."""
+    """KL divergence of the merged distributions, by log-probability: no larger than the true one."""
     shared = [(base[token], candidate[token]) for token in base.keys() & candidate.keys()]
     left = max(1 - math.fsum(math.exp(p) for p, _ in shared), _LEAST)
     right = max(1 - math.fsum(math.exp(q) for _, q in shared), _LEAST)

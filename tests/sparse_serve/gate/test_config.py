@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(path: str, value: Any, m
 
 
 def test_a_gate_that_measures_nothing_is_refused() -> None:
-    with pytest.raises(SettingsError, match="gate: nothing to measure; give `quality`, `speed` or both"):
+    with pytest.raises(SettingsError, match="gate: nothing to measure; give `quality`, `speed` or `tasks`"):
         GateConfig.of({name: GOOD[name] for name in ("version", "base", "candidate")})
 
 
@@ -105,9 +105,14 @@ def test_init_writes_a_file_that_run_reads(tmp_path: Path, capsys: pytest.Captur
     assert main(["gate", "init", str(file)]) == 0
     config = GateConfig.load(file)
     assert config.quality is not None and config.quality.max_ppl_increase == 0.05
-    commented = file.read_text("utf-8").split("# speed:")[1]
-    speed = yaml.safe_load("speed:" + commented.replace("\n#", "\n"))
-    assert GateConfig.of({**GOOD, **speed}).speed == GateConfig.of({**GOOD, "speed": {}}).speed, "it shows the defaults"
+    text = file.read_text("utf-8")
+    for name, least in (
+        ("speed", {}),
+        ("tasks", {"tasks": ["agreement", "arithmetic", "recall"], "max_samples": 1000}),
+    ):
+        commented = text.split(f"# {name}:")[1].split("\n\n")[0]
+        shown = yaml.safe_load(f"{name}:" + commented.replace("\n#", "\n"))
+        assert GateConfig.of({**GOOD, **shown}) == GateConfig.of({**GOOD, name: least}), "it shows the defaults"
     assert main(["gate", "init", str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["gate", "run", str(file), "--out", str(tmp_path / "out")]) == 2, "there is no model of that name"

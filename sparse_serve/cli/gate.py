@@ -153,6 +153,7 @@ def _read(args: argparse.Namespace) -> int:
 def _run(asked: GateConfig | GateRequest, out: Path) -> int:
     from sparse_serve.gate import plan, runner  # torch, which --help does not need
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
     check_writable(*GateReport.files(out))
     todo = plan.plan(asked)
     try:

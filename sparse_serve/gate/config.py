@@ -22,14 +22,14 @@ from sparse_serve.runtime.errors import SettingsError
 VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
 _DEFAULTS = Limits()
-_METRIC = re.compile(r"throughput|(ttft|itl|e2e)_p([1-9]|[1-9]\d)")
+_METRIC = re.compile(r"throughput|goodput|(ttft|itl|e2e)_p([1-9]|[1-9]\d)")
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 def _metric(name: str) -> str:
     if not _METRIC.fullmatch(name):
-        raise ValueError("expected throughput, or ttft_pN, itl_pN or e2e_pN with a percentile N from 1 to 99")
+        raise ValueError("expected throughput, goodput, or ttft_pN, itl_pN or e2e_pN with a percentile N from 1 to 99")
     return name
 
 
@@ -99,7 +99,8 @@ class QualityConfig(_Section):
 class SpeedConfig(_Section):
     """Rounds of base, candidate, candidate, base under the load of `vllm bench serve`, at each number of `clients`.
 
-    Rounds are added until every metric is decided, for at most `budget_s` seconds.
+    Rounds are added until every metric is decided, for at most `budget_s` seconds. `goodput` is the rate of requests
+    whose first token and whose end come within `slo_ttft_ms` and `slo_e2e_ms`, where given.
     """
 
     clients: Annotated[list[Count], Field(min_length=1), AfterValidator(_once)] = [1, 4]
@@ -114,8 +115,16 @@ class SpeedConfig(_Section):
     ]
     max_slowdown: Fraction = _DEFAULTS.max_slowdown
     floor_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _DEFAULTS.floor_ms
-    alpha: Alpha = _DEFAULTS.alpha
+    slo_ttft_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    slo_e2e_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    alpha: Alpha = _DEFAULTS.speed_alpha
     budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900
+
+    @model_validator(mode="after")
+    def _goodput_has_an_slo(self) -> SpeedConfig:
+        if "goodput" in self.metrics and self.slo_ttft_ms is None and self.slo_e2e_ms is None:
+            raise ValueError("`goodput` needs `slo_ttft_ms`, `slo_e2e_ms` or both")
+        return self
 
 
 class TasksConfig(_Section):
@@ -234,6 +243,6 @@ def _explain(error: ValidationError) -> str:
         return f"{path}: missing"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if isinstance(problem["input"], dict | GateConfig | TargetConfig):
+    if isinstance(problem["input"], dict | BaseModel):
         return f"{path}: {message}" if path else message
     return f"{path}: {clip(problem['input'])}: {message}"

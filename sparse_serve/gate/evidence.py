@@ -35,7 +35,7 @@ class Limits:
     max_flips: float | None = None
     max_slowdown: float = 0.03
     floor_ms: float = 1.0
-    speed_alpha: float = 0.05
+    speed_alpha: float = 0.02
     speed_pass_alpha: float = 0.001
     max_task_drop: float = 0.01
     task_alpha: float = 0.02
@@ -101,7 +101,8 @@ class HostReading:
 
 @dataclass(frozen=True)
 class SpeedRun:
-    """One target under one load: a number per answered request (`itl_ms`: per token but each first one).
+    """One target under one load: a number per answered request, and for `itl_ms` per arrival of tokens after the
+    first one's.
 
     `failed` counts requests that failed, or stopped before their last token.
     """
@@ -127,10 +128,15 @@ class SpeedRound:
 
 @dataclass(frozen=True)
 class SpeedEvidence:
-    """All rounds, and the names of the metrics to judge (`checks/speed.py`)."""
+    """All rounds, and the names of the metrics to judge (`checks/speed.py`).
+
+    `slo_ttft_ms` and `slo_e2e_ms` say which requests goodput counts.
+    """
 
     rounds: Sequence[SpeedRound]
     metrics: Sequence[str]
+    slo_ttft_ms: float | None = None
+    slo_e2e_ms: float | None = None
 
 
 @dataclass(frozen=True)

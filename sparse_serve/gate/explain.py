@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sparse_serve.gate.verdict import Verdict
+from sparse_serve.gate.verdict import CheckResult, Verdict
 
 MEANING = {
     "quality": "How much worse the candidate predicts held-out text. Perplexity is compared window by window.",
@@ -55,14 +55,20 @@ def next_step(check: str, verdict: Verdict) -> str:
     return NEXT.get((check, verdict), "")
 
 
+def worst_first(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """Results in the order in which they matter."""
+    order = list(Verdict)
+    return sorted(results, key=lambda result: -order.index(result.verdict))
+
+
 def explain(report: Mapping[str, Any]) -> Iterator[str]:
     """A report (`report_file.load`) as lines for people, the worst results first."""
-    verdict, order = Verdict(report["verdict"]), list(Verdict)
+    verdict = Verdict(report["verdict"])
     provenance = report["provenance"]
     yield f"{verdict.value.upper()}: {headline(verdict)}"
     yield f"base {provenance.get('base', '?')}, candidate {provenance.get('candidate', '?')}"
-    results = sorted(report["results"], key=lambda result: -order.index(Verdict(result["verdict"])))
-    for result in results:
+    order = list(Verdict)
+    for result in sorted(report["results"], key=lambda result: -order.index(Verdict(result["verdict"]))):
         check, found = result["check"], Verdict(result["verdict"])
         yield ""
         subject = f" ({result['subject']})" if result["subject"] else ""

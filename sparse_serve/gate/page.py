@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sparse_serve.gate import explain
 from sparse_serve.gate.checks import speed
-from sparse_serve.gate.evidence import SpeedRound
+from sparse_serve.gate.evidence import SpeedEvidence, SpeedRound
 from sparse_serve.gate.host import contamination
 from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.verdict import CheckResult
@@ -71,7 +71,7 @@ def page(report: GateReport) -> str:
                 explain.next_step(result.check, result.verdict),
                 _interval(result),
             )
-            for result in report.results
+            for result in explain.worst_first(report.results)
         ],
         plots=[*_text_plots(report), *_speed_plots(report)],
         facts={**report.provenance, **report.environment},
@@ -112,7 +112,7 @@ def _text_plots(report: GateReport) -> Iterator[Plot]:
             values,
             labels,
             [False] * len(values),
-            "nats per token",
+            "{:+.3g} nats per token",
         )
 
 
@@ -124,7 +124,7 @@ def _speed_plots(report: GateReport) -> Iterator[Plot]:
         rounds = [round for round in measured.rounds if round.clients == clients]
         problems = contamination([round.host for round in rounds])
         for metric in measured.metrics:
-            values = [_slowdown(metric, round) for round in rounds]
+            values = [_slowdown(metric, round, measured) for round in rounds]
             labels = [
                 f"round {round.number + 1}: {value:+.1%}{f', not used: {problem}' if problem else ''}"
                 for round, value, problem in zip(rounds, values, problems, strict=True)
@@ -135,31 +135,36 @@ def _speed_plots(report: GateReport) -> Iterator[Plot]:
                 values,
                 labels,
                 [problem is not None for problem in problems],
-                "share of the base's",
+                "{:+.1%}",
             )
 
 
-def _slowdown(metric: str, round: SpeedRound) -> float:
+def _slowdown(metric: str, round: SpeedRound, measured: SpeedEvidence) -> float:
     try:
-        base, candidate = speed.of_round(metric, round)
+        base, candidate = speed.of_round(metric, round, measured)
     except ValueError:
         return math.nan
     return (base / candidate if metric in speed.RATES else candidate / base) - 1
 
 
 def _plot(
-    title: str, explanation: str, values: Sequence[float], labels: Sequence[str], odd: Sequence[bool], unit: str
+    title: str,
+    explanation: str,
+    values: Sequence[float],
+    labels: Sequence[str],
+    odd: Sequence[bool],
+    show: str,
 ) -> Plot:
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     span = high - low or 1.0
 
     def y(value: float) -> float:
-        return round(150 - 140 * (value - low) / span, 1)
+        return round(140 - 120 * (value - low) / span, 1)
 
     step = 620 / max(len(values), 1)
     dots = [
         Dot(round(10 + step * (at + 0.5), 1), y(value) if math.isfinite(value) else y(0.0), label, is_odd)
         for at, (value, label, is_odd) in enumerate(zip(values, labels, odd, strict=True))
     ]
-    return Plot(title, explanation, dots, y(0.0), f"{high:+.3g} {unit}", f"{low:+.3g} {unit}")
+    return Plot(title, explanation, dots, y(0.0), show.format(high), show.format(low))

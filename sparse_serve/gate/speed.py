@@ -77,9 +77,13 @@ def rounds(
             on_round(f"round {number + 1}, clients: {load.clients}")
             found.append(_round(number, load, targets, run_load, pids))
         longest_s = max(longest_s, time.monotonic() - began)
-        if number + 1 in check.LOOKS and _is_decided(SpeedEvidence(found, config.metrics), limits):
+        if number + 1 in check.LOOKS and _is_decided(_evidence(found, config), limits):
             break
-    return SpeedEvidence(found, config.metrics)
+    return _evidence(found, config)
+
+
+def _evidence(found: Sequence[SpeedRound], config: SpeedConfig) -> SpeedEvidence:
+    return SpeedEvidence(found, config.metrics, config.slo_ttft_ms, config.slo_e2e_ms)
 
 
 def _round(

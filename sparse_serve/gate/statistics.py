@@ -26,7 +26,7 @@ MIN_WINDOWS = 8
 
 _RESAMPLES = 5_000
 _ROUND_RESAMPLES = 2_000
-_MIN_BLOCKS = 30
+_MIN_BLOCKS = 20
 _NO_SPREAD = 1e-9
 """Values that vary by less than this vary by rounding only; a bootstrap of them divides by zero."""
 
@@ -63,7 +63,7 @@ class PairedCounts:
 def mean_bounds(values: Sequence[float] | np.ndarray, alpha: float, seed: int = 0) -> Bounds:
     """Bounds of the mean of `values`, one number per window, in the order of the text.
 
-    Neighbours form blocks of at most the cube root of their number, as long as there are 30 blocks.
+    Neighbours form blocks of at most the cube root of their number, as long as there are 20 blocks.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparse_serve.gate.evidence import Evidence, Limits, SpeedRound, SpeedRun
+from sparse_serve.gate.evidence import Evidence, Limits, SpeedEvidence, SpeedRound, SpeedRun
 from sparse_serve.gate.host import contamination
 from sparse_serve.gate.statistics import Bounds, ratio_bounds
 from sparse_serve.gate.verdict import CheckResult, Verdict
@@ -47,14 +47,14 @@ def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
     results = []
     for clients in loads:
         rounds = [round for round in speed.rounds if round.clients == clients]
-        results += [_judge(metric, rounds, limits, tests) for metric in speed.metrics]
+        results += [_judge(metric, rounds, speed, limits, tests) for metric in speed.metrics]
     return results
 
 
-def _judge(metric: str, rounds: Sequence[SpeedRound], limits: Limits, tests: int) -> CheckResult:
+def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limits: Limits, tests: int) -> CheckResult:
     subject = f"{metric}, {rounds[0].clients} client{'s' * (rounds[0].clients != 1)}"
     try:
-        measured = [of_round(metric, round) for round in rounds]
+        measured = [of_round(metric, round, speed) for round in rounds]
     except ValueError as error:
         return CheckResult("speed", Verdict.ERROR, str(error), {}, subject)
     disturbed = contamination([round.host for round in rounds])
@@ -99,17 +99,17 @@ def _verdict(bounds: Bounds, limit: float) -> Verdict:
     return Verdict.PASS if is_fine and bounds.high - 1 <= limit else Verdict.INCONCLUSIVE
 
 
-RATES = {"throughput": "tokens/s"}
+RATES = {"throughput": "tokens/s", "goodput": "requests/s"}
 """Metrics of which more is better, with their unit. The others are times: `ttft_p50`, `itl_p99`, `e2e_p95` ..."""
 
 
-def of_round(metric: str, round: SpeedRound) -> tuple[float, float]:
+def of_round(metric: str, round: SpeedRound, speed: SpeedEvidence) -> tuple[float, float]:
     """Base and candidate: geometric means of their two runs. `ValueError` for runs that cannot be compared."""
     values: dict[str, list[float]] = {"base": [], "candidate": []}
     for one in round.runs:
         if one.failed:
             raise ValueError(f"round {round.number}: {one.failed} requests to the {one.target} failed or stopped early")
-        value = metric_of(metric, one)
+        value = metric_of(metric, one, speed)
         if not math.isfinite(value) or value <= 0:
             raise ValueError(f"round {round.number}: {metric} of the {one.target} is {value}")
         values[one.target].append(value)
@@ -118,8 +118,15 @@ def of_round(metric: str, round: SpeedRound) -> tuple[float, float]:
     return statistics.geometric_mean(values["base"]), statistics.geometric_mean(values["candidate"])
 
 
-def metric_of(metric: str, run: SpeedRun) -> float:
-    """A metric's value in one run: tokens per second, or a percentile in milliseconds; NaN without samples."""
+def metric_of(metric: str, run: SpeedRun, speed: SpeedEvidence) -> float:
+    """A metric's value in one run: tokens or good requests per second, or a percentile in milliseconds.
+
+    NaN without samples. Half a request is added to the good ones, so that a run without any has a ratio, too.
+    """
+    if metric == "goodput":
+        most = [math.inf if slo is None else slo for slo in (speed.slo_ttft_ms, speed.slo_e2e_ms)]
+        good = sum(ttft <= most[0] and e2e <= most[1] for ttft, e2e in zip(run.ttft_ms, run.e2e_ms, strict=True))
+        return (good + 0.5) / run.duration_s if run.ttft_ms and run.duration_s > 0 else math.nan
     if metric == "throughput":
         return run.output_tokens / run.duration_s if run.duration_s > 0 else math.nan
     name, _, percentile = metric.partition("_p")

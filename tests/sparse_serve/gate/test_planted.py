@@ -75,6 +75,12 @@ def test_two_per_cent_of_perplexity_is_caught_at_a_limit_of_one() -> None:
     assert counts[Verdict.PASS] == 0
 
 
+def test_at_the_limit_each_error_is_about_as_rare_as_alpha_says() -> None:
+    counts = verdicts(quality_run(math.log1p(0.01), 0.01, texts=1))
+    assert 0 < counts[Verdict.PASS] <= 0.1 * RUNS
+    assert 0 < counts[Verdict.FAIL] <= 0.1 * RUNS
+
+
 def test_one_bad_text_among_good_ones_is_caught() -> None:
     def run(seed: int) -> Verdict:
         good, bad = quality_run(0.0, 0.01), quality_run(math.log1p(0.02), 0.01, texts=1)
@@ -104,7 +110,7 @@ def test_five_per_cent_on_a_quiet_host_is_caught() -> None:
 
 
 def test_identical_servers_do_not_fail_and_pass_on_a_quiet_host() -> None:
-    assert verdicts(speed_run(0.0, 0.15))[Verdict.FAIL] < 0.02 * RUNS
+    assert verdicts(speed_run(0.0, 0.15))[Verdict.FAIL] < 0.015 * RUNS
     quiet = verdicts(speed_run(0.0, 0.02))
     assert quiet[Verdict.FAIL] == 0
     assert quiet[Verdict.PASS] >= 0.9 * RUNS
@@ -139,6 +145,18 @@ def test_a_slowdown_below_the_floor_is_no_regression() -> None:
     slow = replace(rounds(slowdown=0.5), metrics=["ttft_p50"])
     assert worst(speed.run(Evidence(speed=slow), Limits(floor_ms=1.0))) is Verdict.FAIL
     assert worst(speed.run(Evidence(speed=slow), Limits(floor_ms=60.0))) is Verdict.PASS
+
+
+def test_goodput_counts_requests_within_the_slo() -> None:
+    """A time of 100 ms to the first token and 300 ms to the last, times 1.5 for the candidate."""
+    slow = replace(rounds(slowdown=0.5, noise=0.0), metrics=["goodput"])
+    by_slo = {(120.0, None): Verdict.FAIL, (None, 400.0): Verdict.FAIL, (50.0, 100.0): Verdict.FAIL}
+    for (ttft, e2e), verdict in by_slo.items():
+        (result,) = speed.run(Evidence(speed=replace(slow, slo_ttft_ms=ttft, slo_e2e_ms=e2e)), Limits())
+        assert result.verdict is verdict
+        assert result.numbers["base"] == pytest.approx(0.5 if (ttft, e2e) == (50.0, 100.0) else 4.5)
+    same = replace(rounds(), metrics=["goodput"], slo_ttft_ms=1000.0)
+    assert worst(speed.run(Evidence(speed=same), Limits())) is Verdict.PASS
 
 
 @pytest.mark.parametrize(

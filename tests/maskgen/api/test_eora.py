@@ -18,6 +18,7 @@ from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.errors import DataError, FormatError, ModelError, OutputExistsError, RecipeError, RequestError
 from maskgen.core.quality import Quality
 from maskgen.hf import model
+from maskgen.methods import Drift
 from maskgen.methods.correction.eora import EoRA
 from maskgen.recipes.recipe import RECIPE_FILE
 from tests import models
@@ -89,21 +90,38 @@ def layer_inputs(served: nn.Module, name: str, windows: Tensor) -> Tensor:
     return found[0]
 
 
-def test_inputs_are_those_of_the_served_model(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
-    """Blocks before are pruned and corrected: the same follows from a forward pass of the result, whole, in float32."""
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_inputs_are_those_of_the_served_model(
+    asymmetric: bool, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    """Blocks before are pruned and corrected: the same follows from a forward pass of the result, whole, in float32.
+
+    And where the layer is to make up for what was lost before it, from one of the dense model.
+    """
     dense_dir, windows = model_dir(), []
     maskgen.prune(maskgen.PruneRequest(recipe="magnitude", model=dense_dir, out=tmp_path / "sparse"))
     from maskgen.sweep import driver
 
     record = driver.blocks.record
-    run = request(tmp_path, text_file, model=dense_dir, overrides={"method.asymmetric": False})
+    run = request(tmp_path, text_file, model=dense_dir, overrides={"method.asymmetric": asymmetric})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver.blocks, "record", lambda *args: windows.extend(args[2]) or record(*args))
         after = made(run)
     served, dense = model.load(tmp_path / "out"), model.load(dense_dir)
-    method = EoRA(RANK)
-    for name in ("model.layers.0.self_attn.k_proj", "model.layers.2.self_attn.q_proj"):
-        stats = method.observe(None, layer_inputs(served, name, torch.cat(windows)))
+    method = EoRA(RANK, asymmetric)
+
+    def lost(module: str) -> Tensor:
+        before, now = (layer_inputs(one, module, torch.cat(windows)) for one in (dense, served))
+        return before - now
+
+    # without it, all layers of a block are observed while the block is dense
+    streams = {"model.layers.1.self_attn.o_proj": "model.layers.1.input_layernorm"} if asymmetric else {}
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.2.self_attn.q_proj", *streams):
+        x_TI = layer_inputs(served, name, torch.cat(windows))
+        stats = method.observe(None, x_TI)
+        if asymmetric:
+            drift = Drift(lost(name), lost(streams[name]) if name in streams else None)
+            stats = method.observe_drift(stats, x_TI, drift)
         layer = after.layer(name)
         weight_OI = dense.get_submodule(name).weight.detach()
         expected = method.solve(weight_OI, layer.packed.unpack(), stats).dense(64)

@@ -116,7 +116,7 @@ def plan(
         name, reason = next(iter(reasons.items()))
         raise ModelError(
             f"{type(model).__name__}: nothing to prune with pattern {pattern}: all {len(reasons)} linear layers of its "
-            f"decoder blocks stay dense, such as {name}: {reason}"
+            f"decoder blocks stay dense, such as {name}: {reason}; serve this model as it is"
         )
     check_groups({name for block in targets for name in block}, reasons, _groups(rules))
     for name, shape in found.others.items():

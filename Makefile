@@ -115,7 +115,7 @@ frontier: install $(if $(MODEL),,demo) ## quality against bytes and speed: spars
 gate: install demo ## gate the demo: dense against 2:4, ten minutes on two cores; exit status 2 unless it passes [ARGS="--out dir"]
 	@export PATH="$$BIN:$$PATH" HF_HUB_OFFLINE=1
 	sparse=$$CACHE/checkpoints/demo--gate
-	[[ -d $$sparse ]] || maskgen run wanda --set calibration.samples=16 --model "$$DEMO/model" --data "$$DEMO/calibration.txt" --out "$$sparse"
+	[[ -d $$sparse ]] || maskgen run admm --set calibration.samples=16 --model "$$DEMO/model" --data "$$DEMO/calibration.txt" --out "$$sparse"
 	# what one-shot 2:4 of a model this small is known to keep: a wrong mask or kernel is far beyond
 	cat > "$$CACHE/gate.yaml" <<-end
 	version: 1

@@ -70,7 +70,7 @@ def test_a_model_that_is_replaced_under_a_run(
 
 def test_ctrl_c_says_that_the_run_goes_on(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
     argv = ["run", "sparsegpt", "--model", model_dir(), "--data", text_file, "--out", tmp_path / "out", *SMALL,
-            "--set", "calibration.samples=400"]  # fmt: skip
+            "--set", "calibration.samples=8000"]  # fmt: skip
     process = start(*argv)
     while not (tmp_path / "out.work" / "run.json").exists():
         assert process.poll() is None

@@ -5,13 +5,14 @@ A gate has two targets: the `base`, which is what there is, and the `candidate`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from maskgen.core.divergence import Divergence
 from maskgen.core.perplexity import Perplexity
 from sparse_serve.engine import EngineInfo
+from sparse_serve.tuning.parity_file import KernelParity
 
 TARGETS = ("base", "candidate")
 
@@ -144,13 +145,15 @@ class Evidence:
     """Everything that was measured; a check whose part is missing has nothing to judge.
 
     `packed_fraction` is the smallest resident fraction of dense that the candidate's pattern and dtype allow, None if
-    it is no sparse checkpoint. Engines are those the gate started.
+    it is no sparse checkpoint. Engines are those the gate started. `kernels` has, for each role whose sparse layers the
+    gate served, how exact their kernels are.
     """
 
     texts: Sequence[TextEvidence] = ()
     base_engine: EngineInfo | None = None
     candidate_engine: EngineInfo | None = None
     packed_fraction: float | None = None
+    kernels: Mapping[str, Sequence[KernelParity]] = field(default_factory=dict)
     speed: SpeedEvidence | None = None
     tasks: Sequence[TaskEvidence] = ()
 
@@ -160,6 +163,7 @@ class Evidence:
             "texts": [text.to_dict() for text in self.texts],
             "engines": {"base": _engine(self.base_engine), "candidate": _engine(self.candidate_engine)},
             "packed_fraction": self.packed_fraction,
+            "kernels": {role: [asdict(one) for one in found] for role, found in self.kernels.items()},
             "speed": None if self.speed is None else asdict(self.speed),
             "tasks": [asdict(task) for task in self.tasks],
         }

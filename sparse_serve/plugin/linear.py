@@ -37,7 +37,9 @@ from maskgen.core.values import CODE_DTYPES, FLOAT
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.correction import LayerCorrection
 from sparse_serve.plugin.dense import dense_layers
+from sparse_serve.runtime import environment
 from sparse_serve.runtime.startup_error import record_startup_error
+from sparse_serve.tuning import parity, parity_file
 from sparse_serve.tuning.dispatch import Bound
 from sparse_serve.tuning.selection import AUTO, Choice, choice_for
 
@@ -129,6 +131,9 @@ class SparseNMLinearMethod(LinearMethodBase):
         spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
         choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
+        if environment.kernel_parity_folder() is not None:
+            bias = getattr(layer, "bias", None)
+            parity_file.write(parity.compare(self.prefix, choice, self.bound, tensors, packed, bias))
         _add_to_compile_key(self.vllm_config, self.prefix, choice)
         for name in stored:
             delattr(layer, name)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_KERNEL_PARITY = "_SPARSE_SERVE_KERNEL_PARITY"
 _LEADER = "_SPARSE_SERVE_LEADER"
 _STARTUP_ERROR = "_SPARSE_SERVE_STARTUP_ERROR"
 _VERIFIED = "_SPARSE_SERVE_VERIFIED"
@@ -36,6 +37,23 @@ def restored() -> Iterator[None]:
 
 def _set_by_a_start() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_SET_BY_A_START)}
+
+
+def kernel_parity_folder() -> Path | None:
+    """Where a process that loads sparse layers writes how exact their kernels are (`tuning.parity_file`), or None if
+    nobody asks."""
+    text = os.environ.get(_KERNEL_PARITY)
+    return Path(text) if text else None
+
+
+@contextlib.contextmanager
+def kernel_parity(folder: Path) -> Iterator[None]:
+    """Name that folder to the processes started meanwhile."""
+    os.environ[_KERNEL_PARITY] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(_KERNEL_PARITY, None)
 
 
 def leader() -> int | None:

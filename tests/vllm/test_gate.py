@@ -53,6 +53,12 @@ def test_one_measurement_is_judged_by_two_limits(
             served[id(known)] = measure_served(engine, texts)
         return served[id(known)]
 
+    def compared_once(folder: Path) -> Any:
+        return kernels.setdefault(folder.name, read_kernels(folder))
+
+    kernels: dict[str, Any] = {}
+    read_kernels = runner.parity_file.read
+    monkeypatch.setattr(runner.parity_file, "read", compared_once)
     measure_served = runner.measure_served
     monkeypatch.setattr(runner, "measure_offline", offline_once)
     monkeypatch.setattr(runner, "measure_served", served_once)
@@ -74,7 +80,7 @@ def test_one_measurement_is_judged_by_two_limits(
     code, report = run_gate(tmp_path, *pair, max_ppl_increase=-0.9)
     assert code == 1
     verdicts = {result["check"]: result["verdict"] for result in report["results"]}
-    assert verdicts == {"memory": "pass", "parity": "pass", "quality": "fail"}
+    assert verdicts == {"kernels": "pass", "memory": "pass", "parity": "pass", "quality": "fail"}
     assert len(served) == 2, "each model was measured once"
 
 

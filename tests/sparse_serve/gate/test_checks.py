@@ -9,7 +9,7 @@ import pytest
 from maskgen.core.divergence import Divergence
 from maskgen.core.perplexity import Perplexity, Protocol
 from sparse_serve.engine import EngineInfo
-from sparse_serve.gate.checks import divergence, memory, parity, quality, tasks
+from sparse_serve.gate.checks import divergence, kernels, memory, parity, quality, tasks
 from sparse_serve.gate.evidence import (
     Evidence,
     HostReading,
@@ -22,6 +22,7 @@ from sparse_serve.gate.evidence import (
     TextEvidence,
 )
 from sparse_serve.gate.verdict import CheckResult, Verdict, worst
+from sparse_serve.tuning.parity_file import KernelParity
 
 PROTOCOL = Protocol(window_tokens=8)
 NLL = np.random.default_rng(7).normal(4.0, 0.5, 200)
@@ -61,9 +62,20 @@ def evidence(
         replace(info, sparse_layers=0),
         info,
         packed_fraction=0.5625,
+        kernels={"candidate": kernel_parity()},
         speed=rounds(slowdown=min(shift, 0.5)),
         tasks=[task],
     )
+
+
+def kernel_parity(layers: int = 4) -> list[KernelParity]:
+    """Of a kernel that is right, in so many layers."""
+    buckets = [(1, 1), (2, 4)]
+    return [
+        KernelParity(f"layer.{number}", "cpu", first, last, last, 0.001, 0.01)
+        for number in range(layers)
+        for first, last in buckets
+    ]
 
 
 def rounds(slowdown: float = 0.0, noise: float = 0.005, count: int = 16, seed: int = 3) -> SpeedEvidence:
@@ -198,3 +210,34 @@ def test_a_target_that_was_not_measured_offline_has_no_parity() -> None:
     assert (
         parity.run(Evidence([TextEvidence("a.txt", Scores(text.base.served), Scores(text.base.served))]), LIMITS) == []
     )
+
+
+def test_kernels_that_are_right_pass() -> None:
+    result = only(kernels.run(evidence(), Limits()))
+    assert (result.verdict, result.subject) == (Verdict.PASS, "cpu, candidate")
+    assert result.numbers["layers"] == 4
+    assert "largest difference is 0.10 of what rounding explains" in result.summary
+
+
+def test_a_kernel_that_is_wrong_once_fails_and_is_named() -> None:
+    wrong = KernelParity("layer.2", "cpu", 2, 4, 4, 0.5, 0.01, (16, 31), (128, 255))
+    found = [*kernel_parity(), wrong, KernelParity("layer.3", "reference", 5, 16, 5, 0.0, 0.01)]
+    results = kernels.run(replace(evidence(), kernels={"candidate": found}), Limits())
+    assert [(result.subject, result.verdict) for result in results] == [
+        ("cpu, candidate", Verdict.FAIL),
+        ("reference, candidate", Verdict.PASS),
+    ]
+    assert "1 of 4 layers are wrong, worst layer.2 with 2 to 4 tokens at outputs 16 to 31, inputs 128 to 255" in (
+        results[0].summary
+    )
+    broken = replace(wrong, error=math.inf, columns=None)
+    result = only(kernels.run(replace(evidence(), kernels={"candidate": [*kernel_parity(), broken]}), Limits()))
+    assert result.verdict is Verdict.FAIL and "at outputs 16 to 31: off by inf" in result.summary
+
+
+def test_layers_that_were_not_compared_are_an_error() -> None:
+    for layers in (0, 3):
+        results = kernels.run(replace(evidence(), kernels={"candidate": kernel_parity(layers)}), Limits())
+        assert worst(results) is Verdict.ERROR
+        assert results[0].summary == f"{layers} layers were compared; expected at least 4"
+    assert kernels.run(replace(evidence(), kernels={}), Limits()) == [], "nothing sparse was served"

@@ -14,6 +14,7 @@ from sparse_serve.engine.vllm_defaults import set_common
 from sparse_serve.gate import runner
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.plan import plan
+from sparse_serve.gate.provenance import provenance
 from sparse_serve.gate.request import GateRequest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import GateError, SettingsError
@@ -40,7 +41,7 @@ def test_a_good_pair_is_planned(pair: dict[str, Path]) -> None:
     assert todo.request.dtype == "bfloat16"
     assert todo.request.window_tokens == 16
     assert todo.limits == Limits(parity_tolerance=0.01)
-    assert runner.provenance(todo)["base_matches"] is True
+    assert provenance(todo)["base_matches"] is True
 
 
 def test_flags_are_the_request_with_its_defaults(pair: dict[str, Path]) -> None:
@@ -55,7 +56,7 @@ def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path:
     with pytest.raises(SettingsError, match=r"was made from another model than .*allow_other_base"):
         gate.run(GateRequest(**other))
     todo = plan(GateRequest(**other, allow_other_base=True))
-    assert runner.provenance(todo)["base_matches"] is False
+    assert provenance(todo)["base_matches"] is False
 
 
 def test_an_adapter_is_no_dense_model(

@@ -33,7 +33,7 @@ def test_the_worst_verdict_wins(pair: tuple[Verdict, Verdict]) -> None:
 
 def test_json_holds_every_raw_sample() -> None:
     value = json.loads(report(Verdict.PASS, Verdict.FAIL).to_json())
-    assert value["schema_version"] == 2
+    assert value["schema_version"] == 3
     assert value["verdict"] == "fail"
     assert [result["verdict"] for result in value["results"]] == ["pass", "fail"]
     (text,) = value["evidence"]["texts"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from maskgen.core.errors import OutputExistsError, SparseError
-from maskgen.core.failures import explained
+from maskgen.core.failures import drop_output, explained
 from maskgen.core.files import check_writable
 from sparse_serve.cli.request import from_flags
 from sparse_serve.gate.config import DType, GateConfig
@@ -161,19 +161,26 @@ def _run(asked: GateConfig | GateRequest, out: Path) -> int:
             report = runner.run(todo, on_step=_show)
     except SparseError as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
-        return Verdict.ERROR.exit_code
-    except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
+        report = runner.not_measured(todo, str(error))
+    except Exception as error:  # exit status 1 means a measured regression, and Python would use it for a bug
         logger.exception("the gate could not measure")
-        return Verdict.ERROR.exit_code
+        report = runner.not_measured(todo, f"{type(error).__name__}: {error}")
     return _finish(report, out)
 
 
 def _finish(report: GateReport, out: Path) -> int:
+    """Write and print a report. One that cannot be kept is an error, whatever it says."""
     try:
-        written = report.write(out)  # first, as nobody may read what is printed
-    finally:
-        print(report.to_markdown(), end="", flush=True)
-    print(f"\nwritten: {', '.join(map(str, written))}")
+        with explained("standard output"):
+            try:
+                written = report.write(out)  # first, as nobody may read what is printed
+            finally:
+                print(report.to_markdown(), end="", flush=True)
+            print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
+    except SparseError as error:
+        print(f"sparse-serve: error: {error}", file=sys.stderr)
+        drop_output()
+        return Verdict.ERROR.exit_code
     return report.verdict.exit_code
 
 

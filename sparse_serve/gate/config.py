@@ -10,6 +10,7 @@ import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,6 +40,14 @@ def _once(values: list[Any]) -> list[Any]:
     return values
 
 
+def _address(url: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+[^\s]*", url):
+        raise ValueError("expected http:// or https://, a host, and no spaces")
+    if urlsplit(url).port == 0:  # ValueError for a port that is none
+        raise ValueError("port 0 is no port of a running server")
+    return url
+
+
 PathText = Annotated[Path, Field(strict=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -59,7 +68,7 @@ class TargetConfig(_Section):
 
     model: PathText | None = None
     flags: list[str] = []
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$")] | None = None
+    url: Annotated[str, AfterValidator(_address)] | None = None
     name: str | None = None
     tokenizer: PathText | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 from sparse_serve.gate.verdict import CheckResult, Verdict
 
 MEANING = {
+    "measurement": "What the gate measured. It ended before there was anything to judge.",
     "quality": "How much worse the candidate predicts held-out text. Perplexity is compared window by window.",
     "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse.",
     "parity": "Whether the server computes what the same weights compute offline. A difference is a bug.",
@@ -19,6 +20,7 @@ MEANING = {
 }
 
 NEXT = {
+    ("measurement", Verdict.ERROR): "Mend what failed, and run the gate again.",
     (
         "quality",
         Verdict.FAIL,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskgen.core.errors import SparseError
 from maskgen.core.files import fsync_path, temporary_sibling
 from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
 from sparse_serve.gate.verdict import CheckResult, Verdict, worst
@@ -34,16 +36,26 @@ class GateReport:
         return worst(self.results)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write the four `files` into `folder`, which is made if needed; returns their paths."""
+        """Write the four `files` into `folder`, which is made if needed; returns their paths.
+
+        `StorageError` if one cannot be written. None of them is there then, not those of an earlier run either: a
+        pipeline must not take an old verdict for this one.
+        """
         from sparse_serve.gate.junit import junit
         from sparse_serve.gate.page import page
 
         paths = self.files(folder)
         forms = (self.to_json(), self.to_markdown(), page(self), junit(self))
-        for path, text in zip(paths, forms, strict=True):
-            with temporary_sibling(path) as temporary:
-                temporary.write_text(text, "utf-8")
-                fsync_path(temporary)
+        try:
+            for path, text in zip(paths, forms, strict=True):
+                with temporary_sibling(path) as temporary:
+                    temporary.write_text(text, "utf-8")
+                    fsync_path(temporary)
+        except SparseError:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
         return paths
 
     @staticmethod
@@ -74,7 +86,10 @@ class GateReport:
             "",
             "| check | verdict | finding |",
             "|---|---|---|",
-            *(f"| {result.name} | {result.verdict.value} | {result.summary} |" for result in self.results),
+            *(
+                f"| {_cell(result.name)} | {result.verdict.value} | {_cell(result.summary)} |"
+                for result in self.results
+            ),
             "",
             *(line for text in self.evidence.texts for line in _perplexities(text)),
             *(f"- {key}: `{value}`" for key, value in {**self.provenance, **self.environment}.items()),
@@ -101,6 +116,11 @@ def _perplexities(text: TextEvidence) -> Iterator[str]:
         f"{sum(base.served.scored_tokens_per_window)} scored tokens."
     )
     yield ""
+
+
+def _cell(text: str) -> str:
+    """Text in a table's cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _finite(value: Any) -> Any:

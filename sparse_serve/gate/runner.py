@@ -20,7 +20,7 @@ from sparse_serve.gate.provenance import environment_of, packed_fraction, proven
 from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.request import GateStep, OnStep
 from sparse_serve.gate.targets import Target
-from sparse_serve.gate.verdict import CheckResult
+from sparse_serve.gate.verdict import CheckResult, Verdict
 from sparse_serve.runtime import environment, processes
 from sparse_serve.runtime.errors import GateError
 from sparse_serve.runtime.load import serving, temporary
@@ -77,6 +77,12 @@ def run(
                     evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
     measured = Evidence(**evidence)
     return GateReport(judge(measured, todo.limits), measured, todo.limits, provenance(todo), environment_of(todo))
+
+
+def not_measured(todo: MeasurementPlan, reason: str) -> GateReport:
+    """The report of a run that could not measure: an error, so that a pipeline finds it where it looks for verdicts."""
+    result = CheckResult("measurement", Verdict.ERROR, " ".join(reason.split()), {})
+    return GateReport([result], Evidence(), todo.limits, provenance(todo), environment_of(todo))
 
 
 def _both_stacks(
@@ -142,7 +148,8 @@ def _servers(
                 with _kernels_compared(role, target, work_dir, kernels):
                     url = stack.enter_context(serving(target.directory, flags, folder))
             assert url is not None
-            found[role] = speed.Served(url.removesuffix("/"), target.config.name, known.get(role, work_dir))
+            with Endpoint(url, target.config.name) as endpoint:  # the load generator understands vLLM's list only
+                found[role] = speed.Served(endpoint.url, endpoint.model, known.get(role, work_dir))
         yield found
 
 

@@ -31,10 +31,10 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, the model to ask it for (None: the first) and the tokenizer that makes prompts."""
+    """A running server, the model to ask it for and the tokenizer that makes prompts."""
 
     url: str
-    model: str | None
+    model: str
     tokenizer: Path
 
 

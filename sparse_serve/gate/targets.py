@@ -62,6 +62,6 @@ def check_base(base: Target, candidate: Target, allow_other_base: bool) -> bool 
     if not allow_other_base:
         raise SettingsError(
             f"{candidate.directory} was made from another model than {base.directory} (digest {expected}, not "
-            f"{base.digest}); give its base, or allow another (allow_other_base)"
+            f"{base.digest}); give its base, or allow another: --allow-other-base, in gate.yaml allow_other_base: true"
         )
     return False

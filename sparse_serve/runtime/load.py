@@ -26,6 +26,9 @@ from sparse_serve.runtime.errors import BenchError
 logger = logging.getLogger(__name__)
 
 _STOP_S = 60.0
+_READY_S = 30
+"""How long the load generator asks a server that does not answer: it was up before, and is dead by then."""
+
 _TAIL_LINES = 20
 _PATHS = ("model_id", "tokenizer_id")
 _ADDRESS = re.compile(r"^ +HTTP +(http://\S+)\n", re.MULTILINE)
@@ -112,6 +115,7 @@ def bench_serve(
         "num-prompts": load.prompts,
         "max-concurrency": load.clients,
         "num-warmups": load.clients,
+        "ready-check-timeout-sec": _READY_S,
         "temperature": 0,
         "seed": seed,
         "result-dir": work_dir,

@@ -65,6 +65,8 @@ def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
         ("base", {"model": "d", "url": "http://x"}, "base: give either `model`, a directory, or `url`"),
         ("base", {"model": "d", "name": "x"}, "base: `name` and `tokenizer` are for a target by `url`"),
         ("candidate.flags", ["--x"], "candidate: `flags` are for a target by `model`"),
+        ("candidate.url", "http://a:99999", "candidate.url: 'http://a:99999': port out of range"),
+        ("candidate.url", "http://[::1", "candidate.url: .*: invalid IPv6 URL"),
         ("candidate.url", "localhost:8000", "candidate.url: 'localhost:8000': "),
     ],
 )

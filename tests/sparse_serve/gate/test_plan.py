@@ -11,7 +11,7 @@ from sparse_serve import gate
 from sparse_serve.cli import gate as cli_gate
 from sparse_serve.cli.main import main
 from sparse_serve.engine.vllm_defaults import set_common
-from sparse_serve.gate import runner
+from sparse_serve.gate import report_file, runner
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.plan import plan
 from sparse_serve.gate.provenance import provenance
@@ -53,7 +53,7 @@ def test_flags_are_the_request_with_its_defaults(pair: dict[str, Path]) -> None:
 
 def test_another_base_is_refused_unless_allowed(pair: dict[str, Path], tmp_path: Path) -> None:
     other = pair | {"dense": dense_dir(tmp_path / "other", seed=1)}
-    with pytest.raises(SettingsError, match=r"was made from another model than .*allow_other_base"):
+    with pytest.raises(SettingsError, match=r"from another model than .*--allow-other-base, in gate.yaml allow_other"):
         gate.run(GateRequest(**other))
     todo = plan(GateRequest(**other, allow_other_base=True))
     assert provenance(todo)["base_matches"] is False
@@ -110,11 +110,13 @@ def test_the_environment_is_left_as_it_was(pair: dict[str, Path], monkeypatch: p
     assert dict(os.environ) == before
 
 
-def test_a_bug_is_not_a_regression(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_a_regression(pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python would exit with 1, which means a measured regression."""
 
     def broken(*args: Any, **options: Any) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(runner, "run", broken)
-    assert main(command(pair)) == 3
+    assert main(command(pair, "--out", str(tmp_path / "out"))) == 3
+    (result,) = report_file.load(tmp_path / "out/report.json")["results"]
+    assert (result["verdict"], result["summary"]) == ("error", "ZeroDivisionError:")

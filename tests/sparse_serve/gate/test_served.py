@@ -2,86 +2,21 @@
 
 import json
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from sparse_serve.cli.main import main
-from sparse_serve.gate import GateConfig, Verdict, run, served
+from sparse_serve.gate import GateConfig, Verdict, report_file, run, served
 from sparse_serve.gate.endpoint import Endpoint
 from sparse_serve.runtime.errors import GateError, SettingsError
+from tests.sparse_serve.gate.servers import Answer, killed_at, of_openai, of_vllm, server
 
 TEXT = " ".join(f"word{number % 17}" for number in range(900))
-Answer = Callable[[dict[str, Any]], tuple[int, bytes]]
-
-
-def of_vllm(worse: float = 0.0, change: Callable[[dict[str, Any]], object] = lambda choice: None) -> Answer:
-    """Tokens are characters; each has log-probability -1 - `worse`, and another one the rest of the probability."""
-
-    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
-        ids, actual = list(map(ord, body["prompt"])), -1 - worse
-        other = math.log(1 - math.exp(actual))
-        entries = [{str(id_): _entry(id_, actual), str(id_ + 1): _entry(id_ + 1, other)} for id_ in ids[1:]]
-        choice = {"prompt_logprobs": [None, *entries], "prompt_token_ids": ids, "text": "x"}
-        change(choice)
-        return 200, json.dumps({"choices": [choice]}).encode()
-
-    return answer
-
-
-def of_openai(body: dict[str, Any]) -> tuple[int, bytes]:
-    """Knows `echo` only; the token it generates comes last."""
-    if not body.get("echo"):
-        return 200, json.dumps({"choices": [{"text": "x", "logprobs": None}]}).encode()
-    tokens = [*body["prompt"], "x"]
-    found = {
-        "tokens": tokens,
-        "token_logprobs": [None, *[-1.0] * (len(tokens) - 1)],
-        "top_logprobs": [None, *({token: -1.0, "other": -0.5} for token in tokens[1:])],
-    }
-    return 200, json.dumps({"choices": [{"text": "x", "logprobs": found}]}).encode()
-
-
-def _entry(token: int, logprob: float) -> dict[str, Any]:
-    return {"logprob": logprob, "rank": 1, "decoded_token": chr(token)}
-
-
-@contextmanager
-def server(answer: Answer, cut: int | None = None) -> Iterator[str]:
-    """The address of a server; with `cut`, of one whose answers end after so many bytes."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send(200, b'{"data": [{"id": "m"}]}')
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert body["model"] == "m"
-            self.send(*answer(body))
-
-        def send(self, status: int, value: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(value)))
-            self.end_headers()
-            self.wfile.write(value if cut is None or self.command == "GET" else value[:cut])
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}"
-    finally:
-        listener.shutdown()
-        thread.join()
-        listener.server_close()
 
 
 def config(base: str, candidate: str, tmp_path: Path, **quality: Any) -> GateConfig:
@@ -160,6 +95,16 @@ BROKEN: dict[str, tuple[Answer, int | None, str]] = {
 }
 
 
+def assert_error(out: Path, message: str) -> None:
+    """The reports say so, too: in their JSON, and to a build server."""
+    report = report_file.load(out / "report.json")
+    (result,) = report["results"]
+    assert (report["verdict"], result["check"], result["verdict"]) == ("error", "measurement", "error")
+    assert re.search(message, result["summary"])
+    suite = ElementTree.parse(out / "junit.xml").getroot()
+    assert (suite.get("errors"), suite.get("failures")) == ("1", "0")
+
+
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_server_that_breaks_is_an_error_never_a_verdict(
     how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -172,7 +117,18 @@ def test_a_server_that_breaks_is_an_error_never_a_verdict(
         (tmp_path / "gate.yaml").write_text(asked.model_dump_json(exclude_none=True))  # YAML has JSON in it
         assert main(["gate", "run", str(tmp_path / "gate.yaml"), "--out", str(tmp_path / "out")]) == 3
     assert "sparse-serve: error: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert_error(tmp_path / "out", message)
+
+
+def test_a_server_that_is_killed_in_the_middle_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real process, by SIGKILL, after it has answered a few."""
+    for role in ("base", "candidate"):
+        with server(of_vllm()) as whole, killed_at(5) as killed:
+            addresses = (whole, killed) if role == "candidate" else (killed, whole)
+            (tmp_path / "gate.yaml").write_text(config(*addresses, tmp_path).model_dump_json(exclude_none=True))
+            assert main(["gate", "run", str(tmp_path / "gate.yaml"), "--out", str(tmp_path / "out")]) == 3
+        assert f"sparse-serve: error: {killed}/v1/completions: " in capsys.readouterr().err
+        assert_error(tmp_path / "out", killed)
 
 
 def test_a_server_that_is_gone_is_an_error(tmp_path: Path) -> None:

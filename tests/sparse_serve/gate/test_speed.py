@@ -18,8 +18,8 @@ from sparse_serve.runtime.load import Load
 from tests.sparse_serve.gate.test_config import GOOD, GateConfig
 
 TARGETS = {
-    "base": Served("http://127.0.0.1:1", None, Path("tokenizer")),
-    "candidate": Served("http://127.0.0.1:2", None, Path("tokenizer")),
+    "base": Served("http://127.0.0.1:1", "m", Path("tokenizer")),
+    "candidate": Served("http://127.0.0.1:2", "m", Path("tokenizer")),
 }
 CONFIG = SpeedConfig(clients=[1, 2], requests=2, input_tokens=4, output_tokens=3, metrics=["ttft_p50", "throughput"])
 

@@ -101,6 +101,18 @@ class HostReading:
 
 
 @dataclass(frozen=True)
+class MemoryReading:
+    """Memory of a served target (`footprint`): `peak_rss_bytes` is the sum of its processes' peaks, `gpu_bytes` what it
+    held of the GPUs, `weight_bytes` the size of its files. None: not known.
+    """
+
+    processes: int
+    peak_rss_bytes: int
+    gpu_bytes: int | None = None
+    weight_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class SpeedRun:
     """One target under one load: a number per answered request, and for `itl_ms` per arrival of tokens after the
     first one's.
@@ -146,7 +158,7 @@ class Evidence:
 
     `packed_fraction` is the smallest resident fraction of dense that the candidate's pattern and dtype allow, None if
     it is no sparse checkpoint. Engines are those the gate started. `kernels` has, for each role whose sparse layers the
-    gate served, how exact their kernels are.
+    gate served, how exact their kernels are. `memory`, by role, is of targets whose processes are on this host.
     """
 
     texts: Sequence[TextEvidence] = ()
@@ -154,6 +166,7 @@ class Evidence:
     candidate_engine: EngineInfo | None = None
     packed_fraction: float | None = None
     kernels: Mapping[str, Sequence[KernelParity]] = field(default_factory=dict)
+    memory: Mapping[str, MemoryReading] = field(default_factory=dict)
     speed: SpeedEvidence | None = None
     tasks: Sequence[TaskEvidence] = ()
 
@@ -164,6 +177,7 @@ class Evidence:
             "engines": {"base": _engine(self.base_engine), "candidate": _engine(self.candidate_engine)},
             "packed_fraction": self.packed_fraction,
             "kernels": {role: [asdict(one) for one in found] for role, found in self.kernels.items()},
+            "memory": {role: asdict(reading) for role, reading in self.memory.items()},
             "speed": None if self.speed is None else asdict(self.speed),
             "tasks": [asdict(task) for task in self.tasks],
         }

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from typing import Any
 from maskgen.core.divergence import Divergence
 from maskgen.core.perplexity import Perplexity, Protocol, Window, digest_windows
 from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.gate.evidence import Scores
+from sparse_serve.gate import footprint
+from sparse_serve.gate.evidence import MemoryReading, Scores
+from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import GateError
 
 logger = logging.getLogger(__name__)
@@ -93,10 +96,19 @@ def _divergence(found: dict[str, Any] | None) -> Divergence | None:
     return None if found is None else Divergence(**{name: found[name] for name in names})
 
 
-def measure_served(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo, list[Scores]]:
-    """Start the engine, score the windows of every text, stop it. Works inside of a running event loop too (a
-    notebook's)."""
-    scoring = _score(engine, texts)
+@dataclass(frozen=True)
+class ServedScores:
+    """What an engine said of itself, its scores of every text, and the memory it took (None: it cannot be known)."""
+
+    info: EngineInfo
+    scores: list[Scores]
+    memory: MemoryReading | None
+
+
+def measure_served(engine: Engine, texts: Sequence[Offline], directory: Path) -> ServedScores:
+    """Start the engine of `directory`, score the windows of every text, stop it. Works inside of a running event loop
+    too (a notebook's)."""
+    scoring = _score(engine, texts, directory)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -105,7 +117,8 @@ def measure_served(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo
         return aside.submit(asyncio.run, scoring).result()
 
 
-async def _score(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo, list[Scores]]:
+async def _score(engine: Engine, texts: Sequence[Offline], directory: Path) -> ServedScores:
+    others, gpu_before = processes.descendants(os.getpid()), footprint.gpu_bytes()
     try:
         info = await engine.start()
         found = []
@@ -114,9 +127,11 @@ async def _score(engine: Engine, texts: Sequence[Offline]) -> tuple[EngineInfo, 
             served = await score_windows(engine, offline.windows, offline.perplexity.protocol)
             assert served.tokens_digest == offline.perplexity.tokens_digest
             found.append(Scores(served, offline.perplexity))
+        started = processes.descendants(os.getpid()) - others
+        memory = footprint.read(started, directory, footprint.gpu_bytes_since(gpu_before))
     finally:
         await engine.stop(STOP_GRACE_S)
-    return info, found
+    return ServedScores(info, found, memory)
 
 
 async def score_windows(engine: Engine, windows: list[Window], protocol: Protocol) -> Perplexity:

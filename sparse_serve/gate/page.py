@@ -13,7 +13,7 @@ from sparse_serve.gate import explain
 from sparse_serve.gate.checks import speed
 from sparse_serve.gate.evidence import SpeedEvidence, SpeedRound
 from sparse_serve.gate.host import contamination
-from sparse_serve.gate.report import GateReport
+from sparse_serve.gate.report import GateReport, megabytes
 from sparse_serve.gate.verdict import CheckResult
 from sparse_serve.tuning.parity_file import KernelParity
 
@@ -75,6 +75,10 @@ def page(report: GateReport) -> str:
             for result in explain.worst_first(report.results)
         ],
         kernels=_kernel_rows(report),
+        memory=[
+            (role, megabytes(one.weight_bytes), megabytes(one.peak_rss_bytes), one.processes, megabytes(one.gpu_bytes))
+            for role, one in report.evidence.memory.items()
+        ],
         plots=[*_text_plots(report), *_speed_plots(report)],
         facts={**report.provenance, **report.environment},
     )

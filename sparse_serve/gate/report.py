@@ -11,7 +11,7 @@ from typing import Any
 
 from maskgen.core.errors import SparseError
 from maskgen.core.files import fsync_path, temporary_sibling
-from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
+from sparse_serve.gate.evidence import Evidence, Limits, MemoryReading, TextEvidence
 from sparse_serve.gate.verdict import CheckResult, Verdict, worst
 
 SCHEMA_VERSION = 3
@@ -92,6 +92,7 @@ class GateReport:
             ),
             "",
             *(line for text in self.evidence.texts for line in _perplexities(text)),
+            *_memory(self.evidence.memory),
             *(f"- {key}: `{value}`" for key, value in {**self.provenance, **self.environment}.items()),
         ]
         return "\n".join(lines) + "\n"
@@ -116,6 +117,22 @@ def _perplexities(text: TextEvidence) -> Iterator[str]:
         f"{sum(base.served.scored_tokens_per_window)} scored tokens."
     )
     yield ""
+
+
+def _memory(found: Mapping[str, MemoryReading]) -> Iterator[str]:
+    if found:
+        yield "| memory, MB | files of weights | processes of the server at their peaks | GPUs |"
+        yield "|---|---:|---:|---:|"
+        for role, one in found.items():
+            yield f"| {role} | {megabytes(one.weight_bytes)} | {megabytes(one.peak_rss_bytes)} ({one.processes}) | " + (
+                f"{megabytes(one.gpu_bytes)} |"
+            )
+        yield ""
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes in words; empty if they are not known."""
+    return "" if count is None else f"{count / 1e6:,.0f}"
 
 
 def _cell(text: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import sparse_serve.gate.checks as checks_folder
 from maskgen.core.registry import load, names
-from sparse_serve.engine import Engine, EngineInfo
-from sparse_serve.gate import served, speed, tasks
+from sparse_serve.engine import Engine
+from sparse_serve.gate import footprint, served, speed, tasks
 from sparse_serve.gate.endpoint import Endpoint
-from sparse_serve.gate.evidence import Evidence, Limits, Scores, TaskEvidence, TextEvidence
-from sparse_serve.gate.measure import MakeEngine, measure_offline, measure_served
+from sparse_serve.gate.evidence import Evidence, Limits, MemoryReading, TaskEvidence, TextEvidence
+from sparse_serve.gate.measure import MakeEngine, ServedScores, measure_offline, measure_served
 from sparse_serve.gate.plan import PIECE_WINDOW_TOKENS, MeasurementPlan, tokenizers
 from sparse_serve.gate.provenance import environment_of, packed_fraction, provenance
 from sparse_serve.gate.report import GateReport
@@ -58,9 +58,8 @@ def run(
     both_stacks = 4 if todo.request is not None else 0
     wants_speed, wants_tasks = todo.config.speed is not None, todo.config.tasks is not None
     steps = _Steps(both_stacks + through_servers + wants_tasks + wants_speed, on_step)
-    evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo)}
     kernels: dict[str, list[KernelParity]] = {}
-    evidence["kernels"] = kernels
+    evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo), "kernels": kernels}
     with environment.restored(), temporary("sparse-serve-gate-") as work:
         if todo.request is not None:
             evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps, kernels)
@@ -75,6 +74,7 @@ def run(
                 if todo.config.speed is not None:
                     steps.begin("speed")
                     evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
+                evidence["memory"] = _memory(todo, servers)
     measured = Evidence(**evidence)
     return GateReport(judge(measured, todo.limits), measured, todo.limits, provenance(todo), environment_of(todo))
 
@@ -91,24 +91,25 @@ def _both_stacks(
     """Two directories: offline with transformers, then served, on the same windows of every text."""
     request = todo.request
     assert request is not None
-    engines: dict[str, EngineInfo] = {}
-    scores: dict[str, list[Scores]] = {}
-    base, compared = todo.base.directory, []
+    measured: dict[str, ServedScores] = {}
+    dense, compared = todo.base.directory, []
     wants_divergence = todo.limits.max_kl is not None or todo.limits.max_flips is not None
     for role, target in todo.targets.items():
         assert target.directory is not None
         steps.begin(f"{role} offline (transformers)")
-        options = {"against": base} if wants_divergence and role == "candidate" else {}
+        options = {"against": dense} if wants_divergence and role == "candidate" else {}
         compared = [measure_offline(target.directory, text, request, work_dir, **options) for text in request.data]
         steps.begin(f"{role} served (vLLM)")
         make_engine = factory(request.dtype, request.window_tokens + 1, tuple(target.config.flags))
         with _kernels_compared(role, target, work_dir, kernels):
-            engines[role], scores[role] = measure_served(make_engine(target.directory), compared)
-    pairs = zip(request.data, scores["base"], scores["candidate"], compared, strict=True)
+            measured[role] = measure_served(make_engine(target.directory), compared, target.directory)
+    base, candidate = measured["base"], measured["candidate"]
+    pairs = zip(request.data, base.scores, candidate.scores, compared, strict=True)
     texts = [TextEvidence(text.name, left, right, offline.divergence) for text, left, right, offline in pairs]
     if any(text.base.served.tokens_digest != text.candidate.served.tokens_digest for text in texts):
         raise GateError("the two models tokenise the text differently; perplexities per token cannot be compared")
-    return {"texts": texts, "base_engine": engines["base"], "candidate_engine": engines["candidate"]}
+    memory = {role: found.memory for role, found in measured.items() if found.memory is not None}
+    return {"texts": texts, "base_engine": base.info, "candidate_engine": candidate.info, "memory": memory}
 
 
 @contextlib.contextmanager
@@ -140,6 +141,7 @@ def _servers(
             if target.config == todo.base.config and "base" in found:
                 found[role] = found["base"]  # a calibration
                 continue
+            gpu_before = footprint.gpu_bytes()
             if target.directory is not None:
                 steps.tell(f"starting the server of the {role}")
                 folder = work_dir / role
@@ -149,8 +151,21 @@ def _servers(
                     url = stack.enter_context(serving(target.directory, flags, folder))
             assert url is not None
             with Endpoint(url, target.config.name) as endpoint:  # the load generator understands vLLM's list only
-                found[role] = speed.Served(endpoint.url, endpoint.model, known.get(role, work_dir))
+                own_gpu = None if target.directory is None else footprint.gpu_bytes_since(gpu_before)
+                found[role] = speed.Served(endpoint.url, endpoint.model, known.get(role, work_dir), own_gpu)
         yield found
+
+
+def _memory(todo: MeasurementPlan, servers: Mapping[str, speed.Served]) -> dict[str, MemoryReading]:
+    """Of the servers that listen on this host, so far."""
+    found = {}
+    for role, one in servers.items():
+        pid = speed.listening_process(one.url)
+        family = set() if pid is None else footprint.tree(pid)
+        reading = footprint.read(family, todo.targets[role].directory, one.gpu_bytes)
+        if reading is not None:
+            found[role] = reading
+    return found
 
 
 def _through_servers(todo: MeasurementPlan, servers: Mapping[str, speed.Served], steps: _Steps) -> list[TextEvidence]:

@@ -31,11 +31,15 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, the model to ask it for and the tokenizer that makes prompts."""
+    """A running server, the model to ask it for and the tokenizer that makes prompts.
+
+    `gpu_bytes` is what its start took of the GPUs, None if that is not known.
+    """
 
     url: str
     model: str
     tokenizer: Path
+    gpu_bytes: int | None = None
 
 
 RunLoad = Callable[[Served, Load, int], dict[str, Any]]

@@ -40,8 +40,8 @@ from sparse_serve.tuning.selection import Choice, buckets_of
 PROBED_COLUMNS = 16
 """Inputs that are looked at together: the finest answer to where an error comes from."""
 
-_TILE_BYTES = 32 << 20
-"""Of exact weight at a time."""
+_TILE_BYTES = 8 << 20
+"""Of exact weight, or of exact outputs, at a time: little beside the model, whose memory is measured too."""
 
 Linear = Callable[[Tensor], Tensor]
 """x `[T, I]` -> y `[T, O]`."""
@@ -102,7 +102,7 @@ def _worst(
     """The worst output of every call, by its number of tokens; exact products are made some rows at a time."""
     none = partial(torch.zeros, dtype=torch.bool, device=x_TI.device)
     found = {count: _Worst(none(spec.out_features), none(count)) for count in outputs}
-    step = max(1, _TILE_BYTES // (8 * spec.in_features))
+    step = max(1, _TILE_BYTES // (8 * max(x_TI.shape)))
     exact_x = x_TI.double()
     for first in range(0, spec.out_features, step):
         rows = slice(first, min(first + step, spec.out_features))

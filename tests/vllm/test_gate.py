@@ -47,10 +47,10 @@ def test_one_measurement_is_judged_by_two_limits(
     def offline_once(model_dir: Path, text: Path, request: Any, work_dir: Path) -> Any:
         return offline(model_dir, text, request, tmp_path)
 
-    def served_once(engine: Any, texts: Any) -> Any:
+    def served_once(engine: Any, texts: Any, directory: Path) -> Any:
         (known,) = texts
         if id(known) not in served:
-            served[id(known)] = measure_served(engine, texts)
+            served[id(known)] = measure_served(engine, texts, directory)
         return served[id(known)]
 
     def compared_once(folder: Path) -> Any:
@@ -71,6 +71,10 @@ def test_one_measurement_is_judged_by_two_limits(
     assert results["parity"]["numbers"]["candidate_relative_difference"] < 1e-3
     assert results["memory"]["numbers"]["fraction"] == pytest.approx(0.5 + 1 / 32, rel=0.06)
     assert report["provenance"]["base_matches"] is True
+    memory = report["evidence"]["memory"]
+    for role, directory in zip(("base", "candidate"), pair, strict=True):
+        assert memory[role]["weight_bytes"] == (directory / "model.safetensors").stat().st_size
+        assert memory[role]["processes"] >= 1 and memory[role]["peak_rss_bytes"] > 100_000_000
     (text,) = report["evidence"]["texts"]
     assert len(text["candidate"]["served"]["nll_per_window"]) == 24
     assert text["candidate"]["served"]["protocol"]["bos"] is True

@@ -12,7 +12,7 @@ import pytest
 
 from sparse_serve.gate import report_file
 from tests import models
-from tests.vllm.serving import make_checkpoint
+from tests.vllm.serving import SPARSE_LAYERS, make_checkpoint
 
 
 @pytest.mark.timeout(560)
@@ -53,3 +53,7 @@ def test_two_directories_are_served_and_judged(tmp_path: Path) -> None:
         assert 0 < len(run["itl_ms"]) <= 4 * 7  # tokens may arrive together
     assert len(report["evidence"]["tasks"][0]["base"]) == 5
     assert "gate 3/3: speed" in ran.stderr
+    kernels = {one["layer"] for one in report["evidence"]["kernels"]["candidate"]}
+    assert len(kernels) == SPARSE_LAYERS
+    assert all(reading["processes"] >= 2 for reading in report["evidence"]["memory"].values())
+    assert report["evidence"]["memory"].keys() == {"base", "candidate"}

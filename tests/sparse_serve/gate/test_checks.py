@@ -14,6 +14,7 @@ from sparse_serve.gate.evidence import (
     Evidence,
     HostReading,
     Limits,
+    MemoryReading,
     Scores,
     SpeedEvidence,
     SpeedRound,
@@ -63,6 +64,7 @@ def evidence(
         info,
         packed_fraction=0.5625,
         kernels={"candidate": kernel_parity()},
+        memory={"base": MemoryReading(2, 3_000_000_000, weight_bytes=270_000_000)},
         speed=rounds(slowdown=min(shift, 0.5)),
         tasks=[task],
     )

@@ -3,6 +3,7 @@
     gate --dense DIR --sparse DIR --data FILE    a sparse checkpoint against its dense base
     gate init                                    write a commented gate.yaml
     gate run gate.yaml                           what the file says
+    gate record gate.yaml                        measure the candidate alone, to compare later ones with
     gate explain report.json                     what a report means
     gate compare A.json B.json                   the candidate of B against that of A
 
@@ -37,6 +38,7 @@ _REQUIRED = ("dense", "sparse", "data")
 _HELP = {
     "init": "write a gate.yaml with every key explained",
     "run": "measure and judge what a gate.yaml says",
+    "record": "measure the candidate of a gate.yaml alone, and keep that to compare later ones with",
     "explain": "say what a report.json means and what to do next",
     "compare": "judge the candidate of one report against that of an earlier one",
 }
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"The flags are the short form; `run` takes all of it from a file. {_EXIT_STATUS}"
     parser.set_defaults(usage_error=parser.error)
     _add_short_form(parser)
-    verbs = parser.add_subparsers(dest="verb", metavar="init | run | explain | compare", required=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="init | run | record | explain | compare", required=False)
     init = verbs.add_parser("init", help=_HELP["init"], description=_HELP["init"])
     init.add_argument("file", type=Path, nargs="?", default=Path("gate.yaml"), help="(default: gate.yaml)")
     run = verbs.add_parser("run", help=_HELP["run"], description=_HELP["run"], epilog=_EXIT_STATUS)
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate", action="store_true", help="speed of the base against itself: what this host can tell"
     )
     _add_out(run)
+    record = verbs.add_parser("record", help=_HELP["record"], description=_HELP["record"], epilog=_EXIT_STATUS)
+    record.add_argument("file", type=Path, metavar="gate.yaml", help="what to measure; its base is left out")
+    _add_out(record)
     explain = verbs.add_parser("explain", help=_HELP["explain"], description=_HELP["explain"])
     explain.add_argument("report", type=Path, metavar="report.json")
     compare = verbs.add_parser("compare", help=_HELP["compare"], description=_HELP["compare"], epilog=_EXIT_STATUS)
@@ -121,6 +126,8 @@ def main(args: argparse.Namespace) -> int:
     if args.verb == "run":
         config = GateConfig.load(args.file)
         return _run(config.calibration() if args.calibrate else config, args.out)
+    if args.verb == "record":
+        return _run(GateConfig.load(args.file).recording(), args.out)
     if args.verb in ("explain", "compare"):
         return _read(args)
     missing = [f"--{name}" for name in _REQUIRED if getattr(args, name) is None]
@@ -141,11 +148,11 @@ def _init(file: Path) -> int:
 
 
 def _read(args: argparse.Namespace) -> int:
-    from sparse_serve.gate import explain, report_file
+    from sparse_serve.gate import baseline, explain, report_file
 
     if args.verb == "compare":
         check_writable(*GateReport.files(args.out))
-        return _finish(report_file.compare(report_file.load(args.earlier), report_file.load(args.later)), args.out)
+        return _finish(baseline.compare(report_file.load(args.earlier), report_file.load(args.later)), args.out)
     print("\n".join(explain.explain(report_file.load(args.report))))
     return 0
 

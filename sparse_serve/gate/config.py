@@ -202,6 +202,10 @@ class GateConfig(_Section):
             raise SettingsError("speed: missing; a calibration measures the speed of the base against itself")
         return self.model_copy(update={"candidate": self.base, "quality": None, "tasks": None})
 
+    def recording(self) -> GateConfig:
+        """The candidate alone, as both targets: what is kept to compare later ones with (`baseline`)."""
+        return self.model_copy(update={"base": self.candidate})
+
     def _below(self, folder: Path) -> GateConfig:
         def moved(target: TargetConfig) -> TargetConfig:
             paths = {name: getattr(target, name) for name in ("model", "tokenizer")}

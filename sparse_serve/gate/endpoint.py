@@ -68,6 +68,10 @@ class Endpoint:
             self._model = name
         return self._model
 
+    def is_same(self, other: Endpoint) -> bool:
+        """Whether the other asks the same server for the same model."""
+        return (self.url, self.model) == (other.url, other.model)
+
     def score(self, text: str, top_k: int) -> ScoredText:
         """Score a text as the server tokenises it, with the `top_k` most likely tokens at every position."""
         asked: dict[str, Any] = {"model": self.model, "prompt": text, "temperature": 0, "max_tokens": 1}

@@ -80,11 +80,12 @@ class TextEvidence:
 
 @dataclass(frozen=True)
 class TaskEvidence:
-    """Which samples of a task each target answers correctly, in the same order."""
+    """Which samples of a task each target answers correctly, in the same order. `samples_digest` names the samples."""
 
     task: str
     base: Sequence[bool]
     candidate: Sequence[bool]
+    samples_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,16 @@ class SpeedRound:
 class SpeedEvidence:
     """All rounds, and the names of the metrics to judge (`checks/speed.py`).
 
-    `slo_ttft_ms` and `slo_e2e_ms` say which requests goodput counts.
+    `slo_ttft_ms` and `slo_e2e_ms` say which requests goodput counts. `requests` are those of each client in a run.
     """
 
     rounds: Sequence[SpeedRound]
     metrics: Sequence[str]
     slo_ttft_ms: float | None = None
     slo_e2e_ms: float | None = None
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True)

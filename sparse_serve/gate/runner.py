@@ -96,6 +96,9 @@ def _both_stacks(
     wants_divergence = todo.limits.max_kl is not None or todo.limits.max_flips is not None
     for role, target in todo.targets.items():
         assert target.directory is not None
+        if target.config == todo.base.config and "base" in measured and not wants_divergence:
+            measured[role] = measured["base"]  # a recording
+            continue
         steps.begin(f"{role} offline (transformers)")
         options = {"against": dense} if wants_divergence and role == "candidate" else {}
         compared = [measure_offline(target.directory, text, request, work_dir, **options) for text in request.data]

@@ -50,11 +50,12 @@ def measure(
     name: str, texts: list[str], base: Endpoint, candidate: Endpoint, top_k: int, on_target: Callable[[str], None]
 ) -> TextEvidence:
     """Score every piece of the text called `name` with both. Raises `GateError`, also for different tokens."""
-    scored_by = []
-    for role, endpoint in (("base", base), ("candidate", candidate)):
-        on_target(f"{name}: {len(texts)} pieces, {role}")
-        scored_by.append(endpoint.score_all(texts, top_k))
-    pairs = list(zip(*scored_by, strict=True))
+    on_target(f"{name}: {len(texts)} pieces, base")
+    by_base = by_candidate = base.score_all(texts, top_k)
+    if not base.is_same(candidate):  # a recording has one target
+        on_target(f"{name}: {len(texts)} pieces, candidate")
+        by_candidate = candidate.score_all(texts, top_k)
+    pairs = list(zip(by_base, by_candidate, strict=True))
     for at, pair in enumerate(pairs):
         _check_same(name, at, *pair)
     scored = [len(left.logprobs) for left, _ in pairs]

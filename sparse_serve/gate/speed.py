@@ -87,7 +87,15 @@ def rounds(
 
 
 def _evidence(found: Sequence[SpeedRound], config: SpeedConfig) -> SpeedEvidence:
-    return SpeedEvidence(found, config.metrics, config.slo_ttft_ms, config.slo_e2e_ms)
+    return SpeedEvidence(
+        found,
+        config.metrics,
+        config.slo_ttft_ms,
+        config.slo_e2e_ms,
+        config.requests,
+        config.input_tokens,
+        config.output_tokens,
+    )
 
 
 def _round(

@@ -5,6 +5,7 @@ with probability `alpha`. Resampling is seeded, so the same samples give the sam
 
     mean_bounds    BCa bootstrap over blocks of neighbouring windows, as neighbours share a subject
     ratio_bounds   of log ratios of rounds: the wider of Student's t and BCa, as there are few rounds and long tails
+    welch_bounds   of the same for two reports, whose rounds are not paired
     McNemar        exact, on the samples that only one of two models answers correctly
 
 Sources: B. Efron, "Better Bootstrap Confidence Intervals", JASA 82 (1987); Q. McNemar, Psychometrika 12 (1947); both as
@@ -104,6 +105,19 @@ def ratio_bounds(ratios: Sequence[float] | np.ndarray, low_alpha: float, high_al
         math.exp(min(low, _bca(logs, low_alpha, seed)[0])),
         math.exp(max(high, _bca(logs, high_alpha, seed)[1])),
     )
+
+
+def welch_bounds(earlier: Sequence[float], later: Sequence[float], low_alpha: float, high_alpha: float) -> Bounds:
+    """Bounds of the ratio of geometric means, `later` to `earlier`, of two independent samples, each with a spread of
+    its own (Welch). Each needs two values."""
+    before, after = np.log(np.asarray(earlier)), np.log(np.asarray(later))
+    mean = float(after.mean() - before.mean())
+    if max(np.ptp(before), np.ptp(after)) < _NO_SPREAD:
+        return Bounds(math.exp(mean), math.exp(mean), math.exp(mean))
+    test = stats.ttest_ind(after, before, equal_var=False)
+    low = float(test.confidence_interval(1 - 2 * low_alpha).low)
+    high = float(test.confidence_interval(1 - 2 * high_alpha).high)
+    return Bounds(math.exp(mean), math.exp(low), math.exp(high))
 
 
 def _bca(values: np.ndarray, alpha: float, seed: int) -> tuple[float, float]:

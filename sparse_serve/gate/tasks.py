@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from maskgen.core.digest import digest_json
 from maskgen.core.errors import clip
 from sparse_serve.gate import task_pack
 from sparse_serve.gate.endpoint import Endpoint
@@ -72,11 +74,13 @@ def measure(
     name: str, samples: Sequence[Sample], base: Endpoint, candidate: Endpoint, on_target: Callable[[str], None]
 ) -> TaskEvidence:
     """Ask both servers for every sample. Raises `GateError` when one fails."""
-    answers = []
-    for role, endpoint in (("base", base), ("candidate", candidate)):
-        on_target(f"{name}: {len(samples)} samples, {role}")
-        answers.append(correct(samples, endpoint))
-    return TaskEvidence(name, *answers)
+    on_target(f"{name}: {len(samples)} samples, base")
+    left = correct(samples, base)
+    right = left
+    if not base.is_same(candidate):  # a recording has one target
+        on_target(f"{name}: {len(samples)} samples, candidate")
+        right = correct(samples, candidate)
+    return TaskEvidence(name, left, right, digest_json([asdict(sample) for sample in samples]))
 
 
 def correct(samples: Sequence[Sample], endpoint: Endpoint) -> list[bool]:

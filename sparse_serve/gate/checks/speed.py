@@ -74,7 +74,7 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limi
     unit = RATES.get(metric, "ms")
     return CheckResult(
         check="speed",
-        verdict=_verdict(bounds, limit),
+        verdict=decide(bounds, limit),
         summary=f"{candidate:.4g} {unit}, base {base:.4g} {unit}: {bounds.estimate - 1:+.1%} "
         f"{'slower' if is_rate else 'longer'}, between {bounds.low - 1:+.1%} and {bounds.high - 1:+.1%} over "
         f"{len(clean)} rounds, allowed {limit:+.1%}; the host can tell {effect:.1%}",
@@ -92,7 +92,8 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limi
     )
 
 
-def _verdict(bounds: Bounds, limit: float) -> Verdict:
+def decide(bounds: Bounds, limit: float) -> Verdict:
+    """A ratio of times between its bounds, against the slowdown that is allowed."""
     if bounds.low - 1 > limit:
         return Verdict.FAIL
     is_fine = bounds.high / bounds.estimate - 1 <= limit

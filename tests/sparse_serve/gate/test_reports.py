@@ -139,29 +139,3 @@ def test_explain_says_the_worst_first_and_what_to_do(tmp_path: Path, capsys: pyt
     assert [line.split()[0] for line in lines if line[:1].isupper()][1:] == sorted(
         (line.split()[0] for line in lines if line[:1].isupper() and not line.endswith(".")), key=["FAIL", "PASS"].index
     )
-
-
-def test_two_reports_are_compared_and_another_environment_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    earlier = written(tmp_path / "a", whole(evidence(noise=0)))
-    same = written(tmp_path / "b", whole(evidence(noise=0)))
-    worse = written(tmp_path / "c", whole(evidence(shift=0.3)))
-    elsewhere = written(tmp_path / "d", whole(evidence(noise=0), {**ENVIRONMENT, "processor": "B"}))
-    out = tmp_path / "out"
-
-    def compare(later: Path) -> int:
-        return main(["gate", "compare", str(earlier), str(later), "--out", str(out)])
-
-    assert compare(same) == 0
-    assert compare(worse) == 1
-    assert compare(elsewhere) == 4
-    assert "the two were not measured alike: processor 'A CPU', then 'B'" in capsys.readouterr().out
-    report_file.load(out / "report.json")
-
-
-def test_reports_without_a_text_in_common_are_not_compared(tmp_path: Path) -> None:
-    one = report_file.load(written(tmp_path, whole()))
-    other = {**one, "evidence": {**one["evidence"], "texts": []}}
-    with pytest.raises(FormatError, match="no text in common"):
-        report_file.compare(one, other)

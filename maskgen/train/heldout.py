@@ -49,7 +49,7 @@ def _in_mode(session: Session, mode: Mode) -> Logits:
 
 def _dense(session: Session, model_dir: Path) -> Logits:
     """The dense model: the session's own frozen weights, its teacher, or read again where neither is there."""
-    if not session.method.trains_weights and session.spec.scope != "all":
+    if not session.method.trains_weights and session.spec.scope == "targets":
         return _in_mode(session, Mode.DENSE)
     teacher = session.objective.teacher
     if teacher is None:

@@ -1,6 +1,6 @@
 """From a dense model to a training session: its layers replaced by those that learn, a teacher, an optimiser.
 
-every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too (scope = "all")
+every target nn.Linear --attach--> LearnedLinear      the rest of the model frozen, or trained too, as `scope` says
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def prepare(
         group.split(teacher, decoder_blocks(teacher)[1])
     if start is not None:
         start.put_into(model, plan)
-    others = _train_others(model, plan) if spec.scope == "all" else []
+    others = _train_others(model, plan, spec.scope)
     layers = _attach(model, plan, units, method, spec, prior, pattern, start)
     assert learned_parameters(layers), "the method attached nothing that can be trained"
     if method.trains_weights:
@@ -126,7 +126,7 @@ def _attach(
 def _active_blocks(spec: Training, blocks: int, method: LearnedMethod, has_prior: bool) -> range:
     if spec.blocks is None:
         return range(blocks)
-    if not has_prior or method.result is not Result.SPARSE or method.correction is not None or spec.scope == "all":
+    if not has_prior or method.result is not Result.SPARSE or method.correction is not None or spec.scope != "targets":
         raise RecipeError(
             f"train.blocks {list(spec.blocks)}: the other blocks keep the masks they start from, so this "
             "needs a method that starts from one and adds no correction, with scope = 'targets'"
@@ -136,10 +136,12 @@ def _active_blocks(spec: Training, blocks: int, method: LearnedMethod, has_prior
     return range(*spec.blocks)
 
 
-def _train_others(model: nn.Module, plan: Plan) -> list[str]:
-    """Make everything but the plan's targets trainable; its names."""
+def _train_others(model: nn.Module, plan: Plan, scope: str) -> list[str]:
+    """Make trainable what `scope` adds to the plan's targets; its names."""
+    inside: Sequence[nn.Module] = {"targets": (), "blocks": plan.blocks, "all": (model,)}[scope]
     targets = {id(item) for block in plan.targets for linear in block.values() for item in linear.parameters()}
-    others = [name for name, parameter in model.named_parameters() if id(parameter) not in targets]
+    wanted = {id(item) for module in inside for item in module.parameters()} - targets
+    others = [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
     for name in others:
         model.get_parameter(name).requires_grad_(True)
     return others

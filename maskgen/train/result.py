@@ -4,8 +4,8 @@
     DENSE    a stock Hugging Face directory with the trained weights
     SLICED   a stock Hugging Face directory with fewer heads and neurons (`export.slice`)
 
-With `scope = "all"` the norms, embeddings and the head that were trained too replace the stored ones. Layers are solved
-one at a time while tensors stream to disk, so nothing is held twice.
+What was trained beside the layers to prune, as `scope` says (norms, embeddings), replaces what is stored. Layers are
+solved one at a time while tensors stream to disk, so nothing is held twice.
 
 Legend: O = out features, I = in features.
 """

@@ -233,7 +233,7 @@ class ProxSparse(LearnedMethod):
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """AdamW without weight decay, and lambda1 by the rule from sigma of the weights as they were given."""
         if others:
-            raise RecipeError("train.scope 'all': proxsparse serves the original model, masked; set it to 'targets'")
+            raise RecipeError("train.scope: proxsparse serves the original model, masked; set it to 'targets'")
         targets = _layers(layers)
         sigma = math.sqrt(sum(layer.square_sum for layer in targets) / sum(layer.weight.numel() for layer in targets))
         lambda1 = self.lambda1 or self.strength * lr / sigma**2

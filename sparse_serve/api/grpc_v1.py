@@ -12,6 +12,7 @@ iteration, which aborts the request in the engine.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sparse_serve.api import grpc_messages as messages
+from sparse_serve.api.grpc_access import KeyCheck, authorization, server_credentials
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import Chunk
@@ -30,6 +32,7 @@ from sparse_serve.server.context import ServerContext
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _CLOSE_S = 0.5
+_INT32_MAX = 2**31 - 1
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_metadata_size", 16 << 10),
@@ -55,8 +58,16 @@ class GrpcApi:
     async def start(self) -> str:
         """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
         settings = self._context.settings
-        options = [*_OPTIONS, ("grpc.max_receive_message_length", settings.max_message_bytes)]
-        server = grpc.aio.server(options=options)
+        age_ms, grace_ms = round(settings.max_connection_age_s * 1000), round(settings.drain_s * 1000)
+        options = [
+            *_OPTIONS,
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_concurrent_streams", settings.max_streams),
+            ("grpc.max_connection_age_ms", min(age_ms, _INT32_MAX)),
+            ("grpc.max_connection_age_grace_ms", max(grace_ms, 1000)),
+        ]
+        interceptors = [KeyCheck(self._context.keys)] if self._context.keys else []
+        server = grpc.aio.server(options=options, interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
@@ -65,7 +76,11 @@ class GrpcApi:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            port = server.add_insecure_port(f"{host}:{settings.grpc_port}")
+            address, tls = f"{host}:{settings.grpc_port}", self._context.tls
+            if tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, server_credentials(tls))
         except RuntimeError:
             raise PortInUseError(
                 f"gRPC address {host}:{settings.grpc_port}: taken, or not an address of this machine; "
@@ -77,6 +92,7 @@ class GrpcApi:
 
     async def serve(self) -> None:
         """Health checks turn to SERVING; the calls ask `Admission`."""
+        self._service.watch_writes()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -88,7 +104,7 @@ class GrpcApi:
         if self._server is None:
             return
         await self._health.enter_graceful_shutdown()
-        self._service.stopping = True
+        self._service.close()
         await self._server.stop(max(grace_s, _CLOSE_S))
 
     async def _set_health(self, status: Any) -> None:
@@ -101,19 +117,48 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self.stopping = False
+        self._stopping = False
+        self._writing: dict[asyncio.Task[Any], float] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    def watch_writes(self) -> None:
+        """From now on, end the calls of clients that do not read."""
+        self._watch = asyncio.create_task(self._end_unread())
+
+    def close(self) -> None:
+        """What is cancelled from now on is so because this server ends."""
+        self._stopping = True
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _end_unread(self) -> None:
+        limit_s = self._context.settings.write_s
+        while True:
+            await asyncio.sleep(min(limit_s / 4, 1.0))
+            for task, since_s in list(self._writing.items()):
+                if time.monotonic() - since_s > limit_s:
+                    task.cancel()
 
     async def Generate(self, request: pb.GenerateRequest, call: Any) -> pb.GenerateResponse:
         """All of it at once."""
         async with self._answering("Generate", call):
-            chunks = [chunk async for chunk in self._generate(request)]
+            chunks = [chunk async for chunk in self._generate(request, call)]
         return messages.whole_response(chunks)
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""
-        async with self._answering("GenerateStream", call), contextlib.aclosing(self._generate(request)) as chunks:
+        async with (
+            self._answering("GenerateStream", call),
+            contextlib.aclosing(self._generate(request, call)) as chunks,
+        ):
+            task = asyncio.current_task()
+            assert task is not None
             async for chunk in chunks:
-                await call.write(messages.stream_response(chunk))
+                self._writing[task] = time.monotonic()
+                try:
+                    await call.write(messages.stream_response(chunk))
+                finally:
+                    del self._writing[task]
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Any) -> pb.GetModelInfoResponse:
         """What is served."""
@@ -121,12 +166,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             info = self._context.served()
         return messages.model_info(info, self._context.engine.models)
 
-    async def _generate(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> AsyncGenerator[Chunk, None]:
+    async def _generate(
+        self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any
+    ) -> AsyncGenerator[Chunk, None]:
         info, engine = self._context.served(), self._context.engine
         checked = messages.read_request(request, info, engine.models, self._context.settings)
-        async with contextlib.aclosing(engine.generate(checked)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._context.admission.share(self._client(call), 1):
+            async with contextlib.aclosing(engine.generate(checked)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    def _client(self, call: Any) -> str:
+        """Who asks: the owner of a key, or without keys, a connection."""
+        keys = self._context.keys
+        return str(call.peer()) if keys is None else keys.client(authorization(call.invocation_metadata()))
 
     @contextlib.asynccontextmanager
     async def _answering(self, method: str, call: Any) -> AsyncIterator[None]:
@@ -135,9 +188,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             try:
                 yield
             except asyncio.CancelledError:
-                outcome.cancelled = not self.stopping
+                outcome.cancelled = not self._stopping
                 outcome.code = "CANCELLED" if outcome.cancelled else "UNAVAILABLE"
                 raise
+            except grpc.aio.BaseError:  # a write to a client that has left
+                outcome.cancelled, outcome.code = True, "CANCELLED"
             except Exception as error:
                 reply = answer(error)
                 outcome.code = reply.grpc_code

@@ -3,12 +3,15 @@
 `build_app` and `init_app_state` are what `vllm serve` itself uses: completions, chat, models, streaming, tool calls and
 `/metrics` behave as documented there, and `/metrics` shows this server's metrics too, as both use the default registry.
 Four things are ours. The listener stands before it (admission, counting, body size). Its lifespan is run here,
-because the listener's server started long before this application existed. And the server object that vLLM may ask to
-exit when the engine dies is a dummy: this process watches the engine itself, and ends every API in order.
+because the listener's server started long before this application existed. The server object that vLLM may ask to exit
+when the engine dies is a dummy: this process watches the engine itself, and ends every API in order. And the list of
+models names no directory.
 """
 
 import contextlib
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
+from typing import Any
 
 from sparse_serve.runtime.errors import EngineStartError
 from sparse_serve.runtime.startup_error import reason
@@ -47,7 +50,9 @@ class OpenAiApi:
             await init_app_state(engine.client, app.state, engine.args, tasks)
         except Exception as error:
             raise EngineStartError(f"the OpenAI API did not start: {reason(error)}") from error
-        engine.adapters = app.state.openai_serving_models.lora_requests
+        models = app.state.openai_serving_models
+        engine.adapters = models.lora_requests
+        models.show_available_models = _without_paths(models.show_available_models)
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
         self._context.listener.set_main(app)
@@ -58,3 +63,15 @@ class OpenAiApi:
     async def stop(self, grace_s: float) -> None:
         """End the application's lifespan. Its requests are the listener's to finish, before this."""
         await self._lifespan.aclose()
+
+
+def _without_paths(listing: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    """vLLM's list of models; each has a root, which is where its files are, and here the model's own name."""
+
+    async def listed() -> Any:
+        models = await listing()
+        for model in models.data:
+            model.root = model.id
+        return models
+
+    return listed

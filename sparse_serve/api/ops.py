@@ -1,7 +1,9 @@
-"""Operations over HTTP: `/ready` for load balancers, `/sparse-serve/info` for people.
+"""Operations over HTTP: `/readyz` and `/healthz` for probes, `/sparse-serve/info` for people.
 
-`/ready` is 200 while requests are taken and 503 while the model loads, while draining, and when the engine has died.
-vLLM's own `/health` says less: it exists only once the model is loaded, and knows nothing of draining.
+`/readyz` (and `/ready`) is 200 while requests are taken and 503 while the model loads, while draining, and when the
+engine has died. `/healthz` is 200 as long as this process has not lost its engine: a probe that restarts what fails
+leaves a server that loads, or drains, alone. Neither needs a key. vLLM's own `/health` says less: it exists only once
+the model is loaded, and knows nothing of draining.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ class OpsApi:
 
     async def start(self) -> str:
         """Mount: these routes answer in every phase."""
-        self._context.listener.mount("/ready", self._ready)
+        for path in ("/ready", "/readyz"):
+            self._context.listener.mount(path, self._ready, needs_key=False)
+        self._context.listener.mount("/healthz", self._healthy, needs_key=False)
         self._context.listener.mount("/sparse-serve/info", self._info)
         return ""
 
@@ -45,14 +49,14 @@ class OpsApi:
         body = {"phase": admission.phase.value, "in_flight": admission.in_flight}
         await JSONResponse(body, status)(scope, receive, send)
 
+    async def _healthy(self, scope: Scope, receive: Receive, send: Send) -> None:
+        admission = self._context.admission
+        status = 503 if admission.phase is Phase.DEAD else 200
+        await JSONResponse({"phase": admission.phase.value}, status)(scope, receive, send)
+
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = self._context
         engine = None if context.info is None else dataclasses.asdict(context.info)
         if engine is not None and context.info is not None and context.info.quality is not None:
             engine["quality"] |= {"bad": context.info.quality.is_bad, "advice": context.info.quality.advice()}
-        body = {
-            "phase": context.admission.phase.value,
-            "engine": engine,
-            "settings": context.settings.model_dump(),
-        }
-        await JSONResponse(body)(scope, receive, send)
+        await JSONResponse({"phase": context.admission.phase.value, "engine": engine})(scope, receive, send)

@@ -21,6 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="the gRPC API (default: %(default)s)"
     )
     parser.add_argument(
+        "--api-key-file", metavar="FILE", help="file whose first line is the key that the server asks for"
+    )
+    parser.add_argument(
+        "--tls-ca", metavar="FILE", help="speak TLS, to a server with a certificate of this authority (PEM)"
+    )
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate to show, where the server asks for one (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key (PEM)")
+    parser.add_argument(
         "--model", metavar="NAME", default="", help="of the model or LoRA adapter (default: the served model)"
     )
     parser.add_argument(

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from maskgen.core.errors import SparseError
@@ -24,7 +25,17 @@ from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.startup_error import reason
-from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Server, Stopped
+from sparse_serve.server.lifecycle import (
+    CutOff,
+    Draining,
+    EngineDied,
+    EngineHung,
+    Event,
+    Listening,
+    Ready,
+    Server,
+    Stopped,
+)
 from sparse_serve.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,15 +67,16 @@ def main(args: argparse.Namespace) -> int:
     processes.follow()  # a benchmark that started this server, if one did
     from sparse_serve.engine.vllm_engine import VllmEngine
 
-    # a flag of both: without this, vLLM's own HTTP API would not hear of it
-    flags = [*args.others, f"--max-logprobs={settings.max_logprobs}"]
+    # flags of both: without this, vLLM would not hear of them
+    shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
+    flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
     engine = VllmEngine(args.model, flags, settings.drain_s)
     shown = terminal.plain()
     try:
         if not args.verbose:
             shown = terminal.redirected()
         with explained():
-            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model)))
+            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model, access(settings))))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log(shown)}")
         return 2
@@ -102,11 +114,43 @@ async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event],
             signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass(frozen=True)
+class Access:
+    """What a client has to do to come in: words for the printed commands, and a line about them."""
+
+    scheme: str = "http"
+    curl: tuple[str, ...] = ()
+    generate: tuple[str, ...] = ()
+    remark: str = ""
+
+
+OPEN = Access()
+
+
+def access(settings: Settings) -> Access:
+    """By what the server asks of its clients."""
+    curl, generate, lacks = [], [], []
+    if settings.tls_cert:
+        curl += ["--cacert", "CA.pem"]
+        generate += ["--tls-ca", "CA.pem"]
+        lacks.append("CA.pem: of the authority that signed the certificate")
+    if settings.tls_client_ca:
+        curl += ["--cert", "CLIENT.pem", "--key", "CLIENT.key"]
+        generate += ["--tls-cert", "CLIENT.pem", "--tls-key", "CLIENT.key"]
+        lacks.append("CLIENT.pem, CLIENT.key: a certificate of --tls-client-ca")
+    if settings.api_keys:
+        curl += ["-H", "authorization: Bearer KEY"]
+        generate += ["--api-key-file", "FILE"]
+        lacks.append(f"KEY, FILE: one of {settings.api_keys}")
+    remark = f"  with  {'; '.join(lacks)}\n" if lacks else ""
+    return Access("https" if settings.tls_cert else "http", tuple(curl), tuple(generate), remark)
+
+
 class Reporter:
     """Words for the server's events. Called in the order they happen."""
 
-    def __init__(self, shown: Terminal, model: str) -> None:
-        self._shown, self._model = shown, model
+    def __init__(self, shown: Terminal, model: str, access: Access = OPEN) -> None:
+        self._shown, self._model, self._access = shown, model, access
         self._started_s = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -117,7 +161,7 @@ class Reporter:
                 self._shown.note(f"starting the engine on {self._model}{where}")
             case Ready(info, http, grpc):
                 self._shown.note(f"started in {time.monotonic() - self._started_s:.1f} s")
-                self._shown.say(ready_block(info, http, grpc))
+                self._shown.say(ready_block(info, http, grpc, self._access))
                 for warning in warnings(info):
                     self._shown.note(f"warning: {warning}")
             case Draining(requests, limit_s):
@@ -127,25 +171,30 @@ class Reporter:
                 self._shown.note(f"{requests} request{'s' * (requests != 1)} did not finish in {limit_s:g} s: cut off")
             case EngineDied():
                 self._shown.note(f"sparse-serve: error: the engine has died{_log(self._shown)}")
+            case EngineHung(limit_s):
+                found = f"the engine has made no step for {limit_s:g} s (--watchdog-s)"
+                self._shown.note(f"sparse-serve: error: {found}{_log(self._shown)}")
             case Stopped():
                 self._shown.note("stopped")
 
 
-def ready_block(info: EngineInfo, http: str, grpc: str) -> str:
+def ready_block(info: EngineInfo, http: str, grpc: str, access: Access = OPEN) -> str:
     """What a person wants to read and paste once the server is up."""
     path, body = example(info)
     share = f"{info.sparse_layers} sparse layers" if info.sparse_layers else "a dense model"
-    call = ["curl", f"http://{http}{path}", "-H", "content-type: application/json", "-d", json.dumps(body)]
-    generate = [*_this_command(), "generate", "--address", grpc, "--max-tokens", "16", "Hello"]
+    url = f"{access.scheme}://{http}"
+    curl = ["curl", *access.curl]
+    call = [*curl, f"{url}{path}", "-H", "content-type: application/json", "-d", json.dumps(body)]
+    generate = [*_this_command(), "generate", "--address", grpc, *access.generate, "--max-tokens", "16", "Hello"]
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 {quality_line(info)}
-  HTTP  http://{http}
+  HTTP  {url}
         {shlex.join(call)}
   gRPC  {grpc}
         {shlex.join(generate)}
-  see   {shlex.join(["curl", f"http://{http}/metrics"])}
-"""
+  see   {shlex.join([*curl, f"{url}/metrics"])}
+{access.remark}"""
 
 
 def quality_line(info: EngineInfo) -> str:

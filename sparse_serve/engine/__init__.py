@@ -151,6 +151,13 @@ class Engine(Protocol):
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
 
     @property
+    def last_step_s(self) -> float:
+        """When, by `time.monotonic`, the engine last put anything out."""
+
+    async def probe(self) -> None:
+        """Ask for one token, and return when it is there. Raises `EngineDiedError` or `OverloadedError`."""
+
+    @property
     def died(self) -> bool:
         """Whether a started engine is gone without `stop` having been called."""
 

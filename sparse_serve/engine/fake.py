@@ -2,11 +2,12 @@
 
 Output token i is prompt token i modulo the prompt's length, a token id is a character's code point, and every
 log-probability is minus the token id over 1000: all of it predictable from the request. It records what was aborted
-and counts what is unfinished, and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, or
-die.
+and counts what is unfinished, and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, hang
+(`hangs`), or die.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 
 from maskgen.core.quality import Quality
@@ -52,6 +53,8 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.unfinished = 0
         self._dead = False
+        self.hangs = False
+        self.last_step_s = time.monotonic()
 
     async def start(self) -> EngineInfo:
         await asyncio.sleep(self.start_s)
@@ -78,7 +81,8 @@ class FakeEngine:
         room = INFO.max_model_len - len(ids)
         count = min(sampling.max_tokens or DEFAULT_MAX_TOKENS, room)
         for index in range(count):
-            await asyncio.sleep(self.delay_s)
+            await asyncio.sleep(1e9 if self.hangs else self.delay_s)
+            self.last_step_s = time.monotonic()
             if self._dead:
                 raise EngineDiedError("the engine is gone")
             if self.fail_with is not None:
@@ -102,6 +106,10 @@ class FakeEngine:
 
     async def score(self, token_ids: list[int]) -> list[float]:
         return [-id_ / 1000 for id_ in token_ids[1:]]
+
+    async def probe(self) -> None:
+        await asyncio.sleep(1e9 if self.hangs else 0.0)
+        self.last_step_s = time.monotonic()
 
     @property
     def died(self) -> bool:

@@ -8,23 +8,20 @@ it stands at the top of this file.
 `AsyncLLM` always runs the engine in a child process. What a machine without a GPU needs is in `vllm_defaults`;
 everything the user says with a vLLM flag or variable wins.
 
-Perplexity: `score` asks for `prompt_logprobs=0`, the log-probability of each actual prompt token. vLLM computes it as
-a float32 log-softmax over the whole vocabulary, so it is exact.
-
 A sparse checkpoint, local or from the hub, is verified before the engine starts, and once it runs, the layers the
 workers really hold on sparse kernels are compared with its manifest: vLLM merely logs a plugin that fails to load.
 """
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
 import threading
 import time
-import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +32,13 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from maskgen.core.quality import known_quality
-from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults
+from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults, vllm_requests
 from sparse_serve.engine.vllm_flags import parse
-from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine.vllm_values import engine_info, takes_chat
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
-    BadRequestError,
     EngineDiedError,
     EngineStartError,
-    OverloadedError,
     SettingsError,
     UnknownModelError,
 )
@@ -70,6 +65,7 @@ class VllmEngine:
         self._drain_s = drain_s
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self.last_step_s = time.monotonic()
         self._others = processes.descendants(os.getpid())
 
     async def start(self) -> EngineInfo:
@@ -140,6 +136,7 @@ class VllmEngine:
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             disable_log_stats=engine_args.disable_log_stats,
+            stat_loggers=[functools.partial(_StepTimes, self)],
         )
 
     def _check_wanted(self) -> None:
@@ -190,38 +187,18 @@ class VllmEngine:
             raise UnknownModelError(f"the adapter {name!r} is no longer loaded")
         return self.adapters[name]
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        prompt = request.prompt
-        source = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
-        model = self.client.model_config
-        arguments = sampling_arguments(request.sampling, model.get_diff_sampling_param(), model.max_model_len)
-        completion_tokens = 0
-        with _translated():
-            params = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
-            name, adapter = f"grpc-{uuid.uuid4().hex}", self._adapter(request.model)
-            outputs = self.client.generate(source, params, name, lora_request=adapter)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    completion_tokens += len(output.outputs[0].token_ids)
-                    yield to_chunk(output, completion_tokens, request.sampling)
+        return vllm_requests.generate(self.client, request, self._adapter)
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Log-probabilities. See `Engine.score`."""
-        from vllm import SamplingParams
+        return await vllm_requests.score(self.client, token_ids)
 
-        longest = self.client.model_config.max_model_len - 1
-        if not 2 <= len(token_ids) <= longest:
-            raise BadRequestError(f"{len(token_ids)} tokens to score; expected 2 to {longest} (max_model_len - 1)")
-        with _translated():
-            params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-            prompt = {"prompt_token_ids": token_ids}
-            async for output in self.client.generate(prompt, params, f"score-{uuid.uuid4().hex}"):
-                final = output
-        return [final.prompt_logprobs[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
+    async def probe(self) -> None:
+        """One token. See `Engine.probe`."""
+        await vllm_requests.probe(self.client)
+        self.last_step_s = time.monotonic()
 
     @property
     def is_loading(self) -> bool:
@@ -250,20 +227,21 @@ class VllmEngine:
         return processes.descendants(os.getpid()) - self._others
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """vLLM's exceptions as ours. What is not listed is unexpected, and stays as it is."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError
-    from vllm.v1.engine.exceptions import EngineDeadError
+class _StepTimes:
+    """What vLLM calls a stat logger: told of every step of the engine, it keeps the time."""
 
-    try:
-        yield
-    except VLLMClientError as error:
-        raise BadRequestError(str(error)) from error
-    except GracefulHTTPError as error:
-        raise OverloadedError(str(error)) from error
-    except EngineDeadError as error:
-        raise EngineDiedError("the engine has died; this server is going down") from error
+    def __init__(self, engine: VllmEngine, vllm_config: Any, engine_index: int = 0) -> None:
+        self._engine = engine
+
+    def record(self, *stats: Any, **more: Any) -> None:
+        """A step has ended."""
+        self._engine.last_step_s = time.monotonic()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Everything else that vLLM tells a stat logger is nothing to this one."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
 
 
 def _check_manifest(checkpoint: SparseCheckpoint, served: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from sparse_serve.engine import vllm_defaults
@@ -47,6 +48,8 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
         raise SettingsError(reason(error)) from None
+    if not args.served_model_name:  # a path of this machine is nothing to tell clients
+        args.served_model_name = [Path(args.model).resolve().name if Path(args.model).is_dir() else args.model]
     vllm_defaults.resolve_hub_model(args, os.environ)
     vllm_defaults.check_tokenizer(args)
     vllm_defaults.expect_all_weights(args)

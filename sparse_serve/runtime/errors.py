@@ -10,7 +10,9 @@
           +-- BenchError        (RuntimeError)     a benchmark could not measure; the message has the end of a log
           +-- BadRequestError   (ValueError)       a request is wrong; the message names the field
           +-- UnknownModelError (LookupError)      a request asks for a model that is not the served one
+          +-- UnauthenticatedError (PermissionError) a request has no key of this server
           +-- OverloadedError   (RuntimeError)     the queue is full
+          |    +-- TooManyError                    this client has enough requests running
           +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
@@ -70,6 +72,14 @@ class OverloadedError(ServeError, RuntimeError):
     """The engine's queue is full."""
 
 
+class TooManyError(OverloadedError):
+    """One client has as many requests running as one may have."""
+
+
+class UnauthenticatedError(ServeError, PermissionError):
+    """A request has no key, or one that is not of this server."""
+
+
 class UnavailableError(ServeError, ConnectionError):
     """The server is not taking requests now: it is starting or draining."""
 
@@ -91,6 +101,8 @@ class Answer:
 _TABLE: tuple[tuple[type[SparseError], str, int, float | None], ...] = (
     (BadRequestError, "INVALID_ARGUMENT", 400, None),
     (UnknownModelError, "NOT_FOUND", 404, None),
+    (UnauthenticatedError, "UNAUTHENTICATED", 401, None),
+    (TooManyError, "RESOURCE_EXHAUSTED", 429, 1.0),
     (OverloadedError, "RESOURCE_EXHAUSTED", 503, 1.0),
     (UnavailableError, "UNAVAILABLE", 503, 1.0),
     (EngineDiedError, "UNAVAILABLE", 503, 5.0),

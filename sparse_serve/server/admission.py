@@ -7,11 +7,12 @@ else. Used from the event loop only, so it needs no lock.
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from sparse_serve.runtime.errors import EngineDiedError, UnavailableError
+from sparse_serve.runtime.errors import EngineDiedError, TooManyError, UnavailableError
 from sparse_serve.server.metrics import Metrics
 
 
@@ -35,8 +36,11 @@ class Outcome:
 class Admission:
     """The phase, and the count of requests inside."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, max_per_client: int) -> None:
         self._metrics = metrics
+        self._max_per_client = max_per_client
+        self._sequences: Counter[str] = Counter()
+        self._receiving = 0
         self._phase = Phase.STARTING
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -72,21 +76,55 @@ class Admission:
         in_flight = self._metrics.in_flight.labels(api)
         in_flight.inc()
         self._in_flight += 1
-        self._idle.clear()
+        self._look()
         try:
             yield outcome
         finally:
             self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle.set()
+            self._look()
             in_flight.dec()
             self._metrics.requests.labels(api, method, outcome.code).inc()
             self._metrics.seconds.labels(api, method).observe(time.perf_counter() - started_s)
             if outcome.cancelled:
                 self._metrics.cancelled.labels(api).inc()
 
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """While the body of a request, which is counted, has not arrived. Nobody waits for it to be idle."""
+        self._receiving += 1
+        self._look()
+        try:
+            yield
+        finally:
+            self._receiving -= 1
+            self._look()
+
+    @contextlib.contextmanager
+    def share(self, client: str, sequences: int) -> Iterator[None]:
+        """Take `sequences` of what one client may have running. Raises `TooManyError` if it has too many."""
+        running = self._sequences[client]
+        if running + sequences > self._max_per_client:
+            self._metrics.rejected.inc()
+            raise TooManyError(
+                f"this client has {running} sequences running and asks for {sequences} more; expected at most "
+                f"{self._max_per_client} at a time (--max-sequences-per-client)"
+            )
+        self._sequences[client] += sequences
+        try:
+            yield
+        finally:
+            self._sequences[client] -= sequences
+            if not self._sequences[client]:
+                del self._sequences[client]
+
+    def _look(self) -> None:
+        if self._in_flight == self._receiving:
+            self._idle.set()
+        else:
+            self._idle.clear()
+
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing is inside. False when the time is up first."""
+        """Wait until nothing is inside but what has not arrived whole. False when the time is up first."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

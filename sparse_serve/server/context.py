@@ -5,18 +5,24 @@ from typing import Protocol
 
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.server.admission import Admission
+from sparse_serve.server.body_limits import BodyLimits
+from sparse_serve.server.keys import Keys
 from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.settings import Settings
+from sparse_serve.server.tls import Tls
 
 
 @dataclass
 class ServerContext:
-    """What APIs share. `info` is set by the server when the engine has started."""
+    """What APIs share. `info` is set by the server when the engine has started. Without `keys`, all may come in."""
 
     engine: Engine
     settings: Settings
     admission: Admission
     listener: HttpListener
+    limits: BodyLimits
+    keys: Keys | None = None
+    tls: Tls | None = None
     info: EngineInfo | None = None
 
     def served(self) -> EngineInfo:

@@ -11,24 +11,34 @@ has a time limit already, and killing in a hurry is what leaves processes behind
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from prometheus_client import CollectorRegistry
 
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.server.admission import Admission, Phase
+from sparse_serve.server.body_limits import BodyLimits
 from sparse_serve.server.context import Api, ServerContext
+from sparse_serve.server.gatekeeper import Gatekeeper, Rules
+from sparse_serve.server.keys import Keys
 from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.metrics import Metrics
+from sparse_serve.server.protocol import ConnectionLimits
+from sparse_serve.server.routes import serving
 from sparse_serve.server.settings import Settings
+from sparse_serve.server.tls import Tls, TlsFiles
+from sparse_serve.server.watchdog import until_hung
 
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 0.25
 _FAIL_S = 2.0
+_CUT_OFF_S = 0.5
 _ENGINE_STOP_S = 5.0
 
 
@@ -71,11 +81,18 @@ class EngineDied:
 
 
 @dataclass(frozen=True)
+class EngineHung:
+    """The engine lives and has made no step for `limit_s` seconds, though it was asked; the server ends."""
+
+    limit_s: float
+
+
+@dataclass(frozen=True)
 class Stopped:
     """All is closed, after `stop` or after the engine died."""
 
 
-Event = Listening | Ready | Draining | CutOff | EngineDied | Stopped
+Event = Listening | Ready | Draining | CutOff | EngineDied | EngineHung | Stopped
 
 
 class Server:
@@ -90,17 +107,15 @@ class Server:
         on_event: Callable[[Event], None],
     ) -> None:
         self._metrics = Metrics(registry)
-        admission = Admission(self._metrics)
-        listener = HttpListener(settings.host, settings.http_port, admission, settings.max_message_bytes)
-        self.context = ServerContext(engine, settings, admission, listener)
+        self.context = shared(engine, settings, self._metrics)
         self._apis: list[Api] = [module.create(self.context) for module in apis]
         self._tell = on_event
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
-        """Serve until `stop` is called or the engine dies.
+        """Serve until `stop` is called, or the engine dies or hangs.
 
-        Returns the exit code: 0 after `stop`, 1 if the engine died. Raises what kept it from starting
+        Returns the exit code: 0 after `stop`, 1 if the engine died or hangs. Raises what kept it from starting
         (`PortInUseError`, `EngineStartError`, `SettingsError`), with everything closed.
         """
         try:
@@ -154,23 +169,36 @@ class Server:
 
     async def _until_the_end(self) -> int:
         context = self.context
-        while not self._stopping.is_set() and not context.engine.died:
-            try:
-                await asyncio.wait_for(self._stopping.wait(), _WATCH_S)
-            except TimeoutError:
-                continue
+        hung = await self._wait_for_an_end()
         # a Ctrl-C reaches the engine process too, which then ends by itself: that is no death
-        died = context.engine.died and not self._stopping.is_set()
+        died = hung or (context.engine.died and not self._stopping.is_set())
         context.admission.phase = Phase.DEAD if died else Phase.DRAINING
         for api in self._apis:
             await api.drain()
         if died:
-            logger.error("the engine has died; going down")
-            self._tell(EngineDied())
-            await context.admission.wait_idle(_FAIL_S)
+            logger.error("the engine %s; going down", "hangs" if hung else "has died")
+            self._tell(EngineHung(context.settings.watchdog_s) if hung else EngineDied())
+            if hung or not await context.admission.wait_idle(_FAIL_S):
+                await self._cut_off()
             return 1
         await self._drain()
         return 0
+
+    async def _wait_for_an_end(self) -> bool:
+        """Until `stop` was called, the engine has died, or it hangs; whether it hangs."""
+        engine, limit_s = self.context.engine, self.context.settings.watchdog_s
+        watchdog = asyncio.create_task(until_hung(engine, limit_s)) if limit_s else None
+        try:
+            while not self._stopping.is_set() and not engine.died:
+                if watchdog is not None and watchdog.done():
+                    watchdog.result()
+                    return not engine.died
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), _WATCH_S)
+        finally:
+            if watchdog is not None:
+                watchdog.cancel()
+        return False
 
     async def _drain(self) -> None:
         admission, drain_s = self.context.admission, self.context.settings.drain_s
@@ -179,6 +207,12 @@ class Server:
         if not await admission.wait_idle(drain_s):
             logger.warning("%d requests did not finish in %g s and are cut off", admission.in_flight, drain_s)
             self._tell(CutOff(admission.in_flight, drain_s))
+            await self._cut_off()
+
+    async def _cut_off(self) -> None:
+        """Tell those who wait for an answer that none will come, before their connections are closed."""
+        self.context.listener.cut_off()
+        await self.context.admission.wait_idle(_CUT_OFF_S)
 
     async def _close(self) -> None:
         """Stop everything that was started, whatever state it is in, and whatever fails on the way."""
@@ -190,3 +224,31 @@ class Server:
                 await closer
             except Exception:
                 logger.exception("while stopping")
+
+
+def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContext:
+    """What APIs share, by the settings. Raises `SettingsError` for files that cannot be used."""
+    admission = Admission(metrics, settings.max_sequences_per_client)
+    keys = Keys(Path(settings.api_keys)) if settings.api_keys else None
+    client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
+    tls = Tls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), client_ca)) if settings.tls_cert else None
+    limits = BodyLimits(
+        settings.max_sequences,
+        settings.max_grammar_bytes,
+        settings.max_regex_bytes,
+        settings.max_choices,
+        settings.max_stop,
+        settings.max_stop_bytes,
+    )
+    rules = Rules(settings.max_message_bytes, settings.body_s, limits, keys, serving(settings.extra_routes))
+    connections = ConnectionLimits(
+        settings.max_connections, settings.max_header_bytes, settings.header_s, settings.write_s
+    )
+    listener = HttpListener(
+        settings.host,
+        settings.http_port,
+        Gatekeeper(admission, rules, lambda: engine.died),
+        connections,
+        tls.context if tls else None,
+    )
+    return ServerContext(engine, settings, admission, listener, limits, keys, tls)

@@ -28,6 +28,11 @@ class Metrics:
             ["api"],
             registry=registry,
         )
+        self.rejected = Counter(
+            "sparse_serve_client_rejections",
+            "Requests refused because their client had too much running (a full queue: vllm:admission_rejections)",
+            registry=registry,
+        )
         self.in_flight = Gauge("sparse_serve_in_flight_requests", "Requests being answered", ["api"], registry=registry)
         self.seconds = Histogram(
             "sparse_serve_request_seconds",

@@ -9,8 +9,10 @@ called `sparse-serve`, or `sparse-serve-grpc`, gives them the same prefix. They 
 alone.
 """
 
+import ipaddress
 import os
 import re
+import socket
 from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -33,7 +35,7 @@ _KUBERNETES = re.compile(
 
 
 class Settings(BaseSettings):
-    """How this process listens, drains and bounds requests.
+    """How this process listens, whom it lets in, how it bounds requests, and how it drains.
 
     `Settings(**flags)` fills in the rest from the environment and the defaults. Raises `SettingsError`, which names
     the flag or the variable, its value, and what was expected.
@@ -48,16 +50,57 @@ class Settings(BaseSettings):
     )
     http_port: int = Field(8000, ge=0, le=65535, description="HTTP port (OpenAI API, metrics); 0 picks a free one")
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    api_keys: str = Field(
+        "", description="file of keys, one in each line, read again when it changes; clients send `Bearer KEY`"
+    )
+    tls_cert: str = Field("", description="certificate chain of both APIs (PEM), read again when it changes")
+    tls_key: str = Field("", description="its key (PEM, no passphrase)")
+    tls_client_ca: str = Field(
+        "", description="authorities (PEM), one of which has to have signed a client's certificate"
+    )
+    insecure: bool = Field(False, description="listen on a --host that other machines reach, with neither keys nor TLS")
+    extra_routes: str = Field(
+        "", description="more paths of vLLM's HTTP API to answer, such as /tokenize,/detokenize; or all"
+    )
     drain_s: float = Field(
         30.0, ge=0, le=3600, description="seconds that running requests get to finish after SIGTERM or Ctrl-C"
     )
+    watchdog_s: float = Field(
+        120.0,
+        ge=0,
+        le=86400,
+        description="seconds without a step of the engine, which is asked for one, until it is given up; 0: never",
+    )
+    max_num_queued_reqs: int = Field(
+        512, ge=1, le=1 << 20, description="most sequences that run or wait, of all clients; the next are refused"
+    )
+    max_num_queued_tokens: int = Field(
+        1 << 18, ge=1, le=1 << 30, description="prompt tokens waiting to be read from which on requests are refused"
+    )
+    max_sequences: int = Field(128, ge=1, le=1 << 16, description="most sequences (prompts times n) of a request")
+    max_sequences_per_client: int = Field(
+        256,
+        ge=1,
+        le=1 << 20,
+        description="most sequences that one client may have running: one key, or without keys one connection",
+    )
+    max_connections: int = Field(4096, ge=1, le=1 << 20, description="most connections of the HTTP port")
+    max_streams: int = Field(256, ge=1, le=1 << 16, description="most calls at a time of a gRPC connection")
+    max_connection_age_s: float = Field(
+        3600.0, ge=1, le=1e9, description="age at which a gRPC connection is closed, once its calls have ended"
+    )
+    header_s: float = Field(10.0, gt=0, le=3600, description="seconds a client gets to send the header of a request")
+    body_s: float = Field(30.0, gt=0, le=3600, description="seconds it gets to send the body")
+    write_s: float = Field(20.0, gt=0, le=3600, description="seconds it may leave an answer unread")
+    max_header_bytes: int = Field(64 << 10, ge=1024, le=1 << 20, description="largest header of an HTTP request")
     max_message_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request that is read, in bytes")
-    max_stop: int = Field(
-        16, ge=0, le=1024, description="most stop strings, and most stop token ids, of a gRPC request"
+    max_stop: int = Field(16, ge=0, le=1024, description="most stop strings, and most stop token ids, of a request")
+    max_stop_bytes: int = Field(256, ge=1, le=1 << 16, description="longest stop string, in bytes of UTF-8")
+    max_grammar_bytes: int = Field(
+        64 << 10, ge=1, le=1 << 24, description="largest JSON schema, grammar or list of choices of a request"
     )
-    max_stop_bytes: int = Field(
-        256, ge=1, le=1 << 16, description="longest stop string of a gRPC request, in bytes of UTF-8"
-    )
+    max_regex_bytes: int = Field(4 << 10, ge=1, le=1 << 20, description="longest regular expression of a request")
+    max_choices: int = Field(1024, ge=1, le=1 << 20, description="most choices of a request")
     max_logprobs: int = Field(20, ge=0, le=1024, description="most top log-probabilities per position")
     reflection: bool = Field(True, description="answer gRPC reflection, so that tools can list the services")
 
@@ -66,6 +109,18 @@ class Settings(BaseSettings):
             super().__init__(**flags)
         except ValidationError as error:
             raise SettingsError(_in_one_line(error, flags)) from None
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise SettingsError("--tls-cert and --tls-key belong together; give both")
+        if self.tls_client_ca and not self.tls_cert:
+            raise SettingsError("--tls-client-ca needs --tls-cert and --tls-key")
+        if not (self.api_keys or self.tls_cert or self.insecure or _is_loopback(self.host)):
+            raise SettingsError(
+                f"--host {self.host} lets other machines in: give --api-keys FILE, or --tls-cert and --tls-key (with "
+                "--tls-client-ca to let in who has a certificate), or --insecure where something in front does that"
+            )
 
     @classmethod
     def settings_customise_sources(
@@ -106,6 +161,15 @@ class _Environment(EnvSettingsSource):
         return None if _is_of_kubernetes(ENV_PREFIX + field_name.upper()) else value, key, is_complex
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether nothing but this machine reaches `host`. A name that is not known counts: it cannot be listened on."""
+    try:
+        found = {ipaddress.ip_address(str(entry[4][0])) for entry in socket.getaddrinfo(host, None)}
+    except (OSError, ValueError):
+        return True
+    return all(address.is_loopback for address in found)
+
+
 def _is_of_kubernetes(variable: str) -> bool:
     return _KUBERNETES.fullmatch(f"{variable}={os.environ.get(variable, '')}") is not None
 
@@ -118,7 +182,10 @@ def _in_one_line(error: ValidationError, flags: dict[str, Any]) -> str:
     if field is None:
         return f"{name} is not a setting; known: {', '.join(Settings.model_fields)}"
     source = "--" + name.replace("_", "-") if name in flags else ENV_PREFIX + name.upper()
-    limits = {kind: getattr(rule, kind) for rule in field.metadata for kind in ("ge", "le") if hasattr(rule, kind)}
+    limits = {
+        kind: getattr(rule, kind) for rule in field.metadata for kind in ("ge", "gt", "le") if hasattr(rule, kind)
+    }
     kinds: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a host name or address"}
-    bounds = f" from {limits['ge']} to {limits['le']}" if limits else ""
+    bounds = f" from {limits['ge']} to {limits['le']}" if "ge" in limits else ""
+    bounds = f" above {limits['gt']}, at most {limits['le']}" if "gt" in limits else bounds
     return f"{source} is {first['input']!r}; expected {kinds[field.annotation]}{bounds}"

@@ -13,13 +13,12 @@ from prometheus_client import CollectorRegistry
 from sparse_serve import api
 from sparse_serve.cli import serve
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.server.admission import Admission
 from sparse_serve.server.context import Api, ServerContext
-from sparse_serve.server.listener import HttpListener
+from sparse_serve.server.lifecycle import shared
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings
 
-NOT_APIS = {"grpc_messages", "pb"}
+NOT_APIS = {"grpc_access", "grpc_messages", "pb"}
 NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in NOT_APIS]
 LIFE = [name for name in vars(Api) if not name.startswith("_")]
 
@@ -31,8 +30,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
 
 def context() -> ServerContext:
     settings = Settings(http_port=0, grpc_port=0)
-    admission = Admission(Metrics(CollectorRegistry()))
-    return ServerContext(FakeEngine(), settings, admission, HttpListener(settings.host, 0, admission, 1024))
+    return shared(FakeEngine(), settings, Metrics(CollectorRegistry()))
 
 
 def test_the_apis_are_known() -> None:

@@ -13,18 +13,24 @@ from types import SimpleNamespace
 import grpc
 import httpx
 from prometheus_client import CollectorRegistry
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from sparse_serve.api import grpc_v1, ops
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import GenerateRequest, Sampling
 from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.runtime.errors import EngineDiedError
 from sparse_serve.server.context import ServerContext
 from sparse_serve.server.lifecycle import Event, Listening, Ready, Server
 from sparse_serve.server.settings import Settings
 
 
 class EchoApi:
-    """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was."""
+    """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was.
+
+    With `?sse` the answer is called an event stream. With `?wide` every token is there 10,000 times. With `?late` the
+    answer comes when all is there, and is 500 if that fails.
+    """
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
@@ -40,7 +46,12 @@ class EchoApi:
     async def stop(self, grace_s: float) -> None: ...
 
     async def _app(self, scope, receive, send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["query_string"] == b"late":
+            await self._late(receive, send)
+            return
+        self._times = 10_000 if scope["query_string"] == b"wide" else 1
+        headers = [(b"content-type", b"text/event-stream")] if scope["query_string"] == b"sse" else []
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
             await send({"type": "http.response.body", "body": scope["path"].encode()})
             return
@@ -54,11 +65,21 @@ class EchoApi:
                 task.cancel()
             await asyncio.gather(generation, left, return_exceptions=True)
 
+    async def _late(self, receive, send) -> None:
+        body = json.loads((await receive())["body"])
+        request = GenerateRequest(body["prompt"], Sampling(max_tokens=body["max_tokens"]))
+        try:
+            text = "".join([chunk.text async for chunk in self._context.engine.generate(request)])
+        except EngineDiedError:
+            await JSONResponse({"error": "see stack trace above"}, 500)({"type": "http"}, receive, send)
+        else:
+            await PlainTextResponse(text)({"type": "http"}, receive, send)
+
     async def _stream(self, body, send) -> None:
         request = GenerateRequest(body["prompt"], Sampling(max_tokens=body["max_tokens"]))
         async with contextlib.aclosing(self._context.engine.generate(request)) as chunks:
             async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk.text.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": chunk.text.encode() * self._times, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -49,6 +49,22 @@ def test_a_killed_engine_fails_requests_and_ends_with_1(tmp_path: Path) -> None:
         end(server)
 
 
+def test_a_hung_engine_is_found_and_ends_with_1(tmp_path: Path) -> None:
+    server = launch(make_checkpoint(tmp_path), tmp_path, "--watchdog-s=4", "--served-model-name=tiny")
+    try:
+        wait_ready(server)
+        call = server.stub.GenerateStream(grpc_request(1000, pb.GenerateStreamRequest))
+        next(call)
+        os.kill(server.engine_pid(), signal.SIGSTOP)
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            list(call)
+        assert server.process.wait(30) == 1
+        assert "no step for 4 s" in (tmp_path / "err").read_text()
+        server.check_nobody_is_left()
+    finally:
+        end(server)
+
+
 def test_an_interrupted_start_leaves_nobody_even_if_the_server_is_killed(tmp_path: Path) -> None:
     """Two servers start side by side, as most of the time is imports: one gets Ctrl-C, the other is killed.
 

@@ -24,7 +24,7 @@ async def test_info_shows_engine_and_settings_once_started() -> None:
         await server.until(lambda: server.is_ready)
         info = (await server.http.get("/sparse-serve/info")).json()
     assert info["engine"]["kernels"] == {"reference": 2, "cpu": 1}
-    assert info["settings"]["max_stop"] == 5
+    assert "settings" not in info
     quality = info["engine"]["quality"]
     assert (quality["dense_perplexity"], quality["perplexity"], quality["kl"]) == (20.0, 50.0, 0.75)
     assert INFO.quality is not None and quality["advice"] == INFO.quality.advice() != []

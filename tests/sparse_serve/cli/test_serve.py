@@ -13,11 +13,12 @@ import platformdirs
 import pytest
 
 from sparse_serve.cli import terminal
-from sparse_serve.cli.serve import Reporter, ready_block, warnings
+from sparse_serve.cli.serve import Reporter, access, ready_block, warnings
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import KernelChoice
 from sparse_serve.engine.fake import INFO
 from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Stopped
+from sparse_serve.server.settings import Settings
 
 LOG = Path("/logs/serve.log")
 
@@ -41,6 +42,17 @@ def test_a_model_with_a_chat_template_is_called_with_a_chat() -> None:
     words = shlex.split(line)
     assert words[1] == "http://127.0.0.1:1/v1/chat/completions"
     assert [message["role"] for message in json.loads(words[-1])["messages"]] == ["user"]
+
+
+def test_the_block_says_what_a_client_has_to_show(tmp_path: Path) -> None:
+    settings = Settings(api_keys="KEYS", tls_cert="C", tls_key="K", tls_client_ca="A")
+    block = ready_block(INFO, "h:1", "h:2", access(settings))
+    (call,) = [shlex.split(line) for line in block.splitlines() if "/v1/completions" in line]
+    assert call[:7] == ["curl", "--cacert", "CA.pem", "--cert", "CLIENT.pem", "--key", "CLIENT.key"]
+    assert call[7:10] == ["-H", "authorization: Bearer KEY", "https://h:1/v1/completions"]
+    (line,) = [line for line in block.splitlines() if line.startswith("  with  ")]
+    assert "one of KEYS" in line
+    assert "with" not in ready_block(INFO, "h:1", "h:2", access(Settings()))
 
 
 def test_the_block_says_how_good_the_model_is() -> None:

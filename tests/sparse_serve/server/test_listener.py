@@ -90,7 +90,7 @@ async def test_a_taken_http_port_is_named_with_the_way_out() -> None:
 
 async def test_an_address_of_another_machine_is_named() -> None:
     with pytest.raises(PortInUseError, match=r"192\.0\.2\.1"):
-        async with running(host="192.0.2.1"):
+        async with running(host="192.0.2.1", insecure=True):
             pass
 
 

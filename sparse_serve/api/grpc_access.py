@@ -1,0 +1,71 @@
+"""Who may call over gRPC: keys as an interceptor, TLS as credentials, both read again when their files change."""
+
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health
+
+from sparse_serve.runtime.errors import Answer, UnauthenticatedError, answer
+from sparse_serve.server.keys import Keys
+from sparse_serve.server.tls import Tls
+
+
+def server_credentials(tls: Tls) -> Any:
+    """Credentials of a gRPC server, which looks at the files at every handshake."""
+
+    def fetch() -> Any:
+        tls.refresh()
+        return _configuration(tls)
+
+    return grpc.dynamic_ssl_server_credentials(_configuration(tls), fetch, tls.files.client_ca is not None)
+
+
+def _configuration(tls: Tls) -> Any:
+    certificate, key, client_ca = tls.contents
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=client_ca)
+
+
+class KeyCheck(grpc.aio.ServerInterceptor):
+    """Refuses every call without a key, health checks apart."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    async def intercept_service(self, continuation: Any, call_details: Any) -> Any:
+        """The handler of a call, or one that refuses it."""
+        handler = await continuation(call_details)
+        if handler is None or call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return handler
+        try:
+            self._keys.client(authorization(call_details.invocation_metadata))
+        except UnauthenticatedError as error:
+            return _refusing(handler, answer(error))
+        return handler
+
+
+def _refusing(handler: Any, reply: Answer) -> Any:
+    """A handler of the same kind (unary or streaming) as `handler` that ends calls with `reply`."""
+    code = grpc.StatusCode[reply.grpc_code]
+
+    async def refuse(request: Any, call: Any) -> None:
+        await call.abort(code, reply.message)
+
+    async def refuse_stream(request: Any, call: Any) -> AsyncGenerator[None, None]:
+        await call.abort(code, reply.message)
+        yield
+
+    kinds = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, refuse),
+        (False, True): (grpc.unary_stream_rpc_method_handler, refuse_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, refuse),
+        (True, True): (grpc.stream_stream_rpc_method_handler, refuse_stream),
+    }
+    make, function = kinds[handler.request_streaming, handler.response_streaming]
+    return make(function, handler.request_deserializer, handler.response_serializer)
+
+
+def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The `authorization` of a call, from its metadata."""
+    found = (value for name, value in metadata or () if name.lower() == "authorization" and isinstance(value, str))
+    return next(found, None)

@@ -12,6 +12,7 @@ from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
 
+CPU_SEQUENCES = 256
 WORKER_EXTENSION = "sparse_serve.plugin.worker.WorkerExtension"
 
 
@@ -42,6 +43,8 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     args.model = args.model_tag or args.model
     args.worker_extension_cls = WORKER_EXTENSION
     if on_cpu:
+        if args.max_num_seqs is None:  # vLLM's 128 are what one client may have: another would wait for all of them
+            args.max_num_seqs = min(CPU_SEQUENCES, args.max_num_batched_tokens or CPU_SEQUENCES)
         vllm_defaults.check_cpu(args)
         vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
     try:

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     )
     max_sequences: int = Field(128, ge=1, le=1 << 16, description="most sequences (prompts times n) of a request")
     max_sequences_per_client: int = Field(
-        256,
+        128,
         ge=1,
         le=1 << 20,
         description="most sequences that one client may have running: one key, or without keys one connection",

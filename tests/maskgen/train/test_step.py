@@ -68,6 +68,11 @@ def test_only_what_is_to_be_trained_moves() -> None:
     after = state(trained)
     unmoved = {name for name in before if torch.equal(after[name], before[name])}
     assert not unmoved
+    trained = session(Toy(learns_weights=True), scope="blocks")
+    trained.run_step(corpus(), 4)
+    after = state(trained)
+    unmoved = {name for name in before if torch.equal(after[name], before[name])}
+    assert unmoved and not any(".layers." in name for name in unmoved), "norms of blocks move, the last one does not"
     rates = [group["lr"] for group in trained.optimizer.param_groups]
     assert rates == [1e-2, 1e-3]
 

@@ -22,12 +22,12 @@ class Training(Strict):
 
     `noise_samples` is the number of independent noise draws the windows of a step are divided among; from the number of
     processes on, every process has noise of its own. `dtype` is that of matrix products, and float32 computes with
-    frozen weights in float32 too. `warmup` is a fraction of the steps, `final_lr` a fraction of `lr`, `clip` the largest
+    frozen weights in float32 too. `warmup` is a fraction of the steps, `final_lr` one of `lr`, `clip` the largest
     gradient norm (0: no limit). `scope` "blocks" also trains what is not pruned in decoder blocks (norms, layers that a
     budget keeps dense), "all" what is outside of them, too (embeddings, the head). `heldout_windows` are taken off the
     end of the text and never trained on. `blocks` [start, stop] learns in these decoder blocks only, while all others
-    keep the prior's masks: a model whose states do not fit is learned a few blocks at a time, each run starting from the
-    masks of the one before.
+    keep the prior's masks: a model whose states do not fit is learned a few blocks at a time, each run starting from
+    the masks of the one before.
     """
 
     steps: int = Field(default=300, ge=1)

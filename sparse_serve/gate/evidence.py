@@ -39,7 +39,7 @@ class Limits:
     speed_alpha: float = 0.02
     speed_pass_alpha: float = 0.001
     max_task_drop: float = 0.01
-    task_alpha: float = 0.02
+    task_alpha: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,9 @@ class SpeedConfig(_Section):
 
 
 class TasksConfig(_Section):
-    """Samples with one right ending among several, through servers: names of the pack, or files of JSON lines.
+    """Samples through servers: names of the pack, files of JSON lines, `lm_eval:NAME`, YAML files of lm_eval's tasks.
 
-    See `sparse_serve.gate.tasks` for the form of a file, and `sparse_serve.gate.task_pack` for the pack.
+    See `sparse_serve.gate.tasks` for the form of a file, `task_pack` for the pack, and `lm_eval` for its tasks.
     """
 
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_once)]
@@ -216,7 +216,8 @@ class GateConfig(_Section):
             quality = quality.model_copy(update={"texts": [folder / text for text in quality.texts]})
         tasks = self.tasks
         if tasks is not None:
-            names = [task if task in task_pack.NAMES else str(folder / task) for task in tasks.tasks]
+            is_name = {task for task in tasks.tasks if task in task_pack.NAMES or task.startswith("lm_eval:")}
+            names = [task if task in is_name else str(folder / task) for task in tasks.tasks]
             tasks = tasks.model_copy(update={"tasks": names})
         update = {"base": moved(self.base), "candidate": moved(self.candidate), "quality": quality, "tasks": tasks}
         return self.model_copy(update=update)

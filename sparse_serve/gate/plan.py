@@ -10,7 +10,7 @@ from typing import Any, get_args
 from maskgen.core.checkpoint import SparseCheckpoint, check_directory
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.files import read_json
-from sparse_serve.gate import tasks
+from sparse_serve.gate import lm_eval, tasks
 from sparse_serve.gate.config import DType, GateConfig, QualityConfig
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.measure import Request
@@ -31,7 +31,7 @@ class MeasurementPlan:
     """What will be measured. `base_matches`: the candidate was made from the base (None: it cannot be known).
 
     `dtype` is what directories compute in, None without any. `request` is there for two directories that are measured
-    offline and served. `samples` are those of every task, by its name.
+    offline and served. `samples` are those of every task that is not lm_eval's, by its name.
     """
 
     config: GateConfig
@@ -42,6 +42,11 @@ class MeasurementPlan:
     request: Request | None
     limits: Limits
     samples: Mapping[str, Sequence[Sample]]
+
+    @property
+    def lm_eval_tasks(self) -> list[str]:
+        """Those that lm_eval runs."""
+        return [] if self.config.tasks is None else list(filter(lm_eval.is_task, self.config.tasks.tasks))
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -67,22 +72,28 @@ def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
                 raise SettingsError(f"data {text}: no such file")
         if config.quality.offline and base.directory is not None and candidate.directory is not None and dtype:
             request = _request(config.quality, base, dtype)
-    if config.speed is not None:
+    named = [] if config.tasks is None else config.tasks.tasks
+    for task in filter(lm_eval.is_task, named):
+        lm_eval.check(task)
+    if config.speed is not None or any(map(lm_eval.is_task, named)):
         tokenizers(base, candidate)
     samples: dict[str, list[Sample]] = {}
     if config.tasks is not None:
-        samples = {Path(task).name: tasks.read(task, config.tasks.max_samples) for task in config.tasks.tasks}
+        own = [task for task in named if not lm_eval.is_task(task)]
+        samples = {Path(task).name: tasks.read(task, config.tasks.max_samples) for task in own}
     limits = _limits(config, dtype)
     return MeasurementPlan(config, base, candidate, matches, dtype, request, limits, samples)
 
 
 def tokenizers(base: Target, candidate: Target) -> dict[str, Path]:
-    """What `vllm bench serve` makes prompts with, by role. `SettingsError` where none is known."""
+    """What `vllm bench serve` and lm_eval make prompts with, by role. `SettingsError` where none is known."""
     found = {}
     for role, target, other in (("base", base, candidate), ("candidate", candidate, base)):
         tokenizer = target.directory or target.config.tokenizer or other.directory or other.config.tokenizer
         if tokenizer is None:
-            raise SettingsError(f"{role}.tokenizer: missing; `speed` needs a directory with the tokenizer of the model")
+            raise SettingsError(
+                f"{role}.tokenizer: missing; `speed` and lm_eval need a directory with the tokenizer of the model"
+            )
         if not tokenizer.is_dir():
             raise SettingsError(f"{role}.tokenizer: {tokenizer}: no such directory")
         found[role] = tokenizer

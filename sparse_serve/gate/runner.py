@@ -11,7 +11,7 @@ from typing import Any
 import sparse_serve.gate.checks as checks_folder
 from maskgen.core.registry import load, names
 from sparse_serve.engine import Engine
-from sparse_serve.gate import footprint, served, speed, tasks
+from sparse_serve.gate import footprint, lm_eval, served, speed, tasks
 from sparse_serve.gate.endpoint import Endpoint
 from sparse_serve.gate.evidence import Evidence, Limits, MemoryReading, TaskEvidence, TextEvidence
 from sparse_serve.gate.measure import MakeEngine, ServedScores, measure_offline, measure_served
@@ -70,7 +70,7 @@ def run(
                     evidence["texts"] = _through_servers(todo, servers, steps)
                 if wants_tasks:
                     steps.begin("tasks")
-                    evidence["tasks"] = _tasks(todo, servers, steps)
+                    evidence["tasks"] = _tasks(todo, servers, work, steps)
                 if todo.config.speed is not None:
                     steps.begin("speed")
                     evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
@@ -136,7 +136,8 @@ def _servers(
 ) -> Iterator[dict[str, speed.Served]]:
     """Both targets as running servers: a directory is served for as long as this lasts."""
     processes.lead()  # servers end with this process however it ends
-    known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if todo.config.speed is not None else {}
+    wants_tokenizers = todo.config.speed is not None or bool(todo.lm_eval_tasks)
+    known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if wants_tokenizers else {}
     with contextlib.ExitStack() as stack:
         found: dict[str, speed.Served] = {}
         for role, target in todo.targets.items():
@@ -183,10 +184,16 @@ def _through_servers(todo: MeasurementPlan, servers: Mapping[str, speed.Served],
     return found
 
 
-def _tasks(todo: MeasurementPlan, servers: Mapping[str, speed.Served], steps: _Steps) -> list[TaskEvidence]:
+def _tasks(
+    todo: MeasurementPlan, servers: Mapping[str, speed.Served], work_dir: Path, steps: _Steps
+) -> list[TaskEvidence]:
     base, candidate = servers["base"], servers["candidate"]
     with Endpoint(base.url, base.model) as left, Endpoint(candidate.url, candidate.model) as right:
-        return [tasks.measure(name, samples, left, right, steps.tell) for name, samples in todo.samples.items()]
+        found = [tasks.measure(name, samples, left, right, steps.tell) for name, samples in todo.samples.items()]
+    most = None if todo.config.tasks is None else todo.config.tasks.max_samples
+    for name in todo.lm_eval_tasks:
+        found += lm_eval.measure(name, servers, most, work_dir, steps.tell)
+    return found
 
 
 def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:

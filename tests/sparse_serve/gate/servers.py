@@ -73,6 +73,21 @@ def of_openai(body: dict[str, Any]) -> tuple[int, bytes]:
     return 200, json.dumps({"choices": [{"text": "x", "logprobs": found}]}).encode()
 
 
+def of_lm_eval(body: dict[str, Any]) -> tuple[int, bytes]:
+    """Answers prompts of token ids, as lm_eval sends them; an even token is twice as likely as an odd one."""
+    prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+    choices = []
+    for index, ids in enumerate(prompts):
+        logprobs = [math.log(0.5 if id_ % 2 == 0 else 0.25) for id_ in [*ids, 0]]
+        found = {
+            "tokens": [str(id_) for id_ in [*ids, 0]],
+            "token_logprobs": [None, *logprobs[1:]],
+            "top_logprobs": [None, *({"x": value} for value in logprobs[1:])],
+        }
+        choices.append({"index": index, "text": "x", "logprobs": found})
+    return 200, json.dumps({"choices": choices}).encode()
+
+
 def _entry(token: int, logprob: float) -> dict[str, Any]:
     return {"logprob": logprob, "rank": 1, "decoded_token": chr(token)}
 

@@ -140,7 +140,7 @@ def _judge(
     usual = statistics.median(candidate for _, candidate in timed[0].pairs)
     limit = limits.max_slowdown if is_rate else max(limits.max_slowdown, limits.floor_ms / usual)
     drift = timed[1].probe_s / timed[0].probe_s - 1
-    if not has_base and abs(drift) > limit / 2:
+    if not has_base and not abs(drift) <= limit / 2:
         return undecided(f"the reports have no base in common, and a fixed computation took {drift:+.1%} of its time")
     how = "as ratios to the base of both" if has_base else "not measured side by side"
     return CheckResult(
@@ -176,8 +176,12 @@ def _timed(metric: str, clients: int, found: SpeedEvidence) -> _Timed:
     rounds = [round for round in found.rounds if round.clients == clients]
     problems = contamination([round.host for round in rounds])
     clean = [round for round, problem in zip(rounds, problems, strict=True) if problem is None]
-    probes = [min(round.host.probe_s) for round in clean] or [math.nan]
+    probes = [min(round.host.probe_s) for round in clean if round.host is not None] or [math.nan]
     return _Timed([speed.of_round(metric, round, found) for round in clean], statistics.median(probes))
+
+
+def _host(stored: Stored | None) -> HostReading | None:
+    return None if stored is None else HostReading(**stored)
 
 
 def _speed_of(stored: Stored | None) -> SpeedEvidence | None:
@@ -189,7 +193,7 @@ def _speed_of(stored: Stored | None) -> SpeedEvidence | None:
         return SpeedRun(**{**value, **lists})
 
     rounds = [
-        SpeedRound(one["number"], one["clients"], [run(each) for each in one["runs"]], HostReading(**one["host"]))
+        SpeedRound(one["number"], one["clients"], [run(each) for each in one["runs"]], _host(one["host"]))
         for one in stored["rounds"]
     ]
     return SpeedEvidence(**{**stored, "rounds": rounds})

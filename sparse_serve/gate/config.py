@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from maskgen.core.errors import clip
 from sparse_serve.gate import task_pack
-from sparse_serve.gate.evidence import Limits
+from sparse_serve.gate.evidence import TARGETS, Limits
 from sparse_serve.runtime.errors import SettingsError
 
 VERSION = 1
@@ -105,8 +105,26 @@ class QualityConfig(_Section):
     top_k: Annotated[int, Field(ge=1, le=20)] = 20
 
 
+class ResultsConfig(_Section):
+    """A round that another load generator measured: files of runs of the base and of the candidate, under one load of
+    `clients` requests at a time. As many of each; see `sparse_serve.gate.results` for their forms.
+    """
+
+    base: Annotated[list[PathText], Field(min_length=1), AfterValidator(_once)]
+    candidate: Annotated[list[PathText], Field(min_length=1), AfterValidator(_once)]
+    clients: Count = 1
+
+    @model_validator(mode="after")
+    def _as_many(self) -> ResultsConfig:
+        if len(self.base) != len(self.candidate):
+            raise ValueError(f"{len(self.base)} files of the base and {len(self.candidate)} of the candidate")
+        return self
+
+
 class SpeedConfig(_Section):
     """Rounds of base, candidate, candidate, base under the load of `vllm bench serve`, at each number of `clients`.
+
+    With `results`, rounds are read from files and nothing is measured.
 
     Rounds are added until every metric is decided, for at most `budget_s` seconds. `goodput` is the rate of requests
     whose first token and whose end come within `slo_ttft_ms` and `slo_e2e_ms`, where given.
@@ -128,6 +146,7 @@ class SpeedConfig(_Section):
     slo_e2e_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alpha: Alpha = _DEFAULTS.speed_alpha
     budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900
+    results: list[ResultsConfig] = []
 
     @model_validator(mode="after")
     def _goodput_has_an_slo(self) -> SpeedConfig:
@@ -198,12 +217,16 @@ class GateConfig(_Section):
 
     def calibration(self) -> GateConfig:
         """The base against itself, in speed alone: what the host can tell. `SettingsError` without `speed`."""
-        if self.speed is None:
-            raise SettingsError("speed: missing; a calibration measures the speed of the base against itself")
+        if self.speed is None or self.speed.results:
+            raise SettingsError(
+                "speed: missing, or from files; a calibration measures the speed of the base against itself"
+            )
         return self.model_copy(update={"candidate": self.base, "quality": None, "tasks": None})
 
     def recording(self) -> GateConfig:
         """The candidate alone, as both targets: what is kept to compare later ones with (`baseline`)."""
+        if self.speed is not None and self.speed.results:
+            raise SettingsError("speed.results: a recording measures; files of results are rounds of two targets")
         return self.model_copy(update={"base": self.candidate})
 
     def _below(self, folder: Path) -> GateConfig:
@@ -219,8 +242,15 @@ class GateConfig(_Section):
             is_name = {task for task in tasks.tasks if task in task_pack.NAMES or task.startswith("lm_eval:")}
             names = [task if task in is_name else str(folder / task) for task in tasks.tasks]
             tasks = tasks.model_copy(update={"tasks": names})
-        update = {"base": moved(self.base), "candidate": moved(self.candidate), "quality": quality, "tasks": tasks}
-        return self.model_copy(update=update)
+        speed = self.speed
+        if speed is not None:
+            files = [
+                one.model_copy(update={role: [folder / path for path in getattr(one, role)] for role in TARGETS})
+                for one in speed.results
+            ]
+            speed = speed.model_copy(update={"results": files})
+        update = {"quality": quality, "tasks": tasks, "speed": speed}
+        return self.model_copy(update={"base": moved(self.base), "candidate": moved(self.candidate), **update})
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -132,12 +132,14 @@ class SpeedRun:
 
 @dataclass(frozen=True)
 class SpeedRound:
-    """Four runs under one load of `clients` clients, in the order base, candidate, candidate, base."""
+    """Runs under one load of `clients` clients: four, in the order base, candidate, candidate, base, or as many of each
+    as were read from files; then nobody watched the `host`.
+    """
 
     number: int
     clients: int
     runs: Sequence[SpeedRun]
-    host: HostReading
+    host: HostReading | None
 
 
 @dataclass(frozen=True)

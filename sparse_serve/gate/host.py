@@ -26,10 +26,11 @@ MAX_DRIFT = 0.25
 _PROBE_ROUNDS = 5
 
 
-def contamination(readings: Sequence[HostReading]) -> list[str | None]:
-    """Why each round cannot be used to judge speed; None for those that can."""
-    usual = statistics.median(_fastest(reading) for reading in readings) if readings else 0.0
-    return [_problem(reading, usual) for reading in readings]
+def contamination(readings: Sequence[HostReading | None]) -> list[str | None]:
+    """Why each round cannot be used to judge speed; None for those that can, or whose host nobody watched."""
+    known = [_fastest(reading) for reading in readings if reading is not None]
+    usual = statistics.median(known) if known else 0.0
+    return [None if reading is None else _problem(reading, usual) for reading in readings]
 
 
 def _problem(reading: HostReading, usual: float) -> str | None:

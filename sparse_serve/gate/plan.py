@@ -10,9 +10,9 @@ from typing import Any, get_args
 from maskgen.core.checkpoint import SparseCheckpoint, check_directory
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.files import read_json
-from sparse_serve.gate import lm_eval, tasks
+from sparse_serve.gate import lm_eval, results, tasks
 from sparse_serve.gate.config import DType, GateConfig, QualityConfig
-from sparse_serve.gate.evidence import Limits
+from sparse_serve.gate.evidence import Limits, SpeedEvidence
 from sparse_serve.gate.measure import Request
 from sparse_serve.gate.request import GateRequest
 from sparse_serve.gate.targets import Target, check_base, find
@@ -31,7 +31,8 @@ class MeasurementPlan:
     """What will be measured. `base_matches`: the candidate was made from the base (None: it cannot be known).
 
     `dtype` is what directories compute in, None without any. `request` is there for two directories that are measured
-    offline and served. `samples` are those of every task that is not lm_eval's, by its name.
+    offline and served. `samples` are those of every task that is not lm_eval's, by its name. `imported` are
+    rounds of speed that were read from files, None where they are to be measured.
     """
 
     config: GateConfig
@@ -42,6 +43,7 @@ class MeasurementPlan:
     request: Request | None
     limits: Limits
     samples: Mapping[str, Sequence[Sample]]
+    imported: SpeedEvidence | None = None
 
     @property
     def lm_eval_tasks(self) -> list[str]:
@@ -75,14 +77,15 @@ def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
     named = [] if config.tasks is None else config.tasks.tasks
     for task in filter(lm_eval.is_task, named):
         lm_eval.check(task)
-    if config.speed is not None or any(map(lm_eval.is_task, named)):
+    imported = results.read_rounds(config.speed) if config.speed is not None and config.speed.results else None
+    if (config.speed is not None and imported is None) or any(map(lm_eval.is_task, named)):
         tokenizers(base, candidate)
     samples: dict[str, list[Sample]] = {}
     if config.tasks is not None:
         own = [task for task in named if not lm_eval.is_task(task)]
         samples = {Path(task).name: tasks.read(task, config.tasks.max_samples) for task in own}
     limits = _limits(config, dtype)
-    return MeasurementPlan(config, base, candidate, matches, dtype, request, limits, samples)
+    return MeasurementPlan(config, base, candidate, matches, dtype, request, limits, samples, imported)
 
 
 def tokenizers(base: Target, candidate: Target) -> dict[str, Path]:

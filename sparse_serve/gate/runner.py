@@ -56,10 +56,11 @@ def run(
     """
     through_servers = todo.config.quality is not None and todo.request is None
     both_stacks = 4 if todo.request is not None else 0
-    wants_speed, wants_tasks = todo.config.speed is not None, todo.config.tasks is not None
+    wants_speed = todo.config.speed is not None and todo.imported is None
+    wants_tasks = todo.config.tasks is not None
     steps = _Steps(both_stacks + through_servers + wants_tasks + wants_speed, on_step)
     kernels: dict[str, list[KernelParity]] = {}
-    evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo), "kernels": kernels}
+    evidence: dict[str, Any] = {"packed_fraction": packed_fraction(todo), "kernels": kernels, "speed": todo.imported}
     with environment.restored(), temporary("sparse-serve-gate-") as work:
         if todo.request is not None:
             evidence |= _both_stacks(todo, engine_factory or _vllm_engine, work, steps, kernels)
@@ -71,7 +72,7 @@ def run(
                 if wants_tasks:
                     steps.begin("tasks")
                     evidence["tasks"] = _tasks(todo, servers, work, steps)
-                if todo.config.speed is not None:
+                if todo.config.speed is not None and wants_speed:
                     steps.begin("speed")
                     evidence["speed"] = speed.measure(servers, todo.config.speed, todo.limits, work, steps.tell)
                 evidence["memory"] = _memory(todo, servers)
@@ -136,7 +137,7 @@ def _servers(
 ) -> Iterator[dict[str, speed.Served]]:
     """Both targets as running servers: a directory is served for as long as this lasts."""
     processes.lead()  # servers end with this process however it ends
-    wants_tokenizers = todo.config.speed is not None or bool(todo.lm_eval_tasks)
+    wants_tokenizers = (todo.config.speed is not None and todo.imported is None) or bool(todo.lm_eval_tasks)
     known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if wants_tokenizers else {}
     with contextlib.ExitStack() as stack:
         found: dict[str, speed.Served] = {}

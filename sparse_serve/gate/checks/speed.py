@@ -72,12 +72,13 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limi
     bounds = ratio_bounds(ratios, limits.speed_alpha / tests, limits.speed_pass_alpha)
     effect = max(bounds.high / bounds.estimate, bounds.estimate / bounds.low) - 1
     unit = RATES.get(metric, "ms")
+    unwatched = "" if all(round.host for round in rounds) else "; read from files, nobody watched the host"
     return CheckResult(
         check="speed",
         verdict=decide(bounds, limit),
         summary=f"{candidate:.4g} {unit}, base {base:.4g} {unit}: {bounds.estimate - 1:+.1%} "
         f"{'slower' if is_rate else 'longer'}, between {bounds.low - 1:+.1%} and {bounds.high - 1:+.1%} over "
-        f"{len(clean)} rounds, allowed {limit:+.1%}; the host can tell {effect:.1%}",
+        f"{len(clean)} rounds, allowed {limit:+.1%}; the host can tell {effect:.1%}{unwatched}",
         numbers={
             "base": base,
             "candidate": candidate,

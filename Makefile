@@ -50,7 +50,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check compiled gpu quality frontier gate proto architectures demo install clean
+.PHONY: help serve test quick check compiled gpu quality frontier gate smoke proto architectures demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -126,6 +126,18 @@ gate: install demo ## gate the demo: dense against 2:4, ten minutes on two cores
 	speed: {clients: [1], requests: 2, input_tokens: 32, output_tokens: 16, metrics: [itl_p50, throughput], max_slowdown: 0.5, budget_s: 120}
 	end
 	sparse-serve gate run "$$CACHE/gate.yaml" $(ARGS)
+
+smoke: $(TOOLS) ## gate a tiny random model and its 2:4 one, offline and served: does the gate run from end to end? a minute
+	@export PATH="$$BIN:$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	python - "$$work" <<-end
+	import sys; from pathlib import Path; from tests import models; from tests.vllm.serving import make_checkpoint
+	make_checkpoint(Path(sys.argv[1])); Path(sys.argv[1], "heldout.txt").write_text(models.TEXT[:6000])
+	end
+	# half of random weights cut: what is judged is that server and transformers agree, and every kernel
+	sparse-serve gate --dense "$$work/dense" --sparse "$$work/sparse" --data "$$work/heldout.txt" --window 48 --max-windows 16 \
+	  --max-ppl-increase 100 --out "$$work/gate" $(ARGS)
 
 proto: $(TOOLS) ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py

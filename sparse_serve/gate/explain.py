@@ -35,7 +35,8 @@ NEXT = {
     (
         "kernels",
         Verdict.FAIL,
-    ): "Do not ship it. Serve with another kernel (docs/kernels.md), and report the layer and the processor as a bug.",
+    ): "Do not ship it, and report the layer and the processor as a bug. Another kernel may be right: "
+    """--additional-config '{"sparse_nm": {"kernel": "reference"}}' as a flag of the target.""",
     ("memory", Verdict.FAIL): "See which kernels serve the layers: sparse-serve doctor.",
     ("speed", Verdict.FAIL): "Measure kernels: sparse-serve tune, sparse-serve doctor; or allow more (max_slowdown).",
     ("speed", Verdict.INCONCLUSIVE): "Quieten the host, or raise budget_s; gate run --calibrate says what it can tell.",

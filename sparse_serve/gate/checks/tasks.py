@@ -59,7 +59,7 @@ def _judge(task: TaskEvidence, counts: PairedCounts | None, limits: Limits, leve
         check="tasks",
         verdict=verdict,
         summary=f"accuracy {base - counts.drop:.2%}, base {base:.2%}, over {counts.samples} samples: "
-        f"{counts.only_base} lost and {counts.only_candidate} won (McNemar's p {p_value:.4f}); the drop is "
+        f"{counts.only_base} lost and {counts.only_candidate} won (McNemar's p {p_value:.2g}); the drop is "
         f"{counts.drop:+.2%}, at most {upper:+.2%}, allowed {limits.max_task_drop:.2%}",
         numbers={
             "base_accuracy": base,

@@ -140,8 +140,10 @@ def _judge(
     usual = statistics.median(candidate for _, candidate in timed[0].pairs)
     limit = limits.max_slowdown if is_rate else max(limits.max_slowdown, limits.floor_ms / usual)
     drift = timed[1].probe_s / timed[0].probe_s - 1
-    if not has_base and not abs(drift) <= limit / 2:
-        return undecided(f"the reports have no base in common, and a fixed computation took {drift:+.1%} of its time")
+    if not has_base and math.isnan(drift):
+        return undecided("the reports have no base in common, and nobody watched the host in one of them")
+    if not has_base and abs(drift) > limit / 2:
+        return undecided(f"the reports have no base in common, and a fixed computation took {drift:+.1%} longer")
     how = "as ratios to the base of both" if has_base else "not measured side by side"
     return CheckResult(
         check="speed",

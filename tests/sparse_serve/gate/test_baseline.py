@@ -95,6 +95,10 @@ def test_without_a_base_in_common_times_count_where_the_host_is_as_fast(tmp_path
     assert verdicts(earlier, again) == verdicts(earlier, other_base) == {Verdict.PASS}
     assert verdicts(earlier, slow_host) == {Verdict.INCONCLUSIVE}
     assert verdicts(earlier, slower) == {Verdict.FAIL}
+    unwatched = replace(rounds(), rounds=[replace(round, host=None) for round in rounds().rounds])
+    from_files = stored(tmp_path, unwatched)
+    assert verdicts(earlier, from_files) == {Verdict.INCONCLUSIVE}
+    assert "nobody watched the host" in baseline.compare(from_files, earlier).results[-1].summary
 
 
 def test_speed_of_another_environment_or_with_few_rounds_is_not_judged(tmp_path: Path) -> None:

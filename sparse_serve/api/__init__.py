@@ -1,5 +1,5 @@
-"""The APIs of the server. A file is an API and its name is the API's name; What the gRPC APIs share
-(`grpc_access`, `grpc_messages` and the generated `pb`) is the exception.
+"""The APIs of the server. A file is an API and its name is the API's name; The parts of the gRPC API
+(`grpc_access`, `grpc_calls`, ...) and the generated `pb` are the exception.
 
 An API's file defines `create(context: ServerContext) -> Api`, both of `sparse_serve.server.context`. The server calls:
 

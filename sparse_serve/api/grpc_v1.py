@@ -1,36 +1,37 @@
-"""The gRPC API: service `sparse_serve.v1.GenerationService`, with health checking and reflection.
+"""The gRPC API: the services of `sparse_serve.v1`, with health checking and reflection.
 
 The port is bound before the engine loads, and not shared: gRPC would by default let a second server bind the same port
 and split the connections between the two. From the first moment health checks answer NOT_SERVING and calls UNAVAILABLE.
 
-`grpc.health.v1` knows `""` (the whole server) and the full service name. Both mean readiness, as clients and
+`grpc.health.v1` knows `""` (the whole server) and the full names of the services. All mean readiness, as clients and
 orchestrators that do not name a service want to know whether to send requests here.
 
 When a client cancels or its deadline passes, gRPC cancels the task that runs the call; that closes the engine's
 iteration, which aborts the request in the engine.
 """
 
-import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sparse_serve.api import grpc_chat, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
-from sparse_serve.api.grpc_access import KeyCheck, authorization, server_credentials
+from sparse_serve.api.grpc_access import KeyCheck, server_credentials
+from sparse_serve.api.grpc_calls import Calls
+from sparse_serve.api.grpc_chat import ChatService
+from sparse_serve.api.grpc_tokens import TokenService
+from sparse_serve.api.pb.v1 import chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
-from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import Chunk
-from sparse_serve.runtime.errors import Answer, PortInUseError, answer
+from sparse_serve.runtime.errors import PortInUseError
 from sparse_serve.server.context import ServerContext
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+SERVICES = (SERVICE, grpc_chat.SERVICE, grpc_tokens.SERVICE)
 _CLOSE_S = 0.5
 _INT32_MAX = 2**31 - 1
 _OPTIONS = [
@@ -53,7 +54,7 @@ class GrpcApi:
         self._context = context
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._service = GenerationService(context)
+        self._calls = Calls(context)
 
     async def start(self) -> str:
         """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
@@ -68,10 +69,12 @@ class GrpcApi:
         ]
         interceptors = [KeyCheck(self._context.keys)] if self._context.keys else []
         server = grpc.aio.server(options=options, interceptors=interceptors)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._service, server)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._calls), server)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(self._calls), server)
+        tokens_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(self._calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
-            services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            services = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(services, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -92,7 +95,7 @@ class GrpcApi:
 
     async def serve(self) -> None:
         """Health checks turn to SERVING; the calls ask `Admission`."""
-        self._service.watch_writes()
+        self._calls.watch_writes()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -104,109 +107,53 @@ class GrpcApi:
         if self._server is None:
             return
         await self._health.enter_graceful_shutdown()
-        self._service.close()
+        self._calls.close()
         await self._server.stop(max(grace_s, _CLOSE_S))
 
     async def _set_health(self, status: Any) -> None:
-        for service in ("", SERVICE):
+        for service in ("", *SERVICES):
             await self._health.set(service, status)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """The calls of `proto/sparse_serve/v1/generation.proto`."""
 
-    def __init__(self, context: ServerContext) -> None:
-        self._context = context
-        self._stopping = False
-        self._writing: dict[asyncio.Task[Any], float] = {}
-        self._watch: asyncio.Task[None] | None = None
-
-    def watch_writes(self) -> None:
-        """From now on, end the calls of clients that do not read."""
-        self._watch = asyncio.create_task(self._end_unread())
-
-    def close(self) -> None:
-        """What is cancelled from now on is so because this server ends."""
-        self._stopping = True
-        if self._watch is not None:
-            self._watch.cancel()
-
-    async def _end_unread(self) -> None:
-        limit_s = self._context.settings.write_s
-        while True:
-            await asyncio.sleep(min(limit_s / 4, 1.0))
-            for task, since_s in list(self._writing.items()):
-                if time.monotonic() - since_s > limit_s:
-                    task.cancel()
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     async def Generate(self, request: pb.GenerateRequest, call: Any) -> pb.GenerateResponse:
         """All of it at once."""
-        async with self._answering("Generate", call):
+        async with self._calls.answering("Generate", call):
             chunks = [chunk async for chunk in self._generate(request, call)]
-        return messages.whole_response(chunks)
+        return messages.whole_response(chunks, request.sampling.n or 1)
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""
-        async with (
-            self._answering("GenerateStream", call),
-            contextlib.aclosing(self._generate(request, call)) as chunks,
-        ):
-            task = asyncio.current_task()
-            assert task is not None
+        answering, generated = self._calls.answering("GenerateStream", call), self._generate(request, call)
+        async with answering, contextlib.aclosing(generated) as chunks:
             async for chunk in chunks:
-                self._writing[task] = time.monotonic()
-                try:
-                    await call.write(messages.stream_response(chunk))
-                finally:
-                    del self._writing[task]
+                await self._calls.write(call, messages.stream_response(chunk))
+
+    async def ListModels(self, request: pb.ListModelsRequest, call: Any) -> pb.ListModelsResponse:
+        """Names of models."""
+        async with self._calls.answering("ListModels", call):
+            self._calls.context.served()
+            engine = self._calls.context.engine
+        return messages.model_list(engine.models, engine.adapters)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, call: Any) -> pb.GetModelInfoResponse:
         """What is served."""
-        async with self._answering("GetModelInfo", call):
-            info = self._context.served()
-        return messages.model_info(info, self._context.engine.models)
+        async with self._calls.answering("GetModelInfo", call):
+            info = self._calls.context.served()
+        return messages.model_info(info, self._calls.context.engine.models)
 
     async def _generate(
         self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any
     ) -> AsyncGenerator[Chunk, None]:
-        info, engine = self._context.served(), self._context.engine
-        checked = messages.read_request(request, info, engine.models, self._context.settings)
-        with self._context.admission.share(self._client(call), 1):
+        context = self._calls.context
+        info, engine = context.served(), context.engine
+        checked = messages.read_request(request, info, engine.models, context.settings)
+        with self._calls.share(call, checked.sampling.n):
             async with contextlib.aclosing(engine.generate(checked)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-
-    def _client(self, call: Any) -> str:
-        """Who asks: the owner of a key, or without keys, a connection."""
-        keys = self._context.keys
-        return str(call.peer()) if keys is None else keys.client(authorization(call.invocation_metadata()))
-
-    @contextlib.asynccontextmanager
-    async def _answering(self, method: str, call: Any) -> AsyncIterator[None]:
-        """Count a call, and end it with the status its exception stands for."""
-        with self._context.admission.request("grpc", method) as outcome:
-            try:
-                yield
-            except asyncio.CancelledError:
-                outcome.cancelled = not self._stopping
-                outcome.code = "CANCELLED" if outcome.cancelled else "UNAVAILABLE"
-                raise
-            except grpc.aio.BaseError:  # a write to a client that has left
-                outcome.cancelled, outcome.code = True, "CANCELLED"
-            except Exception as error:
-                reply = answer(error)
-                outcome.code = reply.grpc_code
-                code = grpc.StatusCode[reply.grpc_code]
-                await call.abort(code, reply.message, trailing_metadata=_details(code, reply))
-
-
-def _details(code: grpc.StatusCode, reply: Answer) -> tuple[tuple[str, bytes], ...]:
-    """google.rpc details: clients may treat a status without RetryInfo as "do not try again"."""
-    if reply.retry_s is None:
-        return ()
-    retry = error_details_pb2.RetryInfo()
-    retry.retry_delay.FromMilliseconds(round(reply.retry_s * 1000))
-    detail = AnyMessage()
-    detail.Pack(retry)
-    status = status_pb2.Status(code=code.value[0], message=reply.message, details=[detail])
-    return (("grpc-status-details-bin", status.SerializeToString()),)

@@ -5,10 +5,10 @@ cancelling the task that runs it) aborts the request in the engine. `fake.py` im
 model, for tests of everything around the engine; `vllm_engine.py` is the real one.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # it imports torch, which a client does without
     from maskgen.core.quality import Quality
@@ -34,7 +34,8 @@ class EngineInfo:
     those that were measured, of several ranks the slowest; none if kernels were asked for by name, or none had a
     competitor. `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they
     would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
-    `quality` is what was measured of the model when it was pruned, if that is known.
+    `quality` is what was measured of the model when it was pruned, if that is known. The rest is a sparse checkpoint's
+    manifest: its pattern, how values are stored, and the digests of its masks, its recipe and the dense model.
     """
 
     model: str
@@ -49,12 +50,36 @@ class EngineInfo:
     dense_equivalent_bytes: int = 0
     quality: "Quality | None" = None
     chat: bool = False
+    pattern: str = ""
+    values: str = ""
+    mask_digest: str = ""
+    recipe_digest: str = ""
+    base_digest: str = ""
+
+
+class ConstraintKind(Enum):
+    """What the text of an answer can be held to; the names are vLLM's."""
+
+    JSON = "json"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the text has to be. `texts`: the choices, else one text, the schema, expression or grammar, or none."""
+
+    kind: ConstraintKind
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop. `None` means the model's own default, then the engine's.
 
+    `n` sequences are generated, each until it stops. `logit_bias` is added to scores, by token id.
     `logprobs` and `prompt_logprobs`: 0 asks for the chosen (actual) token's log-probability alone, k for the k most
     likely ones too, `None` for none.
     """
@@ -73,6 +98,10 @@ class Sampling:
     repetition_penalty: float | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    n: int = 1
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
+    constraint: Constraint | None = None
 
 
 DEFAULT_MAX_TOKENS = 16
@@ -82,12 +111,14 @@ DEFAULT_MAX_TOKENS = 16
 class GenerateRequest:
     """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it.
 
-    `model` is one of `Engine.models`; empty: the served model.
+    `model` is one of `Engine.models`; empty: the served model. The lower `priority`, the earlier it is its turn, in an
+    engine that goes by that.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     model: str = ""
+    priority: int = 0
 
 
 class FinishReason(Enum):
@@ -117,10 +148,12 @@ class PositionLogprobs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What was generated since the chunk before. The last one, and only it, has a `finish_reason`.
+    """What was generated since the chunk before, of sequence number `index`. The last one of each, and only it, has a
+    `finish_reason`.
 
-    Token counts are from the start of the request. `prompt_logprobs` (one per prompt token but the first) come with
-    the first chunk. `text` may be empty while bytes of a character, or a possible stop string, are held back.
+    Token counts are from the start of the request and of all its sequences. `first_token_s` and `elapsed_s` are from
+    its start, too: to its first token, and to this chunk. `prompt_logprobs` (one per prompt token but the first) come
+    with the first chunk. `text` may be empty while bytes of a character, or a possible stop string, are held back.
     """
 
     text: str
@@ -130,6 +163,10 @@ class Chunk:
     finish_reason: FinishReason | None = None
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    index: int = 0
+    cached_prompt_tokens: int = 0
+    first_token_s: float = 0.0
+    elapsed_s: float = 0.0
 
 
 class Engine(Protocol):
@@ -142,11 +179,26 @@ class Engine(Protocol):
     def models(self) -> tuple[str, ...]:
         """Names a request may ask for: those of the served model, `EngineInfo.model` first, then LoRA adapters."""
 
+    @property
+    def adapters(self) -> Collection[str]:
+        """Those of `models` that are LoRA adapters."""
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. Raises `BadRequestError`, `UnknownModelError`, `OverloadedError` or `EngineDiedError` while
         iterated."""
 
-    async def score(self, token_ids: list[int]) -> list[float]:
+    def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Continue a conversation. `body` is a request of the OpenAI API's chat completions, and so are the answers:
+        one with all, or with `stream` one for each piece. Raises what `generate` does."""
+
+    async def tokenize(self, text: str, special_tokens: bool) -> list[int]:
+        """The tokens of a text, with the special ones that a prompt gets, or without. `BadRequestError` for one that is
+        too long for the model, whatever its tokens are."""
+
+    async def detokenize(self, token_ids: Sequence[int], special_tokens: bool) -> str:
+        """The text of tokens, with that of special ones, or without."""
+
+    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
 

@@ -8,7 +8,8 @@ and counts what is unfinished, and can be slow (`delay_s` per token), fail a req
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
 
 from maskgen.core.quality import Quality
 from sparse_serve.engine import (
@@ -47,6 +48,7 @@ class FakeEngine:
         self.start_error = start_error
         self.fail_with: Exception | None = None
         self.models: tuple[str, ...] = (INFO.model,)
+        self.adapters: tuple[str, ...] = ()
         self.started = False
         self.stopped = False
         self.aborted: list[GenerateRequest] = []
@@ -90,21 +92,51 @@ class FakeEngine:
             token = ids[index % len(ids)]
             stopped = token in sampling.stop_token_ids or chr(token) in sampling.stop
             last = FinishReason.STOP if stopped else FinishReason.LENGTH if index + 1 == count else None
-            yield Chunk(
-                text=chr(token),
-                token_ids=(token,),
-                prompt_tokens=len(ids),
-                completion_tokens=index + 1,
-                finish_reason=last,
-                logprobs=() if sampling.logprobs is None else (_logprobs(token, sampling.logprobs),),
-                prompt_logprobs=tuple(_logprobs(id_, sampling.prompt_logprobs) for id_ in ids[1:])
-                if sampling.prompt_logprobs is not None and index == 0
-                else (),
-            )
+            for sequence in range(sampling.n):
+                yield Chunk(
+                    text=chr(token),
+                    token_ids=(token,),
+                    prompt_tokens=len(ids),
+                    completion_tokens=index + 1,
+                    finish_reason=last,
+                    logprobs=() if sampling.logprobs is None else (_logprobs(token, sampling.logprobs),),
+                    prompt_logprobs=tuple(_logprobs(id_, sampling.prompt_logprobs) for id_ in ids[1:])
+                    if sampling.prompt_logprobs is not None and index == sequence == 0
+                    else (),
+                    index=sequence,
+                )
             if stopped:
                 return
 
-    async def score(self, token_ids: list[int]) -> list[float]:
+    async def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Says the last message again, and calls the first tool with it."""
+        text = body["messages"][-1]["content"]
+        usage = {"prompt_tokens": len(text), "completion_tokens": len(text)}
+        calls = [
+            {
+                "id": "call-0",
+                "index": 0,
+                "function": {"name": tool["function"]["name"], "arguments": f'{{"x": "{text}"}}'},
+            }
+            for tool in (body.get("tools") or [])[:1]
+        ]
+        finish = "tool_calls" if calls else "stop"
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": text, "tool_calls": calls, "reasoning": None}
+            yield {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
+            return
+        for character in text:
+            yield {"choices": [{"index": 0, "delta": {"content": character}, "finish_reason": None}]}
+        yield {"choices": [{"index": 0, "delta": {"tool_calls": calls}, "finish_reason": finish}]}
+        yield {"choices": [], "usage": usage}
+
+    async def tokenize(self, text: str, special_tokens: bool) -> list[int]:
+        return [*([1] if special_tokens else []), *map(ord, text)]
+
+    async def detokenize(self, token_ids: Sequence[int], special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
+    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
         return [-id_ / 1000 for id_ in token_ids[1:]]
 
     async def probe(self) -> None:

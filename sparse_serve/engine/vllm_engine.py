@@ -34,7 +34,7 @@ from maskgen.core.errors import SparseError
 from maskgen.core.quality import known_quality
 from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults, vllm_requests
 from sparse_serve.engine.vllm_flags import parse
-from sparse_serve.engine.vllm_values import engine_info, takes_chat
+from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
     EngineDiedError,
@@ -53,13 +53,15 @@ class VllmEngine:
     """Implements `Engine`. `model` is a directory or a Hugging Face name, `flags` are any of `vllm serve`.
 
     `drain_s`: how long the engine process itself finishes running requests when a signal reaches it directly, as a
-    Ctrl-C in a terminal does. `adapters`, by name, are vLLM's own objects; the API that loads them sets and changes it.
+    Ctrl-C in a terminal does. `adapters`, by name, and `chat_serving` are vLLM's own objects, set by the API that
+    makes them.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
         self.adapters: Mapping[str, Any] = {}
+        self.chat_serving: Any = None
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
         self._drain_s = drain_s
@@ -152,10 +154,12 @@ class VllmEngine:
                 f"{len(broken)} parameters of {self.args.model} hold NaN or infinity, such as {broken[0]}; download or "
                 "make the model again"
             )
+        info = engine_info(self.models[0], model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
-            _check_manifest(SparseCheckpoint.open(self.args.model, verify_bits=False), served)
-        info = engine_info(self.models[0], model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
+            checkpoint = SparseCheckpoint.open(self.args.model, verify_bits=False)
+            _check_manifest(checkpoint, served)
+            info = with_manifest(info, checkpoint.config)
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
@@ -191,9 +195,21 @@ class VllmEngine:
         """Generate. See `Engine.generate`."""
         return vllm_requests.generate(self.client, request, self._adapter)
 
-    async def score(self, token_ids: list[int]) -> list[float]:
+    def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Continue a conversation. See `Engine.chat`."""
+        return vllm_requests.chat(self.chat_serving, body)
+
+    async def tokenize(self, text: str, special_tokens: bool) -> list[int]:
+        """Tokens of a text. See `Engine.tokenize`."""
+        return await vllm_requests.tokenize(self.client, text, special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int], special_tokens: bool) -> str:
+        """Text of tokens. See `Engine.detokenize`."""
+        return await vllm_requests.detokenize(self.client, token_ids, special_tokens)
+
+    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
         """Log-probabilities. See `Engine.score`."""
-        return await vllm_requests.score(self.client, token_ids)
+        return await vllm_requests.score(self.client, token_ids, self._adapter(model))
 
     async def probe(self) -> None:
         """One token. See `Engine.probe`."""

@@ -1,41 +1,110 @@
-"""One request to a running `AsyncLLM`: generation, log-probabilities, a sign of life.
+"""One request to a running `AsyncLLM`: generation, conversations, tokens, log-probabilities, a sign of life.
 
 Perplexity: `score` asks for `prompt_logprobs=0`, the log-probability of each actual prompt token. vLLM computes it as
 a float32 log-softmax over the whole vocabulary, so it is exact.
 """
 
+import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import from_json
+
 from sparse_serve.engine import Chunk, GenerateRequest
-from sparse_serve.engine.vllm_values import sampling_arguments, to_chunk
-from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, OverloadedError
+from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, sampling_arguments
+from sparse_serve.runtime.errors import (
+    BadRequestError,
+    EngineDiedError,
+    OverloadedError,
+    ServeError,
+    UnknownModelError,
+)
+from sparse_serve.runtime.startup_error import reason
+
+_CHARACTERS = 40
+"""As vLLM has it for prompts: more of them than this for each token that fits cannot fit, whatever they are."""
 
 
 async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str], Any]) -> AsyncGenerator[Chunk, None]:
     """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     prompt = request.prompt
     source = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
     model = client.model_config
-    arguments = sampling_arguments(request.sampling, model.get_diff_sampling_param(), model.max_model_len)
-    completion_tokens = 0
+    sampling, found = request.sampling, Outputs(request.sampling)
+    arguments = sampling_arguments(sampling, model.get_diff_sampling_param(), model.max_model_len)
     with _translated():
+        if sampling.constraint is not None:
+            arguments["structured_outputs"] = StructuredOutputsParams(**constraint_arguments(sampling.constraint))
         params = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
         name, lora = f"grpc-{uuid.uuid4().hex}", adapter(request.model)
-        outputs = client.generate(source, params, name, lora_request=lora)
+        outputs = client.generate(source, params, name, lora_request=lora, priority=request.priority)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                completion_tokens += len(output.outputs[0].token_ids)
-                yield to_chunk(output, completion_tokens, request.sampling)
+                for chunk in found.chunks(output):
+                    yield chunk
 
 
-async def score(client: Any, token_ids: list[int]) -> list[float]:
-    """See `Engine.score`."""
+async def chat(serving: Any, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    """See `Engine.chat`. `serving` is vLLM's own for its HTTP API."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    with _translated():
+        try:
+            request = ChatCompletionRequest(**body)
+        except ValidationError as error:
+            raise BadRequestError(reason(error)) from None
+        answer = await serving.create_chat_completion(request)
+        if isinstance(answer, ErrorResponse):
+            raise _as_ours(answer.error.code, answer.error.message)
+        if not body.get("stream"):
+            yield answer.model_dump()
+            return
+        async with contextlib.aclosing(answer):
+            async for event in answer:
+                said = event.removeprefix("data: ").strip()
+                if said in ("", "[DONE]"):
+                    continue
+                piece = from_json(said)
+                if "error" in piece:
+                    raise _as_ours(piece["error"].get("code"), piece["error"].get("message"))
+                yield piece
+
+
+def _as_ours(status: int | None, message: str) -> Exception:
+    """The exception for an error of vLLM's HTTP API."""
+    kinds: dict[int | None, type[ServeError]] = {404: UnknownModelError, 429: OverloadedError, 503: OverloadedError}
+    if status in kinds:
+        return kinds[status](message)
+    return BadRequestError(message) if status is not None and 400 <= status < 500 else RuntimeError(message)
+
+
+async def tokenize(client: Any, text: str, special_tokens: bool) -> list[int]:
+    """See `Engine.tokenize`."""
+    tokenizer, longest = client.renderer.tokenizer, client.model_config.max_model_len
+    if len(text) > longest * _CHARACTERS:
+        raise BadRequestError(
+            f"text has {len(text)} characters; expected at most {longest * _CHARACTERS}, {_CHARACTERS} for each token "
+            "that the model can read"
+        )
+    ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special_tokens)
+    return list(ids)
+
+
+async def detokenize(client: Any, token_ids: Sequence[int], special_tokens: bool) -> str:
+    """See `Engine.detokenize`."""
+    tokenizer = client.renderer.tokenizer
+    return str(await asyncio.to_thread(tokenizer.decode, list(token_ids), skip_special_tokens=not special_tokens))
+
+
+async def score(client: Any, token_ids: list[int], adapter: Any = None) -> list[float]:
+    """See `Engine.score`. `adapter` is vLLM's object for one."""
     from vllm import SamplingParams
 
     longest = client.model_config.max_model_len - 1
@@ -44,7 +113,7 @@ async def score(client: Any, token_ids: list[int]) -> list[float]:
     with _translated():
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompt = {"prompt_token_ids": token_ids}
-        async for output in client.generate(prompt, params, f"score-{uuid.uuid4().hex}"):
+        async for output in client.generate(prompt, params, f"score-{uuid.uuid4().hex}", lora_request=adapter):
             final = output
     return [final.prompt_logprobs[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
 

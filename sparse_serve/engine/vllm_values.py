@@ -1,14 +1,18 @@
 """Converts sampling parameters to vLLM's, and vLLM's outputs to `Chunk` and `EngineInfo`, without importing vLLM."""
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from maskgen.core.config import SparseConfig
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
+    Constraint,
+    ConstraintKind,
     EngineInfo,
     FinishReason,
     KernelChoice,
@@ -60,23 +64,54 @@ def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], ma
         "ignore_eos": sampling.ignore_eos,
         "logprobs": sampling.logprobs,
         "prompt_logprobs": sampling.prompt_logprobs,
+        "n": sampling.n,
+        "logit_bias": None if not sampling.logit_bias else dict(sampling.logit_bias),
+        "min_tokens": sampling.min_tokens,
     }
 
 
-def to_chunk(output: Any, completion_tokens: int, sampling: Sampling) -> Chunk:
-    """One of vLLM's `RequestOutput`s (of kind DELTA) as a `Chunk`."""
-    completion = output.outputs[0]
-    token_ids = tuple(completion.token_ids)
-    prompt_ids = output.prompt_token_ids or ()
-    return Chunk(
-        text=completion.text,
-        token_ids=token_ids,
-        prompt_tokens=len(prompt_ids),
-        completion_tokens=completion_tokens,
-        finish_reason=None if completion.finish_reason is None else _REASONS[completion.finish_reason],
-        logprobs=_positions(token_ids, completion.logprobs, sampling.logprobs),
-        prompt_logprobs=_positions(prompt_ids[1:], (output.prompt_logprobs or ())[1:], sampling.prompt_logprobs),
-    )
+def constraint_arguments(constraint: Constraint) -> dict[str, Any]:
+    """Arguments of vLLM's `StructuredOutputsParams`."""
+    if constraint.kind is ConstraintKind.CHOICE:
+        return {constraint.kind.value: list(constraint.texts)}
+    if constraint.kind is ConstraintKind.JSON_OBJECT:
+        return {constraint.kind.value: True}
+    (text,) = constraint.texts
+    return {constraint.kind.value: text}
+
+
+@dataclass
+class Outputs:
+    """What vLLM puts out for one request, of kind DELTA, as chunks; with counts and times from `started_s` on."""
+
+    sampling: Sampling
+    started_s: float = field(default_factory=time.monotonic)
+    completion_tokens: int = 0
+    first_token_s: float = 0.0
+
+    def chunks(self, output: Any) -> Iterator[Chunk]:
+        """Of one `RequestOutput`: a chunk for every sequence that it has something of."""
+        prompt_ids = output.prompt_token_ids or ()
+        prompt_logprobs = (output.prompt_logprobs or ())[1:]
+        elapsed_s = time.monotonic() - self.started_s
+        for completion in output.outputs:
+            token_ids = tuple(completion.token_ids)
+            self.completion_tokens += len(token_ids)
+            self.first_token_s = self.first_token_s or elapsed_s
+            yield Chunk(
+                text=completion.text,
+                token_ids=token_ids,
+                prompt_tokens=len(prompt_ids),
+                completion_tokens=self.completion_tokens,
+                finish_reason=None if completion.finish_reason is None else _REASONS[completion.finish_reason],
+                logprobs=_positions(token_ids, completion.logprobs, self.sampling.logprobs),
+                prompt_logprobs=_positions(prompt_ids[1:], prompt_logprobs, self.sampling.prompt_logprobs),
+                index=completion.index,
+                cached_prompt_tokens=output.num_cached_tokens or 0,
+                first_token_s=self.first_token_s,
+                elapsed_s=elapsed_s,
+            )
+            prompt_logprobs = ()
 
 
 def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tensor_parallel: int) -> EngineInfo:
@@ -99,6 +134,18 @@ def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tenso
         choices=_slowest(KernelChoice(**choice) for rank in ranks for choice in rank["choices"]),
         sparse_weight_bytes=sum(rank["sparse_weight_bytes"] for rank in ranks),
         dense_equivalent_bytes=sum(rank["dense_equivalent_bytes"] for rank in ranks),
+    )
+
+
+def with_manifest(info: EngineInfo, config: SparseConfig) -> EngineInfo:
+    """`info` with what the checkpoint says of itself."""
+    return replace(
+        info,
+        pattern=str(config.pattern),
+        values=config.values,
+        mask_digest=config.mask_digest,
+        recipe_digest=config.recipe_digest,
+        base_digest=config.base_digest,
     )
 
 

@@ -61,7 +61,11 @@ class BenchError(ServeError, RuntimeError):
 
 
 class BadRequestError(ServeError, ValueError):
-    """A request is wrong. The message names the field, its value and what was expected."""
+    """A request is wrong. The message names the field, its value and what was expected; `field` is its name."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownModelError(ServeError, LookupError):

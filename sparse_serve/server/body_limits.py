@@ -14,10 +14,11 @@ from typing import Any
 from pydantic_core import from_json
 
 from sparse_serve.runtime.errors import BadRequestError
+from sparse_serve.server.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _GRAMMARS = ("json", "regex", "grammar", "structural_tag")
-_LOGIT_BIAS = 1024
+MAX_LOGIT_BIAS = 1024
 _TOOLS_TIMES = 4
 """All tools of a request together may be so many times as large as one grammar."""
 
@@ -44,8 +45,8 @@ class BodyLimits:
         check_request_id("request_id", asked.get("request_id"))
         self._check_stops(asked)
         bias = asked.get("logit_bias")
-        if isinstance(bias, dict) and len(bias) > _LOGIT_BIAS:
-            raise BadRequestError(f"logit_bias has {len(bias)} entries; expected at most {_LOGIT_BIAS}")
+        if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+            raise BadRequestError(f"logit_bias has {len(bias)} entries; expected at most {MAX_LOGIT_BIAS}")
         self._check_grammars(asked)
         return self._sequences(asked)
 
@@ -114,3 +115,15 @@ def _size(value: Any) -> int:
     """Bytes of a text, or of anything else as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return len(text.encode(errors="replace"))
+
+
+def body_limits(settings: Settings) -> BodyLimits:
+    """The limits that the settings name."""
+    return BodyLimits(
+        settings.max_sequences,
+        settings.max_grammar_bytes,
+        settings.max_regex_bytes,
+        settings.max_choices,
+        settings.max_stop,
+        settings.max_stop_bytes,
+    )

@@ -5,7 +5,6 @@ from typing import Protocol
 
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.server.admission import Admission
-from sparse_serve.server.body_limits import BodyLimits
 from sparse_serve.server.keys import Keys
 from sparse_serve.server.listener import HttpListener
 from sparse_serve.server.settings import Settings
@@ -20,7 +19,6 @@ class ServerContext:
     settings: Settings
     admission: Admission
     listener: HttpListener
-    limits: BodyLimits
     keys: Keys | None = None
     tls: Tls | None = None
     info: EngineInfo | None = None

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from sparse_serve.engine import Engine, EngineInfo
 from sparse_serve.server.admission import Admission, Phase
-from sparse_serve.server.body_limits import BodyLimits
+from sparse_serve.server.body_limits import body_limits
 from sparse_serve.server.context import Api, ServerContext
 from sparse_serve.server.gatekeeper import Gatekeeper, Rules
 from sparse_serve.server.keys import Keys
@@ -232,14 +232,7 @@ def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContex
     keys = Keys(Path(settings.api_keys)) if settings.api_keys else None
     client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
     tls = Tls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), client_ca)) if settings.tls_cert else None
-    limits = BodyLimits(
-        settings.max_sequences,
-        settings.max_grammar_bytes,
-        settings.max_regex_bytes,
-        settings.max_choices,
-        settings.max_stop,
-        settings.max_stop_bytes,
-    )
+    limits = body_limits(settings)
     rules = Rules(settings.max_message_bytes, settings.body_s, limits, keys, serving(settings.extra_routes))
     connections = ConnectionLimits(
         settings.max_connections, settings.max_header_bytes, settings.header_s, settings.write_s
@@ -251,4 +244,4 @@ def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContex
         connections,
         tls.context if tls else None,
     )
-    return ServerContext(engine, settings, admission, listener, limits, keys, tls)
+    return ServerContext(engine, settings, admission, listener, keys, tls)

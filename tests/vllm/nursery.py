@@ -40,6 +40,7 @@ from sparse_serve.runtime import processes
 
 AS_USERS_DO = {
     "test_server",
+    "test_services",
     "test_endings",
     "test_starts",
     "test_stock",

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sparse_serve.engine import DEFAULT_MAX_TOKENS, FinishReason, KernelChoice, Sampling
-from sparse_serve.engine.vllm_values import engine_info, sampling_arguments, takes_chat, to_chunk
+from sparse_serve.engine import DEFAULT_MAX_TOKENS, Constraint, ConstraintKind, FinishReason, KernelChoice, Sampling
+from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, engine_info, sampling_arguments, takes_chat
 
 
 def test_the_requests_own_values_beat_the_models_defaults_even_when_zero() -> None:
@@ -43,33 +43,58 @@ def logprob(value: float, rank: int) -> SimpleNamespace:
     return SimpleNamespace(logprob=value, rank=rank)
 
 
+def completion(
+    text: str, token_ids: list[int], reason: str | None, logprobs: Any = None, index: int = 0
+) -> SimpleNamespace:
+    return SimpleNamespace(text=text, token_ids=token_ids, finish_reason=reason, logprobs=logprobs, index=index)
+
+
+def output(*completions: SimpleNamespace, prompt_logprobs: Any = None) -> SimpleNamespace:
+    made = {"outputs": list(completions), "prompt_token_ids": [1, 2, 3], "prompt_logprobs": prompt_logprobs}
+    return SimpleNamespace(**made, num_cached_tokens=2)
+
+
 def test_outputs_become_chunks() -> None:
-    completion = SimpleNamespace(
-        text="xy",
-        token_ids=[4, 9],
-        finish_reason="length",
-        logprobs=[
-            {4: logprob(-0.5, 1), 7: logprob(-1.0, 2)},
-            {9: logprob(-5.0, 30), 2: logprob(-0.1, 1), 3: logprob(-0.2, 2)},
-        ],
-    )
-    output = SimpleNamespace(
-        outputs=[completion],
-        prompt_token_ids=[1, 2, 3],
-        prompt_logprobs=[None, {2: logprob(-2, 5)}, {3: logprob(-3, 6)}],
-    )
-    made = to_chunk(output, 12, Sampling(logprobs=2, prompt_logprobs=0))
+    logprobs = [
+        {4: logprob(-0.5, 1), 7: logprob(-1.0, 2)},
+        {9: logprob(-5.0, 30), 2: logprob(-0.1, 1), 3: logprob(-0.2, 2)},
+    ]
+    prompt_logprobs = [None, {2: logprob(-2, 5)}, {3: logprob(-3, 6)}]
+    found = Outputs(Sampling(logprobs=2, prompt_logprobs=0), completion_tokens=10)
+    (made,) = found.chunks(output(completion("xy", [4, 9], "length", logprobs), prompt_logprobs=prompt_logprobs))
     assert (made.text, made.token_ids, made.prompt_tokens, made.completion_tokens) == ("xy", (4, 9), 3, 12)
-    assert made.finish_reason is FinishReason.LENGTH
+    assert (made.finish_reason, made.cached_prompt_tokens) == (FinishReason.LENGTH, 2)
     assert [(e.token.token_id, e.token.logprob) for e in made.logprobs] == [(4, -0.5), (9, -5.0)]
     assert [[t.token_id for t in e.top] for e in made.logprobs] == [[4, 7], [2, 3]], "best first, without the odd one"
     assert [(e.token.token_id, e.token.logprob, e.top) for e in made.prompt_logprobs] == [(2, -2, ()), (3, -3, ())]
 
 
 def test_absent_log_probabilities_stay_absent() -> None:
-    completion = SimpleNamespace(text="", token_ids=[4], finish_reason=None, logprobs=None)
-    made = to_chunk(SimpleNamespace(outputs=[completion], prompt_token_ids=[1], prompt_logprobs=None), 1, Sampling())
+    (made,) = Outputs(Sampling()).chunks(output(completion("", [4], None)))
     assert (made.finish_reason, made.logprobs, made.prompt_logprobs) == (None, (), ())
+
+
+def test_sequences_are_counted_together_and_prompts_once() -> None:
+    found = Outputs(Sampling(prompt_logprobs=0, n=2))
+    prompt_logprobs = [None, {2: logprob(-2, 5)}, {3: logprob(-3, 6)}]
+    both = [completion("a", [4], None, index=1), completion("b", [5], None, index=0)]
+    first, second = found.chunks(output(*both, prompt_logprobs=prompt_logprobs))
+    (third,) = found.chunks(output(completion("c", [6, 7], "stop", index=1)))
+    assert [(chunk.index, chunk.completion_tokens) for chunk in (first, second, third)] == [(1, 1), (0, 2), (1, 4)]
+    assert [len(chunk.prompt_logprobs) for chunk in (first, second, third)] == [2, 0, 0]
+    assert 0 < first.first_token_s == third.first_token_s <= third.elapsed_s
+
+
+@pytest.mark.parametrize(
+    ("constraint", "arguments"),
+    [
+        (Constraint(ConstraintKind.CHOICE, ("a", "b")), {"choice": ["a", "b"]}),
+        (Constraint(ConstraintKind.JSON_OBJECT), {"json_object": True}),
+        (Constraint(ConstraintKind.REGEX, ("a+",)), {"regex": "a+"}),
+    ],
+)
+def test_constraints_go_by_vllms_names(constraint: Constraint, arguments: dict[str, Any]) -> None:
+    assert constraint_arguments(constraint) == arguments
 
 
 def test_ranks_share_layers_and_stages_do_not() -> None:

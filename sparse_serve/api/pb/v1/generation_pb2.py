@@ -24,43 +24,59 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n sparse_serve/v1/generation.proto\x12\x0fsparse_serve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x84\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x97\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.sparse_serve.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\tB\x08\n\x06prompt\"\x9d\x01\n\x15GenerateStreamRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.sparse_serve.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\tB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"l\n\x10PositionLogprobs\x12,\n\x05token\x18\x01 \x01(\x0b\x32\x1d.sparse_serve.v1.TokenLogprob\x12*\n\x03top\x18\x02 \x03(\x0b\x32\x1d.sparse_serve.v1.TokenLogprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x81\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.sparse_serve.v1.FinishReason\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.sparse_serve.v1.Usage\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\"\x87\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.sparse_serve.v1.FinishReason\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.sparse_serve.v1.Usage\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\"\x15\n\x13GetModelInfoRequest\"\xba\x01\n\x07Quality\x12\x18\n\x10\x64\x65nse_perplexity\x18\x01 \x01(\x01\x12\x12\n\nperplexity\x18\x02 \x01(\x01\x12\x15\n\rkl_divergence\x18\x03 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x04 \x01(\x01\x12\x0f\n\x07windows\x18\x05 \x01(\r\x12\x15\n\rwindow_tokens\x18\x06 \x01(\r\x12\r\n\x05texts\x18\x07 \x03(\t\x12\x0b\n\x03\x62\x61\x64\x18\x08 \x01(\x08\x12\x0e\n\x06\x61\x64vice\x18\t \x03(\t\"\xf9\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x15\n\rsparse_layers\x18\x05 \x01(\r\x12\x14\n\x0c\x64\x65nse_layers\x18\x06 \x01(\r\x12\x43\n\x07kernels\x18\x07 \x03(\x0b\x32\x32.sparse_serve.v1.GetModelInfoResponse.KernelsEntry\x12\x1b\n\x13sparse_weight_bytes\x18\x08 \x01(\x04\x12\x1e\n\x16\x64\x65nse_equivalent_bytes\x18\t \x01(\x04\x12\x0e\n\x06models\x18\n \x03(\t\x12)\n\x07quality\x18\x0b \x01(\x0b\x32\x18.sparse_serve.v1.Quality\x1a.\n\x0cKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xa6\x02\n\x11GenerationService\x12O\n\x08Generate\x12 .sparse_serve.v1.GenerateRequest\x1a!.sparse_serve.v1.GenerateResponse\x12\x63\n\x0eGenerateStream\x12&.sparse_serve.v1.GenerateStreamRequest\x1a\'.sparse_serve.v1.GenerateStreamResponse0\x01\x12[\n\x0cGetModelInfo\x12$.sparse_serve.v1.GetModelInfoRequest\x1a%.sparse_serve.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n sparse_serve/v1/generation.proto\x12\x0fsparse_serve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe3\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12<\n\nlogit_bias\x18\x10 \x03(\x0b\x32(.sparse_serve.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12/\n\nconstraint\x18\x12 \x01(\x0b\x32\x1b.sparse_serve.v1.Constraint\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\r\n\x0b_min_tokens\"\x91\x01\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12)\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x17.sparse_serve.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04kind\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa9\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.sparse_serve.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"\xaf\x01\n\x15GenerateStreamRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.sparse_serve.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"l\n\x10PositionLogprobs\x12,\n\x05token\x18\x01 \x01(\x0b\x32\x1d.sparse_serve.v1.TokenLogprob\x12*\n\x03top\x18\x02 \x03(\x0b\x32\x1d.sparse_serve.v1.TokenLogprob\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x15\n\rfirst_token_s\x18\x04 \x01(\x01\x12\x11\n\telapsed_s\x18\x05 \x01(\x01\"\xaf\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.sparse_serve.v1.FinishReason\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.sparse_serve.v1.Usage\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12,\n\tsequences\x18\x07 \x03(\x0b\x32\x19.sparse_serve.v1.Sequence\"\x96\x01\n\x08Sequence\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.sparse_serve.v1.FinishReason\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\"\x96\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1d.sparse_serve.v1.FinishReason\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.sparse_serve.v1.Usage\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12:\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32!.sparse_serve.v1.PositionLogprobs\x12\r\n\x05index\x18\x07 \x01(\r\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.sparse_serve.v1.Model\")\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_adapter\x18\x02 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xba\x01\n\x07Quality\x12\x18\n\x10\x64\x65nse_perplexity\x18\x01 \x01(\x01\x12\x12\n\nperplexity\x18\x02 \x01(\x01\x12\x15\n\rkl_divergence\x18\x03 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x04 \x01(\x01\x12\x0f\n\x07windows\x18\x05 \x01(\r\x12\x15\n\rwindow_tokens\x18\x06 \x01(\r\x12\r\n\x05texts\x18\x07 \x03(\t\x12\x0b\n\x03\x62\x61\x64\x18\x08 \x01(\x08\x12\x0e\n\x06\x61\x64vice\x18\t \x03(\t\"\xf3\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x15\n\rsparse_layers\x18\x05 \x01(\r\x12\x14\n\x0c\x64\x65nse_layers\x18\x06 \x01(\r\x12\x43\n\x07kernels\x18\x07 \x03(\x0b\x32\x32.sparse_serve.v1.GetModelInfoResponse.KernelsEntry\x12\x1b\n\x13sparse_weight_bytes\x18\x08 \x01(\x04\x12\x1e\n\x16\x64\x65nse_equivalent_bytes\x18\t \x01(\x04\x12\x0e\n\x06models\x18\n \x03(\t\x12)\n\x07quality\x18\x0b \x01(\x0b\x32\x18.sparse_serve.v1.Quality\x12\x0f\n\x07pattern\x18\x0c \x01(\t\x12\x0e\n\x06values\x18\r \x01(\t\x12\x13\n\x0bmask_digest\x18\x0e \x01(\t\x12\x15\n\rrecipe_digest\x18\x0f \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x10 \x01(\t\x12\x16\n\x0eserver_version\x18\x11 \x01(\t\x1a.\n\x0cKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xfd\x02\n\x11GenerationService\x12O\n\x08Generate\x12 .sparse_serve.v1.GenerateRequest\x1a!.sparse_serve.v1.GenerateResponse\x12\x63\n\x0eGenerateStream\x12&.sparse_serve.v1.GenerateStreamRequest\x1a\'.sparse_serve.v1.GenerateStreamResponse0\x01\x12U\n\nListModels\x12\".sparse_serve.v1.ListModelsRequest\x1a#.sparse_serve.v1.ListModelsResponse\x12[\n\x0cGetModelInfo\x12$.sparse_serve.v1.GetModelInfoRequest\x1a%.sparse_serve.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sparse_serve.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._loaded_options = None
   _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2250
-  _globals['_FINISHREASON']._serialized_end=2395
+  _globals['_FINISHREASON']._serialized_start=3217
+  _globals['_FINISHREASON']._serialized_end=3362
   _globals['_TOKENIDS']._serialized_start=53
   _globals['_TOKENIDS']._serialized_end=76
   _globals['_SAMPLING']._serialized_start=79
-  _globals['_SAMPLING']._serialized_end=595
-  _globals['_GENERATEREQUEST']._serialized_start=598
-  _globals['_GENERATEREQUEST']._serialized_end=749
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=752
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=909
-  _globals['_TOKENLOGPROB']._serialized_start=911
-  _globals['_TOKENLOGPROB']._serialized_end=960
-  _globals['_POSITIONLOGPROBS']._serialized_start=962
-  _globals['_POSITIONLOGPROBS']._serialized_end=1070
-  _globals['_USAGE']._serialized_start=1072
-  _globals['_USAGE']._serialized_end=1129
-  _globals['_GENERATERESPONSE']._serialized_start=1132
-  _globals['_GENERATERESPONSE']._serialized_end=1389
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1392
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1655
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1657
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1678
-  _globals['_QUALITY']._serialized_start=1681
-  _globals['_QUALITY']._serialized_end=1867
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1870
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2247
-  _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._serialized_start=2201
-  _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._serialized_end=2247
-  _globals['_GENERATIONSERVICE']._serialized_start=2398
-  _globals['_GENERATIONSERVICE']._serialized_end=2692
+  _globals['_SAMPLING']._serialized_end=818
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=580
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=628
+  _globals['_CONSTRAINT']._serialized_start=821
+  _globals['_CONSTRAINT']._serialized_end=966
+  _globals['_CHOICE']._serialized_start=968
+  _globals['_CHOICE']._serialized_end=991
+  _globals['_GENERATEREQUEST']._serialized_start=994
+  _globals['_GENERATEREQUEST']._serialized_end=1163
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1166
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1341
+  _globals['_TOKENLOGPROB']._serialized_start=1343
+  _globals['_TOKENLOGPROB']._serialized_end=1392
+  _globals['_POSITIONLOGPROBS']._serialized_start=1394
+  _globals['_POSITIONLOGPROBS']._serialized_end=1502
+  _globals['_USAGE']._serialized_start=1505
+  _globals['_USAGE']._serialized_end=1634
+  _globals['_GENERATERESPONSE']._serialized_start=1637
+  _globals['_GENERATERESPONSE']._serialized_end=1940
+  _globals['_SEQUENCE']._serialized_start=1943
+  _globals['_SEQUENCE']._serialized_end=2093
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2096
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2374
+  _globals['_LISTMODELSREQUEST']._serialized_start=2376
+  _globals['_LISTMODELSREQUEST']._serialized_end=2395
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2397
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2457
+  _globals['_MODEL']._serialized_start=2459
+  _globals['_MODEL']._serialized_end=2500
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2502
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2523
+  _globals['_QUALITY']._serialized_start=2526
+  _globals['_QUALITY']._serialized_end=2712
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2715
+  _globals['_GETMODELINFORESPONSE']._serialized_end=3214
+  _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._serialized_start=3168
+  _globals['_GETMODELINFORESPONSE_KERNELSENTRY']._serialized_end=3214
+  _globals['_GENERATIONSERVICE']._serialized_start=3365
+  _globals['_GENERATIONSERVICE']._serialized_end=3746
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,11 @@ class GenerationServiceStub:
                 request_serializer=sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/sparse_serve.v1.GenerationService/ListModels',
+                request_serializer=sparse__serve_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=sparse__serve_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/sparse_serve.v1.GenerationService/GetModelInfo',
                 request_serializer=sparse__serve_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -64,7 +69,14 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Generates and answers as tokens appear. The last message, and only it, has a finish_reason.
+        """Generates and answers as tokens appear. The last message of each sequence, and only it, has a finish_reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Names that requests may give as their model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +101,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamRequest.FromString,
                     response_serializer=sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=sparse__serve_dot_v1_dot_generation__pb2.ListModelsRequest.FromString,
+                    response_serializer=sparse__serve_dot_v1_dot_generation__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -151,6 +168,33 @@ class GenerationService:
             '/sparse_serve.v1.GenerationService/GenerateStream',
             sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
             sparse__serve_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparse_serve.v1.GenerationService/ListModels',
+            sparse__serve_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
+            sparse__serve_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,157 @@
+"""Chats, tokens, several sequences and the details of errors over gRPC, with a fake engine."""
+
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.runtime.errors import TooManyError, UnavailableError
+from tests.sparse_serve.running import Running, running
+
+
+def chat(server: Running) -> Any:
+    return chat_pb2_grpc.ChatServiceStub(server.channel)
+
+
+def tokens(server: Running) -> Any:
+    return tokens_pb2_grpc.TokenServiceStub(server.channel)
+
+
+def asked(text: str, kind: Any = chat_pb2.ChatRequest, **more: Any) -> Any:
+    return kind(messages=[chat_pb2.Message(role="user", content=text)], **more)
+
+
+TOOL = chat_pb2.Tool(name="find", description="finds", parameters='{"type": "object"}')
+
+
+async def test_a_chat_is_the_same_at_once_and_in_pieces() -> None:
+    async with running() as server:
+        whole = await chat(server).Chat(asked("hello", tools=[TOOL]))
+        pieces = [
+            piece async for piece in chat(server).ChatStream(asked("hello", chat_pb2.ChatStreamRequest, tools=[TOOL]))
+        ]
+    (choice,) = whole.choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "tool_calls"
+    assert choice.message.content == "".join(piece.content for piece in pieces) == "hello"
+    (call,) = choice.message.tool_calls
+    assert (call.id, call.name, call.arguments) == ("call-0", "find", '{"x": "hello"}')
+    assert [*pieces[-2].tool_calls] == [call] and pieces[-2].finish_reason == "tool_calls"
+    assert pieces[-1].usage == whole.usage and whole.usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (chat_pb2.ChatRequest(), "messages"),
+        (chat_pb2.ChatRequest(messages=[chat_pb2.Message(content="a")]), "messages.role"),
+        (asked("a", sampling=pb.Sampling(logprobs=1)), "sampling.logprobs"),
+        (asked("a", sampling=pb.Sampling(n=1000)), "n"),
+        (asked("a", tools=[chat_pb2.Tool(name="f", parameters="{")]), "tools.parameters"),
+        (asked("a", tools=[chat_pb2.Tool(name="f", parameters="[1]")]), "tools.parameters"),
+        (asked("a", tools=[TOOL], tool_choice="other"), "tool_choice"),
+    ],
+)
+async def test_what_is_wrong_with_a_chat_is_named(request_: Any, field: str) -> None:
+    async with running() as server:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await chat(server).Chat(request_)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violations(caught.value) == [field]
+
+
+def details(error: grpc.aio.AioRpcError, kind: Any) -> Any:
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    for packed in status.details:
+        found = kind()
+        if packed.Unpack(found):
+            return found
+    return None
+
+
+def violations(error: grpc.aio.AioRpcError) -> list[str]:
+    return [found.field for found in details(error, error_details_pb2.BadRequest).field_violations]
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason", "retries"),
+    [
+        (UnavailableError("later"), "UNAVAILABLE", True),
+        (TooManyError("enough"), "TOO_MANY", True),
+        (RuntimeError("at 0x7f"), "INTERNAL", False),
+    ],
+)
+async def test_every_status_has_a_reason_that_programs_can_read(raised: Exception, reason: str, retries: bool) -> None:
+    async with running() as server:
+        server.engine.fail_with = raised
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await server.stub.Generate(pb.GenerateRequest(text="a"))
+    info = details(caught.value, error_details_pb2.ErrorInfo)
+    assert (info.reason, info.domain) == (reason, "sparse-serve")
+    assert (details(caught.value, error_details_pb2.RetryInfo) is not None) == retries
+
+
+async def test_several_sequences_come_apart_and_together() -> None:
+    async with running() as server:
+        sampling = pb.Sampling(max_tokens=4, n=3, logprobs=0, prompt_logprobs=0)
+        whole = await server.stub.Generate(pb.GenerateRequest(text="ab", sampling=sampling))
+        stream = server.stub.GenerateStream(pb.GenerateStreamRequest(text="ab", sampling=sampling))
+        pieces = [piece async for piece in stream]
+        one = await server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=4)))
+    assert [sequence.text for sequence in whole.sequences] == ["abab"] * 3 and whole.text == "abab"
+    assert [len(sequence.logprobs) for sequence in whole.sequences] == [4] * 3 and len(whole.prompt_logprobs) == 1
+    for index in range(3):
+        assert "".join(piece.text for piece in pieces if piece.index == index) == "abab"
+    assert sum(piece.finish_reason != pb.FINISH_REASON_UNSPECIFIED for piece in pieces) == 3
+    assert not one.sequences
+
+
+async def test_sequences_of_a_call_count_for_its_client() -> None:
+    async with running(FakeEngine(), max_sequences_per_client=3) as server:
+        with pytest.raises(grpc.aio.AioRpcError, match="asks for 4"):
+            await server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(n=4)))
+        passages = [tokens_pb2.Passage(text="abc")] * 4
+        with pytest.raises(grpc.aio.AioRpcError, match="asks for 4"):
+            await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
+
+
+async def test_passages_are_scored_side_by_side() -> None:
+    passages = [tokens_pb2.Passage(text="ab"), tokens_pb2.Passage(token_ids=pb.TokenIds(ids=[5, 1000, 2000]))]
+    async with running() as server:
+        answer = await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
+        for wrong, field in (
+            ([], "passages"),
+            ([tokens_pb2.Passage()], "passages"),
+            ([tokens_pb2.Passage(token_ids=pb.TokenIds(ids=[1, 0x110000]))], "passages"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await tokens(server).Score(tokens_pb2.ScoreRequest(passages=wrong))
+            assert violations(caught.value) == [field]
+        with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+            await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages, model="other"))
+    text, ids = answer.scores
+    assert list(text.token_ids) == [1, 97, 98] and len(text.logprobs) == 2
+    assert list(ids.logprobs) == pytest.approx([-1.0, -2.0])
+
+
+async def test_text_to_tokens_and_back() -> None:
+    async with running() as server:
+        stub = tokens(server)
+        with_special = await stub.Tokenize(tokens_pb2.TokenizeRequest(text="ab"))
+        plain = await stub.Tokenize(tokens_pb2.TokenizeRequest(text="ab", without_special_tokens=True))
+        assert (list(with_special.token_ids), list(plain.token_ids)) == ([1, 97, 98], [97, 98])
+        back = await stub.Detokenize(tokens_pb2.DetokenizeRequest(token_ids=[97, 98]))
+        assert back.text == "ab"
+
+
+async def test_models_are_listed_with_what_they_are() -> None:
+    engine = FakeEngine()
+    engine.models, engine.adapters = ("fake", "second", "tuned"), ("tuned",)
+    async with running(engine) as server:
+        listed = await server.stub.ListModels(pb.ListModelsRequest())
+    assert [(model.name, model.is_adapter) for model in listed.models] == [
+        ("fake", False), ("second", False), ("tuned", True),
+    ]  # fmt: skip

@@ -1,0 +1,126 @@
+"""The services of `sparse_serve.v1` beyond generation on the real engine, each held against the HTTP API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
+from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from tests.vllm.serving import PROMPT, Running, end, grpc_request, http_request, launch, make_checkpoint, wait_ready
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("services")
+    template = folder / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    flags = (f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize")
+    running = launch(make_checkpoint(folder), folder, "--served-model-name=tiny", *flags)
+    try:
+        yield wait_ready(running)
+    finally:
+        end(running)
+
+
+def chat(server: Running) -> Any:
+    return chat_pb2_grpc.ChatServiceStub(server.channel)
+
+
+def tokens(server: Running) -> Any:
+    return tokens_pb2_grpc.TokenServiceStub(server.channel)
+
+
+MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
+
+
+def test_a_chat_is_answered_as_over_http_at_once_and_in_pieces(server: Running) -> None:
+    sampling = pb.Sampling(max_tokens=24, temperature=0, ignore_eos=True)
+    asked = {"messages": [chat_pb2.Message(**message) for message in MESSAGES], "sampling": sampling}
+    whole = chat(server).Chat(chat_pb2.ChatRequest(**asked))
+    pieces = list(chat(server).ChatStream(chat_pb2.ChatStreamRequest(**asked)))
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    over_http = json.loads(server.get("/v1/chat/completions", body))
+    (choice,) = over_http["choices"]
+    assert whole.choices[0].message.content == choice["message"]["content"] != ""
+    assert "".join(piece.content for piece in pieces) == choice["message"]["content"]
+    assert whole.choices[0].finish_reason == pieces[-2].finish_reason == choice["finish_reason"] == "length"
+    assert whole.usage.prompt_tokens == pieces[-1].usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
+    with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
+        chat(server).Chat(chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="a" * 100_000)]))
+
+
+def test_several_sequences_are_those_of_their_seeds(server: Running) -> None:
+    request = pb.GenerateRequest(text=PROMPT, sampling=pb.Sampling(max_tokens=12, temperature=1.5, seed=3, n=3))
+    one, again = server.stub.Generate(request), server.stub.Generate(request)
+    texts = [sequence.text for sequence in one.sequences]
+    assert texts == [sequence.text for sequence in again.sequences] and len({*texts}) == 3
+    assert one.usage.completion_tokens == sum(len(sequence.token_ids) for sequence in one.sequences)
+    assert 0 < one.usage.first_token_s <= one.usage.elapsed_s
+    stream = pb.GenerateStreamRequest(text=PROMPT, sampling=request.sampling, priority=-1)
+    pieces = list(server.stub.GenerateStream(stream))
+    assert ["".join(piece.text for piece in pieces if piece.index == index) for index in range(3)] == texts
+
+
+@pytest.mark.parametrize(
+    ("constraint", "holds"),
+    [
+        (pb.Constraint(choice=pb.Choice(texts=["yes", "no"])), lambda text: text in ("yes", "no")),
+        (pb.Constraint(regex="[0-9]{3}"), lambda text: len(text) == 3 and text.isdigit()),
+        (pb.Constraint(json_schema='{"enum": ["a", 1]}'), lambda text: json.loads(text) in ("a", 1)),
+        (pb.Constraint(grammar='root ::= "x" "y"'), lambda text: text == "xy"),
+    ],
+    ids=["choice", "regex", "json", "grammar"],
+)
+def test_a_constraint_holds(server: Running, constraint: pb.Constraint, holds: Any) -> None:
+    sampling = pb.Sampling(max_tokens=20, temperature=0, constraint=constraint)
+    assert holds(server.stub.Generate(pb.GenerateRequest(text=PROMPT, sampling=sampling)).text)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [pb.Constraint(regex="(["), pb.Constraint(grammar="not a grammar"), pb.Constraint(json_schema='{"type": 5}')],
+)
+def test_a_constraint_that_cannot_be_read_is_the_clients_fault(server: Running, constraint: pb.Constraint) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        server.stub.Generate(pb.GenerateRequest(text=PROMPT, sampling=pb.Sampling(constraint=constraint)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_bias_decides(server: Running) -> None:
+    wanted = server.stub.Generate(grpc_request(1)).token_ids[0] + 1
+    biased = server.stub.Generate(grpc_request(4, logit_bias={wanted: 100.0}))
+    assert list(biased.token_ids) == [wanted] * 4
+
+
+def test_scores_are_the_log_probabilities_of_a_prompt(server: Running) -> None:
+    generated = server.stub.Generate(grpc_request(1, prompt_logprobs=0))
+    ids = [entry.token.token_id for entry in generated.prompt_logprobs]
+    passages = [tokens_pb2.Passage(text=PROMPT), tokens_pb2.Passage(token_ids=pb.TokenIds(ids=ids))]
+    text, bare = tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages)).scores
+    assert list(text.token_ids)[1:] == ids == list(bare.token_ids)
+    assert list(text.logprobs) == pytest.approx([entry.token.logprob for entry in generated.prompt_logprobs], abs=1e-4)
+    assert len(bare.logprobs) == len(ids) - 1
+
+
+def test_text_becomes_tokens_as_over_http_and_text_again(server: Running) -> None:
+    over_http = json.loads(server.get("/tokenize", {"model": "tiny", "prompt": PROMPT}))["tokens"]
+    assert list(tokens(server).Tokenize(tokens_pb2.TokenizeRequest(text=PROMPT)).token_ids) == over_http
+    request = tokens_pb2.DetokenizeRequest(token_ids=over_http, without_special_tokens=True)
+    assert tokens(server).Detokenize(request).text == PROMPT
+    with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
+        tokens(server).Tokenize(tokens_pb2.TokenizeRequest(text="a" * 1_000_000))
+
+
+def test_info_names_what_the_checkpoint_is(server: Running) -> None:
+    info = server.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.pattern, info.values) == ("2:4", "float")
+    for digest in (info.mask_digest, info.recipe_digest, info.base_digest):
+        assert digest.startswith("sha256:")
+    (model,) = server.stub.ListModels(pb.ListModelsRequest()).models
+    assert (model.name, model.is_adapter) == ("tiny", False)
+    assert json.loads(server.get("/v1/completions", http_request(1) | {"priority": 5}))

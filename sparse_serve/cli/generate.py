@@ -2,16 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 
-import grpc
-
-from sparse_serve.api.pb.v1 import generation_pb2 as pb
-from sparse_serve.api.pb.v1 import generation_pb2_grpc
-from sparse_serve.runtime.errors import ServeError
-
-
-class CallError(ServeError, RuntimeError):
-    """The server refused a call, or could not be reached."""
+from sparse_serve.client import Client, Sampling, Tls
+from sparse_serve.runtime.errors import SettingsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Stream the answer to standard output. Raises `CallError`."""
+    """Stream the answer to standard output. Raises `CallError`, and `SettingsError` for a flag."""
     if not 0 < args.max_tokens < 2**31:
-        raise CallError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
-    sampling = pb.Sampling(max_tokens=args.max_tokens, temperature=args.temperature)
-    request = pb.GenerateStreamRequest(text=args.prompt, sampling=sampling, model=args.model)
-    with grpc.insecure_channel(args.address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        try:
-            for response in stub.GenerateStream(request, timeout=args.timeout_s):
-                sys.stdout.write(response.text)
-                sys.stdout.flush()
-        except grpc.RpcError as error:
-            raise CallError(f"{args.address}: {error.code().name}: {error.details()}") from None
+        raise SettingsError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
+    sampling: Sampling = {"max_tokens": args.max_tokens}
+    if args.temperature is not None:
+        sampling["temperature"] = args.temperature
+    with _client(args) as client:
+        for piece in client.stream(args.prompt, model=args.model, **sampling):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _client(args: argparse.Namespace) -> Client:
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise SettingsError("--tls-cert and --tls-key belong together; give both")
+    if args.tls_cert and not args.tls_ca:
+        raise SettingsError("--tls-cert needs --tls-ca, the authority of the server's certificate")
+    tls = None
+    if args.tls_ca:
+        files = (None if name is None else Path(name) for name in (args.tls_ca, args.tls_cert, args.tls_key))
+        tls = Tls(*files)
+    try:
+        key = Path(args.api_key_file).read_text().strip().partition("\n")[0] if args.api_key_file else None
+        return Client(args.address, key=key, tls=tls, timeout_s=args.timeout_s)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--api-key-file, --tls-ca, --tls-cert or --tls-key: {error}") from None

@@ -48,9 +48,13 @@ class Running:
     def http(self) -> str:
         return re.findall(r"HTTP  (\S+)", self.output)[0]
 
+    @property
+    def grpc_address(self) -> str:
+        return re.findall(r"gRPC  (\S+)", self.output)[0]
+
     @functools.cached_property
     def channel(self) -> grpc.Channel:
-        return grpc.insecure_channel(re.findall(r"gRPC  (\S+)", self.output)[0])
+        return grpc.insecure_channel(self.grpc_address)
 
     @property
     def stub(self) -> Any:

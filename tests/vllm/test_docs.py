@@ -35,7 +35,7 @@ def test_what_the_manual_shows_runs(tmp_path: Path) -> None:
     assert "generated 16 tokens: " in done.stdout
     report = json.loads((tmp_path / "gate-report" / "report.json").read_text("utf-8"))
     assert f"verdict {report['verdict']}\n" in done.stdout
-    assert {result["check"] for result in report["results"]} == {"memory", "parity", "quality"}
+    assert {result["check"] for result in report["results"]} == {"kernels", "memory", "parity", "quality"}
     assert "4 of 4 candidate served (vLLM)" in done.stdout
     assert f"over {len(report['evidence']['texts'][0]['candidate']['served']['nll_per_window'])} windows" in done.stdout
     assert re.search(r"layers hold \d+ bytes, dense \d+", done.stdout)

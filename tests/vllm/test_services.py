@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -124,3 +126,15 @@ def test_info_names_what_the_checkpoint_is(server: Running) -> None:
     (model,) = server.stub.ListModels(pb.ListModelsRequest()).models
     assert (model.name, model.is_adapter) == ("tiny", False)
     assert json.loads(server.get("/v1/completions", http_request(1) | {"priority": 5}))
+
+
+def test_the_manuals_client_works(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    (block,) = [
+        block for block in re.findall(r"^```python\n(.*?)^```$", manual, re.DOTALL | re.MULTILINE) if "def ask" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    names["ask"](server.grpc_address)
+    printed = capsys.readouterr().out
+    assert "INVALID_ARGUMENT BAD_REQUEST ['temperature']" in printed and re.search("(yes|no)\\[-", printed)

@@ -8,7 +8,7 @@ import sparse_serve.gate.checks as folder
 from maskgen.core.registry import load, names
 from sparse_serve.gate.evidence import Evidence
 from sparse_serve.gate.verdict import Verdict
-from tests.sparse_serve.gate.test_checks import INFO, LIMITS, evidence
+from tests.sparse_serve.gate.test_checks import INFO, LIMITS, evidence, kernel_parity
 
 
 @pytest.mark.parametrize("name", names(folder))
@@ -16,6 +16,7 @@ def test_passes_a_good_model_and_fails_a_bad_one(name: str) -> None:
     run = load(folder, name).run
     good = evidence(shift=0.001)
     bad = evidence(shift=0.5, served_error=0.2, info=replace(INFO, sparse_weight_bytes=INFO.dense_equivalent_bytes))
+    bad = replace(bad, kernels={"candidate": [replace(one, error=2 * one.allowed) for one in kernel_parity()]})
     assert {result.verdict for result in run(good, LIMITS)} == {Verdict.PASS}
     assert {result.verdict for result in run(bad, LIMITS)} == {Verdict.FAIL}
 

@@ -8,6 +8,7 @@ A client that leaves, or does not read for `write_s`, ends its call as CANCELLED
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -18,9 +19,11 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from sparse_serve.api.grpc_access import authorization
 from sparse_serve.runtime.errors import Answer, BadRequestError, answer
+from sparse_serve.server.body_limits import check_request_id
 from sparse_serve.server.context import ServerContext
 
 DOMAIN = "sparse-serve"
+REQUEST_ID = "x-request-id"
 
 
 class Calls:
@@ -60,20 +63,26 @@ class Calls:
         finally:
             del self._writing[task]
 
+    def client(self, call: Any) -> str:
+        """Who calls: the owner of a key, or without keys, a connection."""
+        keys = self.context.keys
+        return str(call.peer()) if keys is None else keys.client(authorization(call.invocation_metadata()))
+
     @contextlib.contextmanager
     def share(self, call: Any, sequences: int) -> Iterator[None]:
         """Take `sequences` of what the client may have running. Raises `TooManyError`."""
-        keys = self.context.keys
-        client = str(call.peer()) if keys is None else keys.client(authorization(call.invocation_metadata()))
-        with self.context.admission.share(client, sequences):
+        with self.context.admission.share(self.client(call), sequences):
             yield
 
     @contextlib.asynccontextmanager
-    async def answering(self, method: str, call: Any) -> AsyncIterator[None]:
-        """Count a call, and end it with the status its exception stands for."""
+    async def answering(self, method: str, call: Any) -> AsyncIterator[str]:
+        """Count a call, and end it with the status its exception stands for. Gives its id: the client's own, from the
+        metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too."""
         with self.context.admission.request("grpc", method) as outcome:
             try:
-                yield
+                outcome.client, outcome.id = self.client(call), _request_id(call)
+                call.set_trailing_metadata(((REQUEST_ID, outcome.id),))
+                yield outcome.id
             except asyncio.CancelledError:
                 outcome.cancelled = not self._stopping
                 outcome.code = "CANCELLED" if outcome.cancelled else "UNAVAILABLE"
@@ -84,7 +93,17 @@ class Calls:
                 reply = answer(error)
                 outcome.code = reply.grpc_code
                 code = grpc.StatusCode[reply.grpc_code]
-                await call.abort(code, reply.message, trailing_metadata=_details(code, reply, error))
+                metadata = (*_details(code, reply, error), (REQUEST_ID, outcome.id))
+                await call.abort(code, reply.message, trailing_metadata=metadata)
+
+
+def _request_id(call: Any) -> str:
+    """Raises `BadRequestError` for an id of a client that is none."""
+    given = next((value for name, value in call.invocation_metadata() or () if name == REQUEST_ID), None)
+    if given is None:
+        return secrets.token_hex(16)
+    check_request_id(f"the metadata {REQUEST_ID}", given)
+    return str(given)
 
 
 def _details(code: grpc.StatusCode, reply: Answer, error: Exception) -> tuple[tuple[str, bytes], ...]:

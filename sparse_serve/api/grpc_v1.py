@@ -11,12 +11,13 @@ iteration, which aborts the request in the engine.
 """
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sparse_serve.api import grpc_chat, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
@@ -32,6 +33,7 @@ from sparse_serve.server.context import ServerContext
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 SERVICES = (SERVICE, grpc_chat.SERVICE, grpc_tokens.SERVICE)
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 _CLOSE_S = 0.5
 _INT32_MAX = 2**31 - 1
 _OPTIONS = [
@@ -74,8 +76,9 @@ class GrpcApi:
         tokens_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(self._calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
-            services = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            services = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
             reflection.enable_server_reflection(services, server)
+            _add_reflection_v1(services, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
@@ -115,6 +118,18 @@ class GrpcApi:
             await self._health.set(service, status)
 
 
+def _add_reflection_v1(services: Sequence[str], server: grpc.aio.Server) -> None:
+    """Under the name that it has now, which newer tools ask for first; the messages are those of v1alpha."""
+    servicer = reflection.aio.ReflectionServicer(service_names=services)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = {"ServerReflectionInfo": handler}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
+
+
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """The calls of `proto/sparse_serve/v1/generation.proto`."""
 
@@ -123,14 +138,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, call: Any) -> pb.GenerateResponse:
         """All of it at once."""
-        async with self._calls.answering("Generate", call):
-            chunks = [chunk async for chunk in self._generate(request, call)]
+        async with self._calls.answering("Generate", call) as id_:
+            chunks = [chunk async for chunk in self._generate(request, call, id_)]
         return messages.whole_response(chunks, request.sampling.n or 1)
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""
-        answering, generated = self._calls.answering("GenerateStream", call), self._generate(request, call)
-        async with answering, contextlib.aclosing(generated) as chunks:
+        async with (
+            self._calls.answering("GenerateStream", call) as id_,
+            contextlib.aclosing(self._generate(request, call, id_)) as chunks,
+        ):
             async for chunk in chunks:
                 await self._calls.write(call, messages.stream_response(chunk))
 
@@ -148,11 +165,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return messages.model_info(info, self._calls.context.engine.models)
 
     async def _generate(
-        self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any
+        self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any, id_: str
     ) -> AsyncGenerator[Chunk, None]:
         context = self._calls.context
         info, engine = context.served(), context.engine
-        checked = messages.read_request(request, info, engine.models, context.settings)
+        checked = replace(messages.read_request(request, info, engine.models, context.settings), id=id_)
         with self._calls.share(call, checked.sampling.n):
             async with contextlib.aclosing(engine.generate(checked)) as chunks:
                 async for chunk in chunks:

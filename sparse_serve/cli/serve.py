@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal comes; `args.others` are vLLM's flags. Returns 0, 1 if the engine died, 2 for bad input."""
     settings = settings_flags.settings_of(args)
+    logging.getLogger("sparse_serve.access").setLevel(logging.INFO if settings.access_log else logging.WARNING)
+    if settings.log_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter("{levelname}{asctime}{name}{message}", style="{"))
     processes.follow()  # a benchmark that started this server, if one did
     from sparse_serve.engine.vllm_engine import VllmEngine
 

@@ -112,13 +112,14 @@ class GenerateRequest:
     """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it.
 
     `model` is one of `Engine.models`; empty: the served model. The lower `priority`, the earlier it is its turn, in an
-    engine that goes by that.
+    engine that goes by that. `id` is what the engine's log calls the request; it need not be the only one of its name.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     model: str = ""
     priority: int = 0
+    id: str = ""
 
 
 class FinishReason(Enum):

@@ -42,7 +42,7 @@ async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str
         if sampling.constraint is not None:
             arguments["structured_outputs"] = StructuredOutputsParams(**constraint_arguments(sampling.constraint))
         params = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
-        name, lora = f"grpc-{uuid.uuid4().hex}", adapter(request.model)
+        name, lora = f"grpc-{request.id}-{uuid.uuid4().hex[:8]}", adapter(request.model)
         outputs = client.generate(source, params, name, lora_request=lora, priority=request.priority)
         async with contextlib.aclosing(outputs):
             async for output in outputs:

@@ -6,6 +6,7 @@ else. Used from the event loop only, so it needs no lock.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from enum import Enum
 
 from sparse_serve.runtime.errors import EngineDiedError, TooManyError, UnavailableError
 from sparse_serve.server.metrics import Metrics
+
+access = logging.getLogger("sparse_serve.access")
+"""A line for each request, when it has ended; `--access-log` lets them through."""
 
 
 class Phase(Enum):
@@ -27,10 +31,13 @@ class Phase(Enum):
 
 @dataclass
 class Outcome:
-    """How a request ended, filled in by its API: gRPC code or HTTP status, and whether the client left early."""
+    """How a request ended, filled in by its API: gRPC code or HTTP status, and whether the client left early. `id` and
+    `client` say whose it was, for the log."""
 
     code: str = "OK"
     cancelled: bool = False
+    id: str = ""
+    client: str = ""
 
 
 class Admission:
@@ -83,8 +90,14 @@ class Admission:
             self._in_flight -= 1
             self._look()
             in_flight.dec()
+            seconds = time.perf_counter() - started_s
             self._metrics.requests.labels(api, method, outcome.code).inc()
-            self._metrics.seconds.labels(api, method).observe(time.perf_counter() - started_s)
+            self._metrics.seconds.labels(api, method).observe(seconds)
+            shown = {"api": api, "method": method, "code": outcome.code, "seconds": round(seconds, 6)}
+            shown |= {"id": outcome.id, "client": outcome.client, "cancelled": outcome.cancelled}
+            access.info(
+                "%(api)s %(method)s %(code)s in %(seconds)s s, id %(id)s, client %(client)s", shown, extra=shown
+            )
             if outcome.cancelled:
                 self._metrics.cancelled.labels(api).inc()
 

@@ -88,7 +88,7 @@ class Gatekeeper:
         if is_safe:
             await self.main(scope, receive, send)
         else:
-            await self._counted(client, scope, receive, send)
+            await self._counted(id_, client, scope, receive, send)
 
     def client(self, scope: Scope) -> str:
         """Who asks: the owner of a key, or without keys, a connection. Raises `UnauthenticatedError`."""
@@ -97,10 +97,10 @@ class Gatekeeper:
         host, port = scope.get("client") or ("", 0)
         return f"{host}:{port}"
 
-    async def _counted(self, client: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _counted(self, id_: str, client: str, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         with self._admission.request("http", method) as outcome:
-            outcome.code = "none"
+            outcome.code, outcome.id, outcome.client = "none", id_, client
             body = await self._body(outcome, scope, receive, send)
             if body is None:
                 return

@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     extra_routes: str = Field(
         "", description="more paths of vLLM's HTTP API to answer, such as /tokenize,/detokenize; or all"
     )
+    access_log: bool = Field(False, description="log a line for each request: its id, client, code and time")
+    log_json: bool = Field(False, description="log in JSON, a line each; lines of vLLM itself stay as they are")
     drain_s: float = Field(
         30.0, ge=0, le=3600, description="seconds that running requests get to finish after SIGTERM or Ctrl-C"
     )

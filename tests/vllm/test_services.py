@@ -21,8 +21,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("services")
     template = folder / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
-    flags = (f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize")
-    running = launch(make_checkpoint(folder), folder, "--served-model-name=tiny", *flags)
+    flags = [f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize"]
+    flags += ["--access-log", "--log-json", "--served-model-name=tiny"]
+    running = launch(make_checkpoint(folder), folder, *flags)
     try:
         yield wait_ready(running)
     finally:
@@ -126,6 +127,15 @@ def test_info_names_what_the_checkpoint_is(server: Running) -> None:
     (model,) = server.stub.ListModels(pb.ListModelsRequest()).models
     assert (model.name, model.is_adapter) == ("tiny", False)
     assert json.loads(server.get("/v1/completions", http_request(1) | {"priority": 5}))
+
+
+def test_a_line_of_the_log_has_what_the_client_knows(server: Running) -> None:
+    _, call = server.stub.Generate.with_call(grpc_request(1))
+    id_ = dict(call.trailing_metadata())["x-request-id"]
+    (log,) = (server.directory / "sparse-serve" / "log").iterdir()
+    (line,) = [line for line in log.read_text().splitlines() if id_ in line]
+    shown = json.loads(line)
+    assert (shown["name"], shown["code"], shown["method"]) == ("sparse_serve.access", "OK", "Generate")
 
 
 def test_the_manuals_client_works(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,3 +155,41 @@ async def test_models_are_listed_with_what_they_are() -> None:
     assert [(model.name, model.is_adapter) for model in listed.models] == [
         ("fake", False), ("second", False), ("tuned", True),
     ]  # fmt: skip
+
+
+async def test_an_id_goes_through_the_call_and_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sparse_serve.access")
+    async with running() as server:
+        call = server.stub.Generate(pb.GenerateRequest(text="a"), metadata=(("x-request-id", "mine-1"),))
+        await call
+        assert dict(await call.trailing_metadata())["x-request-id"] == "mine-1"
+        assert server.engine.requests[0].id == "mine-1"
+        made = server.stub.Generate(pb.GenerateRequest(text=""))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await made
+        assert len(dict(caught.value.trailing_metadata())["x-request-id"]) == 32
+        with pytest.raises(grpc.aio.AioRpcError, match="x-request-id has to be"):
+            await server.stub.Generate(pb.GenerateRequest(text="a"), metadata=(("x-request-id", "a b"),))
+        await server.http.post(
+            "/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "two"}
+        )
+        await server.until(lambda: any(getattr(record, "id", "") == "two" for record in caplog.records))
+    found = {record.id: (record.api, record.code) for record in caplog.records if record.name == "sparse_serve.access"}
+    assert found["mine-1"] == ("grpc", "OK") and found["two"] == ("http", "200")
+
+
+async def test_reflection_answers_to_both_of_its_names() -> None:
+    from grpc_reflection.v1alpha import reflection_pb2
+
+    listing = reflection_pb2.ServerReflectionRequest(list_services="")
+    names = []
+    async with running() as server:
+        for name in ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection"):
+            ask = server.channel.stream_stream(
+                f"/{name}/ServerReflectionInfo",
+                reflection_pb2.ServerReflectionRequest.SerializeToString,
+                reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            (answer,) = [answer async for answer in ask(iter([listing]))]
+            names.append([service.name for service in answer.list_services_response.service])
+    assert names[0] == names[1] and {"sparse_serve.v1.ChatService", "sparse_serve.v1.TokenService"} < {*names[0]}

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
 from sparse_serve.runtime.errors import Answer, UnauthenticatedError, answer
@@ -69,3 +70,36 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | N
     """The `authorization` of a call, from its metadata."""
     found = (value for name, value in metadata or () if name.lower() == "authorization" and isinstance(value, str))
     return next(found, None)
+
+
+_CORRUPT = object()
+"""In place of a request whose bytes are none."""
+
+
+class DecodeCheck(grpc.aio.ServerInterceptor):
+    """Ends calls whose bytes are no message with INVALID_ARGUMENT, where gRPC says UNKNOWN and shows an exception."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = tuple(f"/{service}/" for service in services)
+
+    async def intercept_service(self, continuation: Any, call_details: Any) -> Any:
+        """The handler of a call, which looks at its request first."""
+        handler = await continuation(call_details)
+        if handler is None or not call_details.method.startswith(self._services):
+            return handler
+        is_stream = handler.response_streaming
+        behaviour, read = handler.unary_stream if is_stream else handler.unary_unary, handler.request_deserializer
+
+        def decode(data: bytes) -> Any:
+            try:
+                return read(data)
+            except DecodeError:
+                return _CORRUPT
+
+        async def checked(request: Any, call: Any) -> Any:
+            if request is _CORRUPT:
+                await call.abort(grpc.StatusCode.INVALID_ARGUMENT, "the bytes of the request are no such message")
+            return await behaviour(request, call)
+
+        make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+        return make(checked, decode, handler.response_serializer)

@@ -14,6 +14,7 @@ from sparse_serve.api.pb.v1 import chat_pb2 as pb
 from sparse_serve.api.pb.v1 import chat_pb2_grpc, generation_pb2
 from sparse_serve.engine import ConstraintKind, Sampling
 from sparse_serve.runtime.errors import BadRequestError
+from sparse_serve.server.body_limits import BodyLimits, body_limits
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ChatService"].full_name
 _SAME_NAME = (
@@ -33,7 +34,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         """All of it at once."""
         async with self._calls.answering("Chat", call):
             (whole,) = [answer async for answer in self._chat(request, call, False)]
-        return pb.ChatResponse(choices=map(_choice, whole["choices"]), usage=_usage(whole["usage"]))
+            answer = pb.ChatResponse(choices=map(_choice, whole["choices"]), usage=_usage(whole["usage"]))
+        return answer  # noqa: RET504  what goes wrong while it is made is answered, too
 
     async def ChatStream(self, request: pb.ChatStreamRequest, call: Any) -> None:
         """Message by message."""
@@ -52,7 +54,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         info = context.served()
         check_model(request.model, context.engine.models)
         sampling = read_sampling(request.sampling, info, context.settings)
-        body = _body(request, sampling) | {"model": request.model or info.model}
+        body = _body(request, sampling, body_limits(context.settings)) | {"model": request.model or info.model}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         with self._calls.share(call, sampling.n):
@@ -61,7 +63,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     yield answer
 
 
-def _body(request: pb.ChatRequest | pb.ChatStreamRequest, sampling: Sampling) -> dict[str, Any]:
+def _body(request: pb.ChatRequest | pb.ChatStreamRequest, sampling: Sampling, limits: BodyLimits) -> dict[str, Any]:
     """A request of the OpenAI API. Raises `BadRequestError` for what it has no place for."""
     if not request.messages:
         raise BadRequestError("messages is empty; give one or more", "messages")
@@ -78,10 +80,10 @@ def _body(request: pb.ChatRequest | pb.ChatStreamRequest, sampling: Sampling) ->
         kind, texts = sampling.constraint.kind, list(sampling.constraint.texts)
         held_to: Any = texts if kind is ConstraintKind.CHOICE else texts[0] if texts else True
         body["structured_outputs"] = {kind.value: held_to}
-    return body | _tools(request)
+    return body | _tools(request, limits)
 
 
-def _tools(request: pb.ChatRequest | pb.ChatStreamRequest) -> dict[str, Any]:
+def _tools(request: pb.ChatRequest | pb.ChatStreamRequest, limits: BodyLimits) -> dict[str, Any]:
     tools = []
     for tool in request.tools:
         function = {"name": tool.name, "description": tool.description}
@@ -95,6 +97,7 @@ def _tools(request: pb.ChatRequest | pb.ChatStreamRequest) -> dict[str, Any]:
         )
     if not tools:
         return {}
+    limits.check_tools(tools)
     named = {"type": "function", "function": {"name": choice}}
     return {"tools": tools, "tool_choice": (choice if choice in _CHOICES else named) if choice else "auto"}
 

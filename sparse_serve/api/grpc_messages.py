@@ -225,7 +225,7 @@ def _sequence(chunks: Sequence[Chunk]) -> pb.Sequence:
     return pb.Sequence(
         text="".join(chunk.text for chunk in chunks),
         token_ids=[id_ for chunk in chunks for id_ in chunk.token_ids],
-        finish_reason=_REASONS[chunks[-1].finish_reason],
+        finish_reason=_REASONS[chunks[-1].finish_reason] if chunks else pb.FINISH_REASON_ABORT,
         logprobs=[_position(entry) for chunk in chunks for entry in chunk.logprobs],
     )
 

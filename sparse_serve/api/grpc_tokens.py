@@ -29,7 +29,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
                 raise BadRequestError("passages is empty; give one or more", "passages")
             body_limits(context.settings).check_sequences(len(request.passages), 1)
             with self._calls.share(call, len(request.passages)):
-                scores = await asyncio.gather(*(self._score(passage, request.model) for passage in request.passages))
+                scores = await self._scores(request)
         return pb.ScoreResponse(scores=scores)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Any) -> pb.TokenizeResponse:
@@ -48,6 +48,15 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
                 engine = self._calls.context.engine
                 text = await engine.detokenize(request.token_ids, not request.without_special_tokens)
         return pb.DetokenizeResponse(text=text)
+
+    async def _scores(self, request: pb.ScoreRequest) -> list[pb.Score]:
+        """Of all passages; the first that fails ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._score(passage, request.model)) for passage in request.passages]
+        except* Exception as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _score(self, passage: pb.Passage, model: str) -> pb.Score:
         engine, info = self._calls.context.engine, self._calls.context.served()

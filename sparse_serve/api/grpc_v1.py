@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sparse_serve.api import grpc_chat, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
-from sparse_serve.api.grpc_access import KeyCheck, server_credentials
+from sparse_serve.api.grpc_access import DecodeCheck, KeyCheck, server_credentials
 from sparse_serve.api.grpc_calls import Calls
 from sparse_serve.api.grpc_chat import ChatService
 from sparse_serve.api.grpc_tokens import TokenService
@@ -69,7 +69,9 @@ class GrpcApi:
             ("grpc.max_connection_age_ms", min(age_ms, _INT32_MAX)),
             ("grpc.max_connection_age_grace_ms", max(grace_ms, 1000)),
         ]
-        interceptors = [KeyCheck(self._context.keys)] if self._context.keys else []
+        interceptors: list[grpc.aio.ServerInterceptor] = [DecodeCheck(SERVICES)]
+        if self._context.keys:
+            interceptors.insert(0, KeyCheck(self._context.keys))
         server = grpc.aio.server(options=options, interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._calls), server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(self._calls), server)
@@ -140,7 +142,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """All of it at once."""
         async with self._calls.answering("Generate", call) as id_:
             chunks = [chunk async for chunk in self._generate(request, call, id_)]
-        return messages.whole_response(chunks, request.sampling.n or 1)
+            whole = messages.whole_response(chunks, request.sampling.n or 1)
+        return whole  # noqa: RET504  what goes wrong while it is made is answered, too
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""

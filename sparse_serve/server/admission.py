@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from sparse_serve.runtime.errors import EngineDiedError, TooManyError, UnavailableError
+from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, TooManyError, UnavailableError
 from sparse_serve.server.metrics import Metrics
 
 access = logging.getLogger("sparse_serve.access")
@@ -114,7 +114,13 @@ class Admission:
 
     @contextlib.contextmanager
     def share(self, client: str, sequences: int) -> Iterator[None]:
-        """Take `sequences` of what one client may have running. Raises `TooManyError` if it has too many."""
+        """Take `sequences` of what one client may have running. Raises `TooManyError` if it has too many,
+        `BadRequestError` if it can never have so many."""
+        if sequences > self._max_per_client:
+            raise BadRequestError(
+                f"{sequences} sequences in a request; expected at most {self._max_per_client}, what one client may "
+                "have running (--max-sequences-per-client)"
+            )
         running = self._sequences[client]
         if running + sequences > self._max_per_client:
             self._metrics.rejected.inc()

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic_core import from_json
-
 from sparse_serve.runtime.errors import BadRequestError
 from sparse_serve.server.settings import Settings
 
@@ -37,9 +35,11 @@ class BodyLimits:
     def check(self, body: bytes) -> int:
         """The number of sequences that `body`, a request of the HTTP API, asks for. Raises `BadRequestError`."""
         try:
-            asked = from_json(body)
+            asked = json.loads(body)  # as vLLM's application does: another parser would let other bytes through
         except ValueError:
             return 1
+        except RecursionError:
+            raise BadRequestError("the body is nested too deeply") from None
         if not isinstance(asked, dict):
             return 1
         check_request_id("request_id", asked.get("request_id"))
@@ -51,12 +51,11 @@ class BodyLimits:
         return self._sequences(asked)
 
     def _sequences(self, asked: Mapping[str, Any]) -> int:
-        prompt, n = asked.get("prompt"), asked.get("n", 1)
+        prompt, n = asked.get("prompt"), _whole(asked.get("n", 1))
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         prompts = len(prompt) if several and isinstance(prompt, list) else 1
-        count = prompts * n if isinstance(n, int) and n > 0 else prompts
-        self.check_sequences(prompts, count // prompts)
-        return count
+        self.check_sequences(prompts, n)
+        return prompts * n
 
     def check_sequences(self, prompts: int, n: int) -> None:
         """Raise `BadRequestError` for too many sequences in one request."""
@@ -84,17 +83,19 @@ class BodyLimits:
             self.check_choice("structured_outputs.choice", structured.get("choice"))
         for name in ("response_format", "text"):
             self.check_grammar(name, "json", asked.get(name))
-        tools = asked.get("tools")
-        if isinstance(tools, list) and _size(tools) > _TOOLS_TIMES * self.max_grammar_bytes:
-            raise BadRequestError(
-                f"tools take {_size(tools)} bytes; expected at most {_TOOLS_TIMES * self.max_grammar_bytes}"
-            )
+        self.check_tools(asked.get("tools"))
 
     def check_grammar(self, field: str, kind: str, grammar: Any) -> None:
         """Raise `BadRequestError` for a schema, grammar or regular expression that is too large."""
         limit = self.max_regex_bytes if kind == "regex" else self.max_grammar_bytes
         if grammar is not None and (size := _size(grammar)) > limit:
             raise BadRequestError(f"{field} takes {size} bytes; expected at most {limit}")
+
+    def check_tools(self, tools: Any) -> None:
+        """Raise `BadRequestError` for tools that are too large together."""
+        limit = _TOOLS_TIMES * self.max_grammar_bytes
+        if isinstance(tools, list) and (size := _size(tools)) > limit:
+            raise BadRequestError(f"tools take {size} bytes; expected at most {limit}", "tools")
 
     def check_choice(self, field: str, choice: Any) -> None:
         """Raise `BadRequestError` for too many choices, or too long ones."""
@@ -109,6 +110,14 @@ def check_request_id(where: str, given: Any) -> None:
     """Raise `BadRequestError` for a request id that is anything but 1 to 64 of letters, digits, `_` and `-`."""
     if isinstance(given, str) and not REQUEST_ID.fullmatch(given):
         raise BadRequestError(f"{where} has to be 1 to 64 letters, digits, '_' or '-'; it has {len(given)} characters")
+
+
+def _whole(n: Any) -> int:
+    """A number of sequences as pydantic would read it, from text too; 1 for what it refuses."""
+    try:
+        return max(int(n), 1)
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def _size(value: Any) -> int:

@@ -69,9 +69,9 @@ class Gatekeeper:
         try:
             id_ = _request_id(scope)
         except ServeError as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error)(scope, receive, with_id(send, new_id()))
             return
-        send = _with_id(send, id_)
+        send = with_id(send, id_)
         try:
             client = self.client(scope)
             if not self._rules.serves(scope["path"]):
@@ -203,12 +203,19 @@ def _request_id(scope: Scope) -> str:
     if given is not None:
         check_request_id("the header X-Request-Id", given)
         return given
-    id_ = secrets.token_hex(16)
+    id_ = new_id()
     scope["headers"].append((REQUEST_ID.encode(), id_.encode()))
     return id_
 
 
-def _with_id(send: Send, id_: str) -> Send:
+def new_id() -> str:
+    """An id for a request that has none."""
+    return secrets.token_hex(16)
+
+
+def with_id(send: Send, id_: str) -> Send:
+    """`send` with the id in the header of the answer."""
+
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message)[REQUEST_ID] = id_

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _WATCH_S = 0.25
 _FAIL_S = 2.0
 _CUT_OFF_S = 0.5
+_CHUNKED = 8
+"""A body in chunks of a byte is that many times as long on the wire, or less."""
 _ENGINE_STOP_S = 5.0
 
 
@@ -235,7 +237,11 @@ def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContex
     limits = body_limits(settings)
     rules = Rules(settings.max_message_bytes, settings.body_s, limits, keys, serving(settings.extra_routes))
     connections = ConnectionLimits(
-        settings.max_connections, settings.max_header_bytes, settings.header_s, settings.write_s
+        settings.max_connections,
+        settings.max_header_bytes,
+        settings.max_header_bytes + _CHUNKED * settings.max_message_bytes,
+        settings.header_s,
+        settings.write_s,
     )
     listener = HttpListener(
         settings.host,

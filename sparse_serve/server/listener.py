@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sparse_serve.runtime.errors import PortInUseError, ServeError
-from sparse_serve.server.gatekeeper import Gatekeeper, refusal
+from sparse_serve.server.gatekeeper import Gatekeeper, new_id, refusal, with_id
 from sparse_serve.server.protocol import ConnectionLimits, limited
 
 
@@ -54,6 +54,7 @@ class HttpListener:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # a client could say that it is another one
         )
         config.load()
         config.ssl = self._tls
@@ -80,6 +81,8 @@ class HttpListener:
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         app, needs_key = self._routes.get(scope["path"], (self._gatekeeper, False))
+        if app is not self._gatekeeper:
+            send = with_id(send, new_id())
         if needs_key:
             try:
                 self._gatekeeper.client(scope)

@@ -4,7 +4,8 @@ uvicorn has a time limit for one thing, an idle connection after an answer. Here
 
     nothing, or half a header, received    `header_s`, then closed
     header over `max_header_bytes`, or of more than `MAX_HEADER_LINES` lines    431, then closed
-    body                                   the listener reads it, with a limit of its own
+    request over `max_request_bytes`, trailers too    closed; below that, the gatekeeper has limits of its own
+    what is left of a request when it has been answered    closed
     answer that the client does not read   `write_s`, then closed
     other requests before the answer       `MAX_PIPELINED` of them, and little of a body, then closed
     more than `max_connections`            closed at once
@@ -15,7 +16,6 @@ client leaves. Here it goes on reading, and the one that is being answered is to
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -30,6 +30,7 @@ class ConnectionLimits:
 
     max_connections: int
     max_header_bytes: int
+    max_request_bytes: int
     header_s: float
     write_s: float
 
@@ -50,7 +51,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    _request_bytes = 0
+    _whole = True
+    """Whether the last byte of the request has been received."""
     _refused = False
     _between = True
     """Whether no header is being received: before its first byte, and after its last."""
@@ -80,16 +83,31 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         super().data_received(data)
-        if self._between or self._refused:
+        if self._refused:
             return
-        self._header_bytes += len(data)
-        if self._header_bytes > self.connection_limits.max_header_bytes:
+        self._request_bytes += len(data)
+        if not self._between and self._request_bytes > self.connection_limits.max_header_bytes:
             self._refuse_header()
+        elif not self._whole and self._request_bytes > self.connection_limits.max_request_bytes:
+            self._abort()
+        elif self._header_timer is None and self.timeout_keep_alive_task is None and self._is_idle:
+            self._expect_header()  # an empty line is no request, and has ended uvicorn's wait for one
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of a header, or of the trailers behind a body."""
+        if self._between and len(self.headers) > MAX_HEADER_LINES:
+            self._abort()
+        else:
+            super().on_header(name, value)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._between, self._header_bytes = False, 0
+        self._between, self._whole, self._request_bytes = False, False, 0
         if self._header_timer is None:
             self._expect_header()
 
@@ -122,6 +140,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The last byte of a request."""
+        self._whole = True
         if not self._refused:
             super().on_message_complete()
 
@@ -129,6 +148,9 @@ class LimitedProtocol(HttpToolsProtocol):
         """The last byte of an answer; the request behind it is next."""
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
+        if not self._whole and not self.pipeline and self._is_idle:
+            self._refused = True
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is written to."""
@@ -147,8 +169,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _end(self) -> None:
         self._header_timer = None
-        busy: Any = self.cycle
-        if busy is None or busy.response_complete:
+        if self._is_idle:
             self.transport.abort()
 
     def _abort(self) -> None:

@@ -42,6 +42,8 @@ class TlsFiles:
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
             if self.client_ca is not None:
                 context.verify_mode = ssl.CERT_REQUIRED
+                # a session that is resumed is not verified again, and older versions resume without tickets, too
+                context.minimum_version, context.num_tickets = ssl.TLSVersion.TLSv1_3, 0
                 context.load_verify_locations(self.client_ca)
         except (ssl.SSLError, OSError, ValueError) as error:
             raise SettingsError(

@@ -1,5 +1,6 @@
 """Chats, tokens, several sequences and the details of errors over gRPC, with a fake engine."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.runtime.errors import TooManyError, UnavailableError
+from sparse_serve.runtime.errors import BadRequestError, TooManyError, UnavailableError
 from tests.sparse_serve.running import Running, running
 
 
@@ -53,6 +54,7 @@ async def test_a_chat_is_the_same_at_once_and_in_pieces() -> None:
         (asked("a", tools=[chat_pb2.Tool(name="f", parameters="{")]), "tools.parameters"),
         (asked("a", tools=[chat_pb2.Tool(name="f", parameters="[1]")]), "tools.parameters"),
         (asked("a", tools=[TOOL], tool_choice="other"), "tool_choice"),
+        (asked("a", tools=[chat_pb2.Tool(name="f", description="a" * 300_000)]), "tools"),
     ],
 )
 async def test_what_is_wrong_with_a_chat_is_named(request_: Any, field: str) -> None:
@@ -110,12 +112,51 @@ async def test_several_sequences_come_apart_and_together() -> None:
 
 
 async def test_sequences_of_a_call_count_for_its_client() -> None:
-    async with running(FakeEngine(), max_sequences_per_client=3) as server:
-        with pytest.raises(grpc.aio.AioRpcError, match="asks for 4"):
-            await server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(n=4)))
+    async with running(FakeEngine(delay_s=0.05), max_sequences_per_client=3) as server:
+        running_call = server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(n=2, max_tokens=50)))
+        await server.until(lambda: server.engine.unfinished == 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="RESOURCE_EXHAUSTED"):
+            await server.stub.Generate(pb.GenerateRequest(text="ab", sampling=pb.Sampling(n=2)))
         passages = [tokens_pb2.Passage(text="abc")] * 4
-        with pytest.raises(grpc.aio.AioRpcError, match="asks for 4"):
+        with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
             await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
+        running_call.cancel()
+
+
+async def test_a_passage_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    running_now: set[int] = set()
+
+    async def score(self: FakeEngine, token_ids: list[int], model: str = "") -> list[float]:
+        if len(token_ids) == 1:
+            raise BadRequestError("one token")
+        running_now.add(len(token_ids))
+        try:
+            await asyncio.sleep(60)
+        finally:
+            running_now.discard(len(token_ids))
+        return []
+
+    monkeypatch.setattr(FakeEngine, "score", score)
+    async with running() as server:
+        passages = [tokens_pb2.Passage(text="ab"), tokens_pb2.Passage(text="abc"), tokens_pb2.Passage(text="")]
+        with pytest.raises(grpc.aio.AioRpcError, match="one token"):
+            await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
+        assert not running_now
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["GenerationService/Generate", "GenerationService/GenerateStream", "ChatService/Chat", "TokenService/Score"],
+)
+async def test_bytes_that_are_no_message_are_the_clients_fault(method: str) -> None:
+    async with running() as server:
+        path = f"/sparse_serve.v1.{method}"
+        with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+            if method.endswith("Stream"):
+                async for _ in server.channel.unary_stream(path)(b"\xff\xff\xff"):
+                    pass
+            else:
+                await server.channel.unary_unary(path)(b"\xff\xff\xff")
 
 
 async def test_passages_are_scored_side_by_side() -> None:

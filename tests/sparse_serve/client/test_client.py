@@ -78,9 +78,13 @@ async def test_an_error_says_code_reason_field_and_when_to_try_again() -> None:
             await client.generate("a", temperature=9)
         assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "BAD_REQUEST")
         assert (caught.value.fields, caught.value.retry_s) == (["temperature"], None)
+        server.engine.delay_s = 0.05
+        busy = asyncio.ensure_future(client.generate("a", n=2, max_tokens=20))
+        await server.until(lambda: server.engine.unfinished == 1)
         with pytest.raises(CallError) as caught:
-            await client.generate("a", n=3)
+            await client.generate("a")
         assert (caught.value.code, caught.value.reason, caught.value.retry_s) == ("RESOURCE_EXHAUSTED", "TOO_MANY", 1.0)
+        await busy
         with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
             server.engine.delay_s = 1.0
             await client.generate("a", timeout_s=0.1)

@@ -33,6 +33,8 @@ def check(**asked: Any) -> int:
         ({"prompt": "a", "n": -5}, 1),
         ({"prompt": [], "n": 2}, 2),
         ({"prompt": "a", "n": "many"}, 1),
+        ({"prompt": "a", "n": "8"}, 8),
+        ({"prompt": "a", "n": 4.0}, 4),
     ],
 )
 def test_sequences_are_prompts_times_n(asked: dict[str, Any], sequences: int) -> None:
@@ -88,6 +90,19 @@ FIELDS = ("prompt", "n", "stop", "stop_token_ids", "logit_bias", "request_id", "
 def test_any_object_is_counted_or_refused(asked: dict[str, Any]) -> None:
     with contextlib.suppress(BadRequestError):
         assert 1 <= check(**asked) <= 8
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_no_other_way_to_write_it_goes_through(encoding: str) -> None:
+    """The application takes all of these."""
+    text = '{"user": "\\ud800", "x": ' + "[" * 200 + "]" * 200 + ', "n": "9"}'
+    with pytest.raises(BadRequestError, match="9 sequences"):
+        LIMITS.check(text.encode(encoding))
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(BadRequestError, match="nested too deeply"):
+        LIMITS.check(b'{"x": ' + b"[" * 100_000)
 
 
 def test_a_lone_surrogate_is_counted_as_something() -> None:

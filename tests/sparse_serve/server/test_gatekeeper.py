@@ -119,6 +119,8 @@ async def test_an_id_goes_through_or_is_made() -> None:
         for wrong in ("a b", "x" * 65, "ü", "a;b"):
             response = await server.http.get("/health", headers={"x-request-id": wrong.encode()})
             assert response.status_code == 400 and "X-Request-Id" in response.json()["error"]["message"]
+            assert len(response.headers["x-request-id"]) == 32
+        assert len((await server.http.get("/readyz")).headers["x-request-id"]) == 32
 
 
 async def test_one_client_cannot_take_everything(keys: Path) -> None:
@@ -147,6 +149,22 @@ async def test_one_grpc_connection_cannot_take_everything() -> None:
         request = pb.GenerateRequest(text="ab", sampling=pb.Sampling(max_tokens=8))
         codes = await asyncio.gather(*(server.stub.Generate(request).code() for _ in range(5)))
     assert sorted(code.name for code in codes) == ["OK"] * 3 + ["RESOURCE_EXHAUSTED"] * 2
+
+
+async def test_a_client_cannot_say_that_it_is_another() -> None:
+    async with running(FakeEngine(delay_s=0.05), max_sequences_per_client=1) as server:
+        headers = {"x-forwarded-for": "192.0.2.7"}
+        body = {"prompt": "ab", "max_tokens": 10}
+        answers = await asyncio.gather(
+            *(server.http.post("/v1/completions", json=body, headers=headers) for _ in range(3))
+        )
+    assert [answer.status_code for answer in answers] == [200] * 3, "three connections are three clients"
+
+
+async def test_what_a_client_can_never_have_is_not_to_be_tried_again() -> None:
+    async with running(max_sequences_per_client=2) as server:
+        response = await server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "n": 3})
+    assert response.status_code == 400 and "retry-after" not in response.headers
 
 
 async def test_too_much_in_one_body_is_refused() -> None:

@@ -130,3 +130,30 @@ async def test_connections_over_the_limit_are_closed_at_once() -> None:
             assert await ends(reader)
         await asyncio.sleep(0.1)
         assert (await server.http.get("/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n@\r\n",
+        b"POST /ready HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n@x",
+        b"POST /ready HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n@0\r\n",
+    ],
+)
+async def test_what_comes_after_an_answer_keeps_nothing_open(then: bytes) -> None:
+    first, second = then.split(b"@")
+    async with running(header_s=0.3) as server, connection(server) as (reader, writer):
+        writer.write(first)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        writer.write(second)
+        async with asyncio.timeout(3):
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+
+
+@pytest.mark.parametrize("behind", [b"a: b\r\n" * 1000, b"a: " + b"b" * 100_000])
+async def test_trailers_have_a_limit_like_headers(behind: bytes) -> None:
+    async with running(max_header_bytes=1024, max_message_bytes=1024) as server, connection(server) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + behind)
+        assert await ends(reader)
+        assert (await server.http.get("/ready")).status_code == 200

@@ -1,7 +1,9 @@
 """TLS and mutual TLS on both ports, with certificates made here."""
 
+import asyncio
 import datetime
 import ipaddress
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +154,32 @@ async def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=message):
             async with running(**flags):
                 pass
+
+
+async def test_no_session_is_resumed_past_an_authority_that_is_gone(tmp_path: Path) -> None:
+    mine, yours = Authority.new("mine"), Authority.new("yours")
+    certificate, key = mine.write(tmp_path, "server")
+    friend, friends_key = mine.write(tmp_path, "friend")
+    client_ca = tmp_path / "authority.pem"
+    client_ca.write_bytes(mine.pem)
+    flags = {"tls_cert": str(certificate), "tls_key": str(key), "tls_client_ca": str(client_ca)}
+    async with running(**flags) as server:
+        context = ssl.create_default_context(cadata=mine.pem.decode())
+        context.load_cert_chain(friend, friends_key)
+        address = server.http.base_url.host, server.http.base_url.port
+        session = await asyncio.to_thread(_ask, address, context, None)
+        client_ca.write_bytes(yours.pem)
+        with pytest.raises((OSError, EOFError)):
+            await asyncio.to_thread(_ask, address, context, session)
+
+
+def _ask(address: tuple[str, int], context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
+    raw = socket.create_connection(address, timeout=5)
+    with context.wrap_socket(raw, server_hostname=address[0], session=session) as connection:
+        connection.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
+        if not connection.recv(100):
+            raise EOFError
+        return connection.session
 
 
 def test_an_address_that_others_reach_is_not_opened_to_all_by_accident() -> None:

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             options["metavar"] = type(field.default).__name__.upper()
         group.add_argument(
-            "--" + name.replace("_", "-"), help=f"{field.description} (default: {field.default})", **options
+            "--" + name.replace("_", "-"),
+            help=f"{field.description} (default: {'none' if field.default == '' else field.default})",
+            **options,
         )
 
 

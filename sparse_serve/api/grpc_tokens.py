@@ -54,7 +54,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._score(passage, request.model)) for passage in request.passages]
-        except* Exception as failed:
+        except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 

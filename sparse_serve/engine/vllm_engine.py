@@ -197,7 +197,7 @@ class VllmEngine:
 
     def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. See `Engine.chat`."""
-        return vllm_requests.chat(self.chat_serving, body)
+        return vllm_requests.chat(self.client, self.chat_serving, body)
 
     async def tokenize(self, text: str, special_tokens: bool) -> list[int]:
         """Tokens of a text. See `Engine.tokenize`."""

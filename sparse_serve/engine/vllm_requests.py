@@ -50,7 +50,7 @@ async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str
                     yield chunk
 
 
-async def chat(serving: Any, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+async def chat(client: Any, serving: Any, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
     """See `Engine.chat`. `serving` is vLLM's own for its HTTP API."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -72,6 +72,8 @@ async def chat(serving: Any, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[
                 if said in ("", "[DONE]"):
                     continue
                 piece = from_json(said)
+                if "error" in piece and client.errored:
+                    raise EngineDiedError("the engine has died; this server is going down")
                 if "error" in piece:
                     raise _as_ours(piece["error"].get("code"), piece["error"].get("message"))
                 yield piece

@@ -88,11 +88,13 @@ class Outputs:
     started_s: float = field(default_factory=time.monotonic)
     completion_tokens: int = 0
     first_token_s: float = 0.0
+    told_prompt: bool = False
 
     def chunks(self, output: Any) -> Iterator[Chunk]:
         """Of one `RequestOutput`: a chunk for every sequence that it has something of."""
         prompt_ids = output.prompt_token_ids or ()
-        prompt_logprobs = (output.prompt_logprobs or ())[1:]
+        # every sequence has them, and they are the same
+        prompt_logprobs = () if self.told_prompt else (output.prompt_logprobs or ())[1:]
         elapsed_s = time.monotonic() - self.started_s
         for completion in output.outputs:
             token_ids = tuple(completion.token_ids)
@@ -111,6 +113,7 @@ class Outputs:
                 first_token_s=self.first_token_s,
                 elapsed_s=elapsed_s,
             )
+            self.told_prompt |= bool(prompt_logprobs)
             prompt_logprobs = ()
 
 

@@ -23,8 +23,8 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._state = self._stat()  # before reading: a change between the two is seen later, not never
         self._digests = self._read()
-        self._state = self._stat()
         self._looked_s = time.monotonic()
 
     def client(self, authorization: str | None) -> str:
@@ -44,9 +44,10 @@ class Keys:
             return
         self._looked_s = now_s
         try:
-            if self._stat() == self._state:
+            state = self._stat()
+            if state == self._state:
                 return
-            self._digests, self._state = self._read(), self._stat()
+            self._digests, self._state = self._read(), state
             logger.info("read %d keys from %s", len(self._digests), self._path)
         except SettingsError as error:
             logger.error("the keys stay as they were: %s", error)

@@ -41,4 +41,6 @@ async def until_hung(engine: Engine, limit_s: float) -> None:
                 continue
         except EngineDiedError:
             return
+        except Exception:
+            logger.exception("the engine did not take the watchdog's question")
         misses = 0

@@ -260,6 +260,10 @@ def print_inspect(report: InspectReport) -> None:
         f"{megabytes(dense_bytes)} if dense, {megabytes(report.other_bytes)} of other tensors"
     )
     print_kept(report.kept)
+    if report.digests:
+        say(f"  all {report.digests} shards have the digests that the manifest states")
+    elif report.compressed:
+        say("  no digests: written in an earlier version of the format (maskgen convert adds them)")
     if report.allocation is not None:
         say(f"  {report.allocation.describe()}")
     correction_bytes = sum(layer.correction_bytes for layer in report.layers)

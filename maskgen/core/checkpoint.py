@@ -13,7 +13,6 @@ corrections are finite. Only then may a kernel see a tensor.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from maskgen.core import layout
-from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, WEIGHTS_KEY, SparseConfig
+from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, WEIGHTS_KEY, SparseConfig, is_shard_name
+from maskgen.core.digest import digest_file
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, read_json
 from maskgen.core.layout import VALUES_SUFFIX as VALUES_SUFFIX  # the two names everybody needs
@@ -43,7 +43,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 """What the directory of an adapter has in place of `config.json`."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class SparseCheckpoint:
             raise FormatError(f"{path / 'config.json'}: {error}") from None
         headers = read_headers(path)
         _check_shards(path, headers)
+        _check_listed(path, config, headers)
         layout.check_headers(path, config, headers)
         check_dimensions(path, hf_config, {name: header.shape for name, header in headers.items()})
         checkpoint = cls(path, config, hf_config, headers)
@@ -82,6 +82,22 @@ class SparseCheckpoint:
             _check_masks(checkpoint)
             _check_values(checkpoint)
         return checkpoint
+
+    def verify_digests(self) -> None:
+        """Read all shards and compare them with the digests in the manifest; `FormatError` names one that differs, and
+        a checkpoint of version 2, which has no digests."""
+        if self.config.shards is None:
+            raise FormatError(
+                f"{self.path}: no digests: it was written in an earlier version of the format; `maskgen convert` "
+                "writes it again, with the digests of what is there now"
+            )
+        for name, expected in sorted(self.config.shards.items()):
+            digest = digest_file(self.path / name)
+            if digest != expected:
+                raise FormatError(
+                    f"{self.path / name}: digest {digest}, but {CONFIG_KEY} says {expected}; the file was changed or "
+                    "is damaged: download or make the checkpoint again"
+                )
 
     def tensor(self, name: str) -> Tensor:
         """Read one stored tensor (CPU). `KeyError` when there is none of that name."""
@@ -171,7 +187,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
             )
     headers: dict[str, TensorHeader] = {}
     for shard in shards:
-        if not _SHARD_NAME.fullmatch(shard):
+        if not is_shard_name(shard):
             raise FormatError(f"{index_path}: shard {clip(shard)} is not a plain *.safetensors file name")
         if not (path / shard).exists():
             raise FormatError(f"{path / shard}: no such file, though {INDEX_NAME} names it; download the model again")
@@ -239,6 +255,15 @@ def _check_shards(path: Path, headers: Mapping[str, TensorHeader]) -> None:
         raise FormatError(
             f"{path}: {clip(mistral[0])} belongs to Mistral's format, whose sizes an engine would use unverified; a "
             f"sparse checkpoint has neither {MISTRAL_CONFIG} nor consolidated*.safetensors"
+        )
+
+
+def _check_listed(path: Path, config: SparseConfig, headers: Mapping[str, TensorHeader]) -> None:
+    stored = {header.path.name for header in headers.values()}
+    if config.shards is not None and set(config.shards) != stored:
+        raise FormatError(
+            f"{path}: {CONFIG_KEY} has digests of {clip(sorted(config.shards))}, but the shards are "
+            f"{clip(sorted(stored))}; download or make the checkpoint again"
         )
 
 

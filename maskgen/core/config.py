@@ -2,7 +2,9 @@
 
 The section has that name because transformers and vLLM look there for a `quant_method`. A checkpoint may come from
 anywhere: unknown keys and versions are errors, names are plain dotted identifiers, and nothing in the section can name
-code, a file, or an amount of memory.
+code, a file to open, or an amount of memory.
+
+Version 3 has the digest of every shard; version 2, which is still read, has none.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.values import FLOAT, KINDS
 
 QUANT_METHOD = "sparse_nm"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+WITHOUT_DIGESTS = 2
+"""The version before shards had digests."""
+
 CONFIG_KEY = "quantization_config"
 
 WEIGHTS_KEY = "transformers_weights"
@@ -45,6 +50,7 @@ _KEYS = (
     "recipe_digest",
     "base_model",
 )
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")
 _MAX_MODULES = 1 << 20
 _MAX_LABEL_CHARS = 256
@@ -57,7 +63,8 @@ class SparseConfig:
     `targets` are the modules stored as values + bitmask, `ignored` the Linear modules kept dense; together they are
     every Linear of the model. `mask_digest` is `MaskSet.digest()`. `base_model` is a label for people (a hub id or
     directory name); `base_digest` identifies the dense weights. `values` (`float`, `int8` or `fp8_e4m3`) and
-    `correction` hold for all targets.
+    `correction` hold for all targets. `shards` maps the name of each shard to the digest of its bytes; it is None in
+    version 2, and until the shards are written.
     """
 
     pattern: NMPattern
@@ -69,6 +76,7 @@ class SparseConfig:
     base_digest: str
     values: str = FLOAT
     correction: CorrectionConfig | None = None
+    shards: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.values not in KINDS:
@@ -80,6 +88,10 @@ class SparseConfig:
             raise FormatError(f"{CONFIG_KEY}: {sorted(both)[0]!r} is both in targets and in ignored")
         for name in ("mask_digest", "recipe_digest", "base_digest"):
             check_digest(getattr(self, name), f"{CONFIG_KEY}: {name}")
+        for name, digest in (self.shards or {}).items():
+            if not is_shard_name(name):
+                raise FormatError(f"{CONFIG_KEY}: shards: {clip(name)} is not a plain *.safetensors file name")
+            check_digest(digest, f"{CONFIG_KEY}: shards: {name}")
         label = self.base_model
         if not isinstance(label, str) or not 0 < len(label) <= _MAX_LABEL_CHARS or not label.isprintable():
             raise FormatError(
@@ -88,9 +100,9 @@ class SparseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object stored in `config.json`."""
-        return {
+        section = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": WITHOUT_DIGESTS if self.shards is None else FORMAT_VERSION,
             "pattern": str(self.pattern),
             "values": self.values,
             "correction": None if self.correction is None else self.correction.to_dict(),
@@ -100,6 +112,7 @@ class SparseConfig:
             "recipe_digest": self.recipe_digest,
             "base_model": {"name": self.base_model, "digest": self.base_digest},
         }
+        return section if self.shards is None else {**section, "shards": dict(self.shards)}
 
     @classmethod
     def from_dict(cls, value: Any) -> SparseConfig:
@@ -111,12 +124,12 @@ class SparseConfig:
                 f"{CONFIG_KEY}: quant_method {clip(value.get('quant_method'))}, expected {QUANT_METHOD!r}"
             )
         version = value.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in (WITHOUT_DIGESTS, FORMAT_VERSION):
             raise FormatError(
-                f"{CONFIG_KEY}: format_version {clip(version)}, this release reads {FORMAT_VERSION}; upgrade "
-                "sparse-serve or write the checkpoint again"
+                f"{CONFIG_KEY}: format_version {clip(version)}, this release reads {WITHOUT_DIGESTS} and "
+                f"{FORMAT_VERSION}; upgrade sparse-serve or write the checkpoint again"
             )
-        check_keys(value, _KEYS, CONFIG_KEY)
+        check_keys(value, _KEYS if version == WITHOUT_DIGESTS else (*_KEYS, "shards"), CONFIG_KEY)
         base = value["base_model"]
         if not isinstance(base, dict):
             raise FormatError(f"{CONFIG_KEY}: base_model {clip(base)}, expected an object")
@@ -124,6 +137,9 @@ class SparseConfig:
         for name in ("targets", "ignored"):
             if not isinstance(value[name], list):
                 raise FormatError(f"{CONFIG_KEY}: {name} is a {type(value[name]).__name__}, expected a list of names")
+        shards = value.get("shards")
+        if version == FORMAT_VERSION and (not isinstance(shards, dict) or not shards):
+            raise FormatError(f"{CONFIG_KEY}: shards {clip(shards)}, expected an object of file names and digests")
         return cls(
             pattern=NMPattern.parse(value["pattern"]),
             targets=tuple(value["targets"]),
@@ -134,6 +150,7 @@ class SparseConfig:
             base_digest=base["digest"],
             values=value["values"],
             correction=read_correction(value["correction"]),
+            shards=shards,
         )
 
 
@@ -149,6 +166,19 @@ def sparse_hf_config(hf_config: Mapping[str, Any], sparse: SparseConfig) -> dict
 def dense_hf_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of the dense model that a checkpoint is decompressed to."""
     return {key: value for key, value in hf_config.items() if key not in (CONFIG_KEY, WEIGHTS_KEY)}
+
+
+def with_shards(hf_config: Mapping[str, Any], shards: Mapping[str, str]) -> Mapping[str, Any]:
+    """`config.json` with the digests of the shards beside it, if it is that of a sparse checkpoint."""
+    section = hf_config.get(CONFIG_KEY)
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        return hf_config
+    return {**hf_config, CONFIG_KEY: {**section, "format_version": FORMAT_VERSION, "shards": dict(shards)}}
+
+
+def is_shard_name(name: Any) -> bool:
+    """Whether `name` is that of a safetensors file, without separators and without a dot in front."""
+    return isinstance(name, str) and _SHARD_NAME.fullmatch(name) is not None
 
 
 def check_module_name(name: Any, where: str) -> None:

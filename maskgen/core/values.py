@@ -1,10 +1,11 @@
 """How kept values are stored: as floats, or as 8-bit codes with one float32 scale for each row.
 
-    int8        code = round(w / scale),        scale = max|w| / 127      codes -127 .. 127; -128 is never written
+    int8        code = round(w / scale),        scale = max|w| / 127      codes -127 .. 127
     fp8_e4m3    code = nearest e4m3 of w/scale, scale = max|w| / 448      448 is the largest e4m3; NaN is never written
 
 Symmetric, so that zero is exactly zero, and the maximum is over the row's *kept* weights only: pruned ones are not
-stored, so no zero point could disturb them and none of the range is spent on them. The weight a code stands for is
+stored, so no zero point could disturb them and none of the range is spent on them. -128 is read, because other tools
+write it, and checkpoints of theirs are converted code by code. The weight a code stands for is
 `float32(code) * scale`, a product of two float32 that every reader rounds alike.
 
 Legend: O = out features, V = kept values per row.
@@ -70,6 +71,8 @@ def check_scale(scale: Tensor | None, values: Tensor, name: str) -> None:
     if scale.dtype != torch.float32 or list(scale.shape) != [values.shape[0]]:
         raise FormatError(f"{name}: scale {scale.dtype} {list(scale.shape)}, expected float32 [{values.shape[0]}]")
     bad = ~(torch.isfinite(scale * LARGEST[kind]) & (scale > 0))
+    if kind == INT8:
+        bad |= ~torch.isfinite(scale * -128) & (values == -128).any(1)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise FormatError(
@@ -78,13 +81,10 @@ def check_scale(scale: Tensor | None, values: Tensor, name: str) -> None:
 
 
 def check_codes(values: Tensor, name: str) -> None:
-    """Raise `FormatError` if `values` hold a code that no writer writes: int8 -128, or NaN in float8."""
-    if values.dtype == torch.int8:
-        bad, what = values == -128, "-128; int8 codes are -127 to 127"
-    elif values.dtype == torch.float8_e4m3fn:
-        bad, what = (values.view(torch.uint8) & 0x7F) == 0x7F, "NaN"
-    else:
+    """Raise `FormatError` if `values` hold a code that is no number: NaN in float8."""
+    if values.dtype != torch.float8_e4m3fn:
         return
+    bad = (values.view(torch.uint8) & 0x7F) == 0x7F
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
-        raise FormatError(f"{name}: values: code {column} of row {row} is {what}")
+        raise FormatError(f"{name}: values: code {column} of row {row} is NaN")

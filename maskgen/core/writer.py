@@ -21,6 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME
+from maskgen.core.config import with_shards
+from maskgen.core.digest import digest_file
 from maskgen.core.errors import OutputExistsError
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import fsync_path, save_tensors
@@ -32,9 +34,10 @@ SHARD_BYTES = 5_000_000_000
 class CheckpointWriter:
     """Context manager: `add` tensors, and on a clean exit `out_dir` exists, whole.
 
-    `config` becomes `config.json`, `files` are copied beside it (tokenizer and the like), `extra` maps file names to
-    JSON values, or to paths of files to copy. Raises `OutputExistsError` if `out_dir` exists or another process is
-    writing it, and `StorageError` (a full disk) that leaves no output.
+    `config` becomes `config.json`, and that of a sparse checkpoint gets the digests of the shards. `files` are copied
+    beside it (tokenizer and the like), `extra` maps file names to JSON values, or to paths of files to copy. Raises
+    `OutputExistsError` if `out_dir` exists or another process is writing it, and `StorageError` (a full disk) that
+    leaves no output.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class CheckpointWriter:
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.out_dir = Path(out_dir).resolve()
-        self._json = {**(extra or {}), "config.json": config}
+        self._config, self._json = config, dict(extra or {})
         self._files = list(files)
         self._shard_bytes = shard_bytes
         self._partial = self.out_dir.with_name(f".{self.out_dir.name}{TEMPORARY_SUFFIX}")
@@ -131,6 +134,8 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(tensors, name))
         if count > 1:
             self._json[INDEX_NAME] = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        digests = {name: digest_file(self._partial / name) for name in sorted(set(weight_map.values()))}
+        self._json["config.json"] = with_shards(self._config, digests)
         for file in self._files:
             shutil.copyfile(file, self._partial / file.name)
         for name, value in self._json.items():

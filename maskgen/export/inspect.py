@@ -53,7 +53,8 @@ class InspectReport:
     experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then `values` how packed
     weights are stored: `float`, `int8` or `fp8_e4m3`. `quality` is what was measured when the model was made, if that
     is known, and `allocation` how a budget was spent. `correction` is the form of the corrections as the manifest
-    states it, None without any.
+    states it, None without any. `digests` is how many shards were found to have the digest that the manifest states; 0
+    where it states none.
     """
 
     path: str
@@ -66,6 +67,7 @@ class InspectReport:
     quality: Quality | None = None
     allocation: Allocation | None = None
     correction: Mapping[str, Any] | None = None
+    digests: int = 0
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -82,10 +84,13 @@ def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
     """Read every weight matrix of a model directory and report on it.
 
     `pattern` is what the layers of a dense directory are compared with (default 2:4); a sparse checkpoint has its own.
-    Raises `FormatError` for a damaged directory.
+    Raises `FormatError` for a damaged directory, and for a shard whose digest is not that of the manifest.
     """
     if is_sparse_checkpoint(path):
-        return _inspect_sparse(SparseCheckpoint.open(path))
+        checkpoint = SparseCheckpoint.open(path)
+        if checkpoint.config.shards is not None:
+            checkpoint.verify_digests()
+        return _inspect_sparse(checkpoint)
     pattern = pattern or NMPattern(2, 4)
     layers, other_bytes = [], 0
     for name, tensor in iterate_tensors(read_headers(path)):
@@ -116,9 +121,18 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
     allocation = read_allocation(checkpoint.path)
     kept = kept_in_checkpoint(others, targets, Rules.of(pattern, checkpoint.hf_config), dense_layers(allocation))
     quality, values, form = known_quality(checkpoint.path), checkpoint.config.values, checkpoint.config.correction
-    correction = None if form is None else form.to_dict()
     return InspectReport(
-        str(checkpoint.path), str(pattern), True, layers, other_bytes, values, kept, quality, allocation, correction
+        str(checkpoint.path),
+        str(pattern),
+        True,
+        layers,
+        other_bytes,
+        values,
+        kept,
+        quality,
+        allocation,
+        correction=None if form is None else form.to_dict(),
+        digests=len(checkpoint.config.shards or ()),
     )
 
 

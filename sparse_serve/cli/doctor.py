@@ -1,9 +1,9 @@
 """`sparse-serve doctor DIR`: will this checkpoint be served sparse, by what, and is it worth it on this machine?
 
-Every bit of the masks is read and counted, as a server does at its start. vLLM's model is built without weights: does
-it have every sparse layer, and why are the others dense? Then, for each kind of layer: which kernel
-serves it at which number of tokens, and why others cannot; the memory that takes; and the time of all sparse layers of
-a step against the same layers dense.
+Every bit of the masks is read and counted, as a server does at its start, and the shards are compared with their
+digests. vLLM's model is built without weights: does it have every sparse layer, and why are the others dense? Then, for
+each kind of layer: which kernel serves it at which number of tokens, and why others cannot; the memory that takes; and
+the time of all sparse layers of a step against the same layers dense.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Verify, measure what is not known, report. Returns 0; 1 if dense is faster anywhere, or figures are missing."""
+    from maskgen.core.checkpoint import SparseCheckpoint
     from sparse_serve.bench import survey
 
+    checkpoint = SparseCheckpoint.open(args.checkpoint, verify_bits=False)
+    if checkpoint.config.shards is not None:
+        checkpoint.verify_digests()
     found = survey.examine(from_flags(survey.SurveyRequest, args), tune.progress)
     assert found.memory is not None
     console = Console(highlight=False)
@@ -65,6 +69,8 @@ def _describe(console: Console, found: Survey) -> None:
         f"  {len(config.targets)} layers are sparse, exactly {config.pattern.n} of every {config.pattern.m} weights "
         "kept"
     )
+    shards = config.shards
+    console.print(f"  shards have their digests: {len(shards)}" if shards else "  no digests, as in format version 2")
     for line in dense_lines(found.dense):
         console.print(f"  dense: {line}")
     dtype = str(spec.dtype).removeprefix("torch.")

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     # flags of both: without this, vLLM would not hear of them
     shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
     flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
-    engine = VllmEngine(args.model, flags, settings.drain_s)
+    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests)
     shown = terminal.plain()
     try:
         if not args.verbose:

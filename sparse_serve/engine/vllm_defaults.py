@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from maskgen.core.checkpoint import check_directory, is_sparse_checkpoint
+from maskgen.core.checkpoint import SparseCheckpoint, check_directory, is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
 from maskgen.core.failures import machine_failure
 from sparse_serve.runtime import machine
@@ -167,6 +167,13 @@ def check_cpu(args: Namespace) -> None:
             f"--pipeline-parallel-size {args.pipeline_parallel_size}: vLLM's CPU backend would die in the first "
             "request, with any model; use --tensor-parallel-size"
         )
+
+
+def check_digests(model: str) -> None:
+    """Compare a checkpoint with the digests in its manifest. Raises `FormatError`, `SettingsError` for a dense one."""
+    if not is_sparse_checkpoint(model):
+        raise SettingsError(f"--verify-digests: {model} is not a sparse checkpoint, and no other has digests")
+    SparseCheckpoint.open(model, verify_bits=False).verify_digests()
 
 
 def expect_all_weights(args: Namespace) -> None:

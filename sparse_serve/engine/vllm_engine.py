@@ -57,14 +57,14 @@ class VllmEngine:
     makes them.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0) -> None:
+    def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0, digests: bool = False) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
         self.adapters: Mapping[str, Any] = {}
         self.chat_serving: Any = None
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
-        self._drain_s = drain_s
+        self._drain_s, self._digests = drain_s, digests
         self._thread: threading.Thread | None = None
         self._stopped = False
         self.last_step_s = time.monotonic()
@@ -119,6 +119,8 @@ class VllmEngine:
         vllm_detokenizer.install()
         if is_sparse_checkpoint(self.args.model):
             verify(self.args.model)
+        if self._digests:
+            vllm_defaults.check_digests(self.args.model)
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
             config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)

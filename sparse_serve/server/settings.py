@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     extra_routes: str = Field(
         "", description="more paths of vLLM's HTTP API to answer, such as /tokenize,/detokenize; or all"
     )
+    verify_digests: bool = Field(
+        False, description="read the whole checkpoint at the start and compare it with the digests in its manifest"
+    )
     access_log: bool = Field(False, description="log a line for each request: its id, client, code and time")
     log_json: bool = Field(False, description="log in JSON, a line each; lines of vLLM itself stay as they are")
     drain_s: float = Field(

@@ -15,6 +15,7 @@ import torch
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
+from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
@@ -45,7 +46,7 @@ MASK_DIGEST = "sha256:cbe9fad3c8e0b86e95c28fc752ef5af7ebfaca05fc4672a28f4f698a1a
 RECIPE_DIGEST = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 SECTION = {
     "quant_method": "sparse_nm",
-    "format_version": 2,
+    "format_version": 3,
     "pattern": "2:4",
     "values": "float",
     "correction": None,
@@ -54,6 +55,7 @@ SECTION = {
     "mask_digest": MASK_DIGEST,
     "recipe_digest": RECIPE_DIGEST,
     "base_model": {"name": "example", "digest": BASE_DIGEST},
+    "shards": {"model.safetensors": f"sha256:{SHARD_SHA256}"},
 }
 
 
@@ -93,15 +95,27 @@ def test_shard_and_manifest(dense: Path, tmp_path: Path) -> None:
 
 def test_bytes_written_by_hand_are_read(tmp_path: Path) -> None:
     """A stranger's writer: nothing of ours makes these files."""
-    header = SHARD_HEADER.encode()
+    header = SHARD_HEADER.encode() + 6 * b" "
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": SECTION}))
     (tmp_path / "model.safetensors").write_bytes(
         struct.pack("<Q", len(header)) + header + bytes.fromhex(VALUES_HEX + BITMASK_HEX)
     )
     checkpoint = SparseCheckpoint.open(tmp_path)
+    checkpoint.verify_digests()
     assert bits(checkpoint.packed(NAME).unpack()).hex() == UNPACKED_HEX
     decompress(tmp_path, tmp_path / "dense")
     assert bits(read_all(tmp_path / "dense")[NAME + ".weight"]).hex() == UNPACKED_HEX
+
+
+def test_version_2_is_read_and_has_no_digests(dense: Path, tmp_path: Path) -> None:
+    compress_masks(dense, masks(), tmp_path / "sparse")
+    section = {key: value for key, value in SECTION.items() if key != "shards"} | {"format_version": 2}
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps({"quantization_config": section}))
+    checkpoint = SparseCheckpoint.open(tmp_path / "sparse")
+    assert checkpoint.config.to_dict() == section
+    assert bits(checkpoint.packed(NAME).unpack()).hex() == UNPACKED_HEX
+    with pytest.raises(FormatError, match="sparse: no digests: it was written in an earlier version"):
+        checkpoint.verify_digests()
 
 
 def test_digests_by_hand(dense: Path) -> None:

@@ -108,7 +108,8 @@ def test_what_we_write(example: Example, tmp_path: Path) -> None:
     assert data.hex().endswith("".join(example.tensors.values()))
     assert hashlib.sha256(data).hexdigest() == example.sha256
     section = json.loads((tmp_path / "sparse" / "config.json").read_text())["quantization_config"]
-    assert section == {**SECTION, **json.loads("{" + FORM_JSON % (example.values, example.pool) + "}")}
+    form = json.loads("{" + FORM_JSON % (example.values, example.pool) + "}")
+    assert section == {**SECTION, **form, "shards": {"model.safetensors": f"sha256:{example.sha256}"}}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.values)

@@ -56,6 +56,12 @@ def nan_code(tensors: dict[str, Tensor]) -> None:
     tensors[UP + ".values"].view(torch.uint8)[7, 2] = 0xFF
 
 
+def overflow(tensors: dict[str, Tensor]) -> None:
+    """A scale that is finite times 127, and a code of -128."""
+    tensors[UP + ".scale"][3] = torch.finfo(torch.float32).max / 127.5
+    tensors[UP + ".values"][3, 2] = -128
+
+
 @pytest.mark.parametrize(
     ("kind", "edit", "message"),
     [
@@ -64,7 +70,7 @@ def nan_code(tensors: dict[str, Tensor]) -> None:
         ("int8", put(".scale", float("nan")), rf"{UP}: scale of row 3 is nan"),
         ("fp8", put(".scale", float("inf")), rf"{UP}: scale of row 3 is inf"),
         ("fp8", put(".scale", 1e36), rf"{UP}: scale of row 3 is .*, expected above 0 and finite times 448"),
-        ("int8", put(".values", -128, (7, 2)), rf"{UP}: values: code 2 of row 7 is -128; int8 codes are -127 to 127"),
+        ("int8", overflow, rf"{UP}: scale of row 3 is 2\.6\d+e\+36, expected above 0 and finite times"),
         ("fp8", nan_code, rf"{UP}: values: code 2 of row 7 is NaN"),
         ("fp8", put(".correction_out", float("nan"), (3, 2)), f"{UP}: the correction holds NaN or infinity"),
         ("int8", put(".correction_pool", float("-inf"), (1, 2)), f"{UP}: the correction holds NaN or infinity"),

@@ -17,6 +17,7 @@ from maskgen.core.files import MAX_JSON_BYTES
 from tests.directories import HIDDEN, INNER, TARGETS, edit_config, refused, sparse_dir
 
 Section = dict[str, Any]
+DIGEST = "sha256:" + "0" * 64
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +221,22 @@ def test_an_index_that_hides_a_shard(sharded: Path) -> None:
 def test_the_sound_ones_open(victim: Path, sharded: Path) -> None:
     assert SparseCheckpoint.open(victim).hf_config["intermediate_size"] == INNER
     assert SparseCheckpoint.open(sharded).config == SparseCheckpoint.open(sharded, verify_bits=False).config
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ({}, "shards {}, expected an object of file names and digests"),
+        ([], r"shards \[\], expected an object"),
+        (None, "shards None, expected an object"),
+        ({"model.safetensors": "sha256:00"}, "shards: model.safetensors: 'sha256:00' is not a digest"),
+        ({"model.safetensors": None}, "shards: model.safetensors: None is not a digest"),
+        ({"../model.safetensors": DIGEST}, r"shards: '\.\./model.safetensors' is not a plain"),
+        ({"/etc/passwd": DIGEST}, "shards: '/etc/passwd' is not a plain"),
+        ({"other.safetensors": DIGEST}, r"has digests of \['other.safetensors'\], but the shards are"),
+        ({"model.safetensors": DIGEST, "other.safetensors": DIGEST}, "but the shards are"),
+    ],
+)
+def test_digests_of_shards(victim: Path, shards: Any, message: str) -> None:
+    edit_section(victim, lambda section: section.update(shards=shards))
+    refused(SparseCheckpoint.open, victim, message)

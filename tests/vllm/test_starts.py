@@ -148,3 +148,14 @@ def test_a_model_that_dies_in_its_first_step_does_not_start(sparse: Path) -> Non
     assert "the engine did not start: Unsupported CPU attention configuration: head_dim=16" in last_line(
         sparse.parent / "small"
     )
+
+
+def test_digests_are_compared_if_asked(sparse: Path, refusal: Refusal) -> None:
+    shard = sparse / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert re.search(r"sparse/model.safetensors: digest sha256:\w+, but", refusal(sparse, "--verify-digests"))
+    assert "is not a sparse checkpoint, and no other has digests" in refusal(
+        sparse.parent / "dense", "--verify-digests"
+    )

@@ -82,18 +82,18 @@ def test_codes_no_writer_writes_never_reach_a_kernel(tmp_path: Path, monkeypatch
     from sparse_serve.plugin.linear import SparseNMLinearMethod
 
     monkeypatch.setattr(SparseNMConfig, "check_all_attached", lambda config: None)
-    config = SparseCheckpoint.open(make("llama", tmp_path, "int8", None)).config
+    config = SparseCheckpoint.open(make("llama", tmp_path, "fp8_e4m3", None)).config
     method = SparseNMLinearMethod.__new__(SparseNMLinearMethod)
     method.config, method.prefix = SparseNMConfig(config), "up"
     layer = torch.nn.Module()
     tensors = {
-        "values": torch.full((2, 4), -128, dtype=torch.int8),
+        "values": torch.full((2, 4), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn),
         "bitmask": torch.full((2, 1), 0x33, dtype=torch.uint8),
         "scale": torch.ones(2),
     }
     for name, tensor in tensors.items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-    with pytest.raises(FormatError, match="up: values: code 0 of row 0 is -128"):
+    with pytest.raises(FormatError, match="up: values: code 0 of row 0 is NaN"):
         method.process_weights_after_loading(layer)
 
 

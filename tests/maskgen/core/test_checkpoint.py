@@ -137,3 +137,16 @@ def test_headers_of_a_dense_directory(tmp_path: Path) -> None:
     assert headers["lm_head.weight"].shape == (40, 32)
     assert headers["lm_head.weight"].dtype == "BF16"
     assert len({header.path for header in headers.values()}) > 1
+
+
+def test_a_changed_value_is_found_by_the_digests_alone(tmp_path: Path) -> None:
+    checkpoint = SparseCheckpoint.open(sparse_dir(tmp_path / "s", shard_bytes=5000))
+    checkpoint.verify_digests()
+    assert len(checkpoint.config.shards or ()) > 1
+    shard = tmp_path / "s" / "model-00002-of-00005.safetensors"
+    assert shard.name in (checkpoint.config.shards or ())
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(FormatError, match=rf"{shard.name}: digest sha256:\w+, but quantization_config says sha256:"):
+        SparseCheckpoint.open(tmp_path / "s", verify_bits=False).verify_digests()

@@ -69,9 +69,9 @@ def test_unknown_keys(key: str) -> None:
         SparseConfig.from_dict({**MANIFEST, "base_model": {"name": "a", "digest": DIGEST, key: 1}})
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -1, 2.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
+@pytest.mark.parametrize("version", [0, 1, 4, -1, 2.0, 3.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
 def test_unknown_versions(version: Any) -> None:
-    with pytest.raises(FormatError, match=r"format_version .*, this release reads 2") as caught:
+    with pytest.raises(FormatError, match=r"format_version .*, this release reads 2 and 3") as caught:
         SparseConfig.from_dict({**MANIFEST, "format_version": version})
     assert len(str(caught.value)) < 300
 

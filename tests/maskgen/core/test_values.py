@@ -107,7 +107,7 @@ def test_scales_that_are_refused(scale: Tensor | None, values: Tensor, message: 
 @pytest.mark.parametrize(
     ("kind", "legal", "illegal", "message"),
     [
-        (INT8, range(-127, 128), [-128], "-128; int8 codes are -127 to 127"),
+        (INT8, range(-128, 128), [], ""),
         (FP8, [bits for bits in range(256) if bits & 0x7F != 0x7F], [0x7F, 0xFF], "NaN"),
     ],
 )

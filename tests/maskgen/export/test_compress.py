@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import GUARD, WEIGHTS_KEY, SparseConfig
+from maskgen.core.digest import digest_file
 from maskgen.core.errors import FormatError, ModelError, NumericalError, OutputExistsError, PatternError
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import PackedTensor, StoredLayer
@@ -109,7 +111,8 @@ def test_config_gains_a_section_and_loses_it_again(tmp_path: Path) -> None:
     section = written.pop("quantization_config")
     assert written.pop(WEIGHTS_KEY) == GUARD
     assert written == original
-    assert section == manifest(masks, base_model="dense").to_dict()
+    shards = {"model.safetensors": digest_file(tmp_path / "sparse" / "model.safetensors")}
+    assert section == replace(manifest(masks, base_model="dense"), shards=shards).to_dict()
     decompress(tmp_path / "sparse", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text("utf-8")) == original
 

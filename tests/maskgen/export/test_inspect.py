@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from maskgen.core.errors import FormatError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.compress import decompress
 from maskgen.export.inspect import InspectReport, inspect
-from tests.directories import HIDDEN, TARGETS, corrected_dir, dense_dir, edit_tensors, read_all, sparse_dir
+from tests.directories import HIDDEN, TARGETS, corrected_dir, dense_dir, edit_config, edit_tensors, read_all, sparse_dir
 
 
 def follows(report: InspectReport) -> dict[str, bool]:
@@ -120,6 +121,7 @@ def test_codes_and_corrections_are_counted(tmp_path: Path) -> None:
 def test_sparse_and_masked_dense_report_the_same_zeros(tmp_path: Path) -> None:
     sparse = sparse_dir(tmp_path / "sparse")
     edit_tensors(sparse, lambda tensors: tensors[TARGETS[0] + ".values"][:5].zero_())
+    edit_config(sparse, version_2)
     decompress(sparse, tmp_path / "masked")
     packed, dense = (
         {layer.name: layer.zeros for layer in inspect(tmp_path / name).layers} for name in ("sparse", "masked")
@@ -161,3 +163,21 @@ def test_damage_is_an_error_not_a_report(tmp_path: Path) -> None:
         inspect(sparse)
     with pytest.raises(FormatError, match="nothing: no such directory"):
         inspect(tmp_path / "nothing")
+
+
+def test_digests_are_compared(tmp_path: Path) -> None:
+    sparse = sparse_dir(tmp_path / "sparse", shard_bytes=5000)
+    assert inspect(sparse).digests == len(list(sparse.glob("*.safetensors")))
+    shard = sparse / "model-00001-of-00005.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(FormatError, match=rf"{shard.name}: digest"):
+        inspect(sparse)
+    edit_config(sparse, version_2)
+    assert inspect(sparse).digests == 0
+
+
+def version_2(config: dict[str, Any]) -> None:
+    del config["quantization_config"]["shards"]
+    config["quantization_config"]["format_version"] = 2

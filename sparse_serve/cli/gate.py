@@ -66,12 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = verbs.add_parser("compare", help=_HELP["compare"], description=_HELP["compare"], epilog=_EXIT_STATUS)
     compare.add_argument("earlier", type=Path, metavar="A.json", help="report of the earlier one")
     compare.add_argument("later", type=Path, metavar="B.json", help="report of the later one; its limits hold")
-    _add_out(compare)
+    _add_out(compare, "comparison")
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
+def _add_out(parser: argparse.ArgumentParser, default: str = "gate") -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("gate"), metavar="DIR", help="where reports are written (default: gate)"
+        "--out",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help="where reports are written (default: %(default)s)",
     )
 
 
@@ -121,6 +125,17 @@ def _add_short_form(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the gate, print its report, write it. Returns the exit status."""
+    try:
+        with explained():
+            return _main(args)
+    except (SparseError, OSError):
+        raise
+    except Exception:  # exit status 1 means a measured regression, and Python would use it for a bug
+        logger.exception("the gate has failed")
+        return Verdict.ERROR.exit_code
+
+
+def _main(args: argparse.Namespace) -> int:
     if args.verb == "init":
         return _init(args.file)
     if args.verb == "run":
@@ -151,8 +166,14 @@ def _read(args: argparse.Namespace) -> int:
     from sparse_serve.gate import baseline, explain, report_file
 
     if args.verb == "compare":
-        check_writable(*GateReport.files(args.out))
-        return _finish(baseline.compare(report_file.load(args.earlier), report_file.load(args.later)), args.out)
+        written = GateReport.files(args.out)
+        for read in (args.earlier, args.later):
+            if read.resolve() in [path.resolve() for path in written]:
+                raise OutputExistsError(f"{read}: would be overwritten; give another --out")
+        check_writable(*written)
+        stored = report_file.load(args.earlier), report_file.load(args.later)
+        GateReport.remove(args.out)
+        return _finish(baseline.compare(*stored), args.out)
     print("\n".join(explain.explain(report_file.load(args.report))))
     return 0
 
@@ -163,13 +184,14 @@ def _run(asked: GateConfig | GateRequest, out: Path) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
     check_writable(*GateReport.files(out))
     todo = plan.plan(asked)
+    GateReport.remove(out)  # should this process be killed, nobody is to find an old verdict
     try:
         with explained():
             report = runner.run(todo, on_step=_show)
     except SparseError as error:
         print(f"sparse-serve: error: {error}", file=sys.stderr)
         report = runner.not_measured(todo, str(error))
-    except Exception as error:  # exit status 1 means a measured regression, and Python would use it for a bug
+    except Exception as error:  # a bug, which is no verdict either
         logger.exception("the gate could not measure")
         report = runner.not_measured(todo, f"{type(error).__name__}: {error}")
     return _finish(report, out)

@@ -43,6 +43,8 @@ def _once(values: list[Any]) -> list[Any]:
 def _address(url: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+[^\s]*", url):
         raise ValueError("expected http:// or https://, a host, and no spaces")
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("has a user or a password, which reports would show; set OPENAI_API_KEY instead")
     if urlsplit(url).port == 0:  # ValueError for a port that is none
         raise ValueError("port 0 is no port of a running server")
     return url

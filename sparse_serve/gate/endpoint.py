@@ -1,24 +1,24 @@
 """A running server of OpenAI's completions API: log-probabilities of a prompt's tokens.
 
-Two dialects are spoken. vLLM's has `prompt_logprobs`, with token ids; OpenAI's older one has `echo` with `logprobs`,
-with tokens as text. The first answer decides which: what the server does not return in the one is asked for in the
-other. Anything but a complete answer of finite numbers is a `GateError`: a status other than 200, an answer cut off, a
-log-probability that is missing or none.
+Three dialects are spoken, and the first text decides which: vLLM's `prompt_logprobs`, with token ids; OpenAI's older
+`echo` with `logprobs`, with tokens as text (`scored_text`); llama.cpp's own API, by which a text is generated
+(`llama_cpp`). Anything but a complete answer of finite numbers is a `GateError`: a status other than 200, an answer cut
+off, a log-probability that is missing or none.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from maskgen.core.errors import clip
+from sparse_serve.gate import llama_cpp
+from sparse_serve.gate.scored_text import ScoredText, from_echo, from_ids, is_echo
 from sparse_serve.runtime.errors import GateError
 
 TIMEOUT_S = 600.0
@@ -26,18 +26,14 @@ CONCURRENT_TEXTS = 8
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-@dataclass(frozen=True)
-class ScoredText:
-    """A text's tokens, the log-probability of each but the first, and at each of these the most likely tokens.
+_REFUSALS = {400, 404, 405, 415, 422, 501}
+"""Statuses of a server that does not know what it is asked for."""
 
-    `ids` are None where the server names tokens by text only. `top` maps a token (its id, else its text) to its
-    log-probability.
-    """
+_INCOMPLETE = "its answer has no log-probabilities of the prompt, or not of all its tokens"
 
-    ids: tuple[int, ...] | None
-    tokens: tuple[str, ...]
-    logprobs: tuple[float, ...]
-    top: tuple[Mapping[int | str, float], ...]
+
+class _RefusedError(GateError):
+    """The server does not know what it was asked for, or takes no such request."""
 
 
 class Endpoint:
@@ -49,7 +45,7 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S)
         self._model = model
-        self._echoes = False
+        self._dialect: Callable[[str, int], ScoredText | None] | None = None
 
     def __enter__(self) -> Endpoint:
         return self
@@ -74,13 +70,28 @@ class Endpoint:
 
     def score(self, text: str, top_k: int) -> ScoredText:
         """Score a text as the server tokenises it, with the `top_k` most likely tokens at every position."""
-        asked: dict[str, Any] = {"model": self.model, "prompt": text, "temperature": 0, "max_tokens": 1}
-        if not self._echoes:
-            choice = self._choice(asked | {"prompt_logprobs": top_k, "return_token_ids": True})
-            if choice.get("prompt_logprobs") is not None:
-                return self._checked(_from_ids(choice))
-            self._echoes = True
-        return self._checked(_from_echo(self._choice(asked | {"echo": True, "logprobs": top_k})))
+        if self._dialect is None:
+            return self._find_out(text, top_k)
+        return self._checked(self._dialect(text, top_k))
+
+    def _find_out(self, text: str, top_k: int) -> ScoredText:
+        """Ask in one dialect after the other, until the server understands one."""
+        refusals = []
+        for dialect in (self._by_ids, self._by_echo, self._by_generating):
+            try:
+                found = dialect(text, top_k)
+            except _RefusedError as error:
+                refusals.append(str(error))
+                continue
+            if found is not None:
+                self._dialect = dialect
+                return self._checked(found)
+        said = f" ({refusals[0]})" if refusals else ""
+        raise GateError(
+            f"{self.url}: returns no log-probabilities of a prompt{said}: neither by `prompt_logprobs` as vLLM, nor by "
+            "`echo` with `logprobs`, nor by /tokenize and /completion as llama.cpp; texts and samples cannot be "
+            "scored, only `speed` and tasks of lm_eval that generate can be measured"
+        )
 
     def score_all(self, texts: Sequence[str], top_k: int) -> list[ScoredText]:
         """Score several texts, a few at a time, in their order."""
@@ -90,14 +101,35 @@ class Endpoint:
         with ThreadPoolExecutor(CONCURRENT_TEXTS) as pool:
             return [first, *pool.map(lambda text: self.score(text, top_k), texts[1:])]
 
-    def _checked(self, found: ScoredText | None) -> ScoredText:
+    def _by_ids(self, text: str, top_k: int) -> ScoredText | None:
+        choice = self._choice(self._asked(text) | {"prompt_logprobs": top_k, "return_token_ids": True})
+        return None if choice.get("prompt_logprobs") is None else self._complete(from_ids(choice))
+
+    def _by_echo(self, text: str, top_k: int) -> ScoredText | None:
+        choice = self._choice(self._asked(text) | {"echo": True, "logprobs": top_k})
+        return self._complete(from_echo(choice)) if is_echo(choice) else None
+
+    def _by_generating(self, text: str, top_k: int) -> ScoredText | None:
+        def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+            return self._json("POST", path, {"model": self.model, **body})
+
+        tokens = llama_cpp.tokenize(post, text)
+        return None if tokens is None else self._complete(llama_cpp.score(post, tokens, top_k))
+
+    def _asked(self, text: str) -> dict[str, Any]:
+        return {"model": self.model, "prompt": text, "temperature": 0, "max_tokens": 1}
+
+    def _complete(self, found: ScoredText | None) -> ScoredText:
         if found is None or len(found.tokens) < 2:
-            raise GateError(f"{self.url}: its answer has no log-probabilities of the prompt, or not of all its tokens")
-        numbers = [*found.logprobs, *(value for top in found.top for value in top.values())]
-        bad = next((value for value in numbers if not math.isfinite(value) or value > 1e-3), None)
-        if bad is not None:
-            raise GateError(f"{self.url}: a log-probability in its answer is {bad}")
+            raise GateError(f"{self.url}: {_INCOMPLETE}")
         return found
+
+    def _checked(self, found: ScoredText | None) -> ScoredText:
+        scored = self._complete(found)
+        problem = scored.problem()
+        if problem is not None:
+            raise GateError(f"{self.url}: {problem}")
+        return scored
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         choices = self._json("POST", "/v1/completions", body).get("choices")
@@ -111,7 +143,8 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise GateError(f"{self.url}{path}: {type(error).__name__}: {error}") from None
         if answer.status_code != httpx.codes.OK:
-            raise GateError(f"{self.url}{path}: status {answer.status_code}: {clip(answer.text)}")
+            kind = _RefusedError if answer.status_code in _REFUSALS else GateError
+            raise kind(f"{self.url}{path}: status {answer.status_code}: {clip(answer.text)}")
         try:
             value = answer.json()
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -119,37 +152,3 @@ class Endpoint:
         if not isinstance(value, dict):
             raise GateError(f"{self.url}{path}: its answer is {clip(value)}; expected an object")
         return value
-
-
-def _from_ids(choice: Mapping[str, Any]) -> ScoredText | None:
-    """vLLM's form: an entry for each token, null for the first, else the token and the most likely ones by id."""
-    entries, ids = choice["prompt_logprobs"], choice.get("prompt_token_ids")
-    try:
-        tops: list[dict[int | str, float]] = [
-            {int(key): float(value["logprob"]) for key, value in entry.items()} for entry in entries[1:]
-        ]
-        names = [{int(key): str(value.get("decoded_token")) for key, value in entry.items()} for entry in entries[1:]]
-        if ids is None or len(ids) != len(entries):
-            return None
-        logprobs = tuple(top[token] for top, token in zip(tops, ids[1:], strict=True))
-        tokens = ("", *(name[token] for name, token in zip(names, ids[1:], strict=True)))
-        return ScoredText(tuple(ids), tokens, logprobs, tuple(tops))
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return None
-
-
-def _from_echo(choice: Mapping[str, Any]) -> ScoredText | None:
-    """OpenAI's form: tokens as text, with log-probability and most likely ones; the last token is generated."""
-    found = choice.get("logprobs")
-    try:
-        tokens: Sequence[str] = [str(token) for token in found["tokens"]][:-1]  # type: ignore[index]
-        logprobs = [float(value) for value in found["token_logprobs"][1 : len(tokens)]]  # type: ignore[index]
-        tops: list[dict[int | str, float]] = [
-            {str(key): float(value) for key, value in top.items()}
-            for top in found["top_logprobs"][1 : len(tokens)]  # type: ignore[index]
-        ]
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return None
-    if not len(logprobs) == len(tops) == len(tokens) - 1:
-        return None
-    return ScoredText(None, tuple(tokens), tuple(logprobs), tuple(tops))

@@ -8,6 +8,7 @@ that is a group gives a result for each of its parts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -29,6 +30,8 @@ METRICS = ("exact_match", "acc", "acc_norm", "em", "pass@1")
 
 _FILE = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\dT[\d.:-]+\.jsonl")
 _TAIL = 3
+_UNREACHABLE = r"on the Hub|LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded"
+_NO_HUB = "; data sets of the hub need a network, or a cache (HF_HOME) of a machine that had one"
 
 Key = tuple[str, int, str]
 """Filter, number of the document, digest of document and prompt."""
@@ -98,8 +101,17 @@ def _run(name: str, served: Served, most: int | None, folder: Path) -> None:
     beside = Path(name).resolve().parent if is_file else None  # a task's own data is named relative to its file
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=beside)
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()[-_TAIL:]
-        raise GateError(f"{name}: lm_eval on {served.url} ended with {done.returncode}: {' '.join(lines)}")
+        said = done.stderr.strip() or done.stdout.strip()
+        hint = _NO_HUB if re.search(_UNREACHABLE, said) else ""
+        raise GateError(f"{name}: lm_eval on {served.url} ended with {done.returncode}: {_reason(said)}{hint}")
+
+
+def _reason(said: str) -> str:
+    """The end of what a process said, without the traceback before it."""
+    lines = list(
+        itertools.takewhile(lambda line: not line.startswith((" ", "Traceback ")), reversed(said.splitlines()))
+    )
+    return " ".join(reversed(lines[:_TAIL])) or said[-200:]
 
 
 def read(folder: Path) -> dict[str, dict[Key, bool]]:

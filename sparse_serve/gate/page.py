@@ -104,8 +104,9 @@ def _kernel_rows(report: GateReport) -> list[KernelRow]:
     rows = []
     for (role, kernel, _), group in sorted(groups.items()):
         worst = max(group, key=lambda one: one.ratio)
-        text = f"{worst.ratio:.3g} ({worst.layer})"
-        rows.append(KernelRow(role, kernel, worst.bucket, len(group), text, not worst.ratio <= 1))
+        text = f"{worst.ratio:.3g} ({worst.place})"
+        layers = len({one.layer for one in group})
+        rows.append(KernelRow(role, kernel, worst.bucket, layers, text, not worst.ratio <= 1))
     return rows
 
 

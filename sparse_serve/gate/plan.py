@@ -69,6 +69,7 @@ def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
     dtype = None if described is None else config.dtype or stored_dtype(described.hf_config)
     request = None
     if config.quality is not None:
+        _check_names("quality.texts", config.quality.texts)
         for text in config.quality.texts:
             if text.is_dir() or not text.exists():
                 raise SettingsError(f"data {text}: no such file")
@@ -83,9 +84,18 @@ def plan(asked: GateConfig | GateRequest) -> MeasurementPlan:
     samples: dict[str, list[Sample]] = {}
     if config.tasks is not None:
         own = [task for task in named if not lm_eval.is_task(task)]
+        _check_names("tasks.tasks", own)
         samples = {Path(task).name: tasks.read(task, config.tasks.max_samples) for task in own}
     limits = _limits(config, dtype)
     return MeasurementPlan(config, base, candidate, matches, dtype, request, limits, samples, imported)
+
+
+def _check_names(where: str, paths: Sequence[str | Path]) -> None:
+    """Reports name files without their folders."""
+    names = [Path(path).name for path in paths]
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if twice is not None:
+        raise SettingsError(f"{where}: two are called {twice}, which is how reports name them; rename one")
 
 
 def tokenizers(base: Target, candidate: Target) -> dict[str, Path]:

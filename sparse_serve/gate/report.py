@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskgen.core.errors import SparseError
 from maskgen.core.files import fsync_path, temporary_sibling
 from sparse_serve.gate.evidence import Evidence, Limits, MemoryReading, TextEvidence
 from sparse_serve.gate.verdict import CheckResult, Verdict, worst
@@ -45,18 +44,23 @@ class GateReport:
         from sparse_serve.gate.page import page
 
         paths = self.files(folder)
-        forms = (self.to_json(), self.to_markdown(), page(self), junit(self))
         try:
+            forms = (self.to_json(), self.to_markdown(), page(self), junit(self))
             for path, text in zip(paths, forms, strict=True):
                 with temporary_sibling(path) as temporary:
                     temporary.write_text(text, "utf-8")
                     fsync_path(temporary)
-        except SparseError:
-            for path in paths:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        except BaseException:
+            self.remove(folder)
             raise
         return paths
+
+    @classmethod
+    def remove(cls, folder: str | Path) -> None:
+        """Remove the `files` of an earlier run, as far as that can be done."""
+        for path in cls.files(folder):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     @staticmethod
     def files(folder: str | Path) -> list[Path]:

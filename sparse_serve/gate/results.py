@@ -11,6 +11,7 @@ file of another form, and numbers that are none, are a `SettingsError` of one li
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,12 +84,24 @@ class _Vllm(BaseModel):
 def read_rounds(config: SpeedConfig) -> SpeedEvidence:
     """All rounds of `config.results`. Raises `SettingsError` for a file that is none of the three."""
     rounds = []
+    _check_once([path for one in config.results for path in (*one.base, *one.candidate)])
     for number, one in enumerate(config.results):
         runs = [
             read_run(path, role) for role, paths in (("base", one.base), ("candidate", one.candidate)) for path in paths
         ]
         rounds.append(SpeedRound(number, one.clients, runs, None))
     return SpeedEvidence(rounds, config.metrics, config.slo_ttft_ms, config.slo_e2e_ms)
+
+
+def _check_once(paths: Sequence[Path]) -> None:
+    """`SettingsError` for a run that is given twice: copies would look like rounds without any noise."""
+    seen: dict[str, Path] = {}
+    for path in filter(Path.is_file, paths):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in seen:
+            raise SettingsError(f"results {path}: holds the same as {seen[digest]}; expected a run of its own")
+        seen[digest] = path
 
 
 def read_run(path: Path, target: str) -> SpeedRun:

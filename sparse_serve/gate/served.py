@@ -8,17 +8,21 @@ lower bound of the true one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from maskgen.core.digest import digest_bytes
 from maskgen.core.divergence import Divergence
+from maskgen.core.errors import clip
 from maskgen.core.perplexity import Perplexity, Protocol
-from sparse_serve.gate.endpoint import Endpoint, ScoredText
+from sparse_serve.gate.endpoint import Endpoint
 from sparse_serve.gate.evidence import Scores, TextEvidence
+from sparse_serve.gate.scored_text import ScoredText
 from sparse_serve.runtime.errors import GateError, SettingsError
 
 CHARACTERS_PER_TOKEN = 3
+_SHOWN_TOKENS = 6
 _LEAST = 1e-12
 """The least probability of a merged outcome: rounding leaves less, or none."""
 
@@ -72,24 +76,26 @@ def measure(
 
 
 def _check_same(name: str, at: int, base: ScoredText, candidate: ScoredText) -> None:
-    if base.ids is not None and candidate.ids is not None:
-        same = base.ids == candidate.ids
-    else:
-        same = base.tokens[1:] == candidate.tokens[1:]
-    if not same:
-        raise GateError(
-            f"{name}: the two targets make different tokens of piece {at} ({len(base.tokens)} and "
-            f"{len(candidate.tokens)} tokens); log-probabilities per token cannot be compared"
-        )
+    """`GateError` if the two have other tokens: by id, or by text where one of them says no ids."""
+    left: Sequence[int | str] = base.tokens[1:] if base.ids is None or candidate.ids is None else base.ids
+    right: Sequence[int | str] = candidate.tokens[1:] if base.ids is None or candidate.ids is None else candidate.ids
+    if left == right:
+        return
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    first = same + len(base.tokens) - len(left)
+    differing = " and ".join(clip("".join(one.tokens[first:][:_SHOWN_TOKENS])) for one in (base, candidate))
+    raise GateError(
+        f"{name}: the two targets make different tokens of piece {at}, from token {first} on ({differing}; "
+        f"{len(base.tokens)} and {len(candidate.tokens)} tokens in all); log-probabilities per token cannot be compared"
+    )
 
 
 def _divergence(base: ScoredText, candidate: ScoredText) -> tuple[float, float]:
     """Mean KL divergence, and share of positions with the same most likely token."""
     kl = agreed = 0.0
-    by_id = base.ids is not None and candidate.ids is not None
-    if not by_id and (base.ids is not None or candidate.ids is not None):
-        raise GateError("one target names tokens by id, the other by text; their distributions cannot be compared")
-    for left, right in zip(base.top, candidate.top, strict=True):
+    is_by_id = base.ids is not None and candidate.ids is not None
+    tops = (base.top, candidate.top) if is_by_id else (base.top_by_text(), candidate.top_by_text())
+    for left, right in zip(*tops, strict=True):
         kl += merged_kl(left, right)
         agreed += max(left, key=left.__getitem__) == max(right, key=right.__getitem__)
     return kl / len(base.top), agreed / len(base.top)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,12 @@ def rounds(
     """The rounds, with any load generator."""
     until = time.monotonic() + config.budget_s
     loads = [Load(clients, config.requests, config.input_tokens, config.output_tokens) for clients in config.clients]
-    for load, served in itertools.product(loads, dict.fromkeys(targets.values())):
-        on_round(f"warm-up of {served.url}, clients: {load.clients}")
-        run_load(served, load, 0)
+    seeds = itertools.count()  # no prompt twice on a server, which may keep what it has read (prefix caching)
+    for load in loads:
+        seed = next(seeds)
+        for served in dict.fromkeys(targets.values()):
+            on_round(f"warm-up of {served.url}, clients: {load.clients}")
+            run_load(served, load, seed)
     pids = [pid for served in targets.values() if (pid := listening_process(served.url)) is not None]
     found: list[SpeedRound] = []
     longest_s = 0.0
@@ -79,7 +82,7 @@ def rounds(
             break
         for load in loads:
             on_round(f"round {number + 1}, clients: {load.clients}")
-            found.append(_round(number, load, targets, run_load, pids))
+            found.append(_round(number, load, targets, run_load, pids, _prompts(targets, seeds)))
         longest_s = max(longest_s, time.monotonic() - began)
         if number + 1 in check.LOOKS and _is_decided(_evidence(found, config), limits):
             break
@@ -98,13 +101,25 @@ def _evidence(found: Sequence[SpeedRound], config: SpeedConfig) -> SpeedEvidence
     )
 
 
+def _prompts(targets: Mapping[str, Served], seeds: Iterator[int]) -> Sequence[int]:
+    """Seeds of the prompts of a round's runs: the base's and the candidate's are alike, the first two and the second,
+    but for a server that is both, as it would see them twice."""
+    first, second, third, fourth = (next(seeds) for _ in ORDER)
+    return (first, second, third, fourth) if targets["base"] == targets["candidate"] else (first, first, third, third)
+
+
 def _round(
-    number: int, load: Load, targets: Mapping[str, Served], run_load: RunLoad, pids: Sequence[int]
+    number: int,
+    load: Load,
+    targets: Mapping[str, Served],
+    run_load: RunLoad,
+    pids: Sequence[int],
+    seeds: Sequence[int],
 ) -> SpeedRound:
     watch, runs = HostWatch(pids), []
-    for target in ORDER:
+    for target, seed in zip(ORDER, seeds, strict=True):
         watch.probe()
-        runs.append(to_run(target, run_load(targets[target], load, number + 1), load))
+        runs.append(to_run(target, run_load(targets[target], load, seed), load))
     return SpeedRound(number, load.clients, runs, watch.read())
 
 

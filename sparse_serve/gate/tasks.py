@@ -30,7 +30,7 @@ _MAX_FILE_BYTES = 1 << 28
 class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=64)]
     answer: Annotated[int, Field(ge=0)]
 

@@ -17,6 +17,7 @@ Legend: T = tokens, O = out features, I = in features (per rank).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,7 +134,9 @@ class SparseNMLinearMethod(LinearMethodBase):
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
         if environment.kernel_parity_folder() is not None:
             bias = getattr(layer, "bias", None)
-            parity_file.write(parity.compare(self.prefix, choice, self.bound, tensors, packed, bias))
+            found = parity.compare(self.prefix, choice, self.bound, tensors, packed, bias)
+            part = {"rank": vars(layer)["tp_rank"], "ranks": vars(layer)["tp_size"]}
+            parity_file.write(replace(one, **part) for one in found)
         _add_to_compile_key(self.vllm_config, self.prefix, choice)
         for name in stored:
             delattr(layer, name)

@@ -23,6 +23,7 @@ class KernelParity:
     the kernel was off by `error`, where rounding can explain `allowed`; `error` is infinite for NaN. `rows` are the
     first and last of the wrong outputs around the worst one, and `columns` the inputs that lead to them, counted from 0
     in vLLM's layer (`layer`, its name; of this rank); None where nothing is wrong, or no part of the inputs alone is.
+    `rank` of `ranks` holds that part of the layer (tensor parallelism).
     """
 
     layer: str
@@ -34,6 +35,13 @@ class KernelParity:
     allowed: float
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def place(self) -> str:
+        """The layer, and which part of it where it has several."""
+        return self.layer if self.ranks == 1 else f"{self.layer} (rank {self.rank} of {self.ranks})"
 
     @property
     def ratio(self) -> float:

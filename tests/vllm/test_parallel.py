@@ -1,4 +1,5 @@
-"""Tensor parallelism through our engine: two ranks say what one says, and their layers are counted once."""
+"""Tensor parallelism through our engine: two ranks say what one says, their layers are counted once, and the kernels of
+both are compared."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ import pytest
 
 from sparse_serve.engine import EngineInfo, GenerateRequest, Sampling
 from sparse_serve.engine.vllm_engine import VllmEngine
+from sparse_serve.gate.checks import kernels
+from sparse_serve.gate.evidence import Evidence, Limits
+from sparse_serve.gate.verdict import Verdict
+from sparse_serve.runtime import environment
+from sparse_serve.tuning import parity_file
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS
 
@@ -36,9 +42,16 @@ async def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pyt
     models.save("qwen2", tmp_path / "dense", **WHOLE_BLOCKS)
     models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
     one, expected = await greedy(tmp_path / "sparse", 1)
-    two, tokens = await greedy(tmp_path / "sparse", 2)
+    with environment.kernel_parity(tmp_path):
+        two, tokens = await greedy(tmp_path / "sparse", 2)
     assert len({id_ for sequence in expected for id_ in sequence}) > 6, "a constant output would hide a mistake"
     assert tokens == expected
     assert one.sparse_layers == SPARSE_LAYERS
     assert one.choices and two.choices
     assert dataclasses.replace(two, model=one.model, choices=one.choices) == one, "but for what the ranks measured"
+
+    found = parity_file.read(tmp_path)
+    assert len({(part.layer, part.rank) for part in found}) == 2 * SPARSE_LAYERS
+    assert {part.ranks for part in found} == {2}
+    results = kernels.run(Evidence(kernels={"candidate": found}, candidate_engine=two), Limits())
+    assert {result.verdict for result in results} == {Verdict.PASS}, results

@@ -33,7 +33,11 @@ def _problem(role: str, found: Sequence[KernelParity], evidence: Evidence) -> st
     engine = evidence.base_engine if role == "base" else evidence.candidate_engine
     layers = len({one.layer for one in found})
     expected = 1 if engine is None else engine.sparse_layers
-    return None if layers >= max(expected, 1) else f"{layers} layers were compared; expected at least {expected}"
+    if layers < max(expected, 1):
+        return f"{layers} layers were compared; expected at least {expected}"
+    compared = {(one.layer, one.rank) for one in found}
+    missing = ((one.layer, rank) for one in found for rank in range(one.ranks) if (one.layer, rank) not in compared)
+    return next((f"{layer} was not compared on rank {rank}" for layer, rank in missing), None)
 
 
 def _judge(role: str, kernel: str, found: Sequence[KernelParity]) -> CheckResult:
@@ -48,13 +52,13 @@ def _judge(role: str, kernel: str, found: Sequence[KernelParity]) -> CheckResult
             for first, last in (span,)
         )
         summary = (
-            f"{len(wrong)} of {layers} layers are wrong, worst {worst.layer} with {worst.bucket} at {where}: off by "
+            f"{len(wrong)} of {layers} layers are wrong, worst {worst.place} with {worst.bucket} at {where}: off by "
             f"{worst.error:.3g}, where rounding explains {worst.allowed:.3g}"
         )
     else:
         summary = (
             f"{layers} layers are right: the largest difference is {worst.ratio:.2f} of what rounding explains, in "
-            f"{worst.layer} with {worst.bucket}"
+            f"{worst.place} with {worst.bucket}"
         )
     return CheckResult(
         check="kernels",

@@ -49,7 +49,7 @@ def _judge(task: TaskEvidence, counts: PairedCounts | None, limits: Limits, leve
         lengths = len(task.base), len(task.candidate)
         problem = f"{lengths[0]} samples of the base and {lengths[1]} of the candidate; expected as many of each"
         return CheckResult("tasks", Verdict.ERROR, problem, {}, task.task)
-    p_value, upper = mcnemar(counts), drop_bound(counts, limits.alpha)
+    p_value, upper = mcnemar(counts), drop_bound(counts, limits.task_alpha)
     if p_value < level and counts.drop > limits.max_task_drop:
         verdict = Verdict.FAIL
     else:

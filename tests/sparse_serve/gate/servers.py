@@ -1,4 +1,4 @@
-"""Small HTTP servers that speak OpenAI's completions API as vLLM or as an older server, and break in every way.
+"""Small HTTP servers that speak OpenAI's completions API as vLLM, an older server or llama.cpp, and break in every way.
 
 As a program (`python -m tests.sparse_serve.gate.servers N`) it prints its address and is killed while it answers the
 N-th completion.
@@ -10,13 +10,15 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 Answer = Callable[[dict[str, Any]], tuple[int, bytes]]
@@ -88,14 +90,67 @@ def of_lm_eval(body: dict[str, Any]) -> tuple[int, bytes]:
     return 200, json.dumps({"choices": choices}).encode()
 
 
+_BYTES = 0x110000
+"""Ids from here on are single bytes of characters that have no token of their own."""
+
+
+def of_llama_cpp(body: dict[str, Any]) -> tuple[int, bytes]:
+    """llama.cpp's `/v1/completions`: what it does not know, and `echo`, it takes without a word."""
+    found = {"content": [{"id": 120, "token": "x", "bytes": [120], "logprob": -1.0, "top_logprobs": []}]}
+    choice = {"text": "x", "index": 0, "logprobs": found if "logprobs" in body else None, "finish_reason": "length"}
+    return 200, json.dumps({"choices": [choice], "object": "text_completion"}).encode()
+
+
+def llama_cpp(
+    worse: float = 0.0, change: Callable[[list[dict[str, Any]]], object] = lambda entries: None
+) -> dict[str, Answer]:
+    """Its other routes. Tokens are characters, or bytes of a character that is rare; each that is generated has
+    log-probability -1 - `worse`, and another one the rest of the probability."""
+
+    def tokenize(body: dict[str, Any]) -> tuple[int, bytes]:
+        assert body["add_special"] and body["with_pieces"]
+        found: list[dict[str, Any]] = []
+        for one in body["content"]:
+            if ord(one) < 0x10000:
+                found.append({"id": ord(one), "piece": one})
+            else:
+                found += [{"id": _BYTES + byte, "piece": [byte]} for byte in one.encode()]
+        return 200, json.dumps({"tokens": found}).encode()
+
+    def completion(body: dict[str, Any]) -> tuple[int, bytes]:
+        ids = [int(id_) for id_ in re.findall(r"<\[(\d+)\]>", body["grammar"])]
+        assert all(isinstance(id_, int) for id_ in body["prompt"]) and len(ids) == body["n_predict"]
+        if max(ids) >= _BYTES:
+            error = {"code": 500, "message": "got exception: Unexpected empty grammar stack", "type": "server_error"}
+            return 500, json.dumps({"error": error}).encode()
+        entries = [_generated(id_, -1 - worse, body["n_probs"]) for id_ in ids]
+        change(entries)
+        return 200, json.dumps({"content": "", "completion_probabilities": entries}).encode()
+
+    return {"/tokenize": tokenize, "/completion": completion}
+
+
+def _generated(token: int, logprob: float, count: int) -> dict[str, Any]:
+    other = {"id": token + 1, "token": _text(token + 1), "logprob": math.log(1 - math.exp(logprob))}
+    found = {"id": token, "token": _text(token), "bytes": [], "logprob": logprob}
+    if count < 1000:
+        return {**found, "top_logprobs": [found, other][:count]}
+    bytes_ = [{"id": _BYTES + byte, "token": "\ufffd", "logprob": -7.0} for byte in range(256)]
+    return {**found, "top_logprobs": [{**other, "logprob": -0.5}, *bytes_, {**found, "logprob": -9.0}]}
+
+
+def _text(token: int) -> str:
+    return chr(token) if token < _BYTES else "\ufffd"
+
+
 def _entry(token: int, logprob: float) -> dict[str, Any]:
     return {"logprob": logprob, "rank": 1, "decoded_token": chr(token)}
 
 
 class _Server(ThreadingHTTPServer):
-    def __init__(self, answer: Answer, stream: Stream, cut: int | None) -> None:
+    def __init__(self, answer: Answer, stream: Stream, cut: int | None, routes: Mapping[str, Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.answer, self.stream, self.cut = answer, stream, cut
+        self.stream, self.cut, self.routes = stream, cut, {"/v1/completions": answer, **routes}
 
     @property
     def url(self) -> str:
@@ -112,7 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["model"] == "m"
         if not body.get("stream"):
-            return self.send(*self.server.answer(body), self.server.cut)
+            answer = self.server.routes.get(self.path, lambda body: (404, b"no such path"))
+            return self.send(*answer(body), self.server.cut)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()  # the end of the connection is the end of the answer
@@ -133,9 +189,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def server(answer: Answer, cut: int | None = None, stream: Stream = tokens) -> Iterator[str]:
-    """The address of a server; with `cut`, of one whose answers end after so many bytes."""
-    listener = _Server(answer, stream, cut)
+def server(
+    answer: Answer, cut: int | None = None, stream: Stream = tokens, routes: Mapping[str, Answer] = MappingProxyType({})
+) -> Iterator[str]:
+    """The address of a server; with `cut`, of one whose answers end after so many bytes. `routes` are its others."""
+    listener = _Server(answer, stream, cut, routes)
     thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -174,7 +232,7 @@ def _main(request: int) -> None:
             if is_last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    listener = _Server(answer, stream, None)
+    listener = _Server(answer, stream, None, {})
     sys.stdout.write(f"{listener.url}\n")
     sys.stdout.flush()
     listener.serve_forever()

@@ -147,3 +147,6 @@ def test_a_recording_measures_one_target_and_is_compared_with_later_ones(tmp_pat
         return main(["gate", "compare", *reports, "--out", str(tmp_path / "out")])
 
     assert (compare("same"), compare("worse")) == (0, 1)
+    report = str(tmp_path / "same/report.json")
+    assert main(["gate", "compare", report, report, "--out", str(tmp_path / "same")]) == 2, "it would be overwritten"
+    assert Path(report).is_file()

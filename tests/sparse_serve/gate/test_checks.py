@@ -243,3 +243,15 @@ def test_layers_that_were_not_compared_are_an_error() -> None:
         assert worst(results) is Verdict.ERROR
         assert results[0].summary == f"{layers} layers were compared; expected at least 4"
     assert kernels.run(replace(evidence(), kernels={}), Limits()) == [], "nothing sparse was served"
+
+
+def test_every_rank_of_a_layer_is_compared_and_named() -> None:
+    both = [replace(one, rank=rank, ranks=2) for one in kernel_parity() for rank in (0, 1)]
+    assert only(kernels.run(replace(evidence(), kernels={"candidate": both}), Limits())).verdict is Verdict.PASS
+    missing = [one for one in both if (one.layer, one.rank) != ("layer.3", 1)]
+    results = kernels.run(replace(evidence(), kernels={"candidate": missing}), Limits())
+    assert worst(results) is Verdict.ERROR
+    assert results[0].summary == "layer.3 was not compared on rank 1"
+    wrong = replace(both[-1], error=0.5, rows=(0, 15))
+    result = only(kernels.run(replace(evidence(), kernels={"candidate": [*both[:-1], wrong]}), Limits()))
+    assert "1 of 4 layers are wrong, worst layer.3 (rank 1 of 2) with 2 to 4 tokens" in result.summary

@@ -67,6 +67,7 @@ def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
         ("candidate.flags", ["--x"], "candidate: `flags` are for a target by `model`"),
         ("candidate.url", "http://a:99999", "candidate.url: 'http://a:99999': port out of range"),
         ("candidate.url", "http://[::1", "candidate.url: .*: invalid IPv6 URL"),
+        ("candidate.url", "http://me:secret@a", "candidate.url: .*: has a user or a password"),
         ("candidate.url", "localhost:8000", "candidate.url: 'localhost:8000': "),
     ],
 )

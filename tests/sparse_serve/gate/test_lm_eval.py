@@ -27,6 +27,8 @@ assert sys.argv[1] == "run" and flags["--model"] == "local-completions" and "--l
 assert model["base_url"].endswith("/v1/completions") and model["tokenizer"].startswith("/")
 if model["model"] == "broken":
     sys.exit("connection refused")
+if model["model"] == "offline":
+    raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub (LocalEntryNotFoundError)")
 folder = Path(flags["--output_path"]) / model["model"]
 folder.mkdir(parents=True)
 for task in flags["--tasks"].split("+"):
@@ -119,6 +121,7 @@ def served(model: str) -> Served:
 
 def test_each_target_is_asked_by_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "packages/lm_eval").mkdir(parents=True)
+    (tmp_path / "packages/lm_eval/__init__.py").touch()  # goes before a real one that is installed
     (tmp_path / "packages/lm_eval/__main__.py").write_text(STAND_IN)
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "packages"), *filter(None, sys.path)]))
@@ -132,6 +135,12 @@ def test_each_target_is_asked_by_a_process_of_its_own(tmp_path: Path, monkeypatc
     assert len(told) == 3, "a recording has one target"
     with pytest.raises(GateError, match=r"lm_eval on http://127.0.0.1:1 ended with 1: connection refused"):
         lm_eval.measure("lm_eval:one", {"base": served("broken")}, None, tmp_path / "work", told.append)
+    unreachable = (
+        r"ended with 1: ConnectionError: Couldn't reach 'allenai/ai2_arc' .*; data sets of the hub need a network"
+    )
+    with pytest.raises(GateError, match=unreachable) as caught:
+        lm_eval.measure("lm_eval:one", {"base": served("offline")}, None, tmp_path / "work", told.append)
+    assert "File" not in str(caught.value), "no traceback"
 
 
 def test_what_cannot_be_run_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
+from sparse_serve.gate import page
 from sparse_serve.gate.evidence import Limits
 from sparse_serve.gate.report import GateReport
 from sparse_serve.gate.verdict import CheckResult, Verdict
@@ -40,6 +42,17 @@ def test_json_holds_every_raw_sample() -> None:
     for target, stack in itertools.product(("base", "candidate"), ("offline", "served")):
         assert len(text[target][stack]["nll_per_window"]) == 9
     assert value["limits"]["max_ppl_increase"] == Limits().max_ppl_increase
+
+
+def test_a_report_that_cannot_be_made_leaves_none_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report(Verdict.PASS).write(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(page, "page", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(Verdict.PASS).write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_markdown_says_verdict_checks_and_protocol() -> None:

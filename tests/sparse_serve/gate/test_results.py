@@ -202,6 +202,9 @@ def test_a_failed_request_in_a_file_is_an_error_and_a_missing_file_is_known_befo
     (tmp_path / rounds[2]["candidate"][1]).unlink()
     with pytest.raises(SettingsError, match=r"results .*candidate-2-1\.json: no such file"):
         plan(GateConfig.of(config, folder=tmp_path))
+    (tmp_path / rounds[2]["candidate"][1]).write_bytes((tmp_path / rounds[0]["base"][0]).read_bytes())
+    with pytest.raises(SettingsError, match=r"candidate-2-1\.json: holds the same as .*base-0-0\.json"):
+        plan(GateConfig.of(config, folder=tmp_path))
     rounds[0]["candidate"].pop()
     with pytest.raises(SettingsError, match=r"speed\.results\[0\]: 2 files of the base and 1 of the candidate"):
         GateConfig.of(config)

@@ -11,11 +11,14 @@ from xml.etree import ElementTree
 import pytest
 
 from sparse_serve.cli.main import main
-from sparse_serve.gate import GateConfig, Verdict, report_file, run, served
+from sparse_serve.gate import GateConfig, Verdict, report_file, run, served, tasks
 from sparse_serve.gate.endpoint import Endpoint
+from sparse_serve.gate.task_pack import Sample
 from sparse_serve.runtime.errors import GateError, SettingsError
-from tests.sparse_serve.gate.servers import Answer, killed_at, of_openai, of_vllm, server
+from tests.sparse_serve.gate.servers import Answer, killed_at, llama_cpp, of_llama_cpp, of_openai, of_vllm, server
 
+OTHER_TOKENS = r"make different tokens of piece 0, from token \d+ on \('' and '!'; (\d+) and \d+ tokens in all\)"
+NO_LOGPROBS = "returns no log-probabilities of a prompt.*only `speed` and tasks"
 TEXT = " ".join(f"word{number % 17}" for number in range(900))
 
 
@@ -49,6 +52,87 @@ def test_a_server_that_only_echoes_is_gated_too(tmp_path: Path) -> None:
         assert endpoint.score("abc", 2).tokens == ("a", "b", "c")
 
 
+def test_a_server_that_echoes_and_one_that_names_ids_are_compared_by_text(tmp_path: Path) -> None:
+    with server(of_openai) as base, server(of_vllm(0.02)) as candidate:
+        report = run(config(base, candidate, tmp_path, max_kl=0.5))
+    assert report.verdict is Verdict.PASS
+    (text,) = report.evidence.texts
+    assert text.divergence is not None and text.divergence.kl > 0
+
+
+@pytest.mark.parametrize(("worse", "verdict"), [(0.02, Verdict.PASS), (0.2, Verdict.FAIL)])
+def test_llama_cpp_is_gated_against_vllm(worse: float, verdict: Verdict, tmp_path: Path) -> None:
+    """A text as its generation, with the same tokens, numbers and divergence as one that is read."""
+    with server(of_vllm()) as base, server(of_llama_cpp, routes=llama_cpp(worse)) as candidate:
+        report = run(config(base, candidate, tmp_path, max_kl=0.01))
+        assert run(config(candidate, candidate, tmp_path)).verdict is Verdict.PASS
+    assert report.verdict is verdict
+    (text,) = report.evidence.texts
+    assert text.candidate.served.value == pytest.approx(math.exp(1 + worse))
+    p, q = math.exp(-1), math.exp(-1 - worse)
+    assert text.divergence is not None
+    assert text.divergence.kl == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), abs=1e-9)
+
+
+def test_characters_of_several_tokens_are_looked_up_in_the_whole_vocabulary() -> None:
+    with server(of_llama_cpp, routes=llama_cpp()) as url, Endpoint(url) as endpoint:
+        found = endpoint.score("a\U0001f993b", 5)
+        assert found.logprobs == (-7.0, -7.0, -7.0, -7.0, -1.0)
+        assert found.tokens == ("", "", "", "", "", "b")
+        assert found.ids == (97, *(0x110000 + byte for byte in "\U0001f993".encode()), 98)
+        assert all(len(top) <= 6 and id_ in top for top, id_ in zip(found.top, found.ids[1:], strict=True))
+
+
+def test_every_kind_of_server_answers_a_task() -> None:
+    sample = Sample("a", (" b", " longer"), 0)
+    for answer, routes in ((of_vllm(), {}), (of_openai, {}), (of_llama_cpp, llama_cpp())):
+        with server(answer, routes=routes) as url, Endpoint(url) as endpoint:
+            assert tasks.correct([sample], endpoint) == [True]
+
+
+def generates_others(entries: list[dict[str, Any]]) -> None:
+    entries[3]["id"] += 1
+
+
+def stops_early(entries: list[dict[str, Any]]) -> None:
+    entries.pop()
+
+
+def knows_no_number(entries: list[dict[str, Any]]) -> None:
+    entries[3]["logprob"] = None
+
+
+def is_certain(entries: list[dict[str, Any]]) -> None:
+    """As llama.cpp would say of a token that is not among its candidates."""
+    entries[3]["logprob"] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (generates_others, "or not of all its tokens"),
+        (stops_early, "or not of all its tokens"),
+        (knows_no_number, "or not of all its tokens"),
+        (is_certain, "none of one distribution"),
+    ],
+)
+def test_a_llama_cpp_that_breaks_is_an_error(change: Any, message: str) -> None:
+    asked = 0
+
+    def only_later(entries: list[dict[str, Any]]) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            change(entries)
+
+    for how, before in ((change, 0), (only_later, 1)):
+        with server(of_llama_cpp, routes=llama_cpp(change=how)) as url, Endpoint(url) as endpoint:
+            for _ in range(before):
+                endpoint.score("a text", 5)
+            with pytest.raises(GateError, match=message):
+                endpoint.score("a text", 5)
+
+
 def drop_last(choice: dict[str, Any]) -> None:
     choice["prompt_logprobs"].pop()
 
@@ -67,6 +151,15 @@ def other_token(choice: dict[str, Any]) -> None:
 
 def without_ids(choice: dict[str, Any]) -> None:
     del choice["prompt_token_ids"]
+
+
+def logits(choice: dict[str, Any]) -> None:
+    for value in choice["prompt_logprobs"][5].values():
+        value["logprob"] = 0.0
+
+
+def least(choice: dict[str, Any]) -> None:
+    next(iter(choice["prompt_logprobs"][5].values()))["logprob"] = -3.4028234663852886e38
 
 
 def fails_in_the_middle() -> Answer:
@@ -89,8 +182,12 @@ BROKEN: dict[str, tuple[Answer, int | None, str]] = {
     "infinite": (of_vllm(change=infinite), None, "a log-probability in its answer is -inf"),
     "fewer": (of_vllm(change=drop_last), None, "not of all its tokens"),
     "without ids": (of_vllm(change=without_ids), None, "not of all its tokens"),
-    "no log-probabilities": (lambda body: (200, b'{"choices": [{"text": "x"}]}'), None, "has no log-probabilities"),
-    "other tokens": (lambda body: of_vllm()({**body, "prompt": body["prompt"] + "!"}), None, "make different tokens"),
+    "no log-probabilities": (lambda body: (200, b'{"choices": [{"text": "x"}]}'), None, NO_LOGPROBS),
+    "llama.cpp without its routes": (of_llama_cpp, None, NO_LOGPROBS),
+    "refuses": (lambda body: (400, b"unknown argument"), None, f"status 400: 'unknown argument'.*{NO_LOGPROBS[-20:]}"),
+    "logits": (of_vllm(change=logits), None, "are none of one distribution"),
+    "underflow": (of_vllm(change=least), None, r"a log-probability in its answer is -3\.4"),
+    "other tokens": (lambda body: of_vllm()({**body, "prompt": body["prompt"] + "!"}), None, OTHER_TOKENS),
     "another token": (of_vllm(change=other_token), None, "not of all its tokens|make different tokens"),
 }
 

@@ -49,12 +49,27 @@ def test_rounds_are_base_candidate_candidate_base_until_decided() -> None:
         return report(load, 1.2 if served.url.endswith("2") else 1.0)
 
     found = rounds(TARGETS, CONFIG, Limits(), run_load, lambda what: None)
-    assert asked[:4] == [("1", 1, 0), ("2", 1, 0), ("1", 2, 0), ("2", 2, 0)], "a warm-up that is not kept"
-    assert asked[4:8] == [("1", 1, 1), ("2", 1, 1), ("2", 1, 1), ("1", 1, 1)]
-    assert asked[8:12] == [("1", 2, 1), ("2", 2, 1), ("2", 2, 1), ("1", 2, 1)]
+    targets = [(url, clients) for url, clients, _ in asked]
+    assert targets[:4] == [("1", 1), ("2", 1), ("1", 2), ("2", 2)], "a warm-up that is not kept"
+    assert targets[4:8] == [("1", 1), ("2", 1), ("2", 1), ("1", 1)]
+    assert targets[8:12] == [("1", 2), ("2", 2), ("2", 2), ("1", 2)]
+    assert len(set(asked)) == len(asked), "a server that keeps what it has read never sees prompts twice"
+    prompts = [seed for _, _, seed in asked[4:]]
+    assert prompts[0::4] == prompts[1::4] and prompts[2::4] == prompts[3::4], "the base gets the candidate's prompts"
     assert [round.number for round in found.rounds] == [0, 0, 1, 1, 2, 2, 3, 3], "decided at the first look"
     assert len(found.rounds[0].runs[0].itl_ms) == 4
     assert found.rounds[1].runs[1].e2e_ms == pytest.approx([1.2 * 140.0] * 4)
+
+
+def test_a_server_that_is_both_targets_never_sees_prompts_twice() -> None:
+    seeds: list[int] = []
+
+    def run_load(served: Served, load: Load, seed: int) -> dict[str, Any]:
+        seeds.append(seed)
+        return report(load)
+
+    rounds(dict.fromkeys(TARGETS, TARGETS["base"]), CONFIG, Limits(), run_load, lambda what: None)
+    assert len(set(seeds)) == len(seeds) > 16
 
 
 def test_rounds_end_with_the_budget_and_at_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +106,7 @@ def test_a_report_without_its_samples_is_an_error() -> None:
 
 def test_a_round_in_which_requests_failed_is_an_error() -> None:
     def run_load(served: Served, load: Load, seed: int) -> dict[str, Any]:
-        return report(load) | ({"completed": 1} if seed else {})
+        return report(load) | ({"completed": 1} if seed > 3 else {})
 
     found = rounds(TARGETS, CONFIG, Limits(), run_load, lambda what: None)
     assert worst(speed.check.run(Evidence(speed=found), Limits())) is Verdict.ERROR

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparse_serve.gate import GateConfig, Verdict, run, task_pack, tasks
-from sparse_serve.gate.plan import plan
+from sparse_serve.gate.plan import MeasurementPlan, plan
 from sparse_serve.gate.task_pack import NAMES, Sample
 from sparse_serve.runtime.errors import GateError, SettingsError
 from tests.sparse_serve.gate.test_served import Answer, of_vllm, server
@@ -75,12 +75,17 @@ def test_a_tie_is_wrong_and_a_server_that_fails_is_an_error() -> None:
 def test_a_file_of_samples_is_a_task(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "a", "choices": ["b", "c", "d"], "answer": 2}\n\n')
-    (tmp_path / "gate.yaml").write_text(
-        json.dumps(config("http://a", "http://b", tasks=["own.jsonl", "recall"]).model_dump(exclude_none=True))
-    )
-    todo = plan(GateConfig.load(tmp_path / "gate.yaml"))
+
+    def planned(*names: str) -> MeasurementPlan:
+        asked = config("http://a", "http://b", tasks=list(names)).model_dump(exclude_none=True)
+        (tmp_path / "gate.yaml").write_text(json.dumps(asked))
+        return plan(GateConfig.load(tmp_path / "gate.yaml"))
+
+    todo = planned("own.jsonl", "recall")
     assert list(todo.samples) == ["own.jsonl", "recall"]
     assert todo.samples["own.jsonl"] == [Sample("a", ("b", "c", "d"), 2)]
+    with pytest.raises(SettingsError, match=r"tasks\.tasks: two are called own\.jsonl"):
+        planned("own.jsonl", "other/own.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,7 @@ def test_a_file_of_samples_is_a_task(tmp_path: Path) -> None:
     [
         ("{", "line 2: is no JSON"),
         ("[]", "line 2: it: "),
+        ('{"prompt": "", "choices": ["b", "c"], "answer": 0}', "line 2: prompt: "),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "line 2: choices: "),
         ('{"prompt": "a", "choices": ["b", "b"], "answer": 0}', "line 2: choices: .*has an entry twice"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "line 2: answer: 2: there are 2 choices"),

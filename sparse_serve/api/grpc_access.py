@@ -7,7 +7,9 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
-from sparse_serve.runtime.errors import Answer, UnauthenticatedError, answer
+from sparse_serve.api.grpc_status import refuse
+from sparse_serve.runtime.errors import BadRequestError, ServeError, UnauthenticatedError
+from sparse_serve.server.admission import Admission
 from sparse_serve.server.keys import Keys
 from sparse_serve.server.tls import Tls
 
@@ -30,8 +32,8 @@ def _configuration(tls: Tls) -> Any:
 class KeyCheck(grpc.aio.ServerInterceptor):
     """Refuses every call without a key, health checks apart."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, admission: Admission) -> None:
+        self._keys, self._admission = keys, admission
 
     async def intercept_service(self, continuation: Any, call_details: Any) -> Any:
         """The handler of a call, or one that refuses it."""
@@ -41,26 +43,25 @@ class KeyCheck(grpc.aio.ServerInterceptor):
         try:
             self._keys.client(authorization(call_details.invocation_metadata))
         except UnauthenticatedError as error:
-            return _refusing(handler, answer(error))
+            return _refusing(handler, self._admission, call_details.method, error)
         return handler
 
 
-def _refusing(handler: Any, reply: Answer) -> Any:
-    """A handler of the same kind (unary or streaming) as `handler` that ends calls with `reply`."""
-    code = grpc.StatusCode[reply.grpc_code]
+def _refusing(handler: Any, admission: Admission, path: str, error: ServeError) -> Any:
+    """A handler of the same kind (unary or streaming) as `handler` that ends calls with `error`."""
 
-    async def refuse(request: Any, call: Any) -> None:
-        await call.abort(code, reply.message)
+    async def whole(request: Any, call: Any) -> None:
+        await refuse(admission, path, call, error)
 
-    async def refuse_stream(request: Any, call: Any) -> AsyncGenerator[None, None]:
-        await call.abort(code, reply.message)
+    async def stream(request: Any, call: Any) -> AsyncGenerator[None, None]:
+        await refuse(admission, path, call, error)
         yield
 
     kinds = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, refuse),
-        (False, True): (grpc.unary_stream_rpc_method_handler, refuse_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, refuse),
-        (True, True): (grpc.stream_stream_rpc_method_handler, refuse_stream),
+        (False, False): (grpc.unary_unary_rpc_method_handler, whole),
+        (False, True): (grpc.unary_stream_rpc_method_handler, stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, whole),
+        (True, True): (grpc.stream_stream_rpc_method_handler, stream),
     }
     make, function = kinds[handler.request_streaming, handler.response_streaming]
     return make(function, handler.request_deserializer, handler.response_serializer)
@@ -79,8 +80,9 @@ _CORRUPT = object()
 class DecodeCheck(grpc.aio.ServerInterceptor):
     """Ends calls whose bytes are no message with INVALID_ARGUMENT, where gRPC says UNKNOWN and shows an exception."""
 
-    def __init__(self, services: Iterable[str]) -> None:
+    def __init__(self, services: Iterable[str], admission: Admission) -> None:
         self._services = tuple(f"/{service}/" for service in services)
+        self._admission = admission
 
     async def intercept_service(self, continuation: Any, call_details: Any) -> Any:
         """The handler of a call, which looks at its request first."""
@@ -98,7 +100,8 @@ class DecodeCheck(grpc.aio.ServerInterceptor):
 
         async def checked(request: Any, call: Any) -> Any:
             if request is _CORRUPT:
-                await call.abort(grpc.StatusCode.INVALID_ARGUMENT, "the bytes of the request are no such message")
+                error = BadRequestError("the bytes of the request are no such message")
+                await refuse(self._admission, call_details.method, call, error)
             return await behaviour(request, call)
 
         make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler

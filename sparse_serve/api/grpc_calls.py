@@ -1,29 +1,40 @@
 """What every gRPC call of ours goes through: admission, the share of its client, the status of its exception.
 
-A status carries details (google.rpc): `ErrorInfo` with a reason that does not change with its wording, `BadRequest`
-with the field that is wrong, `RetryInfo` where trying again makes sense; clients may take its absence for "do not".
-
 A client that leaves, or does not read for `write_s`, ends its call as CANCELLED.
+
+The W3C trace context of a call, its metadata `traceparent` and `tracestate`, goes on to the engine
+(https://www.w3.org/TR/trace-context/).
 """
 
 import asyncio
 import contextlib
-import secrets
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from sparse_serve.api.grpc_access import authorization
-from sparse_serve.runtime.errors import Answer, BadRequestError, answer
-from sparse_serve.server.body_limits import check_request_id
+from sparse_serve.api.grpc_status import REQUEST_ID, abort, metadata_value, new_id, request_id
+from sparse_serve.engine import NOBODY, Origin
+from sparse_serve.runtime.errors import EngineDiedError, answer
+from sparse_serve.server.admission import Cause, Outcome, Phase
 from sparse_serve.server.context import ServerContext
 
-DOMAIN = "sparse-serve"
-REQUEST_ID = "x-request-id"
+_TRACE_PARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_MAX_TRACE_STATE = 512
+
+
+@dataclass
+class Answering:
+    """A call that is being answered. `begun`: whether it is a stream of which a message has been sent."""
+
+    call: Any
+    outcome: Outcome
+    origin: Origin = NOBODY
+    begun: bool = False
 
 
 class Calls:
@@ -33,6 +44,7 @@ class Calls:
         self.context = context
         self._stopping = False
         self._writing: dict[asyncio.Task[Any], float] = {}
+        self._unread: set[asyncio.Task[Any]] = set()
         self._watch: asyncio.Task[None] | None = None
 
     def watch_writes(self) -> None:
@@ -51,15 +63,17 @@ class Calls:
             await asyncio.sleep(min(limit_s / 4, 1.0))
             for task, since_s in list(self._writing.items()):
                 if time.monotonic() - since_s > limit_s:
+                    self._unread.add(task)
                     task.cancel()
 
-    async def write(self, call: Any, message: Any) -> None:
+    async def write(self, answering: Answering, message: Any) -> None:
         """Send one message of a stream."""
         task = asyncio.current_task()
         assert task is not None
         self._writing[task] = time.monotonic()
         try:
-            await call.write(message)
+            await answering.call.write(message)
+            answering.begun = True
         finally:
             del self._writing[task]
 
@@ -75,58 +89,51 @@ class Calls:
             yield
 
     @contextlib.asynccontextmanager
-    async def answering(self, method: str, call: Any) -> AsyncIterator[str]:
-        """Count a call, and end it with the status its exception stands for. Gives its id: the client's own, from the
+    async def answering(self, method: str, call: Any) -> AsyncIterator[Answering]:
+        """Count a call, and end it with the status its exception stands for. It has an id: the client's own, from the
         metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too."""
         with self.context.admission.request("grpc", method) as outcome:
+            answering = Answering(call, outcome)
+            outcome.id = new_id()
             try:
-                outcome.client, outcome.id = self.client(call), _request_id(call)
+                outcome.client, outcome.id = self.client(call), request_id(call, outcome.id)
+                answering.origin = Origin(outcome.id, _trace(call))
                 call.set_trailing_metadata(((REQUEST_ID, outcome.id),))
-                yield outcome.id
+                yield answering
             except asyncio.CancelledError:
-                outcome.cancelled = not self._stopping
-                outcome.code = "CANCELLED" if outcome.cancelled else "UNAVAILABLE"
+                self._cancelled(answering)
                 raise
             except grpc.aio.BaseError:  # a write to a client that has left
-                outcome.cancelled, outcome.code = True, "CANCELLED"
+                self._cancelled(answering)
             except Exception as error:
+                if answering.begun:
+                    outcome.truncated = Cause.ENGINE if isinstance(error, EngineDiedError) else Cause.ERROR
                 reply = answer(error)
                 outcome.code = reply.grpc_code
-                code = grpc.StatusCode[reply.grpc_code]
-                metadata = (*_details(code, reply, error), (REQUEST_ID, outcome.id))
-                await call.abort(code, reply.message, trailing_metadata=metadata)
+                await abort(call, error, outcome.id, reply)
+
+    def _cancelled(self, answering: Answering) -> None:
+        """Note why a call was cancelled."""
+        outcome, remaining_s = answering.outcome, answering.call.time_remaining()
+        task = asyncio.current_task()
+        if self._stopping:
+            dead = self.context.admission.phase is Phase.DEAD
+            outcome.code, cause = "UNAVAILABLE", Cause.ENGINE if dead else Cause.DRAIN
+        elif task in self._unread:
+            outcome.cancelled, outcome.code, cause = True, "CANCELLED", Cause.UNREAD
+        elif remaining_s is not None and remaining_s <= 0:
+            outcome.cancelled, outcome.code, cause = True, "DEADLINE_EXCEEDED", Cause.DEADLINE
+        else:
+            outcome.cancelled, outcome.code, cause = True, "CANCELLED", Cause.CLIENT
+        self._unread.discard(task)
+        if answering.begun:
+            outcome.truncated = cause
 
 
-def _request_id(call: Any) -> str:
-    """Raises `BadRequestError` for an id of a client that is none."""
-    given = next((value for name, value in call.invocation_metadata() or () if name == REQUEST_ID), None)
-    if given is None:
-        return secrets.token_hex(16)
-    check_request_id(f"the metadata {REQUEST_ID}", given)
-    return str(given)
-
-
-def _details(code: grpc.StatusCode, reply: Answer, error: Exception) -> tuple[tuple[str, bytes], ...]:
-    """The trailing metadata that carries the details."""
-    reason = type(error).__name__ if reply.grpc_code != "INTERNAL" else "InternalError"
-    details: list[Any] = []
-    if reply.retry_s is not None:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(reply.retry_s * 1000))
-        details.append(retry)
-    if isinstance(error, BadRequestError) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=reply.message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    details.append(error_details_pb2.ErrorInfo(reason=_upper(reason), domain=DOMAIN))
-    status = status_pb2.Status(code=code.value[0], message=reply.message)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return (("grpc-status-details-bin", status.SerializeToString()),)
-
-
-def _upper(name: str) -> str:
-    """`BadRequestError` as `BAD_REQUEST`."""
-    words = "".join(f"_{letter}" if letter.isupper() else letter for letter in name.removesuffix("Error"))
-    return words.removeprefix("_").upper()
+def _trace(call: Any) -> dict[str, str]:
+    """The trace context of a call; none if it is not what the standard says, as that has it."""
+    parent, state = metadata_value(call, "traceparent"), metadata_value(call, "tracestate")
+    if not isinstance(parent, str) or not _TRACE_PARENT.fullmatch(parent):
+        return {}
+    is_state = isinstance(state, str) and len(state) <= _MAX_TRACE_STATE
+    return {"traceparent": parent} | ({"tracestate": state} if is_state else {})

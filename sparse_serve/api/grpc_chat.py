@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from sparse_serve.api.grpc_calls import Calls
+from sparse_serve.api.grpc_calls import Answering, Calls
 from sparse_serve.api.grpc_messages import check_json, check_model, read_sampling
 from sparse_serve.api.pb.v1 import chat_pb2 as pb
 from sparse_serve.api.pb.v1 import chat_pb2_grpc, generation_pb2
@@ -32,23 +32,25 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Chat(self, request: pb.ChatRequest, call: Any) -> pb.ChatResponse:
         """All of it at once."""
-        async with self._calls.answering("Chat", call):
-            (whole,) = [answer async for answer in self._chat(request, call, False)]
+        async with self._calls.answering("Chat", call) as answering:
+            (whole,) = [answer async for answer in self._chat(request, answering, False)]
             answer = pb.ChatResponse(choices=map(_choice, whole["choices"]), usage=_usage(whole["usage"]))
         return answer  # noqa: RET504  what goes wrong while it is made is answered, too
 
     async def ChatStream(self, request: pb.ChatStreamRequest, call: Any) -> None:
         """Message by message."""
-        answering, answered = self._calls.answering("ChatStream", call), self._chat(request, call, True)
-        async with answering, contextlib.aclosing(answered) as pieces:
+        async with (
+            self._calls.answering("ChatStream", call) as answering,
+            contextlib.aclosing(self._chat(request, answering, True)) as pieces,
+        ):
             async for piece in pieces:
                 for choice in piece["choices"]:
-                    await self._calls.write(call, _piece(choice))
+                    await self._calls.write(answering, _piece(choice))
                 if piece.get("usage") and not piece["choices"]:
-                    await self._calls.write(call, pb.ChatStreamResponse(usage=_usage(piece["usage"])))
+                    await self._calls.write(answering, pb.ChatStreamResponse(usage=_usage(piece["usage"])))
 
     async def _chat(
-        self, request: pb.ChatRequest | pb.ChatStreamRequest, call: Any, stream: bool
+        self, request: pb.ChatRequest | pb.ChatStreamRequest, answering: Answering, stream: bool
     ) -> AsyncGenerator[Mapping[str, Any], None]:
         context = self._calls.context
         info = context.served()
@@ -57,8 +59,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         body = _body(request, sampling, body_limits(context.settings)) | {"model": request.model or info.model}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with self._calls.share(call, sampling.n):
-            async with contextlib.aclosing(context.engine.chat(body)) as answers:
+        with self._calls.share(answering.call, sampling.n):
+            async with contextlib.aclosing(context.engine.chat(body, answering.origin)) as answers:
                 async for answer in answers:
                     yield answer
 
@@ -144,11 +146,12 @@ def _calls(said: Mapping[str, Any]) -> list[pb.ToolCall]:
     return [
         pb.ToolCall(
             id=made.get("id") or "",
-            name=made["function"].get("name") or "",
-            arguments=made["function"].get("arguments") or "",
+            name=function.get("name") or "",
+            arguments=function.get("arguments") or "",
             index=made.get("index", number),
         )
         for number, made in enumerate(said.get("tool_calls") or [])
+        for function in (made.get("function") or {},)  # a piece may have none
     ]
 
 

@@ -27,7 +27,7 @@ from sparse_serve.api.grpc_chat import ChatService
 from sparse_serve.api.grpc_tokens import TokenService
 from sparse_serve.api.pb.v1 import chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
-from sparse_serve.engine import Chunk
+from sparse_serve.engine import Chunk, Origin
 from sparse_serve.runtime.errors import PortInUseError
 from sparse_serve.server.context import ServerContext
 
@@ -69,9 +69,9 @@ class GrpcApi:
             ("grpc.max_connection_age_ms", min(age_ms, _INT32_MAX)),
             ("grpc.max_connection_age_grace_ms", max(grace_ms, 1000)),
         ]
-        interceptors: list[grpc.aio.ServerInterceptor] = [DecodeCheck(SERVICES)]
+        interceptors: list[grpc.aio.ServerInterceptor] = [DecodeCheck(SERVICES, self._context.admission)]
         if self._context.keys:
-            interceptors.insert(0, KeyCheck(self._context.keys))
+            interceptors.insert(0, KeyCheck(self._context.keys, self._context.admission))
         server = grpc.aio.server(options=options, interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._calls), server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(self._calls), server)
@@ -140,19 +140,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, call: Any) -> pb.GenerateResponse:
         """All of it at once."""
-        async with self._calls.answering("Generate", call) as id_:
-            chunks = [chunk async for chunk in self._generate(request, call, id_)]
+        async with self._calls.answering("Generate", call) as answering:
+            chunks = [chunk async for chunk in self._generate(request, call, answering.origin)]
             whole = messages.whole_response(chunks, request.sampling.n or 1)
         return whole  # noqa: RET504  what goes wrong while it is made is answered, too
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, call: Any) -> None:
         """Message by message."""
         async with (
-            self._calls.answering("GenerateStream", call) as id_,
-            contextlib.aclosing(self._generate(request, call, id_)) as chunks,
+            self._calls.answering("GenerateStream", call) as answering,
+            contextlib.aclosing(self._generate(request, call, answering.origin)) as chunks,
         ):
             async for chunk in chunks:
-                await self._calls.write(call, messages.stream_response(chunk))
+                await self._calls.write(answering, messages.stream_response(chunk))
 
     async def ListModels(self, request: pb.ListModelsRequest, call: Any) -> pb.ListModelsResponse:
         """Names of models."""
@@ -168,11 +168,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return messages.model_info(info, self._calls.context.engine.models)
 
     async def _generate(
-        self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any, id_: str
+        self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any, origin: Origin
     ) -> AsyncGenerator[Chunk, None]:
         context = self._calls.context
         info, engine = context.served(), context.engine
-        checked = replace(messages.read_request(request, info, engine.models, context.settings), id=id_)
+        checked = replace(messages.read_request(request, info, engine.models, context.settings), origin=origin)
         with self._calls.share(call, checked.sampling.n):
             async with contextlib.aclosing(engine.generate(checked)) as chunks:
                 async for chunk in chunks:

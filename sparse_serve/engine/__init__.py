@@ -108,18 +108,30 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Whose call a request is part of: what the engine's log calls it, which need not be the only one of its name, and
+    its W3C trace context, the headers `traceparent` and `tracestate`, under which the engine reports its span."""
+
+    id: str = ""
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+NOBODY = Origin()
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """A prompt, as text (special tokens are added) or as token ids (used as they are), and how to continue it.
 
     `model` is one of `Engine.models`; empty: the served model. The lower `priority`, the earlier it is its turn, in an
-    engine that goes by that. `id` is what the engine's log calls the request; it need not be the only one of its name.
+    engine that goes by that.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     model: str = ""
     priority: int = 0
-    id: str = ""
+    origin: Origin = NOBODY
 
 
 class FinishReason(Enum):
@@ -188,7 +200,7 @@ class Engine(Protocol):
         """Generate. Raises `BadRequestError`, `UnknownModelError`, `OverloadedError` or `EngineDiedError` while
         iterated."""
 
-    def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. `body` is a request of the OpenAI API's chat completions, and so are the answers:
         one with all, or with `stream` one for each piece. Raises what `generate` does."""
 
@@ -199,16 +211,21 @@ class Engine(Protocol):
     async def detokenize(self, token_ids: Sequence[int], special_tokens: bool) -> str:
         """The text of tokens, with that of special ones, or without."""
 
-    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
+    async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
 
     @property
     def last_step_s(self) -> float:
-        """When, by `time.monotonic`, the engine last put anything out."""
+        """When, by `time.monotonic`, the engine last put anything out; of several replicas of the model, the one that
+        did so least recently."""
 
     async def probe(self) -> None:
-        """Ask for one token, and return when it is there. Raises `EngineDiedError` or `OverloadedError`."""
+        """Ask every replica of the model for one token, and return when all are there. Raises `EngineDiedError` or
+        `OverloadedError`."""
+
+    async def rests(self) -> bool:
+        """Whether the engine makes no steps because it was told so: it is paused, or sleeps."""
 
     @property
     def died(self) -> bool:

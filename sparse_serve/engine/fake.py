@@ -3,7 +3,7 @@
 Output token i is prompt token i modulo the prompt's length, a token id is a character's code point, and every
 log-probability is minus the token id over 1000: all of it predictable from the request. It records what was aborted
 and counts what is unfinished, and can be slow (`delay_s` per token), fail a request (`fail_with`), fail to start, hang
-(`hangs`), or die.
+(`hangs`; if it is also `paused`, it says so), or die.
 """
 
 import asyncio
@@ -14,11 +14,13 @@ from typing import Any
 from maskgen.core.quality import Quality
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
+    NOBODY,
     Chunk,
     EngineInfo,
     FinishReason,
     GenerateRequest,
     KernelChoice,
+    Origin,
     PositionLogprobs,
     TokenLogprob,
 )
@@ -53,9 +55,10 @@ class FakeEngine:
         self.stopped = False
         self.aborted: list[GenerateRequest] = []
         self.requests: list[GenerateRequest] = []
+        self.origins: list[Origin] = []
         self.unfinished = 0
         self._dead = False
-        self.hangs = False
+        self.hangs = self.paused = False
         self.last_step_s = time.monotonic()
 
     async def start(self) -> EngineInfo:
@@ -108,8 +111,9 @@ class FakeEngine:
             if stopped:
                 return
 
-    async def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Says the last message again, and calls the first tool with it."""
+        self.origins.append(origin)
         text = body["messages"][-1]["content"]
         usage = {"prompt_tokens": len(text), "completion_tokens": len(text)}
         calls = [
@@ -136,12 +140,17 @@ class FakeEngine:
     async def detokenize(self, token_ids: Sequence[int], special_tokens: bool) -> str:
         return "".join(map(chr, token_ids))
 
-    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
+    async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
+        self.origins.append(origin)
         return [-id_ / 1000 for id_ in token_ids[1:]]
 
     async def probe(self) -> None:
         await asyncio.sleep(1e9 if self.hangs else 0.0)
         self.last_step_s = time.monotonic()
+
+    async def rests(self) -> bool:
+        await asyncio.sleep(1e9 if self.hangs and not self.paused else 0.0)
+        return self.paused
 
     @property
     def died(self) -> bool:

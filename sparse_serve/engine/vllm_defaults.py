@@ -160,6 +160,15 @@ def check_flags(args: Namespace, defaults: Namespace, environ: Mapping[str, str]
         raise SettingsError(f"VLLM_API_KEY cannot be used here: {_REFUSED['api_key']}")
 
 
+def check_tracing(args: Namespace) -> None:
+    """Raise `SettingsError` where vLLM would take a request and die of its span."""
+    if args.otlp_traces_endpoint and args.disable_log_stats:
+        raise SettingsError(
+            "--otlp-traces-endpoint and --disable-log-stats cannot be used together: vLLM makes spans of these "
+            "statistics, and the first answer would end the engine"
+        )
+
+
 def check_cpu(args: Namespace) -> None:
     """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do."""
     if args.pipeline_parallel_size > 1:

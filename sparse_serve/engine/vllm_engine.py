@@ -32,7 +32,16 @@ from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import SparseError
 from maskgen.core.quality import known_quality
-from sparse_serve.engine import Chunk, EngineInfo, GenerateRequest, vllm_adapters, vllm_defaults, vllm_requests
+from sparse_serve.engine import (
+    NOBODY,
+    Chunk,
+    EngineInfo,
+    GenerateRequest,
+    Origin,
+    vllm_adapters,
+    vllm_defaults,
+    vllm_requests,
+)
 from sparse_serve.engine.vllm_flags import parse
 from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
 from sparse_serve.runtime import processes
@@ -67,7 +76,7 @@ class VllmEngine:
         self._drain_s, self._digests = drain_s, digests
         self._thread: threading.Thread | None = None
         self._stopped = False
-        self.last_step_s = time.monotonic()
+        self.steps_s = {0: time.monotonic()}
         self._others = processes.descendants(os.getpid())
 
     async def start(self) -> EngineInfo:
@@ -197,9 +206,9 @@ class VllmEngine:
         """Generate. See `Engine.generate`."""
         return vllm_requests.generate(self.client, request, self._adapter)
 
-    def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+    def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. See `Engine.chat`."""
-        return vllm_requests.chat(self.client, self.chat_serving, body)
+        return vllm_requests.chat(self.client, self.chat_serving, body, origin)
 
     async def tokenize(self, text: str, special_tokens: bool) -> list[int]:
         """Tokens of a text. See `Engine.tokenize`."""
@@ -209,14 +218,23 @@ class VllmEngine:
         """Text of tokens. See `Engine.detokenize`."""
         return await vllm_requests.detokenize(self.client, token_ids, special_tokens)
 
-    async def score(self, token_ids: list[int], model: str = "") -> list[float]:
+    async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
         """Log-probabilities. See `Engine.score`."""
-        return await vllm_requests.score(self.client, token_ids, self._adapter(model))
+        return await vllm_requests.score(self.client, token_ids, self._adapter(model), origin)
 
     async def probe(self) -> None:
         """One token. See `Engine.probe`."""
         await vllm_requests.probe(self.client)
-        self.last_step_s = time.monotonic()
+        self.steps_s.update(dict.fromkeys(self.steps_s, time.monotonic()))
+
+    async def rests(self) -> bool:
+        """Whether it was told to. See `Engine.rests`."""
+        return await vllm_requests.rests(self.client)
+
+    @property
+    def last_step_s(self) -> float:
+        """The least recent step of a replica. See `Engine.last_step_s`."""
+        return min(self.steps_s.values())
 
     @property
     def is_loading(self) -> bool:
@@ -246,14 +264,15 @@ class VllmEngine:
 
 
 class _StepTimes:
-    """What vLLM calls a stat logger: told of every step of the engine, it keeps the time."""
+    """What vLLM calls a stat logger, one for each replica of the model: told of its every step, it keeps the time."""
 
     def __init__(self, engine: VllmEngine, vllm_config: Any, engine_index: int = 0) -> None:
-        self._engine = engine
+        self._engine, self._index = engine, engine_index
+        self.record()
 
     def record(self, *stats: Any, **more: Any) -> None:
         """A step has ended."""
-        self._engine.last_step_s = time.monotonic()
+        self._engine.steps_s[self._index] = time.monotonic()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """Everything else that vLLM tells a stat logger is nothing to this one."""

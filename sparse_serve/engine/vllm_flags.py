@@ -40,6 +40,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
         parser.set_defaults(enforce_eager=True)
     args = parser.parse_args(list(command))
     vllm_defaults.check_flags(args, defaults, os.environ)
+    vllm_defaults.check_tracing(args)
     args.model = args.model_tag or args.model
     args.worker_extension_cls = WORKER_EXTENSION
     if on_cpu:

@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
+from starlette.requests import Request
 
-from sparse_serve.engine import Chunk, GenerateRequest
-from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, sampling_arguments
+from sparse_serve.engine import NOBODY, Chunk, GenerateRequest, Origin
+from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, engine_seed, sampling_arguments
 from sparse_serve.runtime.errors import (
     BadRequestError,
     EngineDiedError,
@@ -42,25 +43,43 @@ async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str
         if sampling.constraint is not None:
             arguments["structured_outputs"] = StructuredOutputsParams(**constraint_arguments(sampling.constraint))
         params = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
-        name, lora = f"grpc-{request.id}-{uuid.uuid4().hex[:8]}", adapter(request.model)
-        outputs = client.generate(source, params, name, lora_request=lora, priority=request.priority)
+        lora = adapter(request.model)
+        outputs = _generate(
+            client, "grpc", source, params, request.origin, lora_request=lora, priority=request.priority
+        )
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 for chunk in found.chunks(output):
                     yield chunk
 
 
-async def chat(client: Any, serving: Any, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+def _generate(
+    client: Any, kind: str, prompt: Any, params: Any, origin: Origin, **more: Any
+) -> AsyncGenerator[Any, None]:
+    """vLLM's outputs for one request, which its log calls by `kind` and the id of its origin."""
+    name = f"{kind}-{origin.id}-{uuid.uuid4().hex[:8]}"
+    outputs: AsyncGenerator[Any, None] = client.generate(
+        prompt, params, name, trace_headers=dict(origin.trace) or None, **more
+    )
+    return outputs
+
+
+async def chat(
+    client: Any, serving: Any, body: Mapping[str, Any], origin: Origin
+) -> AsyncGenerator[Mapping[str, Any], None]:
     """See `Engine.chat`. `serving` is vLLM's own for its HTTP API."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     with _translated():
         try:
-            request = ChatCompletionRequest(**body)
+            request = ChatCompletionRequest(**{**body, "seed": engine_seed(body.get("seed"))})
         except ValidationError as error:
             raise BadRequestError(reason(error)) from None
-        answer = await serving.create_chat_completion(request)
+        try:
+            answer = await serving.create_chat_completion(request, _http_request(origin))
+        except Exception as error:
+            raise _as_http_says(error) from error
         if isinstance(answer, ErrorResponse):
             raise _as_ours(answer.error.code, answer.error.message)
         if not body.get("stream"):
@@ -77,6 +96,27 @@ async def chat(client: Any, serving: Any, body: Mapping[str, Any]) -> AsyncGener
                 if "error" in piece:
                     raise _as_ours(piece["error"].get("code"), piece["error"].get("message"))
                 yield piece
+
+
+def _http_request(origin: Origin) -> Request:
+    """As if it had come over HTTP: vLLM takes a request's id and its trace from the header."""
+    headers = {"x-request-id": origin.id, **origin.trace}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items() if value]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": raw})
+
+
+def _as_http_says(error: Exception) -> Exception:
+    """What is raised for an exception that vLLM's HTTP API would call the client's fault, else the exception.
+
+    A part of what vLLM checks late raises plain `ValueError` or `TypeError`, and so does a chat template.
+    """
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import VLLMError
+
+    if isinstance(error, VLLMError):
+        return error
+    found = create_error_response(error).error
+    return BadRequestError(found.message) if found.code < 500 or isinstance(error, NotImplementedError) else error
 
 
 def _as_ours(status: int | None, message: str) -> Exception:
@@ -105,7 +145,7 @@ async def detokenize(client: Any, token_ids: Sequence[int], special_tokens: bool
     return str(await asyncio.to_thread(tokenizer.decode, list(token_ids), skip_special_tokens=not special_tokens))
 
 
-async def score(client: Any, token_ids: list[int], adapter: Any = None) -> list[float]:
+async def score(client: Any, token_ids: list[int], adapter: Any, origin: Origin) -> list[float]:
     """See `Engine.score`. `adapter` is vLLM's object for one."""
     from vllm import SamplingParams
 
@@ -115,7 +155,7 @@ async def score(client: Any, token_ids: list[int], adapter: Any = None) -> list[
     with _translated():
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompt = {"prompt_token_ids": token_ids}
-        async for output in client.generate(prompt, params, f"score-{uuid.uuid4().hex}", lora_request=adapter):
+        async for output in _generate(client, "score", prompt, params, origin, lora_request=adapter):
             final = output
     return [final.prompt_logprobs[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
 
@@ -124,10 +164,21 @@ async def probe(client: Any) -> None:
     """See `Engine.probe`."""
     from vllm import SamplingParams
 
-    with _translated():
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        async for _ in client.generate({"prompt_token_ids": [0]}, params, f"probe-{uuid.uuid4().hex}"):
+    async def ask(replica: int) -> None:
+        prompt = {"prompt_token_ids": [0]}
+        async for _ in _generate(client, "probe", prompt, params, NOBODY, data_parallel_rank=replica):
             pass
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    replicas = client.vllm_config.parallel_config.data_parallel_size
+    with _translated():
+        await asyncio.gather(*map(ask, range(replicas)))
+
+
+async def rests(client: Any) -> bool:
+    """See `Engine.rests`."""
+    with _translated():
+        return bool(await client.is_sleeping())  # also while it is paused
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], ma
     max_tokens = sampling.max_tokens or model_defaults.get("max_tokens") or DEFAULT_MAX_TOKENS
     return arguments | {
         "max_tokens": min(max_tokens, max_model_len),
-        "seed": _SEED_IN_PLACE_OF_MINUS_1 if sampling.seed == -1 else sampling.seed,
+        "seed": engine_seed(sampling.seed),
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
@@ -68,6 +68,11 @@ def sampling_arguments(sampling: Sampling, model_defaults: Mapping[str, Any], ma
         "logit_bias": None if not sampling.logit_bias else dict(sampling.logit_bias),
         "min_tokens": sampling.min_tokens,
     }
+
+
+def engine_seed(seed: int | None) -> int | None:
+    """The seed that makes vLLM do what `Sampling.seed` asks for."""
+    return _SEED_IN_PLACE_OF_MINUS_1 if seed == -1 else seed
 
 
 def constraint_arguments(constraint: Constraint) -> dict[str, Any]:

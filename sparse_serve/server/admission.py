@@ -29,13 +29,26 @@ class Phase(Enum):
     DEAD = "dead"
 
 
+class Cause(Enum):
+    """Why an answer ended in the middle: `ABORTED` by an operator, `UNREAD` by the client for too long."""
+
+    CLIENT = "client"
+    DEADLINE = "deadline"
+    UNREAD = "unread"
+    DRAIN = "drain"
+    ENGINE = "engine"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
 @dataclass
 class Outcome:
-    """How a request ended, filled in by its API: gRPC code or HTTP status, and whether the client left early. `id` and
-    `client` say whose it was, for the log."""
+    """How a request ended, filled in by its API: gRPC code or HTTP status, whether the client left early, and if its
+    answer ended in the middle, why. `id` and `client` say whose it was, for the log."""
 
     code: str = "OK"
     cancelled: bool = False
+    truncated: Cause | None = None
     id: str = ""
     client: str = ""
 
@@ -76,30 +89,39 @@ class Admission:
             raise EngineDiedError("the engine has died; this server is going down")
 
     @contextlib.contextmanager
-    def request(self, api: str, method: str) -> Iterator[Outcome]:
-        """Count a request in, for as long as its answer takes, and record how it ended."""
-        outcome = Outcome()
-        started_s = time.perf_counter()
+    def request(self, api: str, method: str, holds_drain: bool = True) -> Iterator[Outcome]:
+        """Count a request and record how it ended. While it is answered it is inside, and a drain waits for it, unless
+        it is one of those that tell about the server (not `holds_drain`)."""
+        outcome, started_s = Outcome(), time.perf_counter()
+        with self._inside(api) if holds_drain else contextlib.nullcontext():
+            try:
+                yield outcome
+            finally:
+                self._record(api, method, outcome, time.perf_counter() - started_s)
+
+    @contextlib.contextmanager
+    def _inside(self, api: str) -> Iterator[None]:
         in_flight = self._metrics.in_flight.labels(api)
         in_flight.inc()
         self._in_flight += 1
         self._look()
         try:
-            yield outcome
+            yield
         finally:
             self._in_flight -= 1
             self._look()
             in_flight.dec()
-            seconds = time.perf_counter() - started_s
-            self._metrics.requests.labels(api, method, outcome.code).inc()
-            self._metrics.seconds.labels(api, method).observe(seconds)
-            shown = {"api": api, "method": method, "code": outcome.code, "seconds": round(seconds, 6)}
-            shown |= {"id": outcome.id, "client": outcome.client, "cancelled": outcome.cancelled}
-            access.info(
-                "%(api)s %(method)s %(code)s in %(seconds)s s, id %(id)s, client %(client)s", shown, extra=shown
-            )
-            if outcome.cancelled:
-                self._metrics.cancelled.labels(api).inc()
+
+    def _record(self, api: str, method: str, outcome: Outcome, seconds: float) -> None:
+        self._metrics.requests.labels(api, method, outcome.code).inc()
+        self._metrics.seconds.labels(api, method).observe(seconds)
+        shown = {"api": api, "method": method, "code": outcome.code, "seconds": round(seconds, 6)}
+        shown |= {"id": outcome.id, "client": outcome.client, "cancelled": outcome.cancelled}
+        access.info("%(api)s %(method)s %(code)s in %(seconds)s s, id %(id)s, client %(client)s", shown, extra=shown)
+        if outcome.cancelled:
+            self._metrics.cancelled.labels(api).inc()
+        if outcome.truncated is not None:
+            self._metrics.truncated.labels(api, outcome.truncated.value).inc()
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[None]:

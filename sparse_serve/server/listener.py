@@ -11,12 +11,13 @@ import resource
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from sparse_serve.runtime.errors import PortInUseError, ServeError
-from sparse_serve.server.gatekeeper import Gatekeeper, new_id, refusal, with_id
+from sparse_serve.runtime.errors import PortInUseError
+from sparse_serve.server.gatekeeper import Gatekeeper
 from sparse_serve.server.protocol import ConnectionLimits, limited
 
 
@@ -28,13 +29,17 @@ class HttpListener:
     ) -> None:
         self._host, self._port = host, port
         self._gatekeeper, self._limits, self._tls = gatekeeper, limits, tls
-        self._routes: dict[str, tuple[ASGIApp, bool]] = {}
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
     def mount(self, path: str, app: ASGIApp, needs_key: bool = True) -> None:
-        """Answer exactly this path with `app`, in every phase and uncounted, to those with a key or to everybody."""
-        self._routes[path] = (app, needs_key)
+        """Answer exactly this path with `app`, in every phase, to those with a key or to everybody."""
+        self._gatekeeper.mount(path, app, needs_key)
+
+    @property
+    def connections(self) -> frozenset[Any]:
+        """Those that are open now, as uvicorn's protocol objects."""
+        return frozenset(self._server.server_state.connections if self._server is not None else ())
 
     def set_main(self, app: ASGIApp) -> None:
         """Answer every path that is not mounted with `app`."""
@@ -45,8 +50,8 @@ class HttpListener:
         listener = _listen(self._host, self._port)
         _allow_files()
         config = uvicorn.Config(
-            self._dispatch,
-            http=limited(self._limits),
+            self._gatekeeper,
+            http=limited(self._limits, self._tls),
             ws="none",
             interface="asgi3",
             lifespan="off",
@@ -56,8 +61,6 @@ class HttpListener:
             server_header=False,
             proxy_headers=False,  # a client could say that it is another one
         )
-        config.load()
-        config.ssl = self._tls
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
         address = _address_text(listener)
@@ -78,17 +81,6 @@ class HttpListener:
         self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
         self._server.should_exit = True
         await self._task
-
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app, needs_key = self._routes.get(scope["path"], (self._gatekeeper, False))
-        if app is not self._gatekeeper:
-            send = with_id(send, new_id())
-        if needs_key:
-            try:
-                self._gatekeeper.client(scope)
-            except ServeError as error:
-                app = refusal(error)
-        await app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):

@@ -28,6 +28,13 @@ class Metrics:
             ["api"],
             registry=registry,
         )
+        self.truncated = Counter(
+            "sparse_serve_truncated_streams",
+            "Answers that began and have no end: the client left, its deadline passed, it did not read, the drain was "
+            "over, the engine died, an operator aborted them, or an error",
+            ["api", "cause"],
+            registry=registry,
+        )
         self.rejected = Counter(
             "sparse_serve_client_rejections",
             "Requests refused because their client had too much running (a full queue: vllm:admission_rejections)",

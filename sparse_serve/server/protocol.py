@@ -2,11 +2,12 @@
 
 uvicorn has a time limit for one thing, an idle connection after an answer. Here every state of a connection has one:
 
-    nothing, or half a header, received    `header_s`, then closed
+    TLS handshake under way                `header_s`, then closed (`handshake`)
+    nothing, or half a header, received    `header_s`, then closed; behind an answer, from its end on
     header over `max_header_bytes`, or of more than `MAX_HEADER_LINES` lines    431, then closed
     request over `max_request_bytes`, trailers too    closed; below that, the gatekeeper has limits of its own
     what is left of a request when it has been answered    closed
-    answer that the client does not read   `write_s`, then closed
+    answer that the client does not read   `write_s`, then closed, whether the answer is complete or not
     other requests before the answer       `MAX_PIPELINED` of them, and little of a body, then closed
     more than `max_connections`            closed at once
 
@@ -15,10 +16,15 @@ client leaves. Here it goes on reading, and the one that is being answered is to
 """
 
 import asyncio
+import ssl
 from dataclasses import dataclass
+from typing import Any
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from sparse_serve.server.answers import UNREAD
+from sparse_serve.server.handshake import Handshake
 
 MAX_HEADER_LINES = 256
 MAX_PIPELINED = 16
@@ -35,13 +41,18 @@ class ConnectionLimits:
     write_s: float
 
 
-def limited(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, bounded by `limits`; uvicorn makes an object of it for each connection."""
+def limited(limits: ConnectionLimits, tls: ssl.SSLContext | None) -> Any:
+    """uvicorn's protocol, bounded by `limits`, with `tls` before it; uvicorn makes an object of it for each connection,
+    as it would of a class."""
 
     class Limited(LimitedProtocol):
         connection_limits = limits
 
-    return Limited
+    def make(**given: Any) -> asyncio.Protocol:
+        protocol = Limited(**given)
+        return Handshake(protocol, tls, limits.max_connections, limits.header_s) if tls else protocol
+
+    return make
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -66,6 +77,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.connection_limits.max_connections:
             transport.abort()
             return
+        # to be told of every byte that the system does not take at once, and not of 64 KB; TLS counts from this one on
+        transport.set_write_buffer_limits(1 if self.scheme == "https" else 0)
         self._expect_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -148,14 +161,19 @@ class LimitedProtocol(HttpToolsProtocol):
         """The last byte of an answer; the request behind it is next."""
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if not self._whole and not self.pipeline and self._is_idle:
+        if self.pipeline or not self._is_idle:
+            return
+        if not self._between:  # the next request has begun
+            if self._header_timer is None:
+                self._expect_header()
+        elif not self._whole:
             self._refused = True
             self.transport.close()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is written to."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.connection_limits.write_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.connection_limits.write_s, self._end_unread)
 
     def resume_writing(self) -> None:
         """It has read."""
@@ -171,6 +189,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_timer = None
         if self._is_idle:
             self.transport.abort()
+
+    def _end_unread(self) -> None:
+        answering = self._answering or self.cycle
+        if answering is not None:
+            answering.scope[UNREAD] = True
+        self._abort()
 
     def _abort(self) -> None:
         self._refused = True

@@ -1,6 +1,8 @@
 """Finds an engine that hangs: its process lives, and no token comes.
 
-An engine that makes no step for a quarter of the time limit is asked for a token, which has to come in another quarter.
+An engine that makes no step for a quarter of the time limit is asked for a token, which has to come in another quarter;
+of several replicas of the model each is. One that was told to pause, or to sleep, says so and is left alone.
+
 A server that was itself suspended finds its time over when it wakes, with nothing wrong; so it takes two misses in a
 row.
 """
@@ -29,7 +31,8 @@ async def until_hung(engine: Engine, limit_s: float) -> None:
         asked_s = time.monotonic()
         try:
             async with asyncio.timeout(part_s):
-                await engine.probe()
+                if not await engine.rests():
+                    await engine.probe()
         except TimeoutError:
             if engine.last_step_s < asked_s:
                 misses += 1

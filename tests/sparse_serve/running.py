@@ -29,7 +29,7 @@ class EchoApi:
     """POST {"prompt", "max_tokens"} streams the engine's tokens; anything else says which path it was.
 
     With `?sse` the answer is called an event stream. With `?wide` every token is there 10,000 times. With `?late` the
-    answer comes when all is there, and is 500 if that fails.
+    answer comes when all is there, and is 500 if that fails. `GET` with `?sse` streams tokens without end.
     """
 
     def __init__(self, context: ServerContext) -> None:
@@ -52,10 +52,11 @@ class EchoApi:
         self._times = 10_000 if scope["query_string"] == b"wide" else 1
         headers = [(b"content-type", b"text/event-stream")] if scope["query_string"] == b"sse" else []
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        if scope["method"] == "GET":
+        if scope["method"] != "POST" and not headers:
             await send({"type": "http.response.body", "body": scope["path"].encode()})
             return
-        body = json.loads((await receive())["body"])
+        received = (await receive())["body"]
+        body = json.loads(received) if received else {"prompt": "ab", "max_tokens": 4000}
         generation = asyncio.create_task(self._stream(body, send))
         left = asyncio.create_task(receive())
         try:
@@ -139,6 +140,8 @@ async def running(engine: FakeEngine | None = None, ready: bool = True, **settin
         httpx.AsyncClient(base_url=f"http://{listening.http}", timeout=10) as http,
         grpc.aio.insecure_channel(listening.grpc) as channel,
     ):
-        yield Running(server, engine, registry, task, http, channel, events)
-        server.stop()
-        await asyncio.wait_for(task, 15)
+        try:
+            yield Running(server, engine, registry, task, http, channel, events)
+        finally:  # a server that is left alone keeps threads of gRPC, for which the process waits
+            server.stop()
+            await asyncio.wait_for(task, 15)

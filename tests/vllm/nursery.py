@@ -41,6 +41,7 @@ from sparse_serve.runtime import processes
 AS_USERS_DO = {
     "test_server",
     "test_services",
+    "test_tracing",
     "test_endings",
     "test_starts",
     "test_stock",

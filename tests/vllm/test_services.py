@@ -20,7 +20,10 @@ from tests.vllm.serving import PROMPT, Running, end, grpc_request, http_request,
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("services")
     template = folder / "chat.jinja"
-    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    template.write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
+        "{% if message.role == 'odd' %}{{ raise_exception('who is odd?') }}{% endif %}{% endfor %}"
+    )
     flags = [f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize"]
     flags += ["--access-log", "--log-json", "--served-model-name=tiny"]
     running = launch(make_checkpoint(folder), folder, *flags)
@@ -55,6 +58,23 @@ def test_a_chat_is_answered_as_over_http_at_once_and_in_pieces(server: Running) 
     assert whole.usage.prompt_tokens == pieces[-1].usage.prompt_tokens == over_http["usage"]["prompt_tokens"]
     with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
         chat(server).Chat(chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="a" * 100_000)]))
+
+
+def test_a_chat_may_have_any_seed_and_vllms_id_of_it_has_the_clients(server: Running) -> None:
+    def said(seed: int) -> str:
+        sampling = pb.Sampling(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)
+        asked = chat_pb2.ChatRequest(messages=[chat_pb2.Message(**MESSAGES[1])], sampling=sampling)
+        return chat(server).Chat(asked).choices[0].message.content
+
+    assert said(-1) == said(-1) != said(1)
+
+
+def test_what_vllm_finds_wrong_late_is_the_clients_fault(server: Running) -> None:
+    for wrong in ([chat_pb2.Message(role="odd", content="a")], [chat_pb2.Message(role="tool", tool_call_id="x")]):
+        with pytest.raises(grpc.RpcError) as caught:
+            chat(server).Chat(chat_pb2.ChatRequest(messages=wrong, tool_choice="", sampling=pb.Sampling(max_tokens=1)))
+        if caught.value.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            raise caught.value
 
 
 def test_several_sequences_are_those_of_their_seeds(server: Running) -> None:

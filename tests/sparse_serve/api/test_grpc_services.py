@@ -1,6 +1,7 @@
 """Chats, tokens, several sequences and the details of errors over gRPC, with a fake engine."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -9,6 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.engine import Origin
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.runtime.errors import BadRequestError, TooManyError, UnavailableError
 from tests.sparse_serve.running import Running, running
@@ -126,7 +128,7 @@ async def test_sequences_of_a_call_count_for_its_client() -> None:
 async def test_a_passage_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     running_now: set[int] = set()
 
-    async def score(self: FakeEngine, token_ids: list[int], model: str = "") -> list[float]:
+    async def score(self: FakeEngine, token_ids: list[int], model: str, origin: Origin) -> list[float]:
         if len(token_ids) == 1:
             raise BadRequestError("one token")
         running_now.add(len(token_ids))
@@ -204,7 +206,7 @@ async def test_an_id_goes_through_the_call_and_into_the_log(caplog: pytest.LogCa
         call = server.stub.Generate(pb.GenerateRequest(text="a"), metadata=(("x-request-id", "mine-1"),))
         await call
         assert dict(await call.trailing_metadata())["x-request-id"] == "mine-1"
-        assert server.engine.requests[0].id == "mine-1"
+        assert server.engine.requests[0].origin.id == "mine-1"
         made = server.stub.Generate(pb.GenerateRequest(text=""))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await made
@@ -217,6 +219,51 @@ async def test_an_id_goes_through_the_call_and_into_the_log(caplog: pytest.LogCa
         await server.until(lambda: any(getattr(record, "id", "") == "two" for record in caplog.records))
     found = {record.id: (record.api, record.code) for record in caplog.records if record.name == "sparse_serve.access"}
     assert found["mine-1"] == ("grpc", "OK") and found["two"] == ("http", "200")
+
+
+TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
+
+
+async def test_the_engine_hears_of_the_id_and_the_trace_of_every_call() -> None:
+    metadata = (*TRACE.items(), ("x-request-id", "mine"))
+    expected = Origin("mine", TRACE)
+    async with running() as server:
+        stub = server.stub
+        await stub.Generate(pb.GenerateRequest(text="a"), metadata=metadata)
+        [_ async for _ in stub.GenerateStream(pb.GenerateStreamRequest(text="a"), metadata=metadata)]
+        await chat(server).Chat(asked("a"), metadata=metadata)
+        [_ async for _ in chat(server).ChatStream(asked("a", chat_pb2.ChatStreamRequest), metadata=metadata)]
+        passages = [tokens_pb2.Passage(text="ab")]
+        await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages), metadata=metadata)
+        assert [request.origin for request in server.engine.requests] == [expected] * 2
+        assert server.engine.origins == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "heard"),
+    [
+        ({"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331"}, {}),
+        ({"traceparent": "x" * 55}, {}),
+        ({"tracestate": "a=1"}, {}),
+        (TRACE | {"tracestate": "a=" + "1" * 600}, {"traceparent": TRACE["traceparent"]}),
+    ],
+)
+async def test_what_is_no_trace_is_not_passed_on(given: dict[str, str], heard: dict[str, str]) -> None:
+    async with running() as server:
+        await server.stub.Generate(pb.GenerateRequest(text="a"), metadata=tuple(given.items()))
+    assert server.engine.requests[0].origin.trace == heard
+
+
+async def test_a_piece_of_a_tools_call_may_lack_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def said(self: FakeEngine, body: Any, origin: Origin) -> AsyncGenerator[Any, None]:
+        for calls in ([{"index": 0, "id": "c", "type": "function"}], [{"index": 0, "function": {"arguments": "{}"}}]):
+            yield {"choices": [{"index": 0, "delta": {"tool_calls": calls}, "finish_reason": None}]}
+
+    monkeypatch.setattr(FakeEngine, "chat", said)
+    async with running() as server:
+        call = chat(server).ChatStream(asked("a", chat_pb2.ChatStreamRequest, tools=[TOOL]))
+        made = [(one.id, one.name, one.arguments) async for piece in call for one in piece.tool_calls]
+    assert made == [("c", "", ""), ("", "", "{}")]
 
 
 async def test_reflection_answers_to_both_of_its_names() -> None:

@@ -32,6 +32,14 @@ def test_a_key_in_the_environment_is_no_better_than_one_in_a_flag() -> None:
         vllm_defaults.check_flags(NONE_GIVEN, NONE_GIVEN, {"VLLM_API_KEY": "k"})
 
 
+def test_spans_need_the_statistics_that_they_are_made_of() -> None:
+    both = {"otlp_traces_endpoint": "http://127.0.0.1:4317", "disable_log_stats": True}
+    with pytest.raises(SettingsError, match="--otlp-traces-endpoint and --disable-log-stats"):
+        vllm_defaults.check_tracing(Namespace(**both))
+    for name in both:
+        vllm_defaults.check_tracing(Namespace(**both | {name: None}))
+
+
 def test_what_the_user_says_wins() -> None:
     said = {
         "VLLM_LOGGING_STREAM": "ext://sys.stdout",

@@ -78,8 +78,10 @@ async def test_grpc_asks_for_the_same_keys_health_checks_apart(keys: Path) -> No
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         for metadata in ((), (("authorization", f"Bearer {KEY}x"),)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await server.stub.Generate(pb.GenerateRequest(text="a"), metadata=metadata)
+                await server.stub.Generate(pb.GenerateRequest(text="a"), metadata=(*metadata, ("x-request-id", "mine")))
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            trailing = dict(refused.value.trailing_metadata())
+            assert trailing["x-request-id"] == "mine" and b"UNAUTHENTICATED" in trailing["grpc-status-details-bin"]
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 async for _ in server.stub.GenerateStream(pb.GenerateStreamRequest(text="a"), metadata=metadata):
                     pass
@@ -96,6 +98,8 @@ async def test_grpc_asks_for_the_same_keys_health_checks_apart(keys: Path) -> No
             pb.GenerateRequest(text="ab", sampling=sampling), metadata=(("authorization", f"Bearer {KEY}"),)
         )
         assert answer.text == "ab"
+    refusals = server.metric("sparse_serve_requests_total", api="grpc", method="Generate", code="UNAUTHENTICATED")
+    assert refusals == 2
 
 
 @pytest.mark.parametrize("content", ["", "# only a remark\n", "short\n", "two words of a long line\n"])
@@ -196,6 +200,28 @@ async def test_what_has_no_answer_yet_at_the_end_of_a_drain_gets_503() -> None:
         response = await task
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert "going down" in response.json()["error"]["message"]
+
+
+async def test_a_streamed_get_is_waited_for_and_cut_off_too() -> None:
+    async with running(FakeEngine(delay_s=0.05), drain_s=0.3) as server:
+        task = asyncio.create_task(server.http.get("/v1/responses/resp_1?sse"))
+        await server.until(lambda: server.engine.unfinished == 1)
+        server.server.stop()
+        response = await task
+    assert response.status_code == 200 and response.text.endswith("data: [DONE]\n\n")
+    assert '"code": 503' in response.text and len(server.engine.aborted) == 1
+
+
+async def test_a_browser_may_ask_without_a_key_what_a_page_may_do(keys: Path) -> None:
+    preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    async with running(api_keys=str(keys)) as server:
+        asked = await server.http.options("/v1/chat/completions", headers=preflight)
+        assert (asked.status_code, asked.text) == (200, "/v1/chat/completions")
+        assert (await server.http.options("/docs", headers=preflight)).status_code == 404
+        for lacks in preflight:
+            headers = {name: value for name, value in preflight.items() if name != lacks}
+            assert (await server.http.options("/v1/chat/completions", headers=headers)).status_code == 401
+        assert (await server.http.post("/v1/completions", json={}, headers=preflight)).status_code == 401
 
 
 async def test_a_dead_engine_is_503_on_every_path_and_never_500() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -97,6 +98,34 @@ async def test_a_client_that_does_not_read_is_closed_and_its_request_aborted() -
         await server.until(lambda: len(server.engine.aborted) == 1)
         await server.until(lambda: server.metric("sparse_serve_in_flight_requests", api="http") == 0)
     assert server.metric("sparse_serve_cancelled_total", api="http") == 1
+
+
+async def test_what_is_left_of_an_answer_is_not_kept_for_a_client_that_does_not_read() -> None:
+    """Less than asyncio would tell of, and the connection is to be closed once it is written."""
+    async with running(write_s=0.3) as server, connection(server) as (_, writer):
+        writer.transport.pause_reading()
+        small = writer.get_extra_info("socket")
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        (served,) = [one for one in server.server.context.listener.connections if one.client == small.getsockname()]
+        served.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        writer.write(post(4, b"?wide").replace(b"host: x", b"host: x\r\nconnection: close"))
+        await server.until(lambda: 0 < served.transport.get_write_buffer_size() < 65536)
+        await server.until(lambda: served not in server.server.context.listener.connections)
+
+
+async def test_half_a_header_behind_an_answer_may_come_later_and_not_never() -> None:
+    async with running(FakeEngine(delay_s=0.05), header_s=0.3) as server, connection(server) as (reader, writer):
+        writer.write(post(8) + b"GET /health HTTP/1.1\r\nhost: x\r\n")
+        answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+        await asyncio.sleep(0.1)
+        writer.write(b"\r\n")
+        answer += await reader.readuntil(b"\r\n0\r\n\r\n")
+        assert answer.count(b"HTTP/1.1 200 OK") == 2
+        writer.write(post(8) + b"GET /health HTTP/1.1\r\nhost: x\r\n")
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        ended_s = asyncio.get_running_loop().time()
+        assert await ends(reader)
+        assert 0.2 < asyncio.get_running_loop().time() - ended_s < 2
 
 
 async def test_requests_behind_one_another_are_answered_in_order() -> None:

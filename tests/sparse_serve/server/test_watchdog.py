@@ -60,3 +60,14 @@ async def test_one_miss_is_none() -> None:
         await asyncio.sleep(0.3)
     assert not watching.done()
     watching.cancel()
+
+
+async def test_an_engine_that_rests_is_no_engine_that_hangs() -> None:
+    engine = FakeEngine()
+    engine.hangs = engine.paused = True
+    watching = asyncio.create_task(until_hung(engine, 0.2))
+    await asyncio.sleep(0.6)
+    assert not watching.done()
+    engine.paused = False
+    async with asyncio.timeout(5):
+        await watching

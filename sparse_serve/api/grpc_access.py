@@ -1,6 +1,6 @@
 """Who may call over gRPC: keys as an interceptor, TLS as credentials, both read again when their files change."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -30,18 +30,21 @@ def _configuration(tls: Tls) -> Any:
 
 
 class KeyCheck(grpc.aio.ServerInterceptor):
-    """Refuses every call without a key, health checks apart."""
+    """Refuses every call without a key. `others` are services with keys of their own, None where they need none."""
 
-    def __init__(self, keys: Keys, admission: Admission) -> None:
+    def __init__(self, keys: Keys | None, others: Mapping[str, Keys | None], admission: Admission) -> None:
         self._keys, self._admission = keys, admission
+        self._others = {health.SERVICE_NAME: None, **others}
 
     async def intercept_service(self, continuation: Any, call_details: Any) -> Any:
         """The handler of a call, or one that refuses it."""
         handler = await continuation(call_details)
-        if handler is None or call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+        service = call_details.method.removeprefix("/").rpartition("/")[0]
+        keys = self._others.get(service, self._keys)
+        if handler is None or keys is None:
             return handler
         try:
-            self._keys.client(authorization(call_details.invocation_metadata))
+            keys.client(authorization(call_details.invocation_metadata))
         except UnauthenticatedError as error:
             return _refusing(handler, self._admission, call_details.method, error)
         return handler

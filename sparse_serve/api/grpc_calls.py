@@ -19,7 +19,7 @@ import grpc
 from sparse_serve.api.grpc_access import authorization
 from sparse_serve.api.grpc_status import REQUEST_ID, abort, metadata_value, new_id, request_id
 from sparse_serve.engine import NOBODY, Origin
-from sparse_serve.runtime.errors import EngineDiedError, answer
+from sparse_serve.runtime.errors import AbortedError, EngineDiedError, answer
 from sparse_serve.server.admission import Cause, Outcome, Phase
 from sparse_serve.server.context import ServerContext
 
@@ -89,28 +89,38 @@ class Calls:
             yield
 
     @contextlib.asynccontextmanager
-    async def answering(self, method: str, call: Any) -> AsyncIterator[Answering]:
+    async def answering(self, method: str, call: Any, client: str = "") -> AsyncIterator[Answering]:
         """Count a call, and end it with the status its exception stands for. It has an id: the client's own, from the
-        metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too."""
+        metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too. `client`: who calls, if that is
+        not for a client's key to say."""
         with self.context.admission.request("grpc", method) as outcome:
             answering = Answering(call, outcome)
             outcome.id = new_id()
             try:
-                outcome.client, outcome.id = self.client(call), request_id(call, outcome.id)
+                outcome.client, outcome.id = client or self.client(call), request_id(call, outcome.id)
                 answering.origin = Origin(outcome.id, _trace(call))
                 call.set_trailing_metadata(((REQUEST_ID, outcome.id),))
                 yield answering
             except asyncio.CancelledError:
-                self._cancelled(answering)
-                raise
+                task = asyncio.current_task()
+                if not outcome.aborted or task is None:
+                    self._cancelled(answering)
+                    raise
+                task.uncancel()
+                await self._failed(answering, AbortedError("an operator ended this request"))
             except grpc.aio.BaseError:  # a write to a client that has left
                 self._cancelled(answering)
             except Exception as error:
-                if answering.begun:
-                    outcome.truncated = Cause.ENGINE if isinstance(error, EngineDiedError) else Cause.ERROR
-                reply = answer(error)
-                outcome.code = reply.grpc_code
-                await abort(call, error, outcome.id, reply)
+                await self._failed(answering, error)
+
+    async def _failed(self, answering: Answering, error: Exception) -> None:
+        """End a call with the status that an exception stands for."""
+        outcome, reply = answering.outcome, answer(error)
+        if answering.begun:
+            causes: dict[type[Exception], Cause] = {EngineDiedError: Cause.ENGINE, AbortedError: Cause.ABORTED}
+            outcome.truncated = causes.get(type(error), Cause.ERROR)
+        outcome.code = reply.grpc_code
+        await abort(answering.call, error, outcome.id, reply)
 
     def _cancelled(self, answering: Answering) -> None:
         """Note why a call was cancelled."""

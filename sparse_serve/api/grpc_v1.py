@@ -19,13 +19,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from sparse_serve.api import grpc_chat, grpc_tokens
+from sparse_serve.api import grpc_admin, grpc_chat, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
 from sparse_serve.api.grpc_access import DecodeCheck, KeyCheck, server_credentials
+from sparse_serve.api.grpc_admin import AdminService
 from sparse_serve.api.grpc_calls import Calls
 from sparse_serve.api.grpc_chat import ChatService
 from sparse_serve.api.grpc_tokens import TokenService
-from sparse_serve.api.pb.v1 import chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
+from sparse_serve.api.pb.v1 import admin_pb2_grpc, chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import Chunk, Origin
 from sparse_serve.runtime.errors import PortInUseError
@@ -57,6 +58,7 @@ class GrpcApi:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._calls = Calls(context)
+        self._services: tuple[str, ...] = SERVICES
 
     async def start(self) -> str:
         """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
@@ -69,16 +71,21 @@ class GrpcApi:
             ("grpc.max_connection_age_ms", min(age_ms, _INT32_MAX)),
             ("grpc.max_connection_age_grace_ms", max(grace_ms, 1000)),
         ]
-        interceptors: list[grpc.aio.ServerInterceptor] = [DecodeCheck(SERVICES, self._context.admission)]
-        if self._context.keys:
-            interceptors.insert(0, KeyCheck(self._context.keys, self._context.admission))
+        admission, admin_keys = self._context.admission, self._context.admin_keys
+        self._services = SERVICES if admin_keys is None else (*SERVICES, grpc_admin.SERVICE)
+        interceptors = [
+            KeyCheck(self._context.keys, {grpc_admin.SERVICE: admin_keys}, admission),
+            DecodeCheck(self._services, admission),
+        ]
         server = grpc.aio.server(options=options, interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._calls), server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(self._calls), server)
         tokens_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(self._calls), server)
+        if admin_keys is not None:
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._calls), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
-            services = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+            services = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
             reflection.enable_server_reflection(services, server)
             _add_reflection_v1(services, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -116,7 +123,7 @@ class GrpcApi:
         await self._server.stop(max(grace_s, _CLOSE_S))
 
     async def _set_health(self, status: Any) -> None:
-        for service in ("", *SERVICES):
+        for service in ("", *self._services):
             await self._health.set(service, status)
 
 

@@ -14,6 +14,7 @@
           +-- OverloadedError   (RuntimeError)     the queue is full
           |    +-- TooManyError                    this client has enough requests running
           +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
+          +-- AbortedError      (RuntimeError)     an operator ended this request
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
 `answer` picks the status of this project's errors, for gRPC calls and for what the HTTP listener refuses, so the same
@@ -88,6 +89,10 @@ class UnavailableError(ServeError, ConnectionError):
     """The server is not taking requests now: it is starting or draining."""
 
 
+class AbortedError(ServeError, RuntimeError):
+    """An operator ended this request."""
+
+
 class EngineDiedError(ServeError, RuntimeError):
     """The engine process is gone. Nothing in this process can bring it back."""
 
@@ -109,6 +114,7 @@ _TABLE: tuple[tuple[type[SparseError], str, int, float | None], ...] = (
     (TooManyError, "RESOURCE_EXHAUSTED", 429, 1.0),
     (OverloadedError, "RESOURCE_EXHAUSTED", 503, 1.0),
     (UnavailableError, "UNAVAILABLE", 503, 1.0),
+    (AbortedError, "ABORTED", 409, None),
     (EngineDiedError, "UNAVAILABLE", 503, 5.0),
 )
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, TooManyError, UnavailableError
 from sparse_serve.server.metrics import Metrics
@@ -41,7 +42,7 @@ class Cause(Enum):
     ERROR = "error"
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """How a request ended, filled in by its API: gRPC code or HTTP status, whether the client left early, and if its
     answer ended in the middle, why. `id` and `client` say whose it was, for the log."""
@@ -51,6 +52,8 @@ class Outcome:
     truncated: Cause | None = None
     id: str = ""
     client: str = ""
+    aborted: bool = False
+    """Whether its task is cancelled because an operator said so."""
 
 
 class Admission:
@@ -61,6 +64,7 @@ class Admission:
         self._max_per_client = max_per_client
         self._sequences: Counter[str] = Counter()
         self._receiving = 0
+        self._tasks: dict[Outcome, asyncio.Task[Any]] = {}
         self._phase = Phase.STARTING
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -93,14 +97,17 @@ class Admission:
         """Count a request and record how it ended. While it is answered it is inside, and a drain waits for it, unless
         it is one of those that tell about the server (not `holds_drain`)."""
         outcome, started_s = Outcome(), time.perf_counter()
-        with self._inside(api) if holds_drain else contextlib.nullcontext():
+        with self._inside(api, outcome) if holds_drain else contextlib.nullcontext():
             try:
                 yield outcome
             finally:
                 self._record(api, method, outcome, time.perf_counter() - started_s)
 
     @contextlib.contextmanager
-    def _inside(self, api: str) -> Iterator[None]:
+    def _inside(self, api: str, outcome: Outcome) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[outcome] = task
         in_flight = self._metrics.in_flight.labels(api)
         in_flight.inc()
         self._in_flight += 1
@@ -108,9 +115,18 @@ class Admission:
         try:
             yield
         finally:
+            del self._tasks[outcome]
             self._in_flight -= 1
             self._look()
             in_flight.dec()
+
+    def abort(self, id_: str) -> int:
+        """Cancel the tasks of the requests inside that have this id, and say how many there are."""
+        found = [outcome for outcome in self._tasks if outcome.id == id_ and not outcome.aborted]
+        for outcome in found:
+            outcome.aborted = True
+            self._tasks[outcome].cancel()
+        return len(found)
 
     def _record(self, api: str, method: str, outcome: Outcome, seconds: float) -> None:
         self._metrics.requests.labels(api, method, outcome.code).inc()

@@ -11,7 +11,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from sparse_serve.runtime.errors import EngineDiedError, ServeError, UnauthenticatedError, UnavailableError, answer
+from sparse_serve.runtime.errors import (
+    AbortedError,
+    EngineDiedError,
+    ServeError,
+    UnauthenticatedError,
+    UnavailableError,
+    answer,
+)
 from sparse_serve.server.admission import Cause, Outcome
 
 REQUEST_ID = "x-request-id"
@@ -71,7 +78,7 @@ class Watch:
         elif not self._finished:
             self._outcome.truncated = cause
             if self._streams:
-                said = json.dumps({"error": _content(503, str(error))})
+                said = json.dumps({"error": _content(answer(error).http_status, str(error))})
                 last = f"data: {said}\n\ndata: [DONE]\n\n".encode()
                 await self._send({"type": "http.response.body", "body": last})
 
@@ -111,4 +118,6 @@ def refusal(error: ServeError) -> JSONResponse:
     response = error_response(reply.http_status, reply.message, reply.retry_s)
     if isinstance(error, UnauthenticatedError):
         response.headers["www-authenticate"] = "Bearer"
+    if isinstance(error, AbortedError):  # OpenAI's clients try again after 409
+        response.headers["x-should-retry"] = "false"
     return response

@@ -1,5 +1,6 @@
 """`ServerContext`, the objects that APIs share, and `Api`, the protocol every API implements."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,8 @@ from sparse_serve.server.tls import Tls
 
 @dataclass
 class ServerContext:
-    """What APIs share. `info` is set by the server when the engine has started. Without `keys`, all may come in."""
+    """What APIs share. `info` is set by the server when the engine has started. Without `keys`, all may come in, and
+    without `admin_keys` there is no service for operators. `stop` begins to drain."""
 
     engine: Engine
     settings: Settings
@@ -21,7 +23,9 @@ class ServerContext:
     listener: HttpListener
     keys: Keys | None = None
     tls: Tls | None = None
+    admin_keys: Keys | None = None
     info: EngineInfo | None = None
+    stop: Callable[[], None] = lambda: None
 
     def served(self) -> EngineInfo:
         """`info`, when requests are being taken. Else raises `UnavailableError` or `EngineDiedError`, saying why."""

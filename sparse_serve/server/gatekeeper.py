@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from sparse_serve.runtime.errors import ServeError
+from sparse_serve.runtime.errors import AbortedError, ServeError
 from sparse_serve.server.admission import Admission, Cause, Outcome, Phase
 from sparse_serve.server.answers import REQUEST_ID, Watch, error_response, going_down, refusal
 from sparse_serve.server.body_limits import BodyLimits, check_request_id
@@ -82,6 +82,12 @@ class Gatekeeper:
                 watch.end()
             except ServeError as error:
                 await refusal(error)(scope, receive, watch.send)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not outcome.aborted or task is None:
+                    raise
+                task.uncancel()
+                await watch.cut_off(Cause.ABORTED, AbortedError("an operator ended this request"))
             finally:
                 watch.record_end()
 
@@ -125,7 +131,7 @@ class Gatekeeper:
         try:
             await self.main(scope, watch.receive, watch.send)
         except asyncio.CancelledError:
-            if self._cutting is None:
+            if self._cutting is None:  # the client's connection, or an operator
                 raise
             task.uncancel()
             await watch.cut_off(self._cutting, going_down())

@@ -19,10 +19,11 @@ _MIN_LENGTH = 16
 
 
 class Keys:
-    """The keys in a file. Raises `SettingsError` for one that cannot be read, or has no key or a short one."""
+    """The keys in a file. Raises `SettingsError` for one that cannot be read, or has no key or a short one. `flag` is
+    where the file was named."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, flag: str = "--api-keys") -> None:
+        self._path, self._flag = path, flag
         self._state = self._stat()  # before reading: a change between the two is seen later, not never
         self._digests = self._read()
         self._looked_s = time.monotonic()
@@ -56,7 +57,7 @@ class Keys:
         try:
             found = self._path.stat()
         except OSError as error:
-            raise SettingsError(f"--api-keys {self._path}: {error.strerror}") from None
+            raise SettingsError(f"{self._flag} {self._path}: {error.strerror}") from None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> list[bytes]:
@@ -64,13 +65,13 @@ class Keys:
             lines = self._path.read_text().splitlines()
         except (OSError, ValueError) as error:
             raise SettingsError(
-                f"--api-keys {self._path}: {getattr(error, 'strerror', None) or 'no text file'}; expected a file with "
-                "one key in each line"
+                f"{self._flag} {self._path}: {getattr(error, 'strerror', None) or 'no text file'}; expected a file "
+                "with one key in each line"
             ) from None
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys or any(len(key) < _MIN_LENGTH or " " in key for key in keys):
             raise SettingsError(
-                f"--api-keys {self._path}: expected one key in each line, of at least {_MIN_LENGTH} characters, no "
+                f"{self._flag} {self._path}: expected one key in each line, of at least {_MIN_LENGTH} characters, no "
                 f"spaces; make one with `python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
             )
         return [hashlib.sha256(key.encode()).digest() for key in keys]

@@ -113,6 +113,7 @@ class Server:
         self._apis: list[Api] = [module.create(self.context) for module in apis]
         self._tell = on_event
         self._stopping = asyncio.Event()
+        self.context.stop = self.stop
 
     async def run(self) -> int:
         """Serve until `stop` is called, or the engine dies or hangs.
@@ -232,6 +233,7 @@ def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContex
     """What APIs share, by the settings. Raises `SettingsError` for files that cannot be used."""
     admission = Admission(metrics, settings.max_sequences_per_client)
     keys = Keys(Path(settings.api_keys)) if settings.api_keys else None
+    admin_keys = Keys(Path(settings.admin_keys), "--admin-keys") if settings.admin_keys else None
     client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
     tls = Tls(TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), client_ca)) if settings.tls_cert else None
     limits = body_limits(settings)
@@ -250,4 +252,4 @@ def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContex
         connections,
         tls.context if tls else None,
     )
-    return ServerContext(engine, settings, admission, listener, keys, tls)
+    return ServerContext(engine, settings, admission, listener, keys, tls, admin_keys)

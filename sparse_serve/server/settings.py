@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     api_keys: str = Field(
         "", description="file of keys, one in each line, read again when it changes; clients send `Bearer KEY`"
     )
+    admin_keys: str = Field(
+        "",
+        description="file of keys, as --api-keys, that open the gRPC service for operators; without, there is none",
+    )
     tls_cert: str = Field("", description="certificate chain of both APIs (PEM), read again when it changes")
     tls_key: str = Field("", description="its key (PEM, no passphrase)")
     tls_client_ca: str = Field(

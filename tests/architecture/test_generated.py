@@ -37,7 +37,7 @@ def test_generated_files_import_only_their_own_package(generator: ModuleType) ->
 
 def test_field_numbers_never_change() -> None:
     """A new field is added here; a line that changes is a protocol that old clients misread."""
-    from sparse_serve.api.pb.v1 import chat_pb2, generation_pb2, tokens_pb2
+    from sparse_serve.api.pb.v1 import admin_pb2, chat_pb2, generation_pb2, tokens_pb2
 
     assert _numbers(generation_pb2) == {
         "TokenIds": "ids=1",
@@ -74,6 +74,14 @@ def test_field_numbers_never_change() -> None:
         "ChatChoice": "message=1 reasoning=2 finish_reason=3",
         "ChatResponse": "choices=1 usage=2",
         "ChatStreamResponse": "index=1 content=2 reasoning=3 tool_calls=4 finish_reason=5 usage=6",
+    }
+    assert _numbers(admin_pb2) == {
+        "AbortRequest": "request_id=1",
+        "AbortResponse": "requests=1",
+        "DrainRequest": "",
+        "DrainResponse": "requests=1 limit_s=2",
+        "SetLogLevelRequest": "level=1 logger=2",
+        "SetLogLevelResponse": "before=1",
     }
     assert _numbers(tokens_pb2) == {
         "Passage": "text=1 token_ids=2",

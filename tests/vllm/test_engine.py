@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from sparse_serve.engine.vllm_engine import VllmEngine
+from sparse_serve.engine import Origin, vllm_requests
+from sparse_serve.engine.vllm_engine import VllmEngine, _StepTimes
 from sparse_serve.runtime.errors import BadRequestError, EngineStartError
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive, make_checkpoint
@@ -29,6 +34,53 @@ async def test_a_kernel_that_cannot_serve_is_an_error_with_its_reasons(
     engine = VllmEngine(str(make_checkpoint(tmp_path)), [f"--additional-config={forced}", *flags])
     with pytest.raises(EngineStartError, match=f"the engine did not start: no kernel for a 2:4 weight.*{why}"):
         await engine.start()
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes"),
+    [
+        (ValueError, BadRequestError),
+        (TypeError, BadRequestError),
+        (OverflowError, BadRequestError),
+        (KeyError, KeyError),
+    ],
+)
+async def test_what_vllms_http_api_calls_the_clients_fault_is_so_in_a_chat(
+    raised: type[Exception], becomes: type[Exception]
+) -> None:
+    async def create_chat_completion(request: Any, raw_request: Any) -> Any:
+        assert raw_request.headers["x-request-id"] == "mine"
+        raise raised("why")
+
+    serving = SimpleNamespace(create_chat_completion=create_chat_completion)
+    body = {"messages": [{"role": "user", "content": "a"}], "seed": -1}
+    with pytest.raises(becomes, match="why"):
+        [_ async for _ in vllm_requests.chat(None, serving, body, Origin("mine"))]
+
+
+async def test_a_probe_asks_every_replica_and_waits_for_all() -> None:
+    asked = []
+
+    async def generate(prompt: Any, params: Any, name: str, *, data_parallel_rank: int, **more: Any) -> Any:
+        asked.append(data_parallel_rank)
+        await asyncio.sleep(60 if data_parallel_rank == 2 else 0)
+        yield
+
+    parallel = SimpleNamespace(data_parallel_size=3)
+    client = SimpleNamespace(generate=generate, vllm_config=SimpleNamespace(parallel_config=parallel))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(vllm_requests.probe(client), 0.3)
+    assert sorted(asked) == [0, 1, 2]
+
+
+def test_the_last_step_is_that_of_the_replica_that_has_made_none_for_longest() -> None:
+    engine = VllmEngine("owner/model")
+    loggers = [_StepTimes(engine, None, index) for index in range(2)]
+    began_s = time.monotonic()
+    loggers[0].record()
+    assert engine.last_step_s < began_s
+    loggers[1].record()
+    assert engine.last_step_s >= began_s
 
 
 async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:

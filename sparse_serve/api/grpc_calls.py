@@ -91,8 +91,8 @@ class Calls:
     @contextlib.asynccontextmanager
     async def answering(self, method: str, call: Any, client: str = "") -> AsyncIterator[Answering]:
         """Count a call, and end it with the status its exception stands for. It has an id: the client's own, from the
-        metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too. `client`: who calls, if that is
-        not for a client's key to say."""
+        metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too. `client`: who calls, if
+        that is not for a client's key to say."""
         with self.context.admission.request("grpc", method) as outcome:
             answering = Answering(call, outcome)
             outcome.id = new_id()

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgen.api.converting import (
         CompressResult,
+        ConvertResult,
         DecompressResult,
         PermuteResult,
         compress,
+        convert,
         decompress,
         permute,
         quantise,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult, learn, prune, run
     from maskgen.api.requests import (
         CompressRequest,
+        ConvertRequest,
         DecompressRequest,
         DemoRequest,
         EvaluateRequest,
@@ -68,15 +71,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "maskgen.api.requests": (
-        "CompressRequest", "DecompressRequest", "DemoRequest", "EvaluateRequest", "InspectRequest", "LearnRequest",
-        "PermuteRequest", "PruneRequest", "QuantiseRequest", "ReportRequest",
+        "CompressRequest", "ConvertRequest", "DecompressRequest", "DemoRequest", "EvaluateRequest", "InspectRequest",
+        "LearnRequest", "PermuteRequest", "PruneRequest", "QuantiseRequest", "ReportRequest",
     ),
     "maskgen.api.events": (
         "Event", "HeldOut", "Listener", "Planned", "Scored", "Stage", "SweepProgress", "TrainingStep",
     ),
     "maskgen.api.pruning": ("AlreadyFinished", "LearnResult", "PruneResult", "learn", "prune", "run"),
     "maskgen.api.converting": (
-        "CompressResult", "DecompressResult", "PermuteResult", "compress", "decompress", "permute", "quantise",
+        "CompressResult", "ConvertResult", "DecompressResult", "PermuteResult", "compress", "convert", "decompress",
+        "permute", "quantise",
     ),
     "maskgen.api.measuring": (
         "DemoResult", "EvaluateResult", "ReportResult", "TextResult", "demo", "evaluate", "inspect", "load", "report",
@@ -92,6 +96,8 @@ __all__ = [
     "AlreadyFinished",
     "CompressRequest",
     "CompressResult",
+    "ConvertRequest",
+    "ConvertResult",
     "DecompressRequest",
     "DecompressResult",
     "DemoRequest",
@@ -120,6 +126,7 @@ __all__ = [
     "TextResult",
     "TrainingStep",
     "compress",
+    "convert",
     "decompress",
     "demo",
     "evaluate",

@@ -1,4 +1,4 @@
-"""`permute`, `compress`, `quantise` and `decompress`: one model directory -> another."""
+"""`permute`, `compress`, `convert`, `quantise` and `decompress`: one model directory -> another."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.pruning import load_checked
-from maskgen.api.requests import CompressRequest, DecompressRequest, PermuteRequest, QuantiseRequest
+from maskgen.api.requests import CompressRequest, ConvertRequest, DecompressRequest, PermuteRequest, QuantiseRequest
 from maskgen.api.task import Task, calibration, settled
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.failures import explained
+from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import QUALITY_FILE
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
+from maskgen.export import convert as convert_module
 from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport
+from maskgen.export.convert import ConvertReport
 from maskgen.hf import gguf, planning
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep import permute as permute_module
@@ -50,6 +53,14 @@ class CompressResult:
     out: Path
     written: CompressReport
     quality_dropped: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """A sparse checkpoint in `out`, what it was made from, and what was written."""
+
+    out: Path
+    report: ConvertReport
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,21 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
         ignored = planning.dense_names(model_dir, masks.bitmasks)
         written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
     return CompressResult(request.out, written)
+
+
+@explained()
+def convert(request: ConvertRequest, progress: Listener = silent) -> ConvertResult:
+    """Write a checkpoint of another tool, whose weights are sparse, as one of ours.
+
+    Raises `FormatError` for a file that is damaged or in a layout that is not known, `ModelError` where no layer
+    follows the pattern, `PatternError`, `OutputExistsError`.
+    """
+    with checks.new_output(request.out):
+        pattern, model_dir = NMPattern.parse(request.pattern), checks.find_model(request.model, progress)
+        report = convert_module.convert(
+            model_dir, request.out, pattern, request.masks, tell=lambda what: progress(Stage(what))
+        )
+    return ConvertResult(request.out, report)
 
 
 @explained()

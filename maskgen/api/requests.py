@@ -179,6 +179,19 @@ class QuantiseRequest(Request):
     values: Codes
 
 
+class ConvertRequest(Request):
+    """Write `model`, a checkpoint of another tool whose weights are sparse (`maskgen.export.convert`), as ours.
+
+    It is a Hugging Face directory or a hub id. `masks` are those of MaskLLM (.npz), and `model` is then the dense model
+    that they are for. `pattern` is what weights with zeros in them are compared with.
+    """
+
+    model: _Model
+    out: Path
+    masks: Path | None = None
+    pattern: str = "2:4"
+
+
 class DecompressRequest(Request):
     """Write `model`, a sparse checkpoint or a GGUF file, as an ordinary dense directory."""
 

@@ -9,20 +9,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from maskgen.api.requests import (
-    Codes,
-    CompressRequest,
-    EvaluateRequest,
-    InspectRequest,
-    ReportRequest,
-)
+from maskgen.api.requests import EvaluateRequest, InspectRequest, ReportRequest
+from maskgen.cli.conversions import add_conversions
 from maskgen.cli.flags import DATA, add_bos, add_device, add_out, default, verb
 from maskgen.cli.training import add_training
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs
-
-_CODES = get_args(Codes)
 
 SHORTER = {"overrides": "--set", "window_tokens": "--window", "stride_tokens": "--stride"}
 """Flags that are shorter than the fields they set."""
@@ -32,9 +25,7 @@ def add_verbs(verbs: Verbs) -> None:
     """All verbs, in the order of the help."""
     _add_run(verbs)
     _add_permute(verbs)
-    _add_compress(verbs)
-    _add_quantise(verbs)
-    _add_decompress(verbs)
+    add_conversions(verbs)
     _add_inspect(verbs)
     _add_eval(verbs)
     _add_demo(verbs)
@@ -132,44 +123,6 @@ def _add_permute(verbs: Verbs) -> None:
         "The result is a dense model that computes the same function; prune it with any recipe of the same pattern.",
     )
     _add_inputs(parser, "whose scores: ria, wanda, magnitude")
-
-
-def _add_compress(verbs: Verbs) -> None:
-    parser = verb(verbs, "compress", "apply existing masks to the dense model they were made for")
-    parser.add_argument("model", help="dense model: a Hugging Face directory, a hub id or a GGUF file")
-    parser.add_argument(
-        "masks", type=Path, help="a mask file from `run --masks-out`, or a sparse checkpoint to take masks from"
-    )
-    add_out(parser)
-    parser.add_argument(
-        "--values",
-        choices=("float", *_CODES),
-        help="how kept weights are stored: as they are, or as 8-bit codes with a scale per row "
-        + default(CompressRequest, "values"),
-    )
-
-
-def _add_quantise(verbs: Verbs) -> None:
-    parser = verb(
-        verbs,
-        "quantise",
-        "write a sparse checkpoint again with kept weights of 8 bits",
-        "Masks, corrections and every other tensor stay as they are; pruned weights are exactly zero before and after.",
-    )
-    parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
-    parser.add_argument("--values", required=True, choices=_CODES, help="the code: integers, or floats of 8 bits")
-    add_out(parser)
-
-
-def _add_decompress(verbs: Verbs) -> None:
-    parser = verb(
-        verbs,
-        "decompress",
-        "write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools",
-        "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
-    )
-    parser.add_argument("model", type=Path, help="sparse checkpoint directory, or a GGUF file")
-    add_out(parser)
 
 
 def _add_inspect(verbs: Verbs) -> None:

@@ -15,7 +15,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from maskgen.api.converting import PermuteResult
+from maskgen.api.converting import ConvertResult, PermuteResult
 from maskgen.api.events import Event, HeldOut, Listener, Planned, Scored, Stage, SweepProgress, TrainingStep
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.cli.kept import print_kept, print_planned
@@ -189,6 +189,23 @@ def print_compressed(out: Path, written: CompressReport) -> None:
         f"{megabytes(written.packed_target_bytes)} ({written.ratio:.2%}), directory {megabytes(written.total_bytes)}"
     )
     say(f"next: maskgen eval {out} --data FILE    or    sparse-serve serve {out}")
+
+
+def print_converted(result: ConvertResult) -> None:
+    """What was found, what became of it, and what to do with it."""
+    report = result.report
+    say(
+        f"wrote {result.out} from {report.found}: {report.targets} layers sparse, {report.values} values; "
+        f"{megabytes(report.source_bytes)} -> {megabytes(report.total_bytes)}"
+    )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.dense.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        say(f"  dense: {len(names)} layers, such as {names[0]}: {reason}")
+    for note in report.notes:
+        say(f"  {note}")
+    say(f"next: maskgen eval {result.out} --data FILE    or    sparse-serve serve {result.out}")
 
 
 def print_training(log: Sequence[Mapping[str, Any]], log_file: Path) -> None:

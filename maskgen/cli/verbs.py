@@ -12,6 +12,7 @@ from maskgen.api import converting, measuring, pruning
 from maskgen.api.pruning import LearnResult, PruneResult
 from maskgen.api.requests import (
     CompressRequest,
+    ConvertRequest,
     DecompressRequest,
     DemoRequest,
     EvaluateRequest,
@@ -61,6 +62,14 @@ def compress(args: argparse.Namespace) -> None:
     with display.progress() as show:
         result = converting.compress(request(CompressRequest, args), show)
     display.print_compressed(result.out, result.written)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Sparse model of another tool -> sparse checkpoint."""
+    model.quiet()
+    with display.progress() as show:
+        result = converting.convert(request(ConvertRequest, args), show)
+    display.print_converted(result)
 
 
 def quantise(args: argparse.Namespace) -> None:
@@ -133,6 +142,7 @@ VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
     "permute": permute,
     "compress": compress,
+    "convert": convert,
     "quantise": quantise,
     "decompress": decompress,
     "inspect": inspect,

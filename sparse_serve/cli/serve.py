@@ -23,7 +23,9 @@ from sparse_serve.cli import settings as settings_flags
 from sparse_serve.cli import terminal
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
-from sparse_serve.runtime import processes
+from sparse_serve.runtime import conversion, processes
+from sparse_serve.runtime.conversion import Prepared
+from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
 from sparse_serve.server.lifecycle import (
     CutOff,
@@ -58,6 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of a sparse or dense checkpoint, or a Hugging Face model name; comes before vLLM's flags",
     )
     parser.add_argument("--verbose", action="store_true", help="print the log of vLLM and the server, write no file")
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FILE",
+        help="masks of MaskLLM (.npz) for MODEL, the dense model they were learned on (default: none)",
+    )
+    parser.add_argument(
+        "--convert",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make a copy of a sparse model of another tool, once, in the user's cache folder (default: yes)",
+    )
     settings_flags.add_arguments(parser)
 
 
@@ -76,8 +90,11 @@ def main(args: argparse.Namespace) -> int:
     # flags of both: without this, vLLM would not hear of them
     shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
     flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
-    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests)
     shown = terminal.plain()
+    if args.masks and not args.convert:
+        raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
+    made = conversion.prepare(args.model, args.masks, flags, shown.note) if args.convert else Prepared(args.model)
+    engine = VllmEngine(made.model, [*flags, *made.flags], settings.drain_s, settings.verify_digests)
     try:
         if not args.verbose:
             shown = terminal.redirected()

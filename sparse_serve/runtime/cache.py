@@ -44,7 +44,7 @@ def bypass_cache() -> Iterator[None]:
 
 def path(kind: str, facts: Mapping[str, Any]) -> Path:
     """The file for figures of a `kind` with these `facts`. Raises `OSError` where there is no folder for caches."""
-    return _folder() / kind / f"{digest_json(facts).removeprefix('sha256:')[:32]}.json"
+    return folder() / kind / f"{digest_json(facts).removeprefix('sha256:')[:32]}.json"
 
 
 def recall(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def keep(kind: str, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> Non
         )
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """This project's folder for caches. Raises `OSError` where there is none."""
     chosen = os.environ.get("XDG_CACHE_HOME")
     if chosen:
         return Path(chosen) / APP
@@ -84,12 +85,12 @@ def _folder() -> Path:
         raise OSError(f"XDG_CACHE_HOME is not set, and the package {error.name} is not installed") from None
 
     try:
-        folder = user_cache_path(APP, appauthor=False)
+        found = user_cache_path(APP, appauthor=False)
     except RuntimeError as error:  # a user without a home
         raise OSError(f"XDG_CACHE_HOME is not set, and there is no home directory ({error})") from None
-    if not folder.is_absolute():  # the same user, in older releases: `~` was left in it
-        raise OSError(f"XDG_CACHE_HOME is not set, and there is no home directory ({folder})")
-    return folder
+    if not found.is_absolute():  # the same user, in older releases: `~` was left in it
+        raise OSError(f"XDG_CACHE_HOME is not set, and there is no home directory ({found})")
+    return found
 
 
 def _warn_once(trouble: str, message: str, error: Exception) -> None:

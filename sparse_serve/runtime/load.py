@@ -66,7 +66,7 @@ def temporary(prefix: str) -> Iterator[Path]:
 @contextmanager
 def serving(model_dir: Path, flags: Sequence[str], work_dir: Path) -> Iterator[str]:
     """The address of a `sparse-serve serve` of `model_dir`; it is gone afterwards. Raises `BenchError` with its log."""
-    command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(model_dir), "--verbose"]
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(model_dir), "--verbose", "--no-convert"]
     command += ["--http-port=0", "--grpc-port=0"]
     out, log = work_dir / "server.out", work_dir / "server.log"
     with out.open("wb") as out_file, log.open("wb") as log_file:

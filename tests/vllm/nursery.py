@@ -44,6 +44,7 @@ AS_USERS_DO = {
     "test_tracing",
     "test_endings",
     "test_starts",
+    "test_foreign_server",
     "test_stock",
     "test_compiled",
     "test_bench_serve",

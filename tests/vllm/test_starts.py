@@ -150,12 +150,15 @@ def test_a_model_that_dies_in_its_first_step_does_not_start(sparse: Path) -> Non
     )
 
 
-def test_digests_are_compared_if_asked(sparse: Path, refusal: Refusal) -> None:
+def test_digests_are_compared_if_asked(sparse: Path, vllm_nursery: Nursery) -> None:
+    def refusal(model: Path) -> str:
+        done = vllm_nursery.command("serve", model, "--verify-digests", "--http-port=0", "--grpc-port=0")
+        assert done.returncode == 2
+        return str(done.stderr.splitlines()[-1])
+
     shard = sparse / "model.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert re.search(r"sparse/model.safetensors: digest sha256:\w+, but", refusal(sparse, "--verify-digests"))
-    assert "is not a sparse checkpoint, and no other has digests" in refusal(
-        sparse.parent / "dense", "--verify-digests"
-    )
+    assert re.search(r"sparse/model.safetensors: digest sha256:\w+, but", refusal(sparse))
+    assert "is not a sparse checkpoint, and no other has digests" in refusal(sparse.parent / "dense")

@@ -60,6 +60,7 @@ CASES = {
     ),
     "permute": Case(lambda at: ["ria", *_data(at, *WINDOWS)], ("dense", "text.txt")),
     "compress": Case(lambda at: [at / "dense", at / "sparse", "--out", at / "made/out"], ("dense", "sparse")),
+    "convert": Case(lambda at: [at / "sparse", "--out", at / "made/out"], ("sparse",)),
     "quantise": Case(lambda at: [at / "sparse", "--values", "int8", "--out", at / "made/out"], ("sparse",)),
     "decompress": Case(lambda at: [at / "sparse", "--out", at / "made/out"], ("sparse",)),
     "decompress, GGUF": Case(lambda at: [at / "model.gguf", "--out", at / "made/out"], ("model.gguf",)),

@@ -1,0 +1,101 @@
+"""Masks of MaskLLM, for the dense model they were learned on: a NumPy archive (`.npz`) with, for the parameter P of the
+model, the array `P.mask`: uint8, the bits of the mask `[O, I]` row by row, the first in the highest bit of its byte.
+
+A mask keeps at most two of each group of four: its writer takes them from where a pruned weight is not zero. Source:
+`tool_compress_mask.py` and `eval_llama_ppl.py` of https://github.com/NVlabs/MaskLLM.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskgen.core.errors import FormatError, clip
+from maskgen.core.packed import PackedTensor
+from maskgen.core.pattern import NMPattern
+from maskgen.export.foreign import TWO_FOUR, ForeignLayer
+from maskgen.export.foreign.masked import mask_of
+
+_SUFFIX = ".weight.mask"
+_HEADER_BYTES = 1 << 12
+"""More than NumPy's header of a one-dimensional array takes."""
+
+
+class MaskArchive:
+    """The masks of an archive, by module. Nothing is read of it but a mask of the size that the model implies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise FormatError(f"{path}: not a .npz archive of masks: {error}; download it again") from None
+        self.sizes: Mapping[str, int] = {entry.filename: entry.file_size for entry in entries}
+        if len(self.sizes) != len(entries):
+            raise FormatError(f"{path}: holds two masks of one name; download it again")
+        wrong = [name for name in self.sizes if not name.endswith(_SUFFIX + ".npy")]
+        if wrong or not entries:
+            raise FormatError(
+                f"{path}: {'holds ' + clip(wrong[0]) if wrong else 'is empty'}; expected names such as "
+                f"model.layers.0.mlp.up_proj{_SUFFIX}, as MaskLLM's tool_compress_mask.py writes them"
+            )
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that have a mask."""
+        return [name.removesuffix(_SUFFIX + ".npy") for name in self.sizes]
+
+    def mask(self, module: str, shape: tuple[int, int]) -> Tensor:
+        """The mask `[O, I]` of a module, True = kept."""
+        where, bits = f"{self.path}: {module}", shape[0] * shape[1]
+        if self.sizes[module + _SUFFIX + ".npy"] > bits // 8 + _HEADER_BYTES:
+            raise FormatError(f"{where}: {self.sizes[module + _SUFFIX + '.npy']} bytes for a mask {list(shape)}")
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                packed = archive[module + _SUFFIX]
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise FormatError(f"{where}: {error}; download the masks again") from None
+        if not isinstance(packed, np.ndarray):
+            raise FormatError(f"{where}: no NumPy array; download the masks again")
+        if packed.dtype != np.uint8 or packed.shape != ((bits + 7) // 8,):
+            raise FormatError(
+                f"{where}: {packed.dtype} {list(packed.shape)}, expected uint8 [{(bits + 7) // 8}]: the bits of a mask "
+                f"{list(shape)}; are these the masks of this model?"
+            )
+        return torch.from_numpy(np.unpackbits(packed)[:bits].reshape(shape).astype(np.bool_))
+
+
+@dataclass(frozen=True)
+class LearnedMask(ForeignLayer):
+    """A dense weight that is to be multiplied by its mask in `archive`."""
+
+    FOUND: ClassVar[str] = "MaskLLM masks"
+
+    archive: MaskArchive
+    pattern: NMPattern = TWO_FOUR
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """See `ForeignLayer.tensors`."""
+        return self.stored(".weight")
+
+    def packed(self) -> PackedTensor:
+        """See `ForeignLayer.packed`. Groups of which the mask keeps fewer get zeros."""
+        kept_OI = self.archive.mask(self.name, self.shape)
+        mask_OI = mask_of(kept_OI, self.pattern)
+        if mask_OI is None:
+            raise FormatError(f"{self.archive.path}: {self.name}: the mask keeps more than {self.pattern} of a group")
+        weight_OI = self.source.tensor(self.name + ".weight").masked_fill(~kept_OI, 0)
+        return PackedTensor.pack(weight_OI, mask_OI, self.pattern, self.name)
+
+    def dense(self) -> Tensor:
+        """See `ForeignLayer.dense`: with the mask applied."""
+        return self.packed().unpack()

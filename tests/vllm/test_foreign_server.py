@@ -1,0 +1,57 @@
+"""`sparse-serve serve` of checkpoints of other tools, as users run it: a copy is made once, and asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_serve.runtime.conversion import prepare
+from tests import foreign_files
+from tests.directories import edit_config
+from tests.maskgen.export.test_convert import STORED, make_masked
+from tests.vllm.nursery import Nursery
+from tests.vllm.offline import NEW_TOKENS, PROMPTS, transformers_oracle
+from tests.vllm.serving import end, launch, wait_ready
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    return make_masked(tmp_path / "masked")
+
+
+def test_the_server_takes_it_as_it_is(masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leftover section, and weights with zeros: converted once, and found again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    foreign_files.rewrite(masked, tmp_path / "old-model", *STORED["leftover"][:2])
+    tokens, _ = transformers_oracle(masked)
+    server = launch(tmp_path / "old-model", tmp_path)
+    try:
+        wait_ready(server)
+        assert "(4 sparse layers, float32" in server.output
+        body = {"model": "old-model", "prompt": PROMPTS, "max_tokens": NEW_TOKENS, "temperature": 0}
+        answer = json.loads(server.get("/v1/completions", {**body, "ignore_eos": True, "return_token_ids": True}))
+        assert [choice["token_ids"] for choice in answer["choices"]] == tokens
+        assert "(masked-dense): converting it into" in (tmp_path / "err").read_text()
+    finally:
+        end(server)
+    (copy,) = (path for path in (tmp_path / "cache/sparse-serve/converted").iterdir() if path.is_dir())
+    told: list[str] = []
+    made = prepare(str(tmp_path / "old-model"), None, ["--dtype=float32"], told.append)
+    assert (made.model, made.flags) == (str(copy), ("--served-model-name", "old-model"))
+    assert "made of it before" in told[0]
+
+
+def test_what_cannot_be_converted_is_said_in_one_line(
+    masked: Path, tmp_path: Path, vllm_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    foreign_files.rewrite(masked, source, *STORED["marlin-w8"][:2])
+    edit_config(source, lambda config: config["quantization_config"].update(kv_cache_scheme={"num_bits": 8}))
+    done = vllm_nursery.command("serve", source, "--http-port=0", "--grpc-port=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    _, line = done.stderr.splitlines()
+    assert line.startswith(f"sparse-serve: error: {source} could not be converted: {source}/config.json: ")
+    assert "kv_cache_scheme" in line and line.endswith("--no-convert serves it as it is, if vLLM can")

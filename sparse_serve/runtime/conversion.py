@@ -56,7 +56,7 @@ def prepare(model: str, masks: Path | None, flags: Sequence[str], tell: Callable
     name = source.resolve().name
     copy = _folder() / f"{name}--{_key(source, masks)}"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(copy.with_name(f".{copy.name}.lock")):
+    with filelock.FileLock(copy.with_name(f".{copy.name}.making")):
         if copy.is_dir():
             tell(f"{model} is not a checkpoint of ours ({kind}): serving {copy}, made of it before")
         else:

@@ -23,7 +23,7 @@ from sparse_serve.gate.evidence import Evidence, Limits, SpeedEvidence, SpeedRou
 from sparse_serve.gate.host import HostWatch
 from sparse_serve.gate.verdict import Verdict
 from sparse_serve.runtime.errors import GateError
-from sparse_serve.runtime.load import Load, bench_serve
+from sparse_serve.runtime.load import Load, bench_serve, load_generator
 
 ORDER = ("base", "candidate", "candidate", "base")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -51,10 +51,12 @@ def measure(
 ) -> SpeedEvidence:
     """Measure until decided or for `config.budget_s` seconds. Raises `BenchError` if a run or a request failed."""
 
-    def run_load(served: Served, load: Load, seed: int) -> dict[str, Any]:
-        return bench_serve(served.url, served.tokenizer, load, seed, work_dir, served.model)
+    with load_generator(work_dir) as run:
 
-    return rounds(targets, config, limits, run_load, on_round)
+        def run_load(served: Served, load: Load, seed: int) -> dict[str, Any]:
+            return bench_serve(served.url, served.tokenizer, load, seed, work_dir, served.model, run)
+
+        return rounds(targets, config, limits, run_load, on_round)
 
 
 def rounds(

@@ -6,6 +6,8 @@ here, and is made to if it does not; should this process be killed, it ends by i
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
 import shutil
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +98,61 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             server.wait()
 
 
+RunLoad = Callable[[Sequence[str], Path], int]
+"""Runs `vllm bench serve` with these flags and that log; returns its exit status."""
+
+
+def run_once(flags: Sequence[str], log: Path) -> int:
+    """In a process that loads vLLM for this run alone."""
+    command = [sys.executable, "-m", "sparse_serve.cli.vllm", "bench", "serve", *flags]
+    with log.open("wb") as log_file:
+        return subprocess.run(command, stdout=log_file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+@contextmanager
+def load_generator(work_dir: Path) -> Iterator[RunLoad]:
+    """Runs in processes that are forked from one which has loaded vLLM (`cli.load_generator`): loading it takes many
+    times as long as a short run. Its own log is in `work_dir`.
+    """
+    command = [sys.executable, "-m", "sparse_serve.cli.load_generator"]
+    own_log = work_dir / "load-generator.log"
+    with own_log.open("wb") as log_file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_file, text=True, start_new_session=True
+        )
+    assert process.stdin is not None and process.stdout is not None
+
+    def run(flags: Sequence[str], log: Path) -> int:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"flags": list(flags), "log": str(log)}) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and so has its output
+        if not (answer := process.stdout.readline()):
+            raise BenchError(f"vLLM's load generator ended with {process.wait()}; {_end_of(own_log)}")
+        return int(answer)
+
+    try:
+        yield run
+    finally:
+        started = processes.descendants(process.pid)
+        process.kill()
+        processes.kill(started)
+        process.wait()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # of what it was not able to read any more
+            process.stdin.close()
+
+
 def bench_serve(
-    url: str, tokenizer: str | Path, load: Load, seed: int, work_dir: Path, model: str | None = None
+    url: str,
+    tokenizer: str | Path,
+    load: Load,
+    seed: int,
+    work_dir: Path,
+    model: str | None = None,
+    run: RunLoad = run_once,
 ) -> dict[str, Any]:
     """Run `vllm bench serve` against the server at `url`; returns its report with the lists of single requests.
 
@@ -106,7 +161,7 @@ def bench_serve(
     """
     report, log = work_dir / "report.json", work_dir / "load.log"
     report.unlink(missing_ok=True)
-    flags = {
+    values = {
         "base-url": url,
         "tokenizer": tokenizer,
         "dataset-name": "random",
@@ -122,13 +177,11 @@ def bench_serve(
         "result-filename": report.name,
     }
     if model is not None:
-        flags["model"] = model
-    command = [sys.executable, "-m", "sparse_serve.cli.vllm", "bench", "serve", "--ignore-eos", "--disable-tqdm"]
-    command += ["--save-result", "--save-detailed", *(f"--{name}={value}" for name, value in flags.items())]
-    with log.open("wb") as log_file:
-        done = subprocess.run(command, stdout=log_file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode or not report.is_file():
-        raise BenchError(f"vllm bench serve on {url} ended with {done.returncode}; {_end_of(log)}")
+        values["model"] = model
+    flags = ["--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
+    code = run([*flags, *(f"--{name}={value}" for name, value in values.items())], log)
+    if code or not report.is_file():
+        raise BenchError(f"vllm bench serve on {url} ended with {code}; {_end_of(log)}")
     result = read_json(report)
     problem = incomplete(result, load)
     if problem:

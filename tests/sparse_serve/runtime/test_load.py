@@ -104,6 +104,37 @@ def test_load_that_fails_is_an_error_with_its_log(
         load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)
 
 
+GENERATOR = """#!{python}
+import json, sys, time
+if sys.argv[-1] != "sparse_serve.cli.load_generator": sys.exit("not asked for")
+for line in sys.stdin:
+    asked = json.loads(line)
+    open(asked["log"], "w").write(" ".join(asked["flags"]))
+    if "--die" in asked["flags"]: sys.exit("too little memory")
+    print(7 if "--fail" in asked["flags"] else 0, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_load_generator_runs_often_and_its_death_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(GENERATOR.format(python=sys.executable))
+    stub.chmod(0o755)
+    monkeypatch.setattr(load.sys, "executable", str(stub))
+    before = processes.descendants(os.getpid())
+    with load.load_generator(tmp_path) as run:
+        assert [run(["--a"], tmp_path / "1"), run(["--fail"], tmp_path / "2")] == [0, 7]
+        assert (tmp_path / "1").read_text() == "--a"
+        with pytest.raises(BenchError, match=r"load generator ended with 1; the end of .*\n  too little memory"):
+            run(["--die"], tmp_path / "3")
+        with pytest.raises(BenchError, match="load generator ended with 1"):
+            run(["--a"], tmp_path / "4")
+    with load.load_generator(tmp_path):
+        family = processes.descendants(os.getpid()) - before
+        assert family
+    assert not any(map(processes.is_alive, family))
+
+
 def test_a_report_loses_its_requests_and_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_load(monkeypatch, tmp_path, 0, REPORT | {"model_id": str(tmp_path), "tokenizer_id": str(tmp_path)})
     report = load.bench_serve("http://127.0.0.1:1", tmp_path, LOAD, 0, tmp_path)

@@ -9,12 +9,15 @@ from sparse_serve.gate.verdict import CheckResult, Verdict
 
 MEANING = {
     "measurement": "What the gate measured. It ended before there was anything to judge.",
-    "quality": "How much worse the candidate predicts held-out text. Perplexity is compared window by window.",
-    "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse.",
+    "quality": "How much worse the candidate predicts held-out text. Perplexity, of which less is better, is compared "
+    "window by window.",
+    "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse. "
+    "kl: by probabilities, 0 if they are the same; flips: how often it would choose another token.",
     "parity": "Whether the server computes what the same weights compute offline. A difference is a bug.",
     "kernels": "Whether each kernel computes the product of the sparse layers it serves, up to rounding.",
     "memory": "Whether the sparse layers are as small in the running server as their stored form allows.",
-    "speed": "How much longer clients wait for the candidate, in runs that alternate with the base.",
+    "speed": "How much longer clients wait for the candidate, in runs that alternate with the base. ttft: until the "
+    "first token; itl: from one token to the next; e2e: for the whole answer; p50: in half of the cases it is less.",
     "tasks": "Whether the candidate answers as many samples correctly as the base, sample by sample.",
     "environment": "Whether two reports were measured alike: processor, versions, dtype.",
 }

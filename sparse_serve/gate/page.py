@@ -65,6 +65,7 @@ def page(report: GateReport) -> str:
         headline=explain.headline(report.verdict),
         base=report.provenance.get("base", "?"),
         candidate=report.provenance.get("candidate", "?"),
+        counts=_counts(report),
         rows=[
             (
                 result,
@@ -82,6 +83,13 @@ def page(report: GateReport) -> str:
         plots=[*_text_plots(report), *_speed_plots(report)],
         facts={**report.provenance, **report.environment},
     )
+
+
+def _counts(report: GateReport) -> str:
+    """How many results have each verdict, the worst first."""
+    verdicts = [result.verdict for result in explain.worst_first(report.results)]
+    found = (f"{verdicts.count(verdict)} {verdict.value}" for verdict in dict.fromkeys(verdicts))
+    return ", ".join(found) or "there is none"
 
 
 @dataclass(frozen=True)

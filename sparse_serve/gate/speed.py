@@ -131,17 +131,21 @@ def _is_decided(evidence: SpeedEvidence, limits: Limits) -> bool:
 
 
 def to_run(target: str, report: Mapping[str, Any], load: Load) -> SpeedRun:
-    """A report of `vllm bench serve`, with its lists, as raw samples in milliseconds. `GateError` if it has none."""
+    """A report of `vllm bench serve`, with its lists, as raw samples in milliseconds. `GateError` if it has none.
+
+    A request has a gap less than tokens; chunks after these have no token, as the last one of llama.cpp's.
+    """
     try:
         first = [1e3 * float(seconds) for seconds in report["ttfts"]]
-        between = [[1e3 * float(seconds) for seconds in request] for request in report["itls"]]
+        gaps = [request[: load.output_tokens - 1] for request in report["itls"]]
+        between = [[1e3 * float(seconds) for seconds in request] for request in gaps]
         return SpeedRun(
             target=target,
             ttft_ms=first,
             itl_ms=[gap for request in between for gap in request],
             e2e_ms=[ttft + sum(request) for ttft, request in zip(first, between, strict=True)],
             duration_s=float(report["duration"]),
-            output_tokens=int(report["total_output_tokens"]),
+            output_tokens=load.prompts * load.output_tokens,  # of reports that are not `incomplete`
             failed=load.prompts - int(report["completed"]),
         )
     except (KeyError, TypeError, ValueError) as error:

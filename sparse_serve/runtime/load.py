@@ -195,9 +195,15 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def incomplete(report: Mapping[str, Any], load: Load) -> str | None:
-    """Why a report of `vllm bench serve` is not one of `load`, if it is not: requests that failed or stopped early."""
+    """Why a report of `vllm bench serve` is not one of `load`, if it is not: requests that failed or stopped early.
+
+    Where a server counts tokens in a chunk that has text, too, as llama.cpp's does, vLLM does not see its count, and
+    makes tokens of the text anew, which may be fewer. A request with as many chunks as tokens is whole then.
+    """
     completed, tokens = report.get("completed"), report.get("total_output_tokens")
-    if (completed, tokens) == (load.prompts, load.prompts * load.output_tokens):
+    chunks = [1 + len(gaps) for gaps in report.get("itls", [])]
+    is_whole = len(chunks) == load.prompts and min(chunks) >= load.output_tokens
+    if completed == load.prompts and (is_whole or tokens == load.prompts * load.output_tokens):
         return None
     reason = next(filter(None, report.get("errors", [])), "no reason was given").strip().splitlines()[-1]
     return (

@@ -35,7 +35,7 @@ def _judge(text: TextEvidence, name: str, limit: float, alpha: float, tests: int
     kl, agreement = text.divergence.kl_per_window, text.divergence.agreement_per_window
     values = np.array(kl) if name == "kl" else 1 - np.array(agreement)
     show = (lambda value: f"{value:.4f}") if name == "kl" else (lambda value: f"{value:.2%}")
-    what = "KL divergence from the base, nats per token:" if name == "kl" else "another most likely token at"
+    what = "KL divergence from the base, nats per token:" if name == "kl" else "another token is the most likely one at"
     if name == "kl" and not text.is_exact:
         what = "KL divergence from the base over the most likely tokens (the true one is no smaller), nats per token:"
     mean = float(values.mean())

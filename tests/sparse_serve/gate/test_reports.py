@@ -115,6 +115,8 @@ def test_the_page_has_everything_inside(tmp_path: Path) -> None:
     found = Page(text)
     assert found.loaded == [] and "script" not in found.tags and "@import" not in text
     assert "dense &lt;1&gt;" in text and "dense <1>" not in text
+    assert f"The verdict is the worst of the results below: {len(report.results)} pass." in text
+    assert "the results below: 2 fail, " in page(whole(evidence(served_error=0.5)))
     assert found.tags.count("section") == len(report.results)
     bars = sum("limit" in result.numbers and "upper_bound" in result.numbers for result in report.results)
     assert found.tags.count("svg") == bars + 1 + 2, "bars, a text, two metrics"

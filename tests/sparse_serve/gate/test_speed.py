@@ -98,6 +98,8 @@ def test_a_load_that_fails_is_no_verdict() -> None:
 def test_a_report_without_its_samples_is_an_error() -> None:
     load = Load(1, 2, 4, 3)
     assert to_run("base", report(load), load).failed == 0
+    whole, empty = report(load), report(load) | {"itls": [[0.02, 0.02, 0.0]] * 2, "total_output_tokens": 5}
+    assert to_run("base", empty, load) == to_run("base", whole, load), "a last chunk without a token is no gap"
     for missing in ("ttfts", "itls", "duration", "completed"):
         broken = {name: value for name, value in report(load).items() if name != missing}
         with pytest.raises(GateError, match=f"lacks what is judged: KeyError\\('{missing}'\\)"):

@@ -26,7 +26,11 @@ def test_a_report_of_unfinished_requests_is_no_figure() -> None:
     assert incomplete(refused, LOAD) == (
         "4 of 6 requests were answered, with 32 tokens in all; expected 8 from each (ValueError: too long)"
     )
-    assert "with 47 tokens in all; expected 8 from each" in str(incomplete(REPORT | {"total_output_tokens": 47}, LOAD))
+    fewer = REPORT | {"total_output_tokens": 47}
+    assert "with 47 tokens in all; expected 8 from each" in str(incomplete(fewer, LOAD))
+    assert incomplete(fewer | {"itls": [[0.1] * 8] * 6}, LOAD) is None, "as many chunks as tokens, and an empty one"
+    assert incomplete(fewer | {"itls": [*[[0.1] * 8] * 5, [0.1] * 6]}, LOAD) is not None
+    assert incomplete(fewer | {"itls": [[0.1] * 8] * 5}, LOAD) is not None
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_log(tmp_path: Path) -> None:

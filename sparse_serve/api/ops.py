@@ -59,4 +59,11 @@ class OpsApi:
         engine = None if context.info is None else dataclasses.asdict(context.info)
         if engine is not None and context.info is not None and context.info.quality is not None:
             engine["quality"] |= {"bad": context.info.quality.is_bad, "advice": context.info.quality.advice()}
-        await JSONResponse({"phase": context.admission.phase.value, "engine": engine})(scope, receive, send)
+        progress = context.engine.progress
+        load = {
+            "in_flight": context.admission.in_flight,
+            "prompt_tokens": progress.prompt_tokens,
+            "generated_tokens": progress.generated_tokens,
+        }
+        content = {"phase": context.admission.phase.value, "load": load, "engine": engine}
+        await JSONResponse(content)(scope, receive, send)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from maskgen.core.errors import SparseError
 from maskgen.core.failures import explained
+from sparse_serve.cli import restart, terminal
 from sparse_serve.cli import settings as settings_flags
-from sparse_serve.cli import terminal
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
-from sparse_serve.runtime import conversion, processes
+from sparse_serve.runtime import conversion, environment, processes
 from sparse_serve.runtime.conversion import Prepared
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         if not args.verbose:
             shown = terminal.redirected()
-        with explained():
+        with explained(), environment.restored():
             code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model, access(settings))))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log(shown)}")
@@ -111,6 +111,8 @@ def main(args: argparse.Namespace) -> int:
         # stopped in the middle of a download, say, whose threads Python would wait for
         logging.shutdown()
         os._exit(code)
+    if code:
+        restart.if_allowed(settings.restarts, shown)
     return code
 
 
@@ -122,9 +124,9 @@ def _log(shown: Terminal) -> str:
 async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event], None]) -> int:
     from prometheus_client import REGISTRY
 
-    from sparse_serve.api import grpc_v1, http_openai, ops
+    from sparse_serve.api import grpc_v1, http_openai, landing, ops
 
-    server = Server(engine, settings, [ops, http_openai, grpc_v1], REGISTRY, on_event)
+    server = Server(engine, settings, [ops, landing, http_openai, grpc_v1], REGISTRY, on_event)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -183,7 +185,8 @@ class Reporter:
                 where = f"; log: {self._shown.log} (--verbose prints it)" if self._shown.log else ""
                 self._shown.note(f"starting the engine on {self._model}{where}")
             case Ready(info, http, grpc):
-                self._shown.note(f"started in {time.monotonic() - self._started_s:.1f} s")
+                parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.startup_s.items())
+                self._shown.note(f"started in {time.monotonic() - self._started_s:.1f} s ({parts})")
                 self._shown.say(ready_block(info, http, grpc, self._access))
                 for warning in warnings(info):
                     self._shown.note(f"warning: {warning}")
@@ -212,6 +215,7 @@ def ready_block(info: EngineInfo, http: str, grpc: str, access: Access = OPEN) -
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 {quality_line(info)}
+  page  {url}/
   HTTP  {url}
         {shlex.join(call)}
   gRPC  {grpc}

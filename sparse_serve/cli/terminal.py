@@ -33,6 +33,12 @@ class Terminal:
         """Print an answer, on standard output."""
         _print(text, self.out)
 
+    def restore(self) -> None:
+        """Let this process, and a program that takes its place, print to where it printed before."""
+        if self.log is not None:
+            os.dup2(self.out.fileno(), 1)
+            os.dup2(self.err.fileno(), 2)
+
     def note(self, text: str) -> None:
         """Print progress, a warning or an error, on standard error."""
         _print(text, self.err)

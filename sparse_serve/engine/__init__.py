@@ -5,6 +5,7 @@ cancelling the task that runs it) aborts the request in the engine. `fake.py` im
 model, for tests of everything around the engine; `vllm_engine.py` is the real one.
 """
 
+import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -36,6 +37,7 @@ class EngineInfo:
     would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
     `quality` is what was measured of the model when it was pruned, if that is known. The rest is a sparse checkpoint's
     manifest: its pattern, how values are stored, and the digests of its masks, its recipe and the dense model.
+    `startup_s`: the seconds that each part of the start took, in order.
     """
 
     model: str
@@ -55,6 +57,24 @@ class EngineInfo:
     mask_digest: str = ""
     recipe_digest: str = ""
     base_digest: str = ""
+    startup_s: Mapping[str, float] = field(default_factory=dict)
+
+
+class Progress:
+    """What an engine has done so far: tokens read and written, and when (`time.monotonic`) it last put anything out."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.generated_tokens = 0
+        self._steps_s = {0: time.monotonic()}
+
+    def stepped(self, replica: int = 0) -> None:
+        """A replica of the model has put something out."""
+        self._steps_s[replica] = time.monotonic()
+
+    @property
+    def last_step_s(self) -> float:
+        """Of several replicas, the one that put anything out least recently."""
+        return min(self._steps_s.values())
 
 
 class ConstraintKind(Enum):
@@ -216,9 +236,8 @@ class Engine(Protocol):
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
 
     @property
-    def last_step_s(self) -> float:
-        """When, by `time.monotonic`, the engine last put anything out; of several replicas of the model, the one that
-        did so least recently."""
+    def progress(self) -> Progress:
+        """What it has done so far; the same object each time, kept up to date."""
 
     async def probe(self) -> None:
         """Ask every replica of the model for one token, and return when all are there. Raises `EngineDiedError` or

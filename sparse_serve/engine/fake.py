@@ -7,7 +7,6 @@ and counts what is unfinished, and can be slow (`delay_s` per token), fail a req
 """
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from sparse_serve.engine import (
     KernelChoice,
     Origin,
     PositionLogprobs,
+    Progress,
     TokenLogprob,
 )
 from sparse_serve.runtime.errors import EngineDiedError
@@ -59,7 +59,7 @@ class FakeEngine:
         self.unfinished = 0
         self._dead = False
         self.hangs = self.paused = False
-        self.last_step_s = time.monotonic()
+        self.progress = Progress()
 
     async def start(self) -> EngineInfo:
         await asyncio.sleep(self.start_s)
@@ -87,7 +87,7 @@ class FakeEngine:
         count = min(sampling.max_tokens or DEFAULT_MAX_TOKENS, room)
         for index in range(count):
             await asyncio.sleep(1e9 if self.hangs else self.delay_s)
-            self.last_step_s = time.monotonic()
+            self.progress.stepped()
             if self._dead:
                 raise EngineDiedError("the engine is gone")
             if self.fail_with is not None:
@@ -146,7 +146,7 @@ class FakeEngine:
 
     async def probe(self) -> None:
         await asyncio.sleep(1e9 if self.hangs else 0.0)
-        self.last_step_s = time.monotonic()
+        self.progress.stepped()
 
     async def rests(self) -> bool:
         await asyncio.sleep(1e9 if self.hangs and not self.paused else 0.0)

@@ -38,10 +38,10 @@ _REFUSED = {
     "headless": "this server always has its HTTP and gRPC APIs",
     "grpc": "the gRPC API is always open, see --grpc-port",
     "grpc_port": "this server has a gRPC API of its own, see --grpc-port",
-    "api_key": "it would guard only a part of the HTTP API and nothing of gRPC; put a proxy in front",
+    "api_key": "it would guard only a part of the HTTP API and nothing of gRPC; use --api-keys FILE",
     **dict.fromkeys(
         ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
-        "it would encrypt the HTTP API only; put a proxy in front",
+        "it would encrypt the HTTP API only; use --tls-cert, --tls-key and --tls-client-ca",
     ),
     "config": "write it in two words, --config FILE: with = in between vLLM does not read the file",
     "worker_extension_cls": "the server uses it to count the sparse layers of each worker",
@@ -49,11 +49,11 @@ _REFUSED = {
     "api_server_count": "one process holds both APIs; run more replicas instead",
     **dict.fromkeys(
         ("uvicorn_log_level", "disable_uvicorn_access_log", "disable_access_log_for_endpoints"),
-        "the HTTP API writes no access log; see /metrics",
+        "the log of requests is another; use --access-log",
     ),
     **dict.fromkeys(
         ("h11_max_incomplete_event_size", "h11_max_header_count"),
-        "the HTTP API has its own limits, see --max-message-bytes",
+        "the HTTP API has its own limits, see --max-header-bytes",
     ),
     **dict.fromkeys(("tool_parser_plugin", "reasoning_parser_plugin"), "only vLLM's built-in parsers are loaded"),
     **dict.fromkeys(

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ from sparse_serve.engine import (
     EngineInfo,
     GenerateRequest,
     Origin,
+    Progress,
     vllm_adapters,
     vllm_defaults,
     vllm_requests,
 )
 from sparse_serve.engine.vllm_flags import parse
+from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import (
@@ -51,6 +53,7 @@ from sparse_serve.runtime.errors import (
     SettingsError,
     UnknownModelError,
 )
+from sparse_serve.runtime.phases import Phases
 from sparse_serve.runtime.startup_error import collect_startup_error, reason, record_failed_processes
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,8 @@ class VllmEngine:
         self._drain_s, self._digests = drain_s, digests
         self._thread: threading.Thread | None = None
         self._stopped = False
-        self.steps_s = {0: time.monotonic()}
+        self.progress = Progress()
+        self._phases = Phases()
         self._others = processes.descendants(os.getpid())
 
     async def start(self) -> EngineInfo:
@@ -101,7 +105,8 @@ class VllmEngine:
                 await self.client.reset_mm_cache()
                 info = await self._describe()
                 await self._warm_up()
-                return info
+                self._phases.end("first token")
+                return replace(info, startup_s=self._phases.seconds)
             except BaseException as error:
                 await self.stop(0.0)
                 dead = isinstance(error, EngineDiedError)  # which says not why
@@ -117,6 +122,7 @@ class VllmEngine:
         vllm_defaults.set_common(os.environ)
         self.args = parse(self._command, self._drain_s)
         self._check_wanted()
+        self._phases.end("imports")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -130,6 +136,7 @@ class VllmEngine:
             verify(self.args.model)
         if self._digests:
             vllm_defaults.check_digests(self.args.model)
+        self._phases.end("verification")
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
             config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -144,12 +151,13 @@ class VllmEngine:
         # vLLM runs no hook in its engine process until that has talked to the server, but it unpickles this first
         config.follow = processes.Follow()
         self._check_wanted()
+        self._phases.end("configuration")
         self.client = AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             disable_log_stats=engine_args.disable_log_stats,
-            stat_loggers=[functools.partial(_StepTimes, self)],
+            stat_loggers=[functools.partial(StepLogger, self.progress)],
         )
 
     def _check_wanted(self) -> None:
@@ -165,6 +173,10 @@ class VllmEngine:
                 f"{len(broken)} parameters of {self.args.model} hold NaN or infinity, such as {broken[0]}; download or "
                 "make the model again"
             )
+        for phase in ("workers", "weights"):
+            if ends_s := [rank["ends_s"][phase] for rank in ranks if rank["ends_s"]]:
+                self._phases.end(phase, max(ends_s))
+        self._phases.end("cache and warm-up")
         info = engine_info(self.models[0], model, ranks, self.client.vllm_config.parallel_config.tensor_parallel_size)
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
@@ -225,16 +237,12 @@ class VllmEngine:
     async def probe(self) -> None:
         """One token. See `Engine.probe`."""
         await vllm_requests.probe(self.client)
-        self.steps_s.update(dict.fromkeys(self.steps_s, time.monotonic()))
+        for replica in range(self.client.vllm_config.parallel_config.data_parallel_size):
+            self.progress.stepped(replica)
 
     async def rests(self) -> bool:
         """Whether it was told to. See `Engine.rests`."""
         return await vllm_requests.rests(self.client)
-
-    @property
-    def last_step_s(self) -> float:
-        """The least recent step of a replica. See `Engine.last_step_s`."""
-        return min(self.steps_s.values())
 
     @property
     def is_loading(self) -> bool:
@@ -261,24 +269,6 @@ class VllmEngine:
 
     def _started(self) -> set[psutil.Process]:
         return processes.descendants(os.getpid()) - self._others
-
-
-class _StepTimes:
-    """What vLLM calls a stat logger, one for each replica of the model: told of its every step, it keeps the time."""
-
-    def __init__(self, engine: VllmEngine, vllm_config: Any, engine_index: int = 0) -> None:
-        self._engine, self._index = engine, engine_index
-        self.record()
-
-    def record(self, *stats: Any, **more: Any) -> None:
-        """A step has ended."""
-        self._engine.steps_s[self._index] = time.monotonic()
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Everything else that vLLM tells a stat logger is nothing to this one."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: None
 
 
 def _check_manifest(checkpoint: SparseCheckpoint, served: Sequence[str]) -> None:

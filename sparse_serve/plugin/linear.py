@@ -16,6 +16,7 @@ Legend: T = tokens, O = out features, I = in features (per rank).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ class SparseNMLinearMethod(LinearMethodBase):
         )
         self.dtype = torch.float32
         self.dense_bytes = 0
+        self.created_s = self.loaded_s = time.monotonic()  # parts of the start, which the server tells
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -147,6 +149,7 @@ class SparseNMLinearMethod(LinearMethodBase):
         # vLLM's LoRA layers ask this attribute for the device, and call `apply` for the product
         layer.weight_packed = torch.empty(0, device=packed.values.device)
         self.choice, self.kernel_names, self.dense_bytes = choice, tuple(tensors), packed.dense_nbytes(self.dtype)
+        self.loaded_s = time.monotonic()
         logger.info_once("sparse_nm: %s", str(choice))
         if choice.is_last_resort:
             logger.warning_once("sparse_nm: only the reference kernel serves this, slower than dense: %s", str(choice))

@@ -20,7 +20,8 @@ class SparseStats(TypedDict):
     `not_finite` are the parameters that hold NaN or infinity, by vLLM's names. `sparse_names` are the checkpoint's
     layers that are served sparse, several for one of vLLM's where it fuses them. `kernels` counts layers; two kernels
     that share a layer are joined by `+`. `choices` are the fields of `sparse_serve.engine.KernelChoice`, for each kind
-    of layer and bucket of tokens that was measured.
+    of layer and bucket of tokens that was measured. `ends_s`: when (`time.monotonic`) the worker was up, and when it
+    had its weights; nothing without a sparse layer.
     """
 
     sparse_layers: int
@@ -31,6 +32,7 @@ class SparseStats(TypedDict):
     not_finite: list[str]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
+    ends_s: dict[str, float]
 
 
 class WorkerExtension:
@@ -54,13 +56,16 @@ class WorkerExtension:
             not_finite=_not_finite(model),
             sparse_weight_bytes=0,
             dense_equivalent_bytes=0,
+            ends_s={},
         )
         kernels: Counter[str] = Counter()
         choices: dict[LinearSpec, Choice] = {}
+        methods = []
         for module in model.modules():
             method = vars(module).get("quant_method")  # a LoRA layer would answer for the layer inside it
             if isinstance(method, SparseNMLinearMethod):
                 assert method.choice is not None
+                methods.append(method)
                 kernels["+".join(method.choice.plan.kernels)] += 1
                 choices[method.choice.spec] = method.choice
                 stats["sparse_names"] += method.stored
@@ -68,6 +73,9 @@ class WorkerExtension:
                 stats["dense_equivalent_bytes"] += method.dense_bytes
             elif type(method).__name__ == "UnquantizedLinearMethod":
                 stats["dense_layers"] += 1
+        if methods:
+            stats["ends_s"]["workers"] = min(method.created_s for method in methods)
+            stats["ends_s"]["weights"] = max(method.loaded_s for method in methods)
         stats["sparse_layers"] = sum(kernels.values())
         stats["kernels"] = dict(kernels)
         for spec, choice in choices.items():

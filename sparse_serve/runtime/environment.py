@@ -13,6 +13,7 @@ from pathlib import Path
 
 _KERNEL_PARITY = "_SPARSE_SERVE_KERNEL_PARITY"
 _LEADER = "_SPARSE_SERVE_LEADER"
+_RESTARTS = "_SPARSE_SERVE_RESTARTS"
 _STARTUP_ERROR = "_SPARSE_SERVE_STARTUP_ERROR"
 _VERIFIED = "_SPARSE_SERVE_VERIFIED"
 
@@ -65,6 +66,16 @@ def leader() -> int | None:
 def set_leader(pid: int) -> None:
     """Name the process with which those started from here on are to end."""
     os.environ[_LEADER] = str(pid)
+
+
+def restarts() -> int:
+    """How often this server has been started again because its engine was lost (`cli.restart`)."""
+    return int(os.environ.get(_RESTARTS, "0"))
+
+
+def set_restarts(count: int) -> None:
+    """Hand that number on to the program that takes this one's place."""
+    os.environ[_RESTARTS] = str(count)
 
 
 def startup_error_file() -> Path | None:

@@ -49,6 +49,9 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("sparse_serve_ready", "1 while requests are taken, else 0", registry=registry)
+        self.startup_seconds = Gauge(
+            "sparse_serve_startup_seconds", "Time that each part of the start took", ["phase"], registry=registry
+        )
         self.sparse_layers = Gauge(
             "sparse_serve_sparse_layers", "Linear layers served sparse", ["kernel"], registry=registry
         )
@@ -68,6 +71,8 @@ class Metrics:
 
     def show(self, info: EngineInfo) -> None:
         """Export what a started engine serves."""
+        for phase, seconds in info.startup_s.items():
+            self.startup_seconds.labels(phase).set(seconds)
         for kernel, layers in info.kernels.items():
             self.sparse_layers.labels(kernel).set(layers)
         for choice in info.choices:

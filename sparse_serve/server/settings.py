@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         le=86400,
         description="seconds without a step of the engine, which is asked for one, until it is given up; 0: never",
     )
+    restarts: int = Field(
+        0, ge=0, le=1000, description="how often a server whose engine has died or hangs starts again instead of ending"
+    )
     max_num_queued_reqs: int = Field(
         512, ge=1, le=1 << 20, description="most sequences that run or wait, of all clients; the next are refused"
     )

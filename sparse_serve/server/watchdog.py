@@ -25,7 +25,7 @@ async def until_hung(engine: Engine, limit_s: float) -> None:
     misses = 0
     while misses < _MISSES:
         await asyncio.sleep(part_s)
-        if time.monotonic() - engine.last_step_s < part_s:
+        if time.monotonic() - engine.progress.last_step_s < part_s:
             misses = 0
             continue
         asked_s = time.monotonic()
@@ -34,12 +34,12 @@ async def until_hung(engine: Engine, limit_s: float) -> None:
                 if not await engine.rests():
                     await engine.probe()
         except TimeoutError:
-            if engine.last_step_s < asked_s:
+            if engine.progress.last_step_s < asked_s:
                 misses += 1
-                logger.warning("the engine has made no step for %.0f s", time.monotonic() - engine.last_step_s)
+                logger.warning("the engine has made no step for %.0f s", time.monotonic() - engine.progress.last_step_s)
                 continue
         except OverloadedError:
-            if engine.last_step_s < asked_s - part_s:
+            if engine.progress.last_step_s < asked_s - part_s:
                 misses += 1
                 continue
         except EngineDiedError:

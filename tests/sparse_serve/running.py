@@ -15,7 +15,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from sparse_serve.api import grpc_v1, ops
+from sparse_serve.api import grpc_v1, landing, ops
 from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from sparse_serve.engine import GenerateRequest, Sampling
 from sparse_serve.engine.fake import FakeEngine
@@ -127,7 +127,7 @@ async def running(engine: FakeEngine | None = None, ready: bool = True, **settin
     engine = engine or FakeEngine()
     registry, events = CollectorRegistry(), []
     options = Settings(**{"http_port": 0, "grpc_port": 0, "drain_s": 5.0} | settings)
-    server = Server(engine, options, [ops, grpc_v1, ECHO], registry, events.append)
+    server = Server(engine, options, [ops, landing, grpc_v1, ECHO], registry, events.append)
     task = asyncio.create_task(server.run())
     wanted = Ready if ready else Listening
     async with asyncio.timeout(10):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import grpc
 import pytest
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.api.pb.v1 import generation_pb2_grpc
 from tests.vllm.serving import (
     SPARSE_LAYERS,
     START_S,
@@ -43,6 +45,25 @@ def test_a_killed_engine_fails_requests_and_ends_with_1(tmp_path: Path) -> None:
         os.kill(server.engine_pid(), signal.SIGKILL)
         with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
             list(call)
+        assert server.process.wait(30) == 1
+        server.check_nobody_is_left()
+    finally:
+        end(server)
+
+
+def test_a_lost_engine_is_started_again_as_often_as_allowed(tmp_path: Path) -> None:
+    server = launch(make_checkpoint(tmp_path), tmp_path, "--restarts=1", "--served-model-name=tiny")
+    try:
+        wait_ready(server)
+        first = server.engine_pid()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: "starting again (1 of 1)" in server.output and server.output.count("ready:") == 2, 2 * START_S)
+        with grpc.insecure_channel(re.findall(r"gRPC  (\S+)", server.output)[-1]) as channel:
+            reply = generation_pb2_grpc.GenerationServiceStub(channel).Generate(grpc_request(4))
+        assert reply.usage.completion_tokens == 4
+        (second,) = [pid for pid in descendants(server.process.pid) if "EngineCore" in command_of(pid)]
+        assert second != first
+        os.kill(second, signal.SIGKILL)
         assert server.process.wait(30) == 1
         server.check_nobody_is_left()
     finally:

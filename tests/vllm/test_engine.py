@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sparse_serve.engine import Origin, vllm_requests
-from sparse_serve.engine.vllm_engine import VllmEngine, _StepTimes
+from sparse_serve.engine.vllm_engine import VllmEngine
+from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.runtime.errors import BadRequestError, EngineStartError
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive, make_checkpoint
@@ -74,13 +75,14 @@ async def test_a_probe_asks_every_replica_and_waits_for_all() -> None:
 
 
 def test_the_last_step_is_that_of_the_replica_that_has_made_none_for_longest() -> None:
-    engine = VllmEngine("owner/model")
-    loggers = [_StepTimes(engine, None, index) for index in range(2)]
+    progress = VllmEngine("owner/model").progress
+    loggers = [StepLogger(progress, None, index) for index in range(2)]
     began_s = time.monotonic()
-    loggers[0].record()
-    assert engine.last_step_s < began_s
-    loggers[1].record()
-    assert engine.last_step_s >= began_s
+    loggers[0].record(None, SimpleNamespace(num_prompt_tokens=3, num_generation_tokens=2))
+    assert progress.last_step_s < began_s
+    loggers[1].record(None, None)
+    assert progress.last_step_s >= began_s
+    assert (progress.prompt_tokens, progress.generated_tokens) == (3, 2)
 
 
 async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:

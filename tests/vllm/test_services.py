@@ -13,7 +13,18 @@ import pytest
 
 from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
-from tests.vllm.serving import PROMPT, Running, end, grpc_request, http_request, launch, make_checkpoint, wait_ready
+from tests.browser import page
+from tests.vllm.serving import (
+    PROMPT,
+    SPARSE_LAYERS,
+    Running,
+    end,
+    grpc_request,
+    http_request,
+    launch,
+    make_checkpoint,
+    wait_ready,
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +165,30 @@ def test_a_line_of_the_log_has_what_the_client_knows(server: Running) -> None:
     (line,) = [line for line in log.read_text().splitlines() if id_ in line]
     shown = json.loads(line)
     assert (shown["name"], shown["code"], shown["method"]) == ("sparse_serve.access", "OK", "Generate")
+
+
+def test_the_page_shows_the_model_and_talks_to_it(server: Running, tmp_path: Path) -> None:
+    with page(tmp_path) as shown:
+        shown.go(f"{server.http}/")
+        shown.until("document.querySelector('#phase')?.textContent === 'ready' && document.title === 'tiny'")
+        assert f"{SPARSE_LAYERS} (2:4)" in shown.until("document.querySelector('#facts').textContent")
+        assert "first token" in shown.evaluate("document.querySelector('#startup').textContent")
+        shown.evaluate(
+            "document.querySelector('#text').value = 'Who are you?'; document.querySelector('#send').click()"
+        )
+        told = shown.until("document.querySelector('#speed').textContent", 60.0)
+        asked, said = shown.evaluate("[...document.querySelectorAll('.said')].map((node) => node.textContent)")
+        written = int(told.split(" tokens")[0])
+        assert asked == "Who are you?" and said and written > 1
+        shown.until(
+            f"Number(document.querySelector('#load dd:last-child').textContent.replaceAll(',', '')) >= {written}"
+        )
+        assert shown.errors == []
+
+
+def test_the_parts_of_the_start_are_metrics(server: Running) -> None:
+    phases = ["imports", "verification", "configuration", "workers", "weights", "cache and warm-up", "first token"]
+    assert all(server.metric("sparse_serve_startup_seconds", phase=phase) > 0 for phase in phases)
 
 
 def test_the_manuals_client_works(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ async def test_one_miss_is_none() -> None:
         engine.hangs = True
         await asyncio.sleep(0.3)
         engine.hangs = False
-        engine.last_step_s = time.monotonic()
+        engine.progress.stepped()
         await asyncio.sleep(0.3)
     assert not watching.done()
     watching.cancel()

@@ -1,0 +1,29 @@
+"""Phases of a start."""
+
+import time
+
+import pytest
+
+from sparse_serve.runtime.phases import Phases
+
+
+def test_phases_add_up_to_the_time_that_passed() -> None:
+    before_s = time.monotonic()
+    phases = Phases()
+    time.sleep(0.02)
+    middle_s = time.monotonic()
+    time.sleep(0.01)
+    phases.end("a", middle_s)
+    phases.end("b")
+    assert list(phases.seconds) == ["a", "b"]
+    assert phases.seconds["a"] == pytest.approx(middle_s - before_s, abs=0.005)
+    assert sum(phases.seconds.values()) == pytest.approx(time.monotonic() - before_s, abs=0.005)
+
+
+@pytest.mark.parametrize("at_s", [0.0, 1e12])
+def test_a_time_out_of_order_makes_no_phase_negative(at_s: float) -> None:
+    phases = Phases()
+    phases.end("a")
+    phases.end("b", at_s)
+    phases.end("c")
+    assert all(0 <= seconds < 5 for seconds in phases.seconds.values())

@@ -186,7 +186,8 @@ class Reporter:
                 self._shown.note(f"starting the engine on {self._model}{where}")
             case Ready(info, http, grpc):
                 parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.startup_s.items())
-                self._shown.note(f"started in {time.monotonic() - self._started_s:.1f} s ({parts})")
+                took = f"{time.monotonic() - self._started_s:.1f} s"
+                self._shown.note(f"started in {took} ({parts})" if parts else f"started in {took}")
                 self._shown.say(ready_block(info, http, grpc, self._access))
                 for warning in warnings(info):
                     self._shown.note(f"warning: {warning}")
@@ -215,8 +216,7 @@ def ready_block(info: EngineInfo, http: str, grpc: str, access: Access = OPEN) -
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 {quality_line(info)}
-  page  {url}/
-  HTTP  {url}
+  HTTP  {url}  (in a browser: a page to talk to it)
         {shlex.join(call)}
   gRPC  {grpc}
         {shlex.join(generate)}

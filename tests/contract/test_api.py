@@ -18,7 +18,16 @@ from sparse_serve.server.lifecycle import shared
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import Settings
 
-NOT_APIS = {"grpc_access", "grpc_calls", "grpc_chat", "grpc_messages", "grpc_tokens", "pb"}
+NOT_APIS = {
+    "grpc_access",
+    "grpc_admin",
+    "grpc_calls",
+    "grpc_chat",
+    "grpc_messages",
+    "grpc_status",
+    "grpc_tokens",
+    "pb",
+}
 NAMES = [module.name for module in pkgutil.iter_modules(api.__path__) if module.name not in NOT_APIS]
 LIFE = [name for name in vars(Api) if not name.startswith("_")]
 

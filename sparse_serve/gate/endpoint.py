@@ -98,8 +98,15 @@ class Endpoint:
         if not texts:
             return []
         first = self.score(texts[0], top_k)  # it finds out how to ask
-        with ThreadPoolExecutor(CONCURRENT_TEXTS) as pool:
+        with ThreadPoolExecutor(self._concurrent_texts()) as pool:
             return [first, *pool.map(lambda text: self.score(text, top_k), texts[1:])]
+
+    def _concurrent_texts(self) -> int:
+        """No more than llama.cpp has slots: others would wait for their turn until they time out."""
+        if self._dialect != self._by_generating:
+            return CONCURRENT_TEXTS
+        slots = self._json("GET", "/props").get("total_slots")
+        return min(slots, CONCURRENT_TEXTS) if isinstance(slots, int) and slots > 0 else 1
 
     def _by_ids(self, text: str, top_k: int) -> ScoredText | None:
         choice = self._choice(self._asked(text) | {"prompt_logprobs": top_k, "return_token_ids": True})

@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        self.send(200, b'{"data": [{"id": "m"}]}', None)
+        self.send(200, b'{"total_slots": 2}' if self.path == "/props" else b'{"data": [{"id": "m"}]}', None)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,20 @@ def test_llama_cpp_is_gated_against_vllm(worse: float, verdict: Verdict, tmp_pat
     p, q = math.exp(-1), math.exp(-1 - worse)
     assert text.divergence is not None
     assert text.divergence.kl == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), abs=1e-9)
+
+
+def test_llama_cpp_is_asked_for_no_more_texts_at_a_time_than_it_has_slots() -> None:
+    routes, slots, waited = llama_cpp(), threading.Semaphore(2), []
+
+    def completion(body: dict[str, Any]) -> tuple[int, bytes]:
+        waited.append(not slots.acquire(blocking=False))
+        time.sleep(0.01)
+        slots.release()
+        return routes["/completion"](body)
+
+    with server(of_llama_cpp, routes=routes | {"/completion": completion}) as url, Endpoint(url) as endpoint:
+        assert len(endpoint.score_all(["a text"] * 12, 5)) == 12
+    assert waited == [False] * 12
 
 
 def test_characters_of_several_tokens_are_looked_up_in_the_whole_vocabulary() -> None:

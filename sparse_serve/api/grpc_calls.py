@@ -21,6 +21,7 @@ from sparse_serve.api.grpc_status import REQUEST_ID, abort, metadata_value, new_
 from sparse_serve.engine import NOBODY, Origin
 from sparse_serve.runtime.errors import AbortedError, EngineDiedError, answer
 from sparse_serve.server.admission import Cause, Outcome, Phase
+from sparse_serve.server.body_limits import check_request_id
 from sparse_serve.server.context import ServerContext
 
 _TRACE_PARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -89,15 +90,20 @@ class Calls:
             yield
 
     @contextlib.asynccontextmanager
-    async def answering(self, method: str, call: Any, client: str = "") -> AsyncIterator[Answering]:
+    async def answering(
+        self, method: str, call: Any, client: str = "", given_id: str = "", holds_drain: bool = True
+    ) -> AsyncIterator[Answering]:
         """Count a call, and end it with the status its exception stands for. It has an id: the client's own, from the
         metadata `x-request-id`, or a new one. The answer's trailing metadata has it, too. `client`: who calls, if
-        that is not for a client's key to say."""
-        with self.context.admission.request("grpc", method) as outcome:
+        that is not for a client's key to say; `given_id`: the client's id, where it is in the request itself."""
+        with self.context.admission.request("grpc", method, holds_drain) as outcome:
             answering = Answering(call, outcome)
             outcome.id = new_id()
             try:
                 outcome.client, outcome.id = client or self.client(call), request_id(call, outcome.id)
+                if given_id:
+                    check_request_id("request_id", given_id)
+                    outcome.id = given_id
                 answering.origin = Origin(outcome.id, _trace(call))
                 call.set_trailing_metadata(((REQUEST_ID, outcome.id),))
                 yield answering

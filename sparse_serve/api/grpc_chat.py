@@ -53,7 +53,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: pb.ChatRequest | pb.ChatStreamRequest, answering: Answering, stream: bool
     ) -> AsyncGenerator[Mapping[str, Any], None]:
         context = self._calls.context
-        info = context.served()
+        info = context.generating()
         check_model(request.model, context.engine.models)
         sampling = read_sampling(request.sampling, info, context.settings)
         body = _body(request, sampling, body_limits(context.settings)) | {"model": request.model or info.model}

@@ -255,6 +255,7 @@ def model_info(info: EngineInfo, models: Sequence[str]) -> pb.GetModelInfoRespon
         recipe_digest=info.recipe_digest,
         base_digest=info.base_digest,
         server_version=version("sparse-serve"),
+        embeds=info.embeds,
     )
 
 

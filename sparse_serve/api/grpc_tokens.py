@@ -1,9 +1,10 @@
-"""The service `sparse_serve.v1.TokenService`: log-probabilities of given tokens, and text to tokens and back."""
+"""The service `sparse_serve.v1.TokenService`: log-probabilities and embeddings, and text to tokens and back."""
 
 import asyncio
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-from sparse_serve.api.grpc_calls import Calls
+from sparse_serve.api.grpc_calls import Answering, Calls
 from sparse_serve.api.grpc_messages import check_ids, check_model
 from sparse_serve.api.pb.v1 import tokens_pb2 as pb
 from sparse_serve.api.pb.v1 import tokens_pb2_grpc
@@ -11,6 +12,7 @@ from sparse_serve.engine import Origin
 from sparse_serve.runtime.errors import BadRequestError
 from sparse_serve.server.body_limits import body_limits
 
+T = TypeVar("T")
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenService"].full_name
 
 
@@ -22,16 +24,26 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, call: Any) -> pb.ScoreResponse:
         """Passages side by side."""
+
+        async def score(ids: list[int], origin: Origin) -> pb.Score:
+            return pb.Score(token_ids=ids, logprobs=await self._calls.context.engine.score(ids, request.model, origin))
+
         async with self._calls.answering("Score", call) as answering:
-            context = self._calls.context
-            context.served()
-            check_model(request.model, context.engine.models)
-            if not request.passages:
-                raise BadRequestError("passages is empty; give one or more", "passages")
-            body_limits(context.settings).check_sequences(len(request.passages), 1)
-            with self._calls.share(call, len(request.passages)):
-                scores = await self._scores(request, answering.origin)
+            self._calls.context.generating()
+            scores = await self._side_by_side(request, answering, score)
         return pb.ScoreResponse(scores=scores)
+
+    async def Embed(self, request: pb.EmbedRequest, call: Any) -> pb.EmbedResponse:
+        """Passages side by side."""
+
+        async def embed(ids: list[int], origin: Origin) -> pb.Embedding:
+            values = await self._calls.context.engine.embed(ids, request.model, origin)
+            return pb.Embedding(values=values, prompt_tokens=len(ids))
+
+        async with self._calls.answering("Embed", call) as answering:
+            self._calls.context.embedding()
+            embeddings = await self._side_by_side(request, answering, embed)
+        return pb.EmbedResponse(embeddings=embeddings)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Any) -> pb.TokenizeResponse:
         """Text to tokens."""
@@ -50,23 +62,38 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
                 text = await engine.detokenize(request.token_ids, not request.without_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
-    async def _scores(self, request: pb.ScoreRequest, origin: Origin) -> list[pb.Score]:
-        """Of all passages; the first that fails ends the others."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._score(passage, request.model, origin)) for passage in request.passages]
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+    async def _side_by_side(
+        self,
+        request: pb.ScoreRequest | pb.EmbedRequest,
+        answering: Answering,
+        answer: Callable[[list[int], Origin], Coroutine[Any, Any, T]],
+    ) -> list[T]:
+        """The answers to all passages; the first that fails ends the others."""
+        context = self._calls.context
+        check_model(request.model, context.engine.models)
+        if not request.passages:
+            raise BadRequestError("passages is empty; give one or more", "passages")
+        body_limits(context.settings).check_sequences(len(request.passages), 1)
+
+        async def one(passage: pb.Passage) -> T:
+            return await answer(await self._ids(passage), answering.origin)
+
+        with self._calls.share(answering.call, len(request.passages)):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(passage)) for passage in request.passages]
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _score(self, passage: pb.Passage, model: str, origin: Origin) -> pb.Score:
-        engine, info = self._calls.context.engine, self._calls.context.served()
+    async def _ids(self, passage: pb.Passage) -> list[int]:
+        context = self._calls.context
         match passage.WhichOneof("form"):
             case "text":
-                ids = await engine.tokenize(passage.text, True)
+                return await context.engine.tokenize(passage.text, True)
             case "token_ids":
                 ids = list(passage.token_ids.ids)
-                check_ids("passages", ids, info)
+                check_ids("passages", ids, context.served())
+                return ids
             case _:
                 raise BadRequestError("passages: give text or token_ids in each", "passages")
-        return pb.Score(token_ids=ids, logprobs=await engine.score(ids, model, origin))

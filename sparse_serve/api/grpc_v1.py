@@ -19,12 +19,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from sparse_serve.api import grpc_admin, grpc_chat, grpc_tokens
+from sparse_serve.api import grpc_admin, grpc_chat, grpc_smg, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
 from sparse_serve.api.grpc_access import DecodeCheck, KeyCheck, server_credentials
 from sparse_serve.api.grpc_admin import AdminService
 from sparse_serve.api.grpc_calls import Calls
 from sparse_serve.api.grpc_chat import ChatService
+from sparse_serve.api.grpc_smg import VllmEngineService
 from sparse_serve.api.grpc_tokens import TokenService
 from sparse_serve.api.pb.v1 import admin_pb2_grpc, chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
@@ -59,6 +60,7 @@ class GrpcApi:
         self._health = health.aio.HealthServicer()
         self._calls = Calls(context)
         self._services: tuple[str, ...] = SERVICES
+        self._smg: VllmEngineService | None = None
 
     async def start(self) -> str:
         """Bind and answer NOT_SERVING / UNAVAILABLE. See `Api.start`."""
@@ -72,7 +74,8 @@ class GrpcApi:
             ("grpc.max_connection_age_grace_ms", max(grace_ms, 1000)),
         ]
         admission, admin_keys = self._context.admission, self._context.admin_keys
-        self._services = SERVICES if admin_keys is None else (*SERVICES, grpc_admin.SERVICE)
+        extra = {grpc_admin.SERVICE: admin_keys is not None, grpc_smg.SERVICE: settings.smg}
+        self._services = (*SERVICES, *(service for service, wanted in extra.items() if wanted))
         interceptors = [
             KeyCheck(self._context.keys, {grpc_admin.SERVICE: admin_keys}, admission),
             DecodeCheck(self._services, admission),
@@ -83,6 +86,9 @@ class GrpcApi:
         tokens_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(self._calls), server)
         if admin_keys is not None:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._calls), server)
+        if settings.smg:
+            self._smg = VllmEngineService(self._calls)
+            self._smg.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             services = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
@@ -107,6 +113,8 @@ class GrpcApi:
 
     async def serve(self) -> None:
         """Health checks turn to SERVING; the calls ask `Admission`."""
+        if self._smg is not None:
+            self._smg.connect()
         self._calls.watch_writes()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -178,7 +186,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest | pb.GenerateStreamRequest, call: Any, origin: Origin
     ) -> AsyncGenerator[Chunk, None]:
         context = self._calls.context
-        info, engine = context.served(), context.engine
+        info, engine = context.generating(), context.engine
         checked = replace(messages.read_request(request, info, engine.models, context.settings), origin=origin)
         with self._calls.share(call, checked.sampling.n):
             async with contextlib.aclosing(engine.generate(checked)) as chunks:

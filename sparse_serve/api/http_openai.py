@@ -51,7 +51,7 @@ class OpenAiApi:
         except Exception as error:
             raise EngineStartError(f"the OpenAI API did not start: {reason(error)}") from error
         models = app.state.openai_serving_models
-        engine.adapters, engine.chat_serving = models.lora_requests, app.state.openai_serving_chat
+        engine.adapters, engine.chat_serving = models.lora_requests, getattr(app.state, "openai_serving_chat", None)
         models.show_available_models = _without_paths(models.show_available_models)
         app.state.server = SimpleNamespace(should_exit=False)
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))

@@ -213,14 +213,14 @@ def ready_block(info: EngineInfo, http: str, grpc: str, access: Access = OPEN) -
     curl = ["curl", *access.curl]
     call = [*curl, f"{url}{path}", "-H", "content-type: application/json", "-d", json.dumps(body)]
     generate = [*_this_command(), "generate", "--address", grpc, *access.generate, "--max-tokens", "16", "Hello"]
+    to_try = "" if info.embeds else f"        {shlex.join(generate)}\n"
     return f"""
 ready: {info.model} ({share}, {info.dtype}, up to {info.max_model_len} tokens)
 {quality_line(info)}
   HTTP  {url}  (in a browser: a page to talk to it)
         {shlex.join(call)}
   gRPC  {grpc}
-        {shlex.join(generate)}
-  see   {shlex.join([*curl, f"{url}/metrics"])}
+{to_try}  see   {shlex.join([*curl, f"{url}/metrics"])}
 {access.remark}"""
 
 
@@ -233,7 +233,10 @@ def quality_line(info: EngineInfo) -> str:
 
 
 def example(info: EngineInfo) -> tuple[str, dict[str, object]]:
-    """Path and body of an HTTP request to try: a chat where the model has a chat template, else text to continue."""
+    """Path and body of an HTTP request to try: a chat where the model has a chat template, else text to continue, or a
+    text to embed."""
+    if info.embeds:
+        return "/v1/embeddings", {"model": info.model, "input": "Hello"}
     if not info.chat:
         return "/v1/completions", {"model": info.model, "prompt": "Hello", "max_tokens": 16}
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -109,10 +109,18 @@ def _tool(tool: Tool) -> chat_pb2.Tool:
 
 def score(passages: Sequence[str | Sequence[int]], model: str) -> tokens_pb2.ScoreRequest:
     """A request for scores of texts and of token ids."""
-    made = [
+    return tokens_pb2.ScoreRequest(passages=_passages(passages), model=model)
+
+
+def embed(passages: Sequence[str | Sequence[int]], model: str) -> tokens_pb2.EmbedRequest:
+    """A request for embeddings of texts and of token ids."""
+    return tokens_pb2.EmbedRequest(passages=_passages(passages), model=model)
+
+
+def _passages(passages: Sequence[str | Sequence[int]]) -> list[tokens_pb2.Passage]:
+    return [
         tokens_pb2.Passage(text=passage)
         if isinstance(passage, str)
         else tokens_pb2.Passage(token_ids=pb.TokenIds(ids=passage))
         for passage in passages
     ]
-    return tokens_pb2.ScoreRequest(passages=made, model=model)

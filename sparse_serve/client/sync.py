@@ -112,6 +112,13 @@ class Client:
         answer = self._once(self._tokens.Score, requests.score(passages, model), timeout_s)
         return list(answer.scores)
 
+    def embed(
+        self, passages: Sequence[str | Sequence[int]], *, model: str = "", timeout_s: float | None = None
+    ) -> list[list[float]]:
+        """Embeddings of texts, or of token ids; only of a model that makes them (`info().embeds`)."""
+        answer = self._once(self._tokens.Embed, requests.embed(passages, model), timeout_s)
+        return [list(embedding.values) for embedding in answer.embeddings]
+
     def tokenize(self, text: str, *, special_tokens: bool = True, timeout_s: float | None = None) -> list[int]:
         """The tokens of a text."""
         request = tokens_pb2.TokenizeRequest(text=text, without_special_tokens=not special_tokens)

@@ -35,6 +35,7 @@ class EngineInfo:
     those that were measured, of several ranks the slowest; none if kernels were asked for by name, or none had a
     competitor. `sparse_weight_bytes` is what those layers' weights take in memory, `dense_equivalent_bytes` what they
     would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
+    `embeds`: whether the model makes embeddings, and generates no text.
     `quality` is what was measured of the model when it was pruned, if that is known. The rest is a sparse checkpoint's
     manifest: its pattern, how values are stored, and the digests of its masks, its recipe and the dense model.
     `startup_s`: the seconds that each part of the start took, in order.
@@ -52,6 +53,7 @@ class EngineInfo:
     dense_equivalent_bytes: int = 0
     quality: "Quality | None" = None
     chat: bool = False
+    embeds: bool = False
     pattern: str = ""
     values: str = ""
     mask_digest: str = ""
@@ -234,6 +236,9 @@ class Engine(Protocol):
     async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
         """Natural log-probability of each token given those before it: `len(token_ids) - 1` numbers, as the first
         token has no prefix. Needs at least 2 tokens and at most `max_model_len - 1`, else `BadRequestError`."""
+
+    async def embed(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
+        """The embedding of 1 to `max_model_len` tokens, else `BadRequestError`; only if `EngineInfo.embeds`."""
 
     @property
     def progress(self) -> Progress:

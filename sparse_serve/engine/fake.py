@@ -8,6 +8,7 @@ and counts what is unfinished, and can be slow (`delay_s` per token), fail a req
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from maskgen.core.quality import Quality
@@ -51,6 +52,7 @@ class FakeEngine:
         self.fail_with: Exception | None = None
         self.models: tuple[str, ...] = (INFO.model,)
         self.adapters: tuple[str, ...] = ()
+        self.embeds = False
         self.started = False
         self.stopped = False
         self.aborted: list[GenerateRequest] = []
@@ -66,7 +68,7 @@ class FakeEngine:
         if self.start_error is not None:
             raise self.start_error
         self.started = True
-        return INFO
+        return replace(INFO, embeds=self.embeds)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
@@ -143,6 +145,10 @@ class FakeEngine:
     async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
         self.origins.append(origin)
         return [-id_ / 1000 for id_ in token_ids[1:]]
+
+    async def embed(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
+        self.origins.append(origin)
+        return [float(len(token_ids)), token_ids[0] / 1000]
 
     async def probe(self) -> None:
         await asyncio.sleep(1e9 if self.hangs else 0.0)

@@ -14,7 +14,6 @@ workers really hold on sparse kernels are compared with its manifest: vLLM merel
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -140,11 +139,6 @@ class VllmEngine:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
             config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if config.model_config.runner_type != "generate":
-            raise SettingsError(
-                f"{self.args.model} would run as a {config.model_config.runner_type} model; this server serves models "
-                "that generate text"
-            )
         if config.model_config.quantization == QUANT_METHOD and not is_sparse_checkpoint(self.args.model):
             raise SettingsError(f"{self.args.model} is sparse, but no directory to verify; download it, give its path")
         vllm_adapters.check(self.args, config)
@@ -166,7 +160,12 @@ class VllmEngine:
 
     async def _describe(self) -> EngineInfo:
         assert self.args is not None
-        model = self.client.model_config
+        model, tasks = self.client.model_config, await self.client.get_supported_tasks()
+        if not {"generate", "embed"} & {*tasks}:
+            raise SettingsError(
+                f"{self.args.model} would do {', '.join(tasks)}; this server serves models that generate text or make "
+                "embeddings (--runner pooling --convert embed)"
+            )
         ranks = await self.client.collective_rpc("sparse_stats")
         if broken := sorted({name for rank in ranks for name in rank["not_finite"]}):
             raise EngineStartError(
@@ -186,14 +185,17 @@ class VllmEngine:
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
-        return replace(info, chat=chat, quality=known_quality(Path(self.args.model)))
+        embeds = "generate" not in tasks
+        return replace(info, chat=chat and not embeds, embeds=embeds, quality=known_quality(Path(self.args.model)))
 
     async def _warm_up(self) -> None:
         """One step through the whole model: what cannot serve fails here, and not in the first client's hands."""
-        (logprob,) = await self.score([0, 1])
-        if not math.isfinite(logprob):
+        embeds = self.client.model_config.runner_type == "pooling"
+        numbers = await (self.embed([0, 1]) if embeds else self.score([0, 1]))
+        if wrong := next((number for number in numbers if not math.isfinite(number)), None):
             raise EngineStartError(
-                f"the log-probability of a first token is {logprob}: this model cannot be served in "
+                f"{'an embedding has' if embeds else 'the log-probability of a first token is'} {wrong}: this model "
+                "cannot be served in "
                 f"{self.client.model_config.dtype}; try --dtype float32, or make the model again"
             )
 
@@ -233,6 +235,10 @@ class VllmEngine:
     async def score(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
         """Log-probabilities. See `Engine.score`."""
         return await vllm_requests.score(self.client, token_ids, self._adapter(model), origin)
+
+    async def embed(self, token_ids: list[int], model: str = "", origin: Origin = NOBODY) -> list[float]:
+        """A vector. See `Engine.embed`."""
+        return await vllm_requests.embed(self.client, token_ids, self._adapter(model), origin)
 
     async def probe(self) -> None:
         """One token. See `Engine.probe`."""

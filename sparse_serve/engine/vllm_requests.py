@@ -160,6 +160,21 @@ async def score(client: Any, token_ids: list[int], adapter: Any, origin: Origin)
     return [final.prompt_logprobs[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
 
 
+async def embed(client: Any, token_ids: list[int], adapter: Any, origin: Origin) -> list[float]:
+    """See `Engine.embed`. `adapter` is vLLM's object for one."""
+    from vllm import PoolingParams
+
+    longest = client.model_config.max_model_len
+    if not 1 <= len(token_ids) <= longest:
+        raise BadRequestError(f"{len(token_ids)} tokens to embed; expected 1 to {longest} (max_model_len)")
+    name = f"embed-{origin.id}-{uuid.uuid4().hex[:8]}"
+    prompt, params, trace = {"prompt_token_ids": token_ids}, PoolingParams(task="embed"), dict(origin.trace) or None
+    with _translated():
+        async for output in client.encode(prompt, params, name, lora_request=adapter, trace_headers=trace):
+            final = output
+    return [float(number) for number in final.outputs.data]
+
+
 async def probe(client: Any) -> None:
     """See `Engine.probe`."""
     from vllm import SamplingParams
@@ -169,6 +184,9 @@ async def probe(client: Any) -> None:
         async for _ in _generate(client, "probe", prompt, params, NOBODY, data_parallel_rank=replica):
             pass
 
+    if client.model_config.runner_type == "pooling":
+        await embed(client, [0], None, NOBODY)
+        return
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     replicas = client.vllm_config.parallel_config.data_parallel_size
     with _translated():

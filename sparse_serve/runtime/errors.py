@@ -14,6 +14,7 @@
           +-- OverloadedError   (RuntimeError)     the queue is full
           |    +-- TooManyError                    this client has enough requests running
           +-- UnavailableError  (ConnectionError)  starting or draining: try again, or another replica
+          +-- UnsupportedError  (NotImplementedError) this server, or its model, does not do that
           +-- AbortedError      (RuntimeError)     an operator ended this request
           +-- EngineDiedError   (RuntimeError)     the engine process is gone; this server is about to exit
 
@@ -89,6 +90,10 @@ class UnavailableError(ServeError, ConnectionError):
     """The server is not taking requests now: it is starting or draining."""
 
 
+class UnsupportedError(ServeError, NotImplementedError):
+    """This server, or the model that it serves, does not do that."""
+
+
 class AbortedError(ServeError, RuntimeError):
     """An operator ended this request."""
 
@@ -114,6 +119,7 @@ _TABLE: tuple[tuple[type[SparseError], str, int, float | None], ...] = (
     (TooManyError, "RESOURCE_EXHAUSTED", 429, 1.0),
     (OverloadedError, "RESOURCE_EXHAUSTED", 503, 1.0),
     (UnavailableError, "UNAVAILABLE", 503, 1.0),
+    (UnsupportedError, "UNIMPLEMENTED", 501, None),
     (AbortedError, "ABORTED", 409, None),
     (EngineDiedError, "UNAVAILABLE", 503, 5.0),
 )

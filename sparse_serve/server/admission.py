@@ -120,9 +120,14 @@ class Admission:
             self._look()
             in_flight.dec()
 
-    def abort(self, id_: str) -> int:
-        """Cancel the tasks of the requests inside that have this id, and say how many there are."""
-        found = [outcome for outcome in self._tasks if outcome.id == id_ and not outcome.aborted]
+    def abort(self, id_: str, client: str | None = None) -> int:
+        """Cancel the tasks of the requests inside that have this id, those of one client or of all, and say how many
+        there are."""
+        found = [
+            outcome
+            for outcome in self._tasks
+            if outcome.id == id_ and not outcome.aborted and client in (None, outcome.client)
+        ]
         for outcome in found:
             outcome.aborted = True
             self._tasks[outcome].cancel()

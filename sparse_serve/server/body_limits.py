@@ -40,8 +40,10 @@ class BodyLimits:
             return 1
         except RecursionError:
             raise BadRequestError("the body is nested too deeply") from None
-        if not isinstance(asked, dict):
-            return 1
+        return self.check_asked(asked) if isinstance(asked, dict) else 1
+
+    def check_asked(self, asked: Mapping[str, Any]) -> int:
+        """The same for a request as its JSON would be read."""
         check_request_id("request_id", asked.get("request_id"))
         self._check_stops(asked)
         bias = asked.get("logit_bias")
@@ -51,8 +53,9 @@ class BodyLimits:
         return self._sequences(asked)
 
     def _sequences(self, asked: Mapping[str, Any]) -> int:
-        prompt, n = asked.get("prompt"), _whole(asked.get("n", 1))
-        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        prompt, n = asked.get("prompt", asked.get("input")), _whole(asked.get("n", 1))
+        # an input may also be the messages of a conversation, which is one
+        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int | dict)
         prompts = len(prompt) if several and isinstance(prompt, list) else 1
         self.check_sequences(prompts, n)
         return prompts * n

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sparse_serve.engine import Engine, EngineInfo
+from sparse_serve.runtime.errors import UnsupportedError
 from sparse_serve.server.admission import Admission
 from sparse_serve.server.keys import Keys
 from sparse_serve.server.listener import HttpListener
@@ -32,6 +33,20 @@ class ServerContext:
         self.admission.check()
         assert self.info is not None
         return self.info
+
+    def generating(self) -> EngineInfo:
+        """`served`, of a model that generates. Else raises `UnsupportedError`, too."""
+        info = self.served()
+        if info.embeds:
+            raise UnsupportedError("this model makes embeddings and generates no text")
+        return info
+
+    def embedding(self) -> EngineInfo:
+        """`served`, of a model that makes embeddings. Else raises `UnsupportedError`, too."""
+        info = self.served()
+        if not info.embeds:
+            raise UnsupportedError("this model generates text and makes no embeddings")
+        return info
 
 
 class Api(Protocol):

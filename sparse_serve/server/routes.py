@@ -9,7 +9,15 @@ from collections.abc import Callable
 
 from sparse_serve.runtime.errors import SettingsError
 
-_CLIENTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
+_CLIENTS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
 _RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]+(/cancel)?")
 _ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ADAPTERS_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"

@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     max_regex_bytes: int = Field(4 << 10, ge=1, le=1 << 20, description="longest regular expression of a request")
     max_choices: int = Field(1024, ge=1, le=1 << 20, description="most choices of a request")
     max_logprobs: int = Field(20, ge=0, le=1024, description="most top log-probabilities per position")
+    smg: bool = Field(
+        False, description="answer vllm.grpc.engine.VllmEngine on the gRPC port, too, for routers such as SMG and llm-d"
+    )
     reflection: bool = Field(True, description="answer gRPC reflection, so that tools can list the services")
 
     def __init__(self, **flags: Any) -> None:

@@ -42,6 +42,8 @@ AS_USERS_DO = {
     "test_server",
     "test_services",
     "test_tracing",
+    "test_smg",
+    "test_embeddings",
     "test_endings",
     "test_starts",
     "test_foreign_server",

@@ -68,7 +68,9 @@ async def test_a_probe_asks_every_replica_and_waits_for_all() -> None:
         yield
 
     parallel = SimpleNamespace(data_parallel_size=3)
-    client = SimpleNamespace(generate=generate, vllm_config=SimpleNamespace(parallel_config=parallel))
+    config = SimpleNamespace(parallel_config=parallel)
+    model = SimpleNamespace(runner_type="generate")
+    client = SimpleNamespace(generate=generate, vllm_config=config, model_config=model)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(vllm_requests.probe(client), 0.3)
     assert sorted(asked) == [0, 1, 2]

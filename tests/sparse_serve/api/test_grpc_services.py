@@ -1,6 +1,5 @@
 """Chats, tokens, several sequences and the details of errors over gRPC, with a fake engine."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,7 +11,7 @@ from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_p
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import Origin
 from sparse_serve.engine.fake import FakeEngine
-from sparse_serve.runtime.errors import BadRequestError, TooManyError, UnavailableError
+from sparse_serve.runtime.errors import TooManyError, UnavailableError
 from tests.sparse_serve.running import Running, running
 
 
@@ -125,27 +124,6 @@ async def test_sequences_of_a_call_count_for_its_client() -> None:
         running_call.cancel()
 
 
-async def test_a_passage_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    running_now: set[int] = set()
-
-    async def score(self: FakeEngine, token_ids: list[int], model: str, origin: Origin) -> list[float]:
-        if len(token_ids) == 1:
-            raise BadRequestError("one token")
-        running_now.add(len(token_ids))
-        try:
-            await asyncio.sleep(60)
-        finally:
-            running_now.discard(len(token_ids))
-        return []
-
-    monkeypatch.setattr(FakeEngine, "score", score)
-    async with running() as server:
-        passages = [tokens_pb2.Passage(text="ab"), tokens_pb2.Passage(text="abc"), tokens_pb2.Passage(text="")]
-        with pytest.raises(grpc.aio.AioRpcError, match="one token"):
-            await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
-        assert not running_now
-
-
 @pytest.mark.parametrize(
     "method",
     ["GenerationService/Generate", "GenerationService/GenerateStream", "ChatService/Chat", "TokenService/Score"],
@@ -159,35 +137,6 @@ async def test_bytes_that_are_no_message_are_the_clients_fault(method: str) -> N
                     pass
             else:
                 await server.channel.unary_unary(path)(b"\xff\xff\xff")
-
-
-async def test_passages_are_scored_side_by_side() -> None:
-    passages = [tokens_pb2.Passage(text="ab"), tokens_pb2.Passage(token_ids=pb.TokenIds(ids=[5, 1000, 2000]))]
-    async with running() as server:
-        answer = await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages))
-        for wrong, field in (
-            ([], "passages"),
-            ([tokens_pb2.Passage()], "passages"),
-            ([tokens_pb2.Passage(token_ids=pb.TokenIds(ids=[1, 0x110000]))], "passages"),
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await tokens(server).Score(tokens_pb2.ScoreRequest(passages=wrong))
-            assert violations(caught.value) == [field]
-        with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
-            await tokens(server).Score(tokens_pb2.ScoreRequest(passages=passages, model="other"))
-    text, ids = answer.scores
-    assert list(text.token_ids) == [1, 97, 98] and len(text.logprobs) == 2
-    assert list(ids.logprobs) == pytest.approx([-1.0, -2.0])
-
-
-async def test_text_to_tokens_and_back() -> None:
-    async with running() as server:
-        stub = tokens(server)
-        with_special = await stub.Tokenize(tokens_pb2.TokenizeRequest(text="ab"))
-        plain = await stub.Tokenize(tokens_pb2.TokenizeRequest(text="ab", without_special_tokens=True))
-        assert (list(with_special.token_ids), list(plain.token_ids)) == ([1, 97, 98], [97, 98])
-        back = await stub.Detokenize(tokens_pb2.DetokenizeRequest(token_ids=[97, 98]))
-        assert back.text == "ab"
 
 
 async def test_models_are_listed_with_what_they_are() -> None:

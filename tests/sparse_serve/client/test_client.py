@@ -153,3 +153,17 @@ def test_a_client_imports_no_server_and_no_torch() -> None:
     assert "grpc" in loaded
     assert not {"uvicorn", "starlette", "prometheus_client", "pydantic", "torch", "numpy"} & set(loaded)
     assert grpc.__name__ == "grpc"
+
+
+async def test_embeddings() -> None:
+    engine = FakeEngine()
+    engine.embeds = True
+    async with running(engine) as server, AsyncClient(server.grpc_address) as client:
+        found = await client.embed(["ab", [5, 6]])
+        assert found == await asyncio.to_thread(_embed, server.grpc_address)
+    assert [len(vector) for vector in found] == [2, 2]
+
+
+def _embed(address: str) -> list[list[float]]:
+    with Client(address) as client:
+        return client.embed(["ab", [5, 6]])

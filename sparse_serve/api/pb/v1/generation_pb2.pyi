@@ -244,7 +244,7 @@ class Quality(_message.Message):
     def __init__(self, dense_perplexity: _Optional[float] = ..., perplexity: _Optional[float] = ..., kl_divergence: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., windows: _Optional[int] = ..., window_tokens: _Optional[int] = ..., texts: _Optional[_Iterable[str]] = ..., bad: _Optional[bool] = ..., advice: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models", "quality", "pattern", "values", "mask_digest", "recipe_digest", "base_digest", "server_version")
+    __slots__ = ("model", "max_model_len", "vocab_size", "dtype", "sparse_layers", "dense_layers", "kernels", "sparse_weight_bytes", "dense_equivalent_bytes", "models", "quality", "pattern", "values", "mask_digest", "recipe_digest", "base_digest", "server_version", "embeds")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,7 @@ class GetModelInfoResponse(_message.Message):
     RECIPE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EMBEDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -286,4 +287,5 @@ class GetModelInfoResponse(_message.Message):
     recipe_digest: str
     base_digest: str
     server_version: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., pattern: _Optional[str] = ..., values: _Optional[str] = ..., mask_digest: _Optional[str] = ..., recipe_digest: _Optional[str] = ..., base_digest: _Optional[str] = ..., server_version: _Optional[str] = ...) -> None: ...
+    embeds: bool
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., sparse_layers: _Optional[int] = ..., dense_layers: _Optional[int] = ..., kernels: _Optional[_Mapping[str, int]] = ..., sparse_weight_bytes: _Optional[int] = ..., dense_equivalent_bytes: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., pattern: _Optional[str] = ..., values: _Optional[str] = ..., mask_digest: _Optional[str] = ..., recipe_digest: _Optional[str] = ..., base_digest: _Optional[str] = ..., server_version: _Optional[str] = ..., embeds: _Optional[bool] = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sparse_serve.api.pb.v1 import generation_pb2 as sparse__serve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csparse_serve/v1/tokens.proto\x12\x0fsparse_serve.v1\x1a sparse_serve/v1/generation.proto\"Q\n\x07Passage\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x42\x06\n\x04\x66orm\"I\n\x0cScoreRequest\x12*\n\x08passages\x18\x01 \x03(\x0b\x32\x18.sparse_serve.v1.Passage\x12\r\n\x05model\x18\x02 \x01(\t\"7\n\rScoreResponse\x12&\n\x06scores\x18\x01 \x03(\x0b\x32\x16.sparse_serve.v1.Score\",\n\x05Score\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"?\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1e\n\x16without_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"F\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1e\n\x16without_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xfe\x01\n\x0cTokenService\x12\x46\n\x05Score\x12\x1d.sparse_serve.v1.ScoreRequest\x1a\x1e.sparse_serve.v1.ScoreResponse\x12O\n\x08Tokenize\x12 .sparse_serve.v1.TokenizeRequest\x1a!.sparse_serve.v1.TokenizeResponse\x12U\n\nDetokenize\x12\".sparse_serve.v1.DetokenizeRequest\x1a#.sparse_serve.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csparse_serve/v1/tokens.proto\x12\x0fsparse_serve.v1\x1a sparse_serve/v1/generation.proto\"Q\n\x07Passage\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.sparse_serve.v1.TokenIdsH\x00\x42\x06\n\x04\x66orm\"I\n\x0cScoreRequest\x12*\n\x08passages\x18\x01 \x03(\x0b\x32\x18.sparse_serve.v1.Passage\x12\r\n\x05model\x18\x02 \x01(\t\"7\n\rScoreResponse\x12&\n\x06scores\x18\x01 \x03(\x0b\x32\x16.sparse_serve.v1.Score\",\n\x05Score\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"I\n\x0c\x45mbedRequest\x12*\n\x08passages\x18\x01 \x03(\x0b\x32\x18.sparse_serve.v1.Passage\x12\r\n\x05model\x18\x02 \x01(\t\"?\n\rEmbedResponse\x12.\n\nembeddings\x18\x01 \x03(\x0b\x32\x1a.sparse_serve.v1.Embedding\"2\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"?\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1e\n\x16without_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"F\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1e\n\x16without_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xc6\x02\n\x0cTokenService\x12\x46\n\x05Score\x12\x1d.sparse_serve.v1.ScoreRequest\x1a\x1e.sparse_serve.v1.ScoreResponse\x12\x46\n\x05\x45mbed\x12\x1d.sparse_serve.v1.EmbedRequest\x1a\x1e.sparse_serve.v1.EmbedResponse\x12O\n\x08Tokenize\x12 .sparse_serve.v1.TokenizeRequest\x1a!.sparse_serve.v1.TokenizeResponse\x12U\n\nDetokenize\x12\".sparse_serve.v1.DetokenizeRequest\x1a#.sparse_serve.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,14 +40,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORERESPONSE']._serialized_end=296
   _globals['_SCORE']._serialized_start=298
   _globals['_SCORE']._serialized_end=342
-  _globals['_TOKENIZEREQUEST']._serialized_start=344
-  _globals['_TOKENIZEREQUEST']._serialized_end=407
-  _globals['_TOKENIZERESPONSE']._serialized_start=409
-  _globals['_TOKENIZERESPONSE']._serialized_end=446
-  _globals['_DETOKENIZEREQUEST']._serialized_start=448
-  _globals['_DETOKENIZEREQUEST']._serialized_end=518
-  _globals['_DETOKENIZERESPONSE']._serialized_start=520
-  _globals['_DETOKENIZERESPONSE']._serialized_end=554
-  _globals['_TOKENSERVICE']._serialized_start=557
-  _globals['_TOKENSERVICE']._serialized_end=811
+  _globals['_EMBEDREQUEST']._serialized_start=344
+  _globals['_EMBEDREQUEST']._serialized_end=417
+  _globals['_EMBEDRESPONSE']._serialized_start=419
+  _globals['_EMBEDRESPONSE']._serialized_end=482
+  _globals['_EMBEDDING']._serialized_start=484
+  _globals['_EMBEDDING']._serialized_end=534
+  _globals['_TOKENIZEREQUEST']._serialized_start=536
+  _globals['_TOKENIZEREQUEST']._serialized_end=599
+  _globals['_TOKENIZERESPONSE']._serialized_start=601
+  _globals['_TOKENIZERESPONSE']._serialized_end=638
+  _globals['_DETOKENIZEREQUEST']._serialized_start=640
+  _globals['_DETOKENIZEREQUEST']._serialized_end=710
+  _globals['_DETOKENIZERESPONSE']._serialized_start=712
+  _globals['_DETOKENIZERESPONSE']._serialized_end=746
+  _globals['_TOKENSERVICE']._serialized_start=749
+  _globals['_TOKENSERVICE']._serialized_end=1075
 # @@protoc_insertion_point(module_scope)

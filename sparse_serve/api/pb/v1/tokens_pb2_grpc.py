@@ -40,6 +40,11 @@ class TokenServiceStub:
                 request_serializer=sparse__serve_dot_v1_dot_tokens__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=sparse__serve_dot_v1_dot_tokens__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/sparse_serve.v1.TokenService/Embed',
+                request_serializer=sparse__serve_dot_v1_dot_tokens__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=sparse__serve_dot_v1_dot_tokens__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/sparse_serve.v1.TokenService/Tokenize',
                 request_serializer=sparse__serve_dot_v1_dot_tokens__pb2.TokenizeRequest.SerializeToString,
@@ -58,6 +63,14 @@ class TokenServiceServicer:
 
     def Score(self, request, context):
         """Natural log-probabilities of tokens that are given, of several passages at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embeddings of several passages at once, of a model that makes them (--runner pooling --convert embed); of one that
+        generates, UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +97,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=sparse__serve_dot_v1_dot_tokens__pb2.ScoreRequest.FromString,
                     response_serializer=sparse__serve_dot_v1_dot_tokens__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=sparse__serve_dot_v1_dot_tokens__pb2.EmbedRequest.FromString,
+                    response_serializer=sparse__serve_dot_v1_dot_tokens__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -124,6 +142,33 @@ class TokenService:
             '/sparse_serve.v1.TokenService/Score',
             sparse__serve_dot_v1_dot_tokens__pb2.ScoreRequest.SerializeToString,
             sparse__serve_dot_v1_dot_tokens__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparse_serve.v1.TokenService/Embed',
+            sparse__serve_dot_v1_dot_tokens__pb2.EmbedRequest.SerializeToString,
+            sparse__serve_dot_v1_dot_tokens__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

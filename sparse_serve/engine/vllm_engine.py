@@ -14,6 +14,7 @@ workers really hold on sparse kernels are compared with its manifest: vLLM merel
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os

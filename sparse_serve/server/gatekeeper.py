@@ -33,6 +33,9 @@ _SAFE = ("GET", "HEAD")
 _METRICS = "/metrics"
 _WORK = "/v1/"
 """What is below tells about requests, and a drain waits for it; elsewhere GET tells about the server."""
+_MAX_OTHER_BYTES = 1 << 20
+"""Elsewhere are `/tokenize` and others of `--extra-routes`, where vLLM has no limit of its own: 8 MB of text are tokens
+for 15 s, and 22 MB of answer."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class Gatekeeper:
     async def _read_body(self, watch: Watch, outcome: Outcome, scope: Scope, receive: Receive) -> bool:
         """Give the body to `watch`. False: the client left, or got its answer."""
         limit = self._rules.max_body_bytes
+        if not scope["path"].startswith(_WORK):
+            limit = min(limit, _MAX_OTHER_BYTES)
         try:
             with self._admission.receiving():
                 async with asyncio.timeout(self._rules.body_s):

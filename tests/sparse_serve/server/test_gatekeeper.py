@@ -40,6 +40,14 @@ async def test_more_paths_are_answered_when_asked_for() -> None:
             pass
 
 
+async def test_what_has_no_limit_of_its_own_gets_a_smaller_body() -> None:
+    async with running(extra_routes="/tokenize") as server:
+        large = {"prompt": "ab", "max_tokens": 1, "user": "a" * (1 << 20)}
+        assert (await server.http.post("/tokenize", json=large)).status_code == 413
+        assert (await server.http.post("/v1/completions", json=large)).status_code == 200
+        assert (await server.http.post("/tokenize", json={"prompt": "ab", "max_tokens": 1})).status_code == 200
+
+
 async def test_nothing_but_probes_is_answered_without_a_key(keys: Path) -> None:
     async with running(api_keys=str(keys)) as server:
         for path in ("/ready", "/readyz", "/healthz"):

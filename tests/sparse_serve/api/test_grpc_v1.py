@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sparse_serve.api.grpc_v1 import SERVICE
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
+from sparse_serve.engine import EngineInfo
 from sparse_serve.engine.fake import INFO, FakeEngine
 from sparse_serve.runtime.errors import EngineDiedError, OverloadedError
 from tests.sparse_serve.running import Running, running
@@ -180,10 +181,18 @@ async def test_a_message_over_the_limit_is_refused() -> None:
 
 @pytest.mark.parametrize("service", ["", SERVICE])
 async def test_health_follows_the_phase(service: str) -> None:
-    async with running(FakeEngine(start_s=0.3), ready=False) as server:
+    engine, may_start = FakeEngine(), asyncio.Event()
+
+    async def start() -> EngineInfo:
+        await may_start.wait()
+        return INFO
+
+    engine.start = start
+    async with running(engine, ready=False) as server:
         assert await health_of(server, service) == NOT_SERVING
         error = await failure(server.stub.Generate(text_request()))
         assert (error.code(), "starting" in error.details()) == (grpc.StatusCode.UNAVAILABLE, True)
+        may_start.set()
         await server.until(lambda: server.is_ready)
         assert await health_of(server, service) == SERVING
         server.engine.delay_s = 0.05

@@ -10,6 +10,8 @@ import pytest
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.runtime.errors import OverloadedError
+from sparse_serve.server.admission import Cause, Outcome
+from sparse_serve.server.answers import Watch
 from tests.sparse_serve.running import Running, running
 
 LONG = {"prompt": "ab", "max_tokens": 4000}
@@ -122,3 +124,21 @@ async def test_every_request_is_counted_and_no_probe_is_waited_for() -> None:
         assert found == {"503": 1, "200": 3, "404": 1}
         assert server.metric("sparse_serve_requests_total", api="http", method="HEAD", code="200") == 1
         assert server.metric("sparse_serve_request_seconds_count", api="http", method="GET") == 5
+
+
+@pytest.mark.parametrize(("died", "cause"), [(False, Cause.ERROR), (True, Cause.ENGINE)])
+async def test_an_error_that_vllm_tells_as_an_event(died: bool, cause: Cause) -> None:
+    sent, outcome = [], Outcome()
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    watch = Watch(outcome, {}, None, send, lambda: died)
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await watch.send({"type": "http.response.start", "status": 200, "headers": headers})
+    for said in (b'data: {"choices": []}\n\n', b'data: {"error": {"code": 500}}\n\n', b"data: [DONE]\n\n"):
+        assert outcome.truncated is None or said.endswith(b"[DONE]\n\n")
+        await watch.send({"type": "http.response.body", "body": said, "more_body": True})
+    await watch.send({"type": "http.response.body", "body": b""})
+    watch.record_end()
+    assert outcome.truncated is cause and len(sent) == 5, "the client hears all of it"

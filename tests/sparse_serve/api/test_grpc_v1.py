@@ -1,6 +1,7 @@
 """The gRPC API over real sockets, with a fake engine behind it."""
 
 import asyncio
+import sys
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ from sparse_serve.api.grpc_v1 import SERVICE
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine import EngineInfo
 from sparse_serve.engine.fake import INFO, FakeEngine
-from sparse_serve.runtime.errors import EngineDiedError, OverloadedError
+from sparse_serve.runtime.errors import EngineDiedError, OverloadedError, SettingsError
 from tests.sparse_serve.running import Running, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -218,3 +219,10 @@ async def test_reflection_lists_the_services_and_can_be_off() -> None:
     async with running(reflection=False) as server:
         with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
             await listed(server)
+
+
+async def test_the_protocol_of_routers_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "smg_grpc_proto", None)
+    with pytest.raises(SettingsError, match=r"--smg: not installed; pip install 'sparse-serve\[smg\]'"):
+        async with running(smg=True):
+            pass

@@ -33,7 +33,7 @@ _READY_S = 30
 
 _TAIL_LINES = 20
 _PATHS = ("model_id", "tokenizer_id")
-_ADDRESS = re.compile(r"^ +HTTP +(http://\S+)\n", re.MULTILINE)
+_ADDRESS = re.compile(r"^ +HTTP +(http://\S+).*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,19 @@ def serving(model_dir: Path, flags: Sequence[str], work_dir: Path) -> Iterator[s
         # a session of its own: a Ctrl-C reaches us, and we tell the server
         server = subprocess.Popen([*command, *flags], stdout=out_file, stderr=log_file, start_new_session=True)
     try:
-        while not (found := _ADDRESS.search(out.read_text("utf-8", "replace"))):
+        while not (url := http_address(out.read_text("utf-8", "replace"))):
             if server.poll() is not None:
                 raise BenchError(f"the server of {model_dir} ended with {server.returncode}; {_end_of(log)}")
             time.sleep(0.1)
-        yield found[1]
+        yield url
     finally:
         _stop(server)
+
+
+def http_address(said: str) -> str | None:
+    """The address in what `sparse-serve serve` has printed so far (`cli.serve.ready_block`); None before."""
+    found = _ADDRESS.search(said)
+    return found[1] if found else None
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,7 @@ from sparse_serve.cli.serve import Reporter, access, ready_block, warnings
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import KernelChoice
 from sparse_serve.engine.fake import INFO
+from sparse_serve.runtime.load import http_address
 from sparse_serve.server.lifecycle import CutOff, Draining, EngineDied, Event, Listening, Ready, Stopped
 from sparse_serve.server.settings import Settings
 
@@ -53,6 +54,12 @@ def test_the_block_says_what_a_client_has_to_show(tmp_path: Path) -> None:
     (line,) = [line for line in block.splitlines() if line.startswith("  with  ")]
     assert "one of KEYS" in line
     assert "with" not in ready_block(INFO, "h:1", "h:2", access(Settings()))
+
+
+def test_benchmarks_and_the_gate_find_the_address() -> None:
+    said = ready_block(INFO, "127.0.0.1:8000", "h:2")
+    assert http_address(said) == "http://127.0.0.1:8000"
+    assert http_address(said[: said.index(":8000")]) is None, "not all of it has been written"
 
 
 def test_the_block_says_how_good_the_model_is() -> None:

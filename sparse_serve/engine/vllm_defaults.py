@@ -58,7 +58,6 @@ _REFUSED = {
     **dict.fromkeys(("tool_parser_plugin", "reasoning_parser_plugin"), "only vLLM's built-in parsers are loaded"),
     **dict.fromkeys(
         (
-            "data_parallel_size",
             "data_parallel_rank",
             "data_parallel_start_rank",
             "data_parallel_size_local",
@@ -73,7 +72,7 @@ _REFUSED = {
             "dp_supervisor_probe_timeout_s",
             "dp_supervisor_probe_failure_threshold",
         ),
-        "this server has one engine; run more replicas behind a load balancer",
+        "one server, one machine: --data-parallel-size runs replicas on it; put more servers behind a load balancer",
     ),
 }
 """Flags of `vllm serve` that would have no effect here, or only on a part of the server, and what to do instead."""

@@ -3,7 +3,10 @@ both are compared."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from sparse_serve.gate.verdict import Verdict
 from sparse_serve.runtime import environment
 from sparse_serve.tuning import parity_file
 from tests import models
-from tests.vllm.serving import SHAPE, SPARSE_LAYERS
+from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive
 
 # On each of two ranks still whole blocks of a kernel's layout, so that the ranks hold together what one holds alone.
 WHOLE_BLOCKS = SHAPE | {"hidden_size": 256, "intermediate_size": 256}
@@ -48,10 +51,39 @@ async def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pyt
     assert tokens == expected
     assert one.sparse_layers == SPARSE_LAYERS
     assert one.choices and two.choices
-    assert dataclasses.replace(two, model=one.model, choices=one.choices) == one, "but for what the ranks measured"
+    told = dataclasses.replace(two, model=one.model, choices=one.choices, startup_s=one.startup_s)
+    assert told == one, "but for what was measured"
 
     found = parity_file.read(tmp_path)
     assert len({(part.layer, part.rank) for part in found}) == 2 * SPARSE_LAYERS
     assert {part.ranks for part in found} == {2}
     results = kernels.run(Evidence(kernels={"candidate": found}, candidate_engine=two), Limits())
     assert {result.verdict for result in results} == {Verdict.PASS}, results
+
+
+async def test_replicas_share_requests_and_all_end_with_one_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    models.save("qwen2", tmp_path / "dense", **WHOLE_BLOCKS)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    engine = VllmEngine(str(tmp_path / "sparse"), ["--data-parallel-size=2", "--max-model-len=64"])
+
+    async def answer() -> tuple[int, ...]:
+        request = GenerateRequest(PROMPTS[0], Sampling(max_tokens=12, temperature=0.0, ignore_eos=True))
+        return tuple([id_ async for chunk in engine.generate(request) for id_ in chunk.token_ids])
+
+    try:
+        info = await engine.start()
+        assert info.sparse_layers == SPARSE_LAYERS
+        answers = await asyncio.gather(*(answer() for _ in range(8)))
+        assert len(set(answers)) == 1
+        replicas = [pid for pid in descendants(os.getpid()) if "EngineCore_DP" in command_of(pid)]
+        assert len(replicas) == 2
+        os.kill(replicas[1], signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while not engine.died:
+                await asyncio.sleep(0.1)
+    finally:
+        await engine.stop(5.0)
+    assert not any(map(is_alive, replicas))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from maskgen.core.checkpoint import SparseCheckpoint, check_directory, is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
+from maskgen.core.config import QUANT_METHOD
 from maskgen.core.failures import machine_failure
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import SettingsError
@@ -185,11 +186,14 @@ def check_digests(model: str) -> None:
 
 
 def expect_all_weights(args: Namespace) -> None:
-    """A start without some tensor of a sparse checkpoint fails; of quantised models vLLM misses none unless asked to.
+    """A start without some tensor of a sparse checkpoint fails, and so does one with a tensor too many.
+
+    Of quantised models vLLM misses none unless asked to, and our own loader (`plugin.loading`) finds those left over.
 
     Other loaders than that of safetensors files do not know this setting.
     """
     if args.load_format in ("auto", "hf", "safetensors") and is_sparse_checkpoint(args.model):
+        args.load_format = QUANT_METHOD
         args.model_loader_extra_config = {"enable_weights_track": True, **args.model_loader_extra_config}
 
 

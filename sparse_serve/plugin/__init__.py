@@ -14,7 +14,7 @@ import logging
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
-    from sparse_serve.plugin import config, lora
+    from sparse_serve.plugin import config, loading, lora
     from sparse_serve.runtime import processes, startup_error
 
     if not logging.getLogger().handlers:  # a process of vLLM's own, which prints only loggers below "vllm"
@@ -23,6 +23,7 @@ def register() -> None:
     startup_error.record_failed_processes()
     _allow_amx()
     config.register()
+    loading.register()
     lora.register()
 
 

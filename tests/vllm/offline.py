@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskgen.core.checkpoint import WEIGHT_SUFFIX, iterate_tensors, read_headers
+from maskgen.core.checkpoint import WEIGHT_SUFFIX, is_sparse_checkpoint, iterate_tensors, read_headers
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
@@ -57,6 +57,7 @@ def serve(path: Path, dtype: str = "float32", kernel: str = "cpu", **options: An
         num_gpu_blocks_override=64,
         worker_extension_cls="sparse_serve.plugin.worker.WorkerExtension",
         additional_config={"sparse_nm": {"kernel": kernel}},
+        load_format="sparse_nm" if is_sparse_checkpoint(path) else "auto",  # as our server has it
         **options,
     )
     try:

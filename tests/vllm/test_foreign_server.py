@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_serve.runtime.conversion import prepare
 from tests import foreign_files
-from tests.directories import edit_config
+from tests.directories import edit_config, edit_tensors
 from tests.maskgen.export.test_convert import STORED, make_masked
 from tests.vllm.nursery import Nursery
 from tests.vllm.offline import NEW_TOKENS, PROMPTS, transformers_oracle
@@ -22,9 +23,12 @@ def masked(tmp_path: Path) -> Path:
 
 
 def test_the_server_takes_it_as_it_is(masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leftover section, and weights with zeros: converted once, and found again."""
+    """A leftover section, a constant that older releases stored, and weights with zeros: converted once, and found
+    again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     foreign_files.rewrite(masked, tmp_path / "old-model", *STORED["leftover"][:2])
+    constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    edit_tensors(tmp_path / "old-model", lambda tensors: tensors.update(constant))
     tokens, _ = transformers_oracle(masked)
     server = launch(tmp_path / "old-model", tmp_path)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
@@ -114,6 +115,21 @@ def test_a_checkpoint_that_would_answer_wrongly_does_not_start(
     """One tensor is missing, or one of its numbers is none."""
     spoil(sparse, name, damage)
     assert re.search(reason, refusal(sparse))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.1.extra.weight"])
+def test_a_tensor_that_the_model_has_no_place_for_is_named(sparse: Path, refusal: Refusal, name: str) -> None:
+    """A bias that vLLM's model does not have is one that vLLM itself would drop without a word."""
+    add_tensor(sparse, name)
+    assert re.search(
+        rf"(no place for the tensor|no module or parameter named) '{name.removesuffix('.weight')}", refusal(sparse)
+    )
+
+
+def add_tensor(checkpoint: Path, *names: str) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors |= {name: torch.ones(128) for name in names}
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
 
 
 def test_a_norm_that_is_no_number_is_named(sparse: Path) -> None:

@@ -1,0 +1,119 @@
+"""Loading a sparse checkpoint so that no tensor of it is passed over: what the model does not take is refused by name.
+
+vLLM's models refuse most names they do not know, but not all of them: a bias that no layer has, for instance, is
+dropped without a word, though the checkpoint means it to be added. So while a model loads, every operation is watched:
+a tensor that none of them touched was not loaded.
+
+vLLM knows this loader as the load format `sparse_nm`, which `sparse-serve serve` asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Generator, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vllm.config import ModelConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from maskgen.core.config import QUANT_METHOD
+from maskgen.core.errors import FormatError, clip
+from sparse_serve.runtime.startup_error import record_startup_error
+
+LOAD_FORMAT = QUANT_METHOD
+
+_BUFFERS = re.compile(
+    r".*(\.inv_freq|\.cos_cached|\.sin_cached|\.masked_bias|\.rope\.freqs|(^|\.)(attn|attention|self_attn)\.bias)"
+)
+"""Constants that older releases of transformers stored: frequencies of positions, causal masks."""
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+class CheckedLoader(DefaultModelLoader):
+    """vLLM's loader of safetensors files, which also finds out what the model did not take."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        stock = copy.copy(load_config)
+        stock.load_format = "auto"
+        super().__init__(stock)
+        self._watch = _Watch()
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
+        """vLLM's weights, of which each is watched from here on."""
+        for name, tensor in super().get_all_weights(model_config, model):
+            self._watch.add(name, tensor)
+            yield name, tensor
+
+    @record_startup_error()
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load. Raises `FormatError` for a tensor that the model did not take and that no model needs to take."""
+        with self._watch:
+            super().load_weights(model, model_config)
+        names, self._watch = self._watch.untouched, _Watch()
+        if get_pp_group().world_size == 1:  # a stage of a pipeline leaves the others' tensors to them
+            check_taken(names, model_config.hf_text_config, str(model_config.model), type(model).__name__)
+
+
+class _Watch(TorchDispatchMode):
+    """While active, notes which of some tensors are part of any operation.
+
+    Those that are not are kept alive, so that no other tensor gets their memory and is taken for them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Watch a tensor."""
+        self._waiting.setdefault(_memory(tensor), {})[name] = tensor
+
+    @property
+    def untouched(self) -> list[str]:
+        """Names of those that no operation has had."""
+        return sorted(name for waiting in self._waiting.values() for name in waiting)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and self._waiting:
+                self._waiting.pop(_memory(leaf), None)
+        return func(*args, **(kwargs or {}))
+
+
+def check_taken(untouched: Iterable[str], text_config: Any, path: str, model_class: str) -> None:
+    """`FormatError` for the first of the tensors that were not loaded, unless it is of a known kind that need not be.
+
+    Those are an output layer that is tied to the embedding, blocks beyond those that the configuration asks for, and
+    constants that are computed (`_BUFFERS`).
+    """
+    depth = getattr(text_config, "num_hidden_layers", None)
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    for name in untouched:
+        block = _BLOCK.search(name)
+        is_beyond = block is not None and isinstance(depth, int) and int(block[1]) >= depth
+        if is_beyond or _BUFFERS.fullmatch(name) or (tied and name.endswith("lm_head.weight")):
+            continue
+        raise FormatError(
+            f"{path}: {model_class} has no place for the tensor {clip(name)}, which would change what the model "
+            "computes if it had; make the checkpoint again without it, or for the right model"
+        )
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def register() -> None:
+    """Add the loader to vLLM's, once per process."""
+    from vllm.model_executor import model_loader
+
+    if LOAD_FORMAT not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        register_model_loader(LOAD_FORMAT)(CheckedLoader)

@@ -1,0 +1,60 @@
+"""What a model does not take of a checkpoint is found by watching it load. Whole starts are in test_starts.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskgen.core.errors import FormatError
+
+
+def test_views_count_and_names_alone_do_not() -> None:
+    from sparse_serve.plugin.loading import _Watch
+
+    watch, target = _Watch(), torch.zeros(2, 4)
+    tensors = {name: torch.ones(4, 8) for name in ("copied", "sliced", "converted", "left")}
+    with watch:
+        for name, tensor in tensors.items():
+            watch.add(name, tensor)
+        target.copy_(tensors["copied"][:2, :4])
+        target.add_(tensors["sliced"].narrow(0, 1, 2).t().t()[:, :4])
+        tensors["converted"].bfloat16()
+    assert watch.untouched == ["left"]
+
+
+def test_memory_that_is_used_again_is_not_taken_for_the_tensor_that_had_it() -> None:
+    from sparse_serve.plugin.loading import _Watch
+
+    watch = _Watch()
+    with watch:
+        for number in range(50):
+            watch.add(f"left.{number}", torch.full((64,), float(number)))
+            torch.zeros(64).add_(1.0)
+    assert len(watch.untouched) == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "is_refused"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", False, True),
+        ("model.layers.0.mlp.norm.weight", False, True),
+        ("model.layers.2.mlp.norm.weight", False, False),
+        ("lm_head.weight", True, False),
+        ("lm_head.weight", False, True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False, False),
+        ("gpt_neox.layers.0.attention.bias", False, False),
+        ("gpt_neox.layers.0.attention.masked_bias", False, False),
+        ("model.layers.0.self_attn.o_proj.bias", False, True),
+    ],
+)
+def test_what_may_be_left(name: str, tied: bool, is_refused: bool) -> None:
+    from sparse_serve.plugin.loading import check_taken
+
+    config = SimpleNamespace(num_hidden_layers=2, tie_word_embeddings=tied)
+    if not is_refused:
+        check_taken([name], config, "dir", "Tiny")
+        return
+    with pytest.raises(FormatError, match=f"dir: Tiny has no place for the tensor '{name}'"):
+        check_taken([name], config, "dir", "Tiny")

@@ -13,6 +13,7 @@ from typing import Any
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
 from maskgen.core.config import CONFIG_KEY
+from maskgen.core.errors import FormatError
 from maskgen.core.files import open_tensors, read_json
 from maskgen.core.pattern import NMPattern
 
@@ -30,7 +31,7 @@ def foreign_kind(path: Path) -> str | None:
     full), `leftover`, or None for anything else.
 
     `leftover` is a model of compressed-tensors that is not sparse, but has a `sparsity_config` which says so, and which
-    engines refuse. Raises `FormatError` for a directory that cannot be read.
+    engines refuse. Raises `FormatError` for a configuration that cannot be read.
     """
     if not (path / "config.json").is_file():
         return None
@@ -57,11 +58,13 @@ def without_leftover(path: Path) -> dict[str, Any]:
 
 def _looks_masked(path: Path) -> bool:
     """Whether the first rows of some weight in the decoder blocks follow 2:4, and no chance made them."""
-    if not any(path.glob("*.safetensors")):
+    try:
+        headers = read_headers(path)
+    except FormatError:  # dense models that only an engine reads: weights in other formats, under other names
         return False
     weights = [
         (name, header)
-        for name, header in read_headers(path).items()
+        for name, header in headers.items()
         if name.endswith(WEIGHT_SUFFIX)
         and _IN_A_BLOCK.search(name)
         and len(header.shape) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def test_a_server_knows_what_to_convert(masked: Path, tmp_path: Path, kind: str 
         edit_config(tmp_path / "source", lambda it: it.update(quantization_config=STORED["leftover"][0]))
     assert foreign_kind(tmp_path / "source") == kind
     assert foreign_kind(masked) == "masked-dense"
+
+
+def test_a_server_leaves_alone_what_only_its_engine_reads(masked: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(masked, tmp_path / "other"))
+    (other / "model.safetensors").rename(other / "consolidated.safetensors")
+    assert foreign_kind(other) is None
+    (other / "model.safetensors").write_bytes(b"cut off")
+    assert foreign_kind(other) is None
+    assert foreign_kind(tmp_path) is None
 
 
 def test_masked_codes_without_a_sparse_layout(masked: Path, tmp_path: Path) -> None:

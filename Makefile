@@ -34,7 +34,7 @@ QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v4
+DEMO := $(CACHE)/demo-v5
 # That what tests and checks need is installed.
 TOOLS := $(VENV)/.tools-$(EXTRA)
 # That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.

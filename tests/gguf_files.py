@@ -28,14 +28,17 @@ _BLOCK = {
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def save(path: Path, changes: dict[str, Any] | None = None, without: str = "") -> dict[str, torch.Tensor]:
+def save(
+    path: Path, changes: dict[str, Any] | None = None, without: str = "", words: str = "gpt-2"
+) -> dict[str, torch.Tensor]:
     """Write the tiny Llama to `path`, matrices in Q8_0; returns what its weights are after that, by Hugging Face name.
 
-    `changes` are keys of the header that are set last; a tensor whose name holds `without` is left out.
+    `changes` are keys of the header that are set last; a tensor whose name holds `without` is left out. `words`: the
+    name of the rules by which a text is cut into words.
     """
     llama = models.build("llama")
     writer = GGUFWriter(path, "llama")
-    _add_header(writer, llama.config)
+    _add_header(writer, llama.config, words)
     for key, value in (changes or {}).items():
         {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)](key, value)
     kept = {}
@@ -59,7 +62,7 @@ def save(path: Path, changes: dict[str, Any] | None = None, without: str = "") -
     return kept
 
 
-def _add_header(writer: GGUFWriter, config: Any) -> None:
+def _add_header(writer: GGUFWriter, config: Any, words: str) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -71,7 +74,7 @@ def _add_header(writer: GGUFWriter, config: Any) -> None:
     inner = json.loads(models.tokenizer().backend_tokenizer.to_str())["model"]
     tokens = sorted(inner["vocab"], key=inner["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(words)
     writer.add_token_list(tokens)
     writer.add_token_types(
         [TokenType.CONTROL if token in (models.BOS, models.EOS) else TokenType.NORMAL for token in tokens]

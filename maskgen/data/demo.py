@@ -47,12 +47,12 @@ PROVENANCE_FILE = "demo.json"
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v4` in the user's cache.
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v5` in the user's cache.
 
     Raises `SparseError` for a user without a home directory.
     """
     try:
-        return gguf.cache_folder() / "demo-v4"
+        return gguf.cache_folder() / "demo-v5"
     except SparseError as error:
         raise SparseError(f"{error}, or give `out`") from None
 

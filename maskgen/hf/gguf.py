@@ -34,20 +34,33 @@ from maskgen.core.digest import digest_file, digest_json
 from maskgen.core.errors import FormatError, ModelError, SparseError, clip
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained, machine_failure
 from maskgen.core.files import fsync_path
+from maskgen.hf import gguf_tokenizer
 from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
+from maskgen.hf.gguf_tokenizer import PRE_TOKENIZER
 
 MAGIC = b"GGUF"
 _READERS = ("gguf", "accelerate")
 _ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
-_FACTS = ("general.architecture", "general.type", "split.count", "tokenizer.ggml.model", _ADD_BOS, _ADD_EOS)
+_FACTS = (
+    "general.architecture",
+    "general.type",
+    "split.count",
+    "tokenizer.ggml.model",
+    PRE_TOKENIZER,
+    _ADD_BOS,
+    _ADD_EOS,
+)
+_VERSION = 2
+"""Of the directories that are made; another one is made anew."""
 _SOURCE = "; start from the model's Hugging Face directory instead"
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says of itself: its architecture, and which tokens its tokenizer puts around a text."""
+    """What a file says of itself: architecture, how its tokenizer cuts words, which tokens it puts around a text."""
 
     architecture: str
+    words: str = ""
     around: dict[str, bool] = field(default_factory=dict)
 
 
@@ -75,7 +88,9 @@ def converted(path: Path, tell: Callable[[str], None]) -> Path:
     tell(f"reading {path.name}")
     folder = cache_folder() / "gguf"
     versions = {name: metadata.version(name) for name in ("transformers", *_READERS) if importlib.util.find_spec(name)}
-    key = digest_json({"file": digest_file(path), "readers": versions}).removeprefix("sha256:")[:16]
+    key = digest_json({"file": digest_file(path), "readers": versions, "version": _VERSION}).removeprefix("sha256:")[
+        :16
+    ]
     out = folder / f"{path.stem}--{key}"
     if out.is_dir():
         return out
@@ -114,6 +129,7 @@ def convert(path: Path, out: Path) -> None:
         config = AutoConfig.from_pretrained(**source)
     with clear_errors(path, "transformers cannot convert it", _SOURCE), _without_bars():
         tokenizer = AutoTokenizer.from_pretrained(**source, **header.around)
+        gguf_tokenizer.correct(tokenizer, header.words)
         model, info = AutoModelForCausalLM.from_pretrained(
             **source,
             config=config,
@@ -180,7 +196,7 @@ def _read_header(path: Path) -> _Header:
     for key in (_ADD_BOS, _ADD_EOS):
         if key in facts:
             around[key.rpartition(".")[2]] = bool(facts[key])
-    return _Header(architecture, around)
+    return _Header(architecture, str(facts.get(PRE_TOKENIZER, "")), around)
 
 
 def _check_weights(path: Path, model: Any, missing: Collection[str]) -> None:

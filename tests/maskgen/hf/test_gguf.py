@@ -81,6 +81,25 @@ def test_bos_is_added_where_the_file_says_so(add: bool, tmp_path: Path) -> None:
     assert (tokenizer("On day 1")["input_ids"][0] == tokenizer.bos_token_id) == add
 
 
+@pytest.mark.parametrize(
+    ("words", "text", "cut"),
+    [
+        ("gpt-2", "x   12 y", ["x", "ĠĠ", "Ġ12", "Ġy"]),
+        ("smollm", "x   12 y", ["x", "ĠĠĠ", "1", "2", "Ġy"]),
+        ("llama-bpe", "x   1234 I'LL", ["x", "ĠĠ", "Ġ", "123", "4", "ĠI", "'LL"]),
+        ("qwen2", "x\n\n 12 y", ["x", "ĊĊ", "Ġ", "1", "2", "Ġy"]),
+        ("of another day", "x   12 y", ["x", "ĠĠ", "Ġ12", "Ġy"]),
+    ],
+)
+def test_words_are_cut_as_the_file_says(words: str, text: str, cut: list[str], tmp_path: Path) -> None:
+    """By the published rules, worked out by hand."""
+    gguf_files.save(tmp_path / "tiny.gguf", words=words)
+    gguf.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)] == cut
+    assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+
+
 def test_a_file_is_converted_once(file: Path, own_cache: Path) -> None:
     told: list[str] = []
     first = gguf.converted(file, told.append)

@@ -67,10 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="masks of MaskLLM (.npz) for MODEL, the dense model they were learned on (default: none)",
     )
     parser.add_argument(
-        "--convert",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="make a copy of a sparse model of another tool, once, in the user's cache folder (default: yes)",
+        "--no-convert",
+        action="store_true",
+        help="serve a sparse model of another tool as it is (default: a copy is made once, in the cache folder)",
     )
     settings_flags.add_arguments(parser)
 
@@ -91,9 +90,9 @@ def main(args: argparse.Namespace) -> int:
     shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
     flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
     shown = terminal.plain()
-    if args.masks and not args.convert:
+    if args.masks and args.no_convert:
         raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
-    made = conversion.prepare(args.model, args.masks, flags, shown.note) if args.convert else Prepared(args.model)
+    made = Prepared(args.model) if args.no_convert else conversion.prepare(args.model, args.masks, flags, shown.note)
     engine = VllmEngine(made.model, [*flags, *made.flags], settings.drain_s, settings.verify_digests)
     try:
         if not args.verbose:

@@ -50,7 +50,6 @@ def refusal(vllm_nursery: Nursery) -> Refusal:
         ("--quantization=fp8", r"Quantization method specified in the model config \(sparse_nm\) does not match .*fp8"),
         ("--tensor-parallel-size=3", r"attention heads \(4\) must be divisible by tensor parallel size \(3\)"),
         ("--gpu-memory-utilization=1.5", "gpu_memory_utilization is 1.5: Input should be less than or equal to 1"),
-        ("--runner=pooling", "would run as a pooling model; this server serves models that generate text"),
         ("--lora-modules=a=/nowhere", "--lora-modules a=/nowhere: needs --enable-lora"),
         (
             "--chat-template=./none.jinja",

@@ -1,5 +1,6 @@
 """What `sparse-serve serve` prints: few lines, commands that can be pasted, warnings, and everything else to a file."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from sparse_serve.cli import terminal
+from sparse_serve.cli import serve, terminal
 from sparse_serve.cli.serve import Reporter, access, ready_block, warnings
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import KernelChoice
@@ -124,7 +125,7 @@ def test_what_is_slower_than_dense_is_a_line_each() -> None:
 REDIRECT = """
 import logging, os, subprocess, sys
 from pathlib import Path
-from sparse_serve.cli import terminal
+from sparse_serve.cli import serve, terminal
 shown = terminal.redirected(Path(sys.argv[1]))
 shown.say("for the person")
 shown.note("a note")
@@ -190,3 +191,12 @@ def test_a_server_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> Non
     environ = os.environ | {"XDG_STATE_HOME": str(tmp_path), "_SPARSE_SERVE_LEADER": str(gone.pid)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_what_is_vllms_to_read_is_left_to_it() -> None:
+    """`--no-convert` is ours and `--convert embed` is vLLM's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    serve.add_arguments(parser)
+    args, others = parser.parse_known_args(["M", "--runner", "pooling", "--convert", "embed"])
+    assert (args.no_convert, others) == (False, ["--runner", "pooling", "--convert", "embed"])
+    assert parser.parse_known_args(["M", "--no-convert"])[0].no_convert

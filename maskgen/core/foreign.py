@@ -41,7 +41,7 @@ def foreign_kind(path: Path) -> str | None:
     if not isinstance(section, dict) or section.get("quant_method") != COMPRESSED_TENSORS:
         return None
     sparsity = section.get("sparsity_config")
-    stated = {section.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None}
+    stated = [section.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
     for kind in (MARLIN, BITMASK):
         if kind in stated:
             return kind

@@ -130,12 +130,14 @@ class VllmEngineService:
 
     async def SubscribeKvEvents(self, request: Any, call: Any) -> None:
         """What is in the prefix cache, as it changes, until the client leaves; with vLLM's `--kv-events-config`."""
+        if self._calls.context.keys is not None:  # events hold the tokens of every client's prompts
+            await self._unsupported("SubscribeKvEvents", call)
         async with self._calls.answering("VllmEngine.SubscribeKvEvents", call, holds_drain=False) as answering:
             self._calls.context.served()
             events = self._inner.SubscribeKvEvents(request, _Inner(answering, self._died))
             async with contextlib.aclosing(events):
                 async for event in events:
-                    await call.write(event)
+                    await self._calls.write(answering, event)
 
     async def FlushCache(self, request: Any, call: Any) -> None:
         """Not for clients."""

@@ -15,6 +15,17 @@ from sparse_serve.runtime import environment
 logger = logging.getLogger(__name__)
 
 
+class StopRequest:
+    """Whether somebody has asked this server to end, as a signal too: such a server does not start again."""
+
+    def __init__(self) -> None:
+        self.is_made = False
+
+    def __call__(self, *signal_and_frame: object) -> None:
+        """A signal has come."""
+        self.is_made = True
+
+
 def if_allowed(most: int, shown: Terminal) -> None:
     """Start again, which does not return, unless that was done `most` times."""
     done = environment.restarts()

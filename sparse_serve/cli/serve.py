@@ -94,11 +94,12 @@ def main(args: argparse.Namespace) -> int:
         raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
     made = Prepared(args.model) if args.no_convert else conversion.prepare(args.model, args.masks, flags, shown.note)
     engine = VllmEngine(made.model, [*flags, *made.flags], settings.drain_s, settings.verify_digests)
+    stop = restart.StopRequest()
     try:
         if not args.verbose:
             shown = terminal.redirected()
         with explained(), environment.restored():
-            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model, access(settings))))
+            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model, access(settings)), stop))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log(shown)}")
         return 2
@@ -110,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         # stopped in the middle of a download, say, whose threads Python would wait for
         logging.shutdown()
         os._exit(code)
-    if code:
+    if code and not stop.is_made:
         restart.if_allowed(settings.restarts, shown)
     return code
 
@@ -120,7 +121,9 @@ def _log(shown: Terminal) -> str:
     return f"; log: {shown.log}" if shown.log else ""
 
 
-async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event], None]) -> int:
+async def _serve(
+    engine: Engine, settings: Settings, on_event: Callable[[Event], None], stop: restart.StopRequest
+) -> int:
     from prometheus_client import REGISTRY
 
     from sparse_serve.api import grpc_v1, http_openai, landing, ops
@@ -130,12 +133,14 @@ async def _serve(engine: Engine, settings: Settings, on_event: Callable[[Event],
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
     try:
-        return await server.run()
+        code = await server.run()
+        stop.is_made = server.is_stopping
+        return code
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
             # all is closed; another signal must not turn the exit code into a failure
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, stop)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ _BUFFERS = re.compile(
 )
 """Constants that older releases of transformers stored: frequencies of positions, causal masks."""
 
+_PREDICTORS = ("mtp", "mtp_layers")
+_MISSING = ("StageMissingLayer", "PPMissingLayer")
+
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -58,7 +61,14 @@ class CheckedLoader(DefaultModelLoader):
         with self._watch:
             super().load_weights(model, model_config)
         names, self._watch = self._watch.untouched, _Watch()
-        if get_pp_group().world_size == 1:  # a stage of a pipeline leaves the others' tensors to them
+        # a stage of a pipeline, and a draft that reads its target's files, leave tensors to others
+        if (
+            get_pp_group().world_size == 1
+            and model_config.quantization == QUANT_METHOD
+            and model_config.runner_type != "draft"
+        ):
+            absent = left_out(model)
+            names = [name for name in names if not absent.intersection(name.split("."))]
             check_taken(names, model_config.hf_text_config, str(model_config.model), type(model).__name__)
 
 
@@ -86,6 +96,20 @@ class _Watch(TorchDispatchMode):
             if isinstance(leaf, Tensor) and self._waiting:
                 self._waiting.pop(_memory(leaf), None)
         return func(*args, **(kwargs or {}))
+
+
+def left_out(model: nn.Module) -> set[str]:
+    """Parts of the names of tensors that this model does without, on purpose: layers that vLLM leaves out (of an
+    embedding model the output layer, or a tower that nobody asks for), experts of other ranks, predictors of several
+    tokens at once.
+    """
+    parts = set(_PREDICTORS)
+    for name, module in model.named_modules():
+        if type(module).__name__ in _MISSING:
+            parts.add(name.rpartition(".")[2])
+        elif getattr(module, "use_ep", False) is True:
+            parts.add("experts")
+    return {part for part in parts if part and not part.isdecimal()}
 
 
 def check_taken(untouched: Iterable[str], text_config: Any, path: str, model_class: str) -> None:

@@ -8,16 +8,19 @@ copies; each takes 0.3 to 0.6 of what the same weights take dense in 16 bits.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
 from maskgen.core import foreign
+from maskgen.core.companions import companion_files
 from maskgen.core.config import FORMAT_VERSION
 from maskgen.core.digest import digest_file, digest_json
 from sparse_serve.runtime import cache
@@ -56,12 +59,20 @@ def prepare(model: str, masks: Path | None, flags: Sequence[str], tell: Callable
     name = source.resolve().name
     copy = _folder() / f"{name}--{_key(source, masks)}"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(copy.with_name(f".{copy.name}.making")):
-        if copy.is_dir():
-            tell(f"{model} is not a checkpoint of ours ({kind}): serving {copy}, made of it before")
-        else:
-            tell(f"{model} is not a checkpoint of ours ({kind}): converting it into {copy}, once")
-            _convert(source, masks, copy)
+    what = f"{model} is not a checkpoint of ours ({kind})"
+    if copy.is_dir():
+        tell(f"{what}: serving {copy}, made of it before")
+    else:
+        tell(f"{what}: converting it into {copy}, once")
+        try:
+            with filelock.FileLock(copy.with_name(f".{copy.name}.making")):
+                if not copy.is_dir():
+                    _convert(source, masks, copy)
+        except SettingsError as error:
+            if kind != foreign.MASKED:
+                raise
+            tell(f"{error}; served dense, as it is stored")  # zeros in some weights say little of the others
+            return Prepared(model)
     return Prepared(str(copy), () if _is_given(_NAME_FLAG, flags) else (_NAME_FLAG, name))
 
 
@@ -76,17 +87,35 @@ def _without_leftover(source: Path, flags: Sequence[str], tell: Callable[[str], 
 
 def _convert(source: Path, masks: Path | None, copy: Path) -> None:
     words = ["convert", str(source), "--out", str(copy), *(() if masks is None else ("--masks", str(masks)))]
-    done = subprocess.run([sys.executable, "-m", "maskgen", *words], capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    # -P: the folder that a server is started in may be a model's, and its files are no modules
+    command = [sys.executable, "-P", "-m", "maskgen", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with process, _ends_with_this(process):
+        _, errors = process.communicate()
+    if process.returncode != 0:
+        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
         raise SettingsError(
             f"{source} could not be converted: {lines[-1].removeprefix('maskgen: error: ')}; --no-convert serves it as "
             "it is, if vLLM can"
         )
 
 
+@contextlib.contextmanager
+def _ends_with_this(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill the process when this one is told to end meanwhile, or is interrupted."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _key(source: Path, masks: Path | None) -> str:
-    files = sorted({source / "config.json", *source.glob("*.safetensors"), *source.glob("*.json")})
+    weights = (*source.glob("*.safetensors"), *source.glob("*.json"))
+    files = sorted({source / "config.json", *weights, *companion_files(source)})
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     facts = {
         "directory": str(source.resolve()),
@@ -107,4 +136,5 @@ def _folder() -> Path:
 
 
 def _is_given(flag: str, flags: Sequence[str]) -> bool:
-    return any(word.partition("=")[0].replace("_", "-") == flag for word in flags)
+    """Also in vLLM's form for a part of a value, `--flag.part`."""
+    return any(word.partition("=")[0].partition(".")[0].replace("_", "-") == flag for word in flags)

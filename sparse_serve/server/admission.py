@@ -127,6 +127,7 @@ class Admission:
             outcome
             for outcome in self._tasks
             if outcome.id == id_ and not outcome.aborted and client in (None, outcome.client)
+            if self._tasks[outcome] is not asyncio.current_task()  # who asks may have that id, too
         ]
         for outcome in found:
             outcome.aborted = True

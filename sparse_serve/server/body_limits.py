@@ -53,10 +53,9 @@ class BodyLimits:
         return self._sequences(asked)
 
     def _sequences(self, asked: Mapping[str, Any]) -> int:
-        prompt, n = asked.get("prompt", asked.get("input")), _whole(asked.get("n", 1))
-        # an input may also be the messages of a conversation, which is one
-        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int | dict)
-        prompts = len(prompt) if several and isinstance(prompt, list) else 1
+        n = _whole(asked.get("n", 1))
+        # which of them an application reads is its own affair
+        prompts = max(_count(asked.get(name)) for name in ("prompt", "input", "messages"))
         self.check_sequences(prompts, n)
         return prompts * n
 
@@ -139,3 +138,9 @@ def body_limits(settings: Settings) -> BodyLimits:
         settings.max_stop,
         settings.max_stop_bytes,
     )
+
+
+def _count(prompts: Any) -> int:
+    """How many there are: a list of numbers is the tokens of one, a list of messages one conversation."""
+    several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int | dict)
+    return len(prompts) if several else 1

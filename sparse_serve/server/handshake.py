@@ -54,6 +54,7 @@ class Handshake(asyncio.Protocol):
         except OSError:  # it left, spoke something else, or was too slow
             transport.abort()
         else:
+            self._connections.discard(self)  # the next protocol counts itself
             if made is not None:
                 early.hand_over(made, self._http)
         finally:

@@ -132,6 +132,11 @@ class Server:
         """Drain and end; call it in the event loop's thread. Calling it again changes nothing."""
         self._stopping.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping.is_set()
+
     async def _live(self) -> int:
         listening = await self._listen()
         self._tell(listening)

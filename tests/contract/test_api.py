@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from sparse_serve import api
 from sparse_serve.cli import serve
+from sparse_serve.cli.restart import StopRequest
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.server.context import Api, ServerContext
 from sparse_serve.server.lifecycle import shared
@@ -24,6 +25,7 @@ NOT_APIS = {
     "grpc_calls",
     "grpc_chat",
     "grpc_messages",
+    "grpc_smg",
     "grpc_status",
     "grpc_tokens",
     "pb",
@@ -55,6 +57,8 @@ async def test_every_api_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, engine: object, settings: object, apis: list[ModuleType], *others: object) -> None:
             served.extend(module.__name__.rpartition(".")[2] for module in apis)
 
+        is_stopping = False
+
         def stop(self) -> None: ...
 
         async def run(self) -> int:
@@ -63,7 +67,7 @@ async def test_every_api_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "Server", Recorder)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        assert await serve._serve(FakeEngine(), Settings(), lambda event: None) == 0
+        assert await serve._serve(FakeEngine(), Settings(), lambda event: None, StopRequest()) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -58,3 +58,16 @@ def test_what_may_be_left(name: str, tied: bool, is_refused: bool) -> None:
         return
     with pytest.raises(FormatError, match=f"dir: Tiny has no place for the tensor '{name}'"):
         check_taken([name], config, "dir", "Tiny")
+
+
+def test_layers_that_vllm_leaves_out_on_purpose_are_no_places_that_lack() -> None:
+    from vllm.model_executor.models.utils import StageMissingLayer
+
+    from sparse_serve.plugin.loading import left_out
+
+    model = torch.nn.Module()
+    model.lm_head = StageMissingLayer("output", torch.nn.Linear(2, 2))
+    model.experts = torch.nn.Linear(2, 2)
+    assert "lm_head" in left_out(model) and "mtp" in left_out(model) and "experts" not in left_out(model)
+    model.experts.use_ep = True
+    assert "experts" in left_out(model)

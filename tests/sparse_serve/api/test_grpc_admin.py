@@ -64,7 +64,9 @@ async def test_an_aborted_request_is_told_and_gone_from_the_engine(keys: str) ->
         await call.read()
         await server.until(lambda: server.engine.unfinished == 4)
         await asyncio.sleep(0.1)
-        answer = await admin(server).Abort(admin_pb2.AbortRequest(request_id="theirs"), metadata=METADATA)
+        answer = await admin(server).Abort(
+            admin_pb2.AbortRequest(request_id="theirs"), metadata=(*METADATA, *named.items())
+        )
         assert answer.requests == 3
         assert ((await late).status_code, (await late).headers["x-should-retry"]) == (409, "false")
         assert (await stream).text.endswith("data: [DONE]\n\n") and '"code": 409' in (await stream).text

@@ -32,6 +32,8 @@ def check(**asked: Any) -> int:
         ({"input": [[1, 2], [3]]}, 2),
         ({"input": [{"role": "user", "content": "a"}] * 50}, 1),
         ({"messages": [{"role": "user", "content": "a"}] * 50, "n": 2}, 2),
+        ({"prompt": None, "input": ["a"] * 4}, 4),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 4}, 4),
         ({"prompt": "a", "n": None}, 1),
         ({"prompt": "a", "n": -5}, 1),
         ({"prompt": [], "n": 2}, 2),

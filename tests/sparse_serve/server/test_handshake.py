@@ -76,3 +76,8 @@ async def test_what_comes_with_the_end_of_a_handshake_is_not_lost(tls: dict[str,
             async with asyncio.timeout(5):
                 assert (await reader.read()).startswith(b"HTTP/1.1 200")
             writer.close()
+
+
+async def test_the_last_connection_that_is_allowed_speaks(tls: dict[str, str]) -> None:
+    async with running(max_connections=1, **tls) as server:
+        assert await is_ready(server)

@@ -19,7 +19,7 @@ from sparse_serve.gate.verdict import Verdict
 from sparse_serve.runtime import environment
 from sparse_serve.tuning import parity_file
 from tests import models
-from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive
+from tests.vllm.serving import SHAPE, SPARSE_LAYERS, is_alive
 
 # On each of two ranks still whole blocks of a kernel's layout, so that the ranks hold together what one holds alone.
 WHOLE_BLOCKS = SHAPE | {"hidden_size": 256, "intermediate_size": 256}
@@ -78,7 +78,7 @@ async def test_replicas_share_requests_and_all_end_with_one_that_dies(
         assert info.sparse_layers == SPARSE_LAYERS
         answers = await asyncio.gather(*(answer() for _ in range(8)))
         assert len(set(answers)) == 1
-        replicas = [pid for pid in descendants(os.getpid()) if "EngineCore_DP" in command_of(pid)]
+        replicas = [process.pid for process in engine.client.engine_core.resources.engine_manager.processes]
         assert len(replicas) == 2
         os.kill(replicas[1], signal.SIGKILL)
         async with asyncio.timeout(30):

@@ -267,6 +267,8 @@ class VllmEngine:
         self._stopped = True
         client, self.client = self.client, None
         if client is not None:
+            if client.output_handler is not None and not client.get_num_unfinished_requests():
+                client.output_handler.cancel()  # or it takes the end of the engine's process for an accident
             await asyncio.to_thread(client.shutdown, timeout=grace_s)
         deadline_s = time.monotonic() + _KILL_AFTER_S
         while self.is_loading and time.monotonic() < deadline_s:

@@ -1,7 +1,7 @@
 """Measuring speed: rounds of base, candidate, candidate, base under `vllm bench serve`, until decided.
 
 Both servers are up all the time; only one of them is under load. Before the first round each is run once under each
-load, and that is not kept. Rounds of all loads are added, and judged after the numbers of rounds in
+load, and that is not kept. Rounds of all loads are added, and judged after the numbers of undisturbed rounds in
 `checks.speed.LOOKS`, until no metric is undecided or the time is up.
 """
 
@@ -77,17 +77,19 @@ def rounds(
             run_load(served, load, seed)
     pids = [pid for served in targets.values() if (pid := listening_process(served.url)) is not None]
     found: list[SpeedRound] = []
-    longest_s = 0.0
-    for number in range(check.LOOKS[-1]):
+    longest_s, looks = 0.0, list(check.LOOKS)
+    for number in itertools.count():
         began = time.monotonic()
-        if number and began + longest_s > until:
+        if not looks or (number and began + longest_s > until):
             break
         for load in loads:
             on_round(f"round {number + 1}, clients: {load.clients}")
             found.append(_round(number, load, targets, run_load, pids, _prompts(targets, seeds)))
         longest_s = max(longest_s, time.monotonic() - began)
-        if number + 1 in check.LOOKS and _is_decided(_evidence(found, config), limits):
-            break
+        if check.clean_rounds(found) >= looks[0]:
+            del looks[0]
+            if _is_decided(_evidence(found, config), limits):
+                break
     return _evidence(found, config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -87,8 +88,13 @@ def test_the_last_step_is_that_of_the_replica_that_has_made_none_for_longest() -
     assert (progress.prompt_tokens, progress.generated_tokens) == (3, 2)
 
 
-async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
-    """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16."""
+async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16.
+
+    That it is stopped is no accident, for which vLLM's client of the engine would take it.
+    """
+    log = logging.getLogger("vllm.v1.engine.async_llm")
+    log.addHandler(caplog.handler)
     dense = models.build("llama", **SHAPE)
     models.save("llama", tmp_path / "dense", **SHAPE)
     engine = VllmEngine(str(tmp_path / "dense"))
@@ -104,6 +110,8 @@ async def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
             await engine.score([5])
     finally:
         await engine.stop(5.0)
+        log.removeHandler(caplog.handler)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     with torch.no_grad():
         logits = dense(torch.tensor([ids])).logits[0].float()
     expected = logits.log_softmax(-1)[range(399), ids[1:]]

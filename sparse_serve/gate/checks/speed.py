@@ -30,7 +30,7 @@ from sparse_serve.gate.statistics import Bounds, ratio_bounds
 from sparse_serve.gate.verdict import CheckResult, Verdict
 
 LOOKS = (4, 8, 16, 32, 64)
-"""After so many rounds the runner asks for a verdict; once more when the time is up."""
+"""After so many undisturbed rounds the runner asks for a verdict; once more when the time is up."""
 
 MIN_ROUNDS = LOOKS[0]
 
@@ -49,6 +49,13 @@ def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
         rounds = [round for round in speed.rounds if round.clients == clients]
         results += [_judge(metric, rounds, speed, limits, tests) for metric in speed.metrics]
     return results
+
+
+def clean_rounds(rounds: Sequence[SpeedRound]) -> int:
+    """Rounds in which the host was not disturbed, of the load that has the fewest."""
+    loads = {round.clients for round in rounds}
+    readings = [[round.host for round in rounds if round.clients == clients] for clients in loads]
+    return min(contamination(of_load).count(None) for of_load in readings)
 
 
 def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limits: Limits, tests: int) -> CheckResult:

@@ -61,6 +61,18 @@ def test_rounds_are_base_candidate_candidate_base_until_decided() -> None:
     assert found.rounds[1].runs[1].e2e_ms == pytest.approx([1.2 * 140.0] * 4)
 
 
+def test_disturbed_rounds_are_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    steal = iter([0.5, 0.0, 0.0, 0.5, 0.0, 0.0])
+    monkeypatch.setattr(HostWatch, "read", lambda self: HostReading(next(steal), 0.0, (0.001,)))
+
+    def run_load(served: Served, load: Load, seed: int) -> dict[str, Any]:
+        return report(load, 1.2 if served.url.endswith("2") else 1.0)
+
+    one_load = CONFIG.model_copy(update={"clients": [1]})
+    found = rounds(TARGETS, one_load, Limits(), run_load, lambda what: None)
+    assert len(found.rounds) == 6, "four that were not disturbed"
+
+
 def test_a_server_that_is_both_targets_never_sees_prompts_twice() -> None:
     seeds: list[int] = []
 

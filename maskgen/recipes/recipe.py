@@ -61,7 +61,7 @@ from maskgen.recipes.overrides import apply
 from maskgen.recipes.sections import Budget, Strict, Training, asking
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
-"""Length of windows by section, for models that read as much. README ("Quality") has what was tried."""
+"""Length of windows by section, for models that read as much. docs/results.md has what was tried."""
 
 RECIPE_FILE = "maskgen_recipe.json"
 """The resolved recipe, written beside the weights."""

@@ -19,6 +19,7 @@ CORE_MAY_IMPORT = {"torch", "safetensors", "numpy", "maskgen"}
 RUNS_CODE_FROM_DATA = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 FILE_LINES, FUNCTION_LINES = 300, 60
+PAGE = "docs/architecture.md"
 EVERY_FILE = python_files(*PACKAGES)
 
 
@@ -38,7 +39,7 @@ def test_imports_keep_the_contracts() -> None:
 def test_no_import_is_relative() -> None:
     found = [
         f"{path}:{node.lineno}"
-        for path in python_files(*PACKAGES, "proto", "tests")
+        for path in python_files(*PACKAGES, "docs", "proto", "tests")
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ImportFrom) and node.level
     ]
@@ -79,7 +80,7 @@ def functions(path: str) -> dict[str, int]:
 
 def test_files_and_functions_fit_the_budget() -> None:
     """What is longer is more than one thing: split it."""
-    hand_written = python_files(*PACKAGES, "proto", "tests")
+    hand_written = python_files(*PACKAGES, "docs", "proto", "tests")
     sizes = {path: len((ROOT / path).read_text("utf-8").splitlines()) for path in hand_written}
     long_files = {path: lines for path, lines in sizes.items() if lines > FILE_LINES}
     long_functions = {
@@ -113,10 +114,10 @@ def test_importing_a_package_is_free(package: str) -> None:
 
 
 def on_disk() -> set[str]:
-    """What the README's tree must show; folders end in a slash.
+    """What the tree of docs/architecture.md must show; folders end in a slash.
 
-    Every file of the packages, `proto/`, `deploy/` and the top, but package markers, hidden files, generated code and
-    what is below the first level of `tests/`.
+    Every file of the packages, `docs/`, `proto/`, `deploy/` and the top, but package markers, hidden files, generated
+    code and what is below the first level of `tests/`.
     """
     shown: set[str] = set()
     for name in files():
@@ -138,11 +139,11 @@ def _unshown(path: PurePosixPath) -> bool:
     return hidden or path.name in {"__init__.py", "__main__.py", "py.typed"}
 
 
-def in_readme() -> set[str]:
+def in_manual() -> set[str]:
     """The code block under `## Tree`: one entry per line, two spaces deeper per folder, `name  what it is`."""
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / PAGE).read_text("utf-8")
     block = re.search(r"^## Tree\n.*?^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert block, "README.md has no code block under '## Tree'"
+    assert block, f"{PAGE} has no code block under '## Tree'"
     shown: set[str] = set()
     folders: list[str] = []
     for line in block.group(1).splitlines():
@@ -151,15 +152,15 @@ def in_readme() -> set[str]:
         assert depth <= len(folders), f"{line!r} is indented deeper than a folder above it"
         del folders[depth:]
         path = "".join(folders) + name
-        assert path not in shown, f"README.md lists {path} twice"
+        assert path not in shown, f"{PAGE} lists {path} twice"
         shown.add(path)
         if name.endswith("/"):
             folders.append(name)
     return shown
 
 
-def test_the_readme_shows_the_tree() -> None:
-    readme, disk = in_readme(), on_disk()
-    missing, gone = sorted(disk - readme), sorted(readme - disk)
-    assert not missing, f"missing from README.md: {missing}"
-    assert not gone, f"in README.md, but not on disk: {gone}"
+def test_the_manual_shows_the_tree() -> None:
+    manual, disk = in_manual(), on_disk()
+    missing, gone = sorted(disk - manual), sorted(manual - disk)
+    assert not missing, f"missing from {PAGE}: {missing}"
+    assert not gone, f"in {PAGE}, but not on disk: {gone}"

@@ -154,7 +154,8 @@ def _times(request: PruneRequest, task: Task) -> list[Times]:
         return []
     if table is None:
         raise RequestError(
-            "`speedup`: needs the times of this machine's kernels; give their directory as `kernel_table`"
+            "`speedup`: needs the times of this machine's kernels, which `sparse-serve tune CHECKPOINT` measures and "
+            "keeps (the newest kernels-* in sparse-serve of your cache directory); give that as `kernel_table`"
         )
     headers = read_headers(task.model_dir)
     name = next(name for block in task.plan.targets for name in block)

@@ -188,6 +188,8 @@ def print_compressed(out: Path, written: CompressReport) -> None:
         f"wrote {out}: target weights {megabytes(written.dense_target_bytes)} dense -> "
         f"{megabytes(written.packed_target_bytes)} ({written.ratio:.2%}), directory {megabytes(written.total_bytes)}"
     )
+    if written.ratio >= 1:
+        say("note: that is no less than dense; a correction of a lower rank, or none, saves bytes")
     say(f"next: maskgen eval {out} --data FILE    or    sparse-serve serve {out}")
 
 

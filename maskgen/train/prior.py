@@ -93,7 +93,7 @@ def check_base(
     if masks is not None and masks.base_digest != base_digest:
         raise FormatError(
             f"`prior`: made for the weights {masks.base_digest}, but {model_dir} has {base_digest}; a mask is only "
-            "valid for the weights it was chosen for"
+            "valid for the weights it was chosen for: give that model, or a prior that was made from this one"
         )
     if weights is not None and (changed := Start(weights, model_dir).changed):
         raise RecipeError(

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from maskgen.api.events import HeldOut, Scored, Stage, SweepProgress, TrainingStep
 from maskgen.cli import display
+from maskgen.export.compress import CompressReport
 
 STEP = TrainingStep(1, 11, 3.25, 3.0, 0.5, 1.0, 1e-3, 4096, 10.0, 700_000_000)
 LOOK = HeldOut(0, 4.0, 54.598, 1.0, 0.0, 0.5, 3.9, 49.402)
@@ -27,6 +28,14 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
             now_s += 1.0
     lines = capsys.readouterr().err.splitlines()
     assert [line.strip() for line in lines] == [f"scoring {done}/50" for done in (11, 21, 31, 41)]
+
+
+def test_a_result_no_smaller_than_dense_is_said_to_be_so(capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = CompressReport(2, 100, 57, 80), CompressReport(2, 100, 135, 160)
+    display.print_compressed(Path("out"), small)
+    assert "no less than dense" not in capsys.readouterr().out
+    display.print_compressed(Path("out"), large)
+    assert "no less than dense; a correction of a lower rank" in capsys.readouterr().out
 
 
 def test_nothing_is_drawn_without_an_event(capsys: pytest.CaptureFixture[str]) -> None:

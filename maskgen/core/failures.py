@@ -49,6 +49,9 @@ _IN_TEXT = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUO
 _TEMPORARY = re.compile(rf"\A\.(.+?)(?:(?:\.[0-9a-f]{{8}})?{re.escape(TEMPORARY_SUFFIX)}|{re.escape(LOCK_SUFFIX)})\Z")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+_LONGEST = 300
+"""Characters of what a library says."""
+
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 _NOT_FILES = (
     ConnectionError, TimeoutError, BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError,
@@ -152,4 +155,7 @@ def _name(error: BaseException, where: Path | str | None) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Its text, cut where a file put a name of any length or form into it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."

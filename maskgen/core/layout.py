@@ -31,7 +31,7 @@ POOL_SUFFIX = ".correction_pool"
 
 _FLOATS = ("BF16", "F16", "F32")
 _VALUE_DTYPES = {FLOAT: _FLOATS, INT8: ("I8",), FP8: ("F8_E4M3",)}
-_EVERY_SUFFIX = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX, OUT_SUFFIX, POOL_SUFFIX, WEIGHT_SUFFIX)
+EVERY_SUFFIX = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX, OUT_SUFFIX, POOL_SUFFIX, WEIGHT_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def check_headers(path: Path, config: SparseConfig, headers: Mapping[str, Tensor
     """Raise `FormatError` unless the tensors of a directory are exactly those the manifest implies."""
     expected = suffixes(config)
     for module in config.targets:
-        stored = {suffix: headers[module + suffix] for suffix in _EVERY_SUFFIX if module + suffix in headers}
+        stored = {suffix: headers[module + suffix] for suffix in EVERY_SUFFIX if module + suffix in headers}
         if set(stored) != set(expected):
             raise FormatError(
                 f"{path}: target {module}: expected exactly {', '.join(expected)}, found "

@@ -23,7 +23,7 @@ from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_c
 from maskgen.core.companions import ALLOCATION_FILE, check_companions, companion_files
 from maskgen.core.config import CONFIG_KEY, SparseConfig, dense_hf_config, sparse_hf_config
 from maskgen.core.digest import digest_file, digest_json, digest_weights
-from maskgen.core.errors import ModelError
+from maskgen.core.errors import FormatError, ModelError, clip
 from maskgen.core.files import read_json
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import PackedTensor, StoredLayer
@@ -33,9 +33,10 @@ from maskgen.core.sizes import check_dimensions
 from maskgen.core.values import FLOAT, from_codes
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.export.compress import model_label
-from maskgen.export.foreign import ForeignLayer, Source
+from maskgen.export.foreign import FLOATS, ForeignLayer, Source
 from maskgen.export.foreign.compressed_tensors import check_section
 from maskgen.export.foreign.find import find_layers
+from maskgen.export.foreign.masked import CODES
 from maskgen.export.foreign.maskllm import MaskArchive
 from maskgen.hf import model, planning
 
@@ -81,6 +82,7 @@ def convert(
     archive = None if masks is None else MaskArchive(masks)
     layers = find_layers(source, pattern, archive)
     plan = _plan(source, layers, pattern)
+    _check_stored(source, layers, plan)
     work = _Work(source, layers)
     tell("reading")
     masked = work.read([name for block in plan.targets for name in block])
@@ -103,6 +105,7 @@ def convert(
         base_digest=mask_set.base_digest,
         values=work.values(targets),
     )
+    work.check_others(config)
     tell("writing")
     total_bytes = work.write(out_dir, config, shard_bytes)
     source_bytes = sum(header.path.stat().st_size for header in {h.path: h for h in source.headers.values()}.values())
@@ -143,6 +146,19 @@ class _Work:
             notes.append(f"some layers have 8-bit codes and others have not, so all are stored as {dtype}")
         return notes
 
+    def check_others(self, config: SparseConfig) -> None:
+        """`FormatError` for a tensor of no layer that would be one of a layer in what is written."""
+        expected, targets = layout.suffixes(config), set(config.targets)
+        for name, header in self.source.headers.items():
+            module, _, last = name.rpartition(".")
+            taken = layout.EVERY_SUFFIX if module in targets else expected
+            if name not in self.owners and f".{last}" in taken:
+                raise FormatError(
+                    f"{self.source.path}: tensor {clip(name)}, {header.dtype} {clip(list(header.shape))}, belongs to "
+                    "no layer as this model stores them, but would to one in a sparse checkpoint; expected no tensor "
+                    "of that name: remove it, or download the model again"
+                )
+
     def write(self, out_dir: Path, config: SparseConfig, shard_bytes: int) -> int:
         """Write everything; bytes of all tensors."""
         targets, written = set(config.targets), set()
@@ -178,6 +194,17 @@ def _plan(source: Source, layers: Mapping[str, ForeignLayer], pattern: NMPattern
     shapes = _dense_shapes(source, layers)
     check_dimensions(source.path, source.hf_config, shapes)
     return planning.plan(model.outline(source.path), pattern, shapes=shapes)
+
+
+def _check_stored(source: Source, layers: Mapping[str, ForeignLayer], plan: planning.Plan) -> None:
+    """`FormatError` for the weight of a layer that engines serve packed, where no way to store one is known for it."""
+    for name in (name for block in plan.targets for name in block if name not in layers):
+        header = source.header(name + WEIGHT_SUFFIX)
+        raise FormatError(
+            f"{header.path}: {name} is stored as {header.dtype} {clip(list(header.shape))}, expected a matrix of "
+            f"{', '.join((*FLOATS, *CODES))}; load the model with AutoModelForCausalLM in bfloat16, save_pretrained it "
+            "in another directory, and convert that"
+        )
 
 
 def _dense_shapes(source: Source, layers: Mapping[str, ForeignLayer]) -> dict[str, tuple[int, ...]]:

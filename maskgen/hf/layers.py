@@ -98,7 +98,8 @@ def find_layers(model: nn.Module, prefix: str, depth: int, shapes: Shapes | None
     inside = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(places)))})\.(\d+)\.(.+)")
     others: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        module, match = name.removesuffix(WEIGHT_SUFFIX), inside.fullmatch(name)
+        module = name.removesuffix(WEIGHT_SUFFIX)
+        match = inside.fullmatch(module)
         if len(shape) < 2 or module in linears:
             continue
         if match is not None and int(match[1]) < depth:

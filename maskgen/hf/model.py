@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from maskgen.core.checkpoint import is_sparse_checkpoint
 from maskgen.core.companions import SNAPSHOT_PATTERNS
-from maskgen.core.errors import DataError, ModelError, clip
+from maskgen.core.errors import DataError, FormatError, ModelError, clip
 from maskgen.core.failures import machine_failure
 from maskgen.hf import gguf, loader
 from maskgen.hf.errors import HF_ERRORS, clear_errors, first_line
@@ -152,6 +152,11 @@ def _config(path: Path) -> Any:
     """A configuration that `AutoModelForCausalLM` has a class for."""
     with clear_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    stated = getattr(config, "architectures", None)
+    if stated is not None and not (isinstance(stated, list) and all(isinstance(name, str) for name in stated)):
+        raise FormatError(
+            f"{path / 'config.json'}: architectures is {clip(stated)}, expected a list of names; download it again"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         kind = " ".join(getattr(config, "architectures", None) or [config.model_type])
         raise ModelError(

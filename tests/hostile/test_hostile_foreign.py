@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError, ModelError, NumericalError, SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.convert import convert
@@ -120,12 +121,32 @@ def nan_code(tensors: Tensors) -> None:
         ("marlin-w8", add(Q + ".g_idx", torch.zeros(128)), "g_idx'.*actorder"),
         ("leftover", change(".weight", lambda t: t.to(torch.int8)), f"{Q}.weight' is I8 without a weight_scale"),
         ("leftover", add(Q + ".weight_scale", torch.ones(1)), f"{Q}.weight' is F32 with a weight_scale"),
+        ("leftover", change(".weight", Tensor.double), rf"{Q} is stored as F64 \[128, 128\], expected .*BF16.*convert"),
+        ("leftover", change(".weight", lambda t: t.to(torch.float8_e5m2)), f"{Q} is stored as F8_E5M2"),
+        ("leftover", change(".weight", lambda t: t.to(torch.int32)), f"{Q} is stored as I32"),
+        ("leftover", change(".weight", lambda t: t[:, None]), rf"{Q} is stored as F32 \[128, 1, 128\]"),
+        ("leftover", add(Q + ".values", torch.ones(4)), rf"tensor '{Q}.values', F32 \[4\], belongs to no layer"),
+        ("leftover", add(Q + ".bitmask", torch.ones(4)), f"tensor '{Q}.bitmask', .*remove it"),
+        ("leftover", add(Q + ".scale", torch.ones(4)), f"tensor '{Q}.scale', .*remove it"),
+        ("leftover", add(Q + ".correction_out", torch.ones(4)), f"tensor '{Q}.correction_out', .*remove it"),
+        ("bitmask", add(Q + ".values", torch.ones(4)), f"tensor '{Q}.values', .*remove it"),
+        ("bitmask-fp8", add("lm_head.scale", torch.ones(4)), "tensor 'lm_head.scale', .*remove it"),
+        ("marlin-w8", add(Q + ".values", torch.ones(4)), f"tensor '{Q}.values', .*remove it"),
+        ("marlin-w8", add("model.norm.bitmask", torch.ones(4)), "tensor 'model.norm.bitmask', .*remove it"),
     ],
 )
 def test_tensors(sources: Path, tmp_path: Path, kind: str, edit: Callable[[Tensors], None], message: str) -> None:
     victim = Path(shutil.copytree(sources / kind, tmp_path / "victim"))
     edit_tensors(victim, edit)
     refused(victim, message)
+
+
+def test_a_tensor_of_a_block_itself_is_no_layer(sources: Path, tmp_path: Path) -> None:
+    """A name that is that of a block's own weight, which no block has: the engine says so when it loads it."""
+    victim = Path(shutil.copytree(sources / "masked", tmp_path / "victim"))
+    edit_tensors(victim, add("model.layers.0.weight", torch.ones(128, 128)))
+    convert(victim, tmp_path / "out", NMPattern(2, 4))
+    assert "model.layers.0" not in SparseCheckpoint.open(tmp_path / "out").config.targets
 
 
 def test_masked_weights_that_are_no_numbers(sources: Path, tmp_path: Path) -> None:
@@ -218,9 +239,11 @@ def test_archives_that_are_none(sources: Path, tmp_path: Path) -> None:
     refused(dense, r"twice.npz: holds two masks of one name", FormatError, tmp_path / "twice.npz")
 
 
-def test_a_configuration_of_a_larger_model(sources: Path, tmp_path: Path) -> None:
+def test_a_configuration_of_another_model(sources: Path, tmp_path: Path) -> None:
     victim = Path(shutil.copytree(sources / "marlin-w8", tmp_path / "victim"))
     edit_config(victim, lambda config: config.update(hidden_size=1 << 20))
     refused(victim, "hidden_size 1048576 is not a dimension of any stored tensor")
+    edit_config(victim, lambda config: config.update(hidden_size=128, architectures=-1))
+    refused(victim, "architectures is -1, expected a list of names")
     (victim / "config.json").write_text(json.dumps({"quantization_config": 1}))
     refused(victim, "quant_method 1, expected")

@@ -138,6 +138,8 @@ def test_absurd_header_length(victim: Path, header_bytes: int) -> None:
         b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}}',
         b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}',
         b'{"__metadata__":{"format":["pt"]}}',
+        b'{"' + b"a" * 5000 + b'":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}',
+        b'{"\\u202e":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}',
         b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 from sparse_serve.runtime.errors import EngineStartError
 from sparse_serve.runtime.startup_error import reason
 from sparse_serve.server.context import ServerContext
+from sparse_serve.server.cors import Cors
 
 
 def create(context: ServerContext) -> "OpenAiApi":
@@ -31,8 +32,14 @@ class OpenAiApi:
         self._lifespan = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
-        """Nothing to do: without a main application the listener answers "unavailable"."""
+        """Without a main application the listener answers "unavailable", with the headers for pages of other origins
+        that vLLM will give its answers."""
+        self._context.listener.set_cors(self._cors)
         return ""
+
+    def _cors(self) -> Cors | None:
+        args = getattr(self._context.engine, "args", None)  # None until vLLM's flags have been read
+        return None if args is None else Cors(args.allowed_origins, args.allow_credentials)
 
     async def serve(self) -> None:
         """Build vLLM's application on the running engine and mount it."""

@@ -5,7 +5,8 @@ died, that is the answer, whatever status the application found for it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
@@ -24,17 +25,28 @@ from sparse_serve.server.admission import Cause, Outcome
 REQUEST_ID = "x-request-id"
 UNREAD = "sparse_serve.unread"
 """In the scope of a request whose connection was closed because its answer was not read."""
-_ERROR_EVENT = b'data: {"error"'
-"""How vLLM begins the event that tells of an error in the middle of a stream."""
+_ERROR_EVENTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
+"""How the event begins that tells of an error in the middle of a stream: of vLLM, and of responses, whose events have
+names (https://platform.openai.com/docs/api-reference/responses-streaming)."""
 _RETRY_S = 1.0
 
 
 class Watch:
     """Stands between an application and its client: replays the body, puts the request's id into the answer's header,
-    and records its status, a client leaving, and an answer without an end."""
+    and records its status, a client leaving, and an answer without an end. `headers` go with every answer that does
+    not have them."""
 
-    def __init__(self, outcome: Outcome, scope: Scope, receive: Receive, send: Send, died: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        outcome: Outcome,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        died: Callable[[], bool],
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._outcome, self._scope, self._receive, self._send, self._died = outcome, scope, receive, send, died
+        self._headers = headers
         self.body: bytes | None = None
         """The body of the request, where it was read already."""
         self._started = self._finished = self._streams = False
@@ -58,6 +70,8 @@ class Watch:
                 return
             headers = MutableHeaders(scope=message)
             headers[REQUEST_ID] = self._outcome.id
+            for name, value in self._headers.items():
+                headers.setdefault(name, value)
             self._outcome.code, self._started = str(message["status"]), True
             self._streams = headers.get("content-type", "").startswith("text/event-stream")
             if message["status"] in (429, 503):
@@ -65,7 +79,7 @@ class Watch:
         elif self._swallows:
             return
         elif message["type"] == "http.response.body":
-            if self._streams and message.get("body", b"").startswith(_ERROR_EVENT):
+            if self._streams and message.get("body", b"").startswith(_ERROR_EVENTS):
                 self._outcome.truncated = Cause.ENGINE if self._died() else Cause.ERROR
             self._finished |= not message.get("more_body", False)
         await self._send(message)

@@ -5,7 +5,7 @@ vLLM), the key, the path, and for all but GET and HEAD whether requests are take
 time and content, and the share of one client. What fails is answered here (`answers`). Every request is counted.
 
 A browser asks before its first request whether a page may make it (CORS), and cannot send a key with that: such a
-question is passed on without one, to be answered by `--allowed-origins` of vLLM.
+question is passed on without one, to be answered by `--allowed-origins` of vLLM. Refusals have such headers (`cors`).
 
 The body is read before the application sees the request: a limit that strikes in the middle of somebody else's parser
 would be answered with whatever that parser makes of it.
@@ -14,7 +14,7 @@ would be answered with whatever that parser makes of it.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -26,6 +26,7 @@ from sparse_serve.runtime.errors import AbortedError, ServeError
 from sparse_serve.server.admission import Admission, Cause, Outcome, Phase
 from sparse_serve.server.answers import REQUEST_ID, Watch, error_response, going_down, refusal
 from sparse_serve.server.body_limits import BodyLimits, check_request_id
+from sparse_serve.server.cors import Cors
 from sparse_serve.server.keys import Keys
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
@@ -51,10 +52,11 @@ class Rules:
 
 class Gatekeeper:
     """An application around mounted ones, and around `main`, which is None while the model loads. `died` says whether
-    the engine has."""
+    the engine has, `cors` which pages may read an answer, once that is known."""
 
     def __init__(self, admission: Admission, rules: Rules, died: Callable[[], bool]) -> None:
         self.main: ASGIApp | None = None
+        self.cors: Callable[[], Cors | None] = lambda: None
         self._admission, self._rules, self._died = admission, rules, died
         self._mounted: dict[str, tuple[ASGIApp, bool]] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -63,6 +65,11 @@ class Gatekeeper:
     def mount(self, path: str, app: ASGIApp, needs_key: bool) -> None:
         """Answer exactly this path with `app`, in every phase, to those with a key or to everybody."""
         self._mounted[path] = (app, needs_key)
+
+    def cors_headers(self, request: Headers) -> Mapping[str, str]:
+        """What a browser has to be told with the answer to a request with these headers."""
+        cors = self.cors()
+        return {} if cors is None else cors.headers(request)
 
     def cut_off(self) -> None:
         """End every request that is being answered, with an error."""
@@ -79,7 +86,7 @@ class Gatekeeper:
         holds_drain = path not in self._mounted and (method not in _SAFE or path.startswith(_WORK))
         with self._admission.request("http", method if method in _METHODS else "other", holds_drain) as outcome:
             outcome.code, outcome.id = "none", new_id()
-            watch = Watch(outcome, scope, receive, send, self._died)
+            watch = Watch(outcome, scope, receive, send, self._died, self.cors_headers(Headers(scope=scope)))
             try:
                 await self._answer(watch, outcome, scope, receive)
                 watch.end()

@@ -10,13 +10,14 @@ import contextlib
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from sparse_serve.runtime.errors import PortInUseError
+from sparse_serve.server.cors import Cors
 from sparse_serve.server.gatekeeper import Gatekeeper
 from sparse_serve.server.protocol import ConnectionLimits, limited
 
@@ -45,13 +46,17 @@ class HttpListener:
         """Answer every path that is not mounted with `app`."""
         self._gatekeeper.main = app
 
+    def set_cors(self, cors: Callable[[], Cors | None]) -> None:
+        """Go by this for which pages may read answers; None while it is not known."""
+        self._gatekeeper.cors = cors
+
     async def start(self) -> str:
         """Bind and answer. Returns `host:port` with the real port. Raises `PortInUseError`."""
         listener = _listen(self._host, self._port)
         _allow_files()
         config = uvicorn.Config(
             self._gatekeeper,
-            http=limited(self._limits, self._tls),
+            http=limited(self._limits, self._tls, self._gatekeeper.cors_headers),
             ws="none",
             interface="asgi3",
             lifespan="off",

@@ -17,9 +17,11 @@ client leaves. Here it goes on reading, and the one that is being answered is to
 
 import asyncio
 import ssl
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -41,12 +43,13 @@ class ConnectionLimits:
     write_s: float
 
 
-def limited(limits: ConnectionLimits, tls: ssl.SSLContext | None) -> Any:
+def limited(limits: ConnectionLimits, tls: ssl.SSLContext | None, more: Callable[[Headers], Mapping[str, str]]) -> Any:
     """uvicorn's protocol, bounded by `limits`, with `tls` before it; uvicorn makes an object of it for each connection,
-    as it would of a class."""
+    as it would of a class. `more` are headers for a refusal, by those of the request as far as they are known."""
 
     class Limited(LimitedProtocol):
         connection_limits = limits
+        more_headers = staticmethod(more)
 
     def make(**given: Any) -> asyncio.Protocol:
         protocol = Limited(**given)
@@ -59,6 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
     connection_limits: ConnectionLimits
+    more_headers: Callable[[Headers], Mapping[str, str]]
 
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -208,8 +212,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refused = True
         text = b'{"error":{"message":"the header of the request is too large","type":"invalid_request_error",'
         text += b'"param":null,"code":431}}'
+        more = self.more_headers(Headers(raw=self.headers)).items()
+        lines = b"".join(b"%s: %s\r\n" % (name.encode(), value.encode("latin-1")) for name, value in more)
         self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(text), text)
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n%s"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (lines, len(text), text)
         )
         self.transport.close()

@@ -126,8 +126,16 @@ async def test_every_request_is_counted_and_no_probe_is_waited_for() -> None:
         assert server.metric("sparse_serve_request_seconds_count", api="http", method="GET") == 5
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"error": {"code": 500}}\n\n',
+        b'event: error\ndata: {"type": "error", "code": "server_error"}\n\n',
+        b'event: response.failed\ndata: {"type": "response.failed"}\n\n',
+    ],
+)
 @pytest.mark.parametrize(("died", "cause"), [(False, Cause.ERROR), (True, Cause.ENGINE)])
-async def test_an_error_that_vllm_tells_as_an_event(died: bool, cause: Cause) -> None:
+async def test_an_error_that_vllm_tells_as_an_event(event: bytes, died: bool, cause: Cause) -> None:
     sent, outcome = [], Outcome()
 
     async def send(message) -> None:
@@ -136,7 +144,7 @@ async def test_an_error_that_vllm_tells_as_an_event(died: bool, cause: Cause) ->
     watch = Watch(outcome, {}, None, send, lambda: died)
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     await watch.send({"type": "http.response.start", "status": 200, "headers": headers})
-    for said in (b'data: {"choices": []}\n\n', b'data: {"error": {"code": 500}}\n\n', b"data: [DONE]\n\n"):
+    for said in (b'data: {"choices": []}\n\n', event, b"data: [DONE]\n\n"):
         assert outcome.truncated is None or said.endswith(b"[DONE]\n\n")
         await watch.send({"type": "http.response.body", "body": said, "more_body": True})
     await watch.send({"type": "http.response.body", "body": b""})

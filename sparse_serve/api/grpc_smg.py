@@ -3,9 +3,10 @@
 What answers is the servicer of the package smg-grpc-servicer, as in `vllm serve --grpc`, on this server's engine. Every
 call goes through what the calls of `sparse_serve.v1` go through: keys, ids, limits, shares, the drain, metrics.
 
-Three things differ from `vllm serve --grpc`. No answer names a directory. A client ends its own requests only, by the
-key. And what belongs to operators, or needs more than this server is, ends with UNIMPLEMENTED: flushing the cache,
-profiles; images, and prompts that were read elsewhere (KV transfer), with INVALID_ARGUMENT.
+Three things differ from `vllm serve --grpc`. No answer names a directory. A client ends its own requests only: those
+of its key, or without keys of its connection. And what belongs to operators, or needs more than this server is, ends
+with UNIMPLEMENTED: flushing the cache, profiles; images, and prompts that were read elsewhere (KV transfer), with
+INVALID_ARGUMENT.
 """
 
 import contextlib
@@ -92,10 +93,9 @@ class VllmEngineService:
         return self._pb.HealthCheckResponse(healthy=phase is Phase.READY, message=phase.value)
 
     async def Abort(self, request: Any, call: Any) -> Any:
-        """End requests of this client."""
+        """End requests of this client: of its key, or without keys of this connection."""
         async with self._calls.answering("VllmEngine.Abort", call):
-            closed = self._calls.context.keys is not None
-            client = self._calls.client(call) if closed else None
+            client = self._calls.client(call)
             for id_ in request.request_ids:
                 self._calls.context.admission.abort(id_, client)
         return self._pb.AbortResponse()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from sparse_serve.engine import NOBODY, Chunk, GenerateRequest, Origin
+from sparse_serve.engine import Chunk, GenerateRequest, Origin
 from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, engine_seed, sampling_arguments
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -177,17 +177,23 @@ async def embed(client: Any, token_ids: list[int], adapter: Any, origin: Origin)
 
 async def probe(client: Any) -> None:
     """See `Engine.probe`."""
-    from vllm import SamplingParams
+    from vllm import PoolingParams, SamplingParams
 
     async def ask(replica: int) -> None:
-        prompt = {"prompt_token_ids": [0]}
-        async for _ in _generate(client, "probe", prompt, params, NOBODY, data_parallel_rank=replica):
-            pass
+        pools = client.model_config.runner_type == "pooling"
+        params = (
+            PoolingParams(task="embed") if pools else SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        )
+        # what `generate` and `encode` begin with; `encode` itself asks no replica by its number
+        name, prompt = f"probe-{uuid.uuid4().hex}", {"prompt_token_ids": [0]}
+        outputs = await client.add_request(name, prompt, params, data_parallel_rank=replica)
+        try:
+            while not (await outputs.get()).finished:
+                pass
+        except asyncio.CancelledError:
+            await client.abort(outputs.request_id, internal=True)
+            raise
 
-    if client.model_config.runner_type == "pooling":
-        await embed(client, [0], None, NOBODY)
-        return
-    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     replicas = client.vllm_config.parallel_config.data_parallel_size
     with _translated():
         await asyncio.gather(*map(ask, range(replicas)))

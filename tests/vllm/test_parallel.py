@@ -17,6 +17,7 @@ from sparse_serve.gate.checks import kernels
 from sparse_serve.gate.evidence import Evidence, Limits
 from sparse_serve.gate.verdict import Verdict
 from sparse_serve.runtime import environment
+from sparse_serve.server.watchdog import until_hung
 from sparse_serve.tuning import parity_file
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS, is_alive
@@ -86,4 +87,28 @@ async def test_replicas_share_requests_and_all_end_with_one_that_dies(
                 await asyncio.sleep(0.1)
     finally:
         await engine.stop(5.0)
+    assert not any(map(is_alive, replicas))
+
+
+async def test_a_replica_that_hangs_is_found_though_the_others_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that makes embeddings; what asks those that generate is the same."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    models.save("qwen2", tmp_path / "dense", **WHOLE_BLOCKS)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    flags = ["--runner=pooling", "--convert=embed", "--data-parallel-size=2", "--max-model-len=64"]
+    engine = VllmEngine(str(tmp_path / "sparse"), flags)
+    try:
+        assert (await engine.start()).embeds
+        replicas = [process.pid for process in engine.client.engine_core.resources.engine_manager.processes]
+        watching = asyncio.create_task(until_hung(engine, 4.0))
+        await asyncio.sleep(6.0)
+        assert not watching.done()
+        os.kill(replicas[1], signal.SIGSTOP)
+        async with asyncio.timeout(30):
+            await watching
+        assert not engine.died
+    finally:
+        await engine.stop(0.0)
     assert not any(map(is_alive, replicas))

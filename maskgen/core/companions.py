@@ -19,8 +19,10 @@ _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 ALLOCATION_FILE = "maskgen_budget.json"
 """How a budget was spent on a sparse checkpoint (`maskgen.export.allocation`)."""
 
-SNAPSHOT_PATTERNS = ("*.safetensors", *("*" + suffix for suffix in _SUFFIXES))
-"""Names of the files to download of a model on the hub, as patterns for `huggingface_hub.snapshot_download`."""
+SETTINGS_PATTERNS = tuple("*" + suffix for suffix in _SUFFIXES)
+SNAPSHOT_PATTERNS = ("*.safetensors", *SETTINGS_PATTERNS)
+"""Names of the files to download of a model on the hub, as patterns for `huggingface_hub.snapshot_download`; those of
+settings alone, and with weights."""
 
 
 def companion_files(model_dir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ is only a reason to convert, which then verifies every weight.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ def foreign_kind(path: Path) -> str | None:
     """
     if not (path / "config.json").is_file():
         return None
-    section = read_json(path / "config.json").get(CONFIG_KEY)
+    hf_config = read_json(path / "config.json")
+    if not may_be_foreign(hf_config):
+        return None
+    section = hf_config.get(CONFIG_KEY)
     if section is None:
         return MASKED if _looks_masked(path) else None
-    if not isinstance(section, dict) or section.get("quant_method") != COMPRESSED_TENSORS:
-        return None
     sparsity = section.get("sparsity_config")
     stated = [section.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
     for kind in (MARLIN, BITMASK):
@@ -48,6 +50,12 @@ def foreign_kind(path: Path) -> str | None:
     if section.get("format") != "pack-quantized" and _looks_masked(path):
         return MASKED
     return LEFTOVER if sparsity else None
+
+
+def may_be_foreign(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a directory with this `config.json` may be one that `foreign_kind` knows, by what is in its weights."""
+    section = hf_config.get(CONFIG_KEY)
+    return section is None or (isinstance(section, dict) and section.get("quant_method") == COMPRESSED_TENSORS)
 
 
 def without_leftover(path: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from sparse_serve.cli import restart, terminal
 from sparse_serve.cli import settings as settings_flags
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
-from sparse_serve.runtime import conversion, environment, processes
-from sparse_serve.runtime.conversion import Prepared
+from sparse_serve.runtime import environment, processes
+from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
 from sparse_serve.server.lifecycle import (
@@ -92,8 +92,8 @@ def main(args: argparse.Namespace) -> int:
     shown = terminal.plain()
     if args.masks and args.no_convert:
         raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
-    made = Prepared(args.model) if args.no_convert else conversion.prepare(args.model, args.masks, flags, shown.note)
-    engine = VllmEngine(made.model, [*flags, *made.flags], settings.drain_s, settings.verify_digests)
+    conversion = None if args.no_convert else Conversion(args.masks, lambda line: shown.note(line))
+    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests, conversion)
     stop = restart.StopRequest()
     try:
         if not args.verbose:

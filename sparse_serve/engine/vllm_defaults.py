@@ -19,12 +19,16 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from maskgen.core.checkpoint import SparseCheckpoint, check_directory, is_sparse_checkpoint
-from maskgen.core.companions import SNAPSHOT_PATTERNS
-from maskgen.core.config import QUANT_METHOD
+from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME, SparseCheckpoint, check_directory, is_sparse_checkpoint
+from maskgen.core.companions import SETTINGS_PATTERNS, SNAPSHOT_PATTERNS
+from maskgen.core.config import QUANT_METHOD, is_shard_name
 from maskgen.core.failures import machine_failure
+from maskgen.core.files import read_json
+from maskgen.core.foreign import may_be_foreign
 from sparse_serve.runtime import machine
+from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 
 _GIB = 1 << 30
@@ -32,6 +36,9 @@ _MAX_KV_CACHE_GIB = 4
 _MAX_SEQUENCES = 128
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 """Files one of which a tokenizer has, as far as vLLM and transformers know."""
+
+_SAFETENSORS = ("auto", "hf", "safetensors")
+"""Values of `--load-format` under which weights are read from safetensors files, where there are any."""
 
 _REFUSED = {
     "port": "use --http-port",
@@ -113,11 +120,11 @@ def check_tokenizer(args: Namespace) -> None:
         raise SettingsError(f"--tokenizer is {args.tokenizer}; expected a directory or a Hugging Face name")
 
 
-def resolve_hub_model(args: Namespace, environ: Mapping[str, str]) -> None:
+def resolve_hub_model(args: Namespace, environ: Mapping[str, str], conversion: Conversion | None = None) -> None:
     """Point a hub model that is sparse at its local snapshot, downloading what is missing, under the name it was given.
 
-    A dense one is left to vLLM, which knows more file formats, and so is another hub. Raises `SettingsError` when the
-    hub does not answer.
+    So is one that `conversion` is for, which its weights may have to tell. A dense one is left to vLLM, which knows
+    more file formats, and so is another hub. Raises `SettingsError` when the hub does not answer.
     """
     if Path(args.model).is_dir() or environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true":
         return
@@ -125,17 +132,36 @@ def resolve_hub_model(args: Namespace, environ: Mapping[str, str]) -> None:
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
     place = {"revision": args.revision, "cache_dir": args.download_dir}
-    patterns = [*SNAPSHOT_PATTERNS, *(["*.py"] if args.trust_remote_code else [])]
+    code = ["*.py"] if args.trust_remote_code else []
     with _hub_errors(args.model):
         try:
             config = Path(hf_hub_download(args.model, "config.json", **place))
         except (RemoteEntryNotFoundError, HFValidationError):
             return
-        if not is_sparse_checkpoint(config.parent):
+        if is_sparse_checkpoint(config.parent):
+            directory = snapshot_download(args.model, allow_patterns=[*SNAPSHOT_PATTERNS, *code], **place)
+        elif conversion is not None and args.load_format in _SAFETENSORS and may_be_foreign(read_json(config)):
+            patterns = [*SETTINGS_PATTERNS, *_shards(args.model, place), *code]
+            directory = snapshot_download(args.model, allow_patterns=patterns, **place)
+            if not conversion.is_for(Path(directory)):
+                return
+        else:
             return
-        directory = snapshot_download(args.model, allow_patterns=patterns, **place)
     args.served_model_name = args.served_model_name or [args.model]
     args.model = args.model_tag = directory
+
+
+def _shards(model: str, place: Mapping[str, Any]) -> list[str]:
+    """The files of weights that a hub model has to have to be converted."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = Path(hf_hub_download(model, INDEX_NAME, **place))
+    except EntryNotFoundError:
+        return [SINGLE_NAME]
+    weight_map = read_json(index).get("weight_map")
+    return sorted(filter(is_shard_name, map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
 
 
 @contextmanager
@@ -192,7 +218,7 @@ def expect_all_weights(args: Namespace) -> None:
 
     Other loaders than that of safetensors files do not know this setting.
     """
-    if args.load_format in ("auto", "hf", "safetensors") and is_sparse_checkpoint(args.model):
+    if args.load_format in _SAFETENSORS and is_sparse_checkpoint(args.model):
         args.load_format = QUANT_METHOD
         args.model_loader_extra_config = {"enable_weights_track": True, **args.model_loader_extra_config}
 

@@ -43,10 +43,11 @@ from sparse_serve.engine import (
     vllm_defaults,
     vllm_requests,
 )
-from sparse_serve.engine.vllm_flags import parse
+from sparse_serve.engine.vllm_flags import parse, resolve
 from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
 from sparse_serve.runtime import processes
+from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import (
     EngineDiedError,
     EngineStartError,
@@ -65,18 +66,25 @@ class VllmEngine:
     """Implements `Engine`. `model` is a directory or a Hugging Face name, `flags` are any of `vllm serve`.
 
     `drain_s`: how long the engine process itself finishes running requests when a signal reaches it directly, as a
-    Ctrl-C in a terminal does. `adapters`, by name, and `chat_serving` are vLLM's own objects, set by the API that
-    makes them.
+    Ctrl-C in a terminal does. `conversion` makes sparse models of other tools ours; without, they are served as they
+    are. `adapters`, by name, and `chat_serving` are vLLM's own objects, set by the API that makes them.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), drain_s: float = 0.0, digests: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        flags: Sequence[str] = (),
+        drain_s: float = 0.0,
+        digests: bool = False,
+        conversion: Conversion | None = None,
+    ) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
         self.adapters: Mapping[str, Any] = {}
         self.chat_serving: Any = None
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
-        self._drain_s, self._digests = drain_s, digests
+        self._drain_s, self._digests, self._conversion = drain_s, digests, conversion
         self._thread: threading.Thread | None = None
         self._stopped = False
         self.progress = Progress()
@@ -123,6 +131,9 @@ class VllmEngine:
         self.args = parse(self._command, self._drain_s)
         self._check_wanted()
         self._phases.end("imports")
+        resolve(self.args, self._conversion)
+        self._check_wanted()
+        self._phases.end("model files")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -181,8 +192,7 @@ class VllmEngine:
         if is_sparse_checkpoint(self.args.model):
             served = [name for rank in ranks for name in rank["sparse_names"]]
             checkpoint = SparseCheckpoint.open(self.args.model, verify_bits=False)
-            _check_manifest(checkpoint, served)
-            info = with_manifest(info, checkpoint.config)
+            info = with_manifest(info, checkpoint, served)
         for kernel, layers in sorted(info.kernels.items()):
             logger.info("%d sparse layers on kernel %s", layers, kernel)
         chat = takes_chat(self.args.chat_template, self.client.renderer.tokenizer)
@@ -278,16 +288,6 @@ class VllmEngine:
 
     def _started(self) -> set[psutil.Process]:
         return processes.descendants(os.getpid()) - self._others
-
-
-def _check_manifest(checkpoint: SparseCheckpoint, served: Sequence[str]) -> None:
-    """Raise `EngineStartError` unless every target of the manifest is among those `served` sparse."""
-    missing = sorted(set(checkpoint.config.targets) - set(served))
-    if missing:
-        raise EngineStartError(
-            f"{len(missing)} of {len(checkpoint.config.targets)} layers of {checkpoint.path} are not served sparse: "
-            f"{', '.join(missing[:5])}; is the plugin installed, and does VLLM_PLUGINS leave it in?"
-        )
 
 
 def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from maskgen.core.config import CONFIG_KEY
 from sparse_serve.engine import vllm_defaults
 from sparse_serve.runtime import machine
+from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
 
@@ -54,12 +56,41 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
         raise SettingsError(reason(error)) from None
     if not args.served_model_name:  # a path of this machine is nothing to tell clients
         args.served_model_name = [Path(args.model).resolve().name if Path(args.model).is_dir() else args.model]
-    vllm_defaults.resolve_hub_model(args, os.environ)
-    vllm_defaults.check_tokenizer(args)
-    vllm_defaults.expect_all_weights(args)
-    if on_cpu:
-        args.dtype = _cpu_dtype(args)
     return args
+
+
+def resolve(args: Namespace, conversion: Conversion | None = None) -> None:
+    """Find the files that these flags name, download and convert what has to be, and make `args` those of the result.
+
+    May take minutes, and begins with what takes no time: a flag that does not fit the model is refused before it is
+    converted. Raises `SettingsError`, `FormatError` and what vLLM raises.
+    """
+    name = Path(args.model).resolve().name
+    vllm_defaults.resolve_hub_model(args, os.environ, conversion)
+    vllm_defaults.check_tokenizer(args)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        args.dtype = _cpu_dtype(args)
+    if conversion is not None and Path(args.model).is_dir():
+        made = conversion.prepare(Path(args.model), name, lambda: _check_fits(args))
+        args.model = args.model_tag = str(made.directory)
+        if made.overrides is not None and not args.hf_overrides:
+            args.hf_overrides = dict(made.overrides)
+    elif conversion is not None and conversion.masks is not None:
+        raise SettingsError(f"--masks {conversion.masks}: for a dense model of safetensors files, which {name} is not")
+    vllm_defaults.expect_all_weights(args)
+
+
+def _check_fits(args: Namespace) -> None:
+    """Raise what vLLM says of these flags and a model that is not converted yet: how its weights are stored, it need
+    not know for that."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+    plain = Namespace(**vars(args) | {"hf_overrides": {**overrides, CONFIG_KEY: None}})
+    AsyncEngineArgs.from_cli_args(plain).create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def _cpu_dtype(args: Namespace) -> str:

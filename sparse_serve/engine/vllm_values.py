@@ -3,11 +3,11 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from maskgen.core.config import SparseConfig
+from maskgen.core.checkpoint import SparseCheckpoint
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
@@ -20,6 +20,7 @@ from sparse_serve.engine import (
     Sampling,
     TokenLogprob,
 )
+from sparse_serve.runtime.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,15 @@ def engine_info(name: str, model: Any, ranks: Sequence[Mapping[str, Any]], tenso
     )
 
 
-def with_manifest(info: EngineInfo, config: SparseConfig) -> EngineInfo:
-    """`info` with what the checkpoint says of itself."""
+def with_manifest(info: EngineInfo, checkpoint: SparseCheckpoint, served: Collection[str]) -> EngineInfo:
+    """`info` with what the checkpoint says of itself; `EngineStartError` unless every target of its manifest is among
+    the layers `served` sparse."""
+    config = checkpoint.config
+    if missing := sorted(set(config.targets) - set(served)):
+        raise EngineStartError(
+            f"{len(missing)} of {len(config.targets)} layers of {checkpoint.path} are not served sparse: "
+            f"{', '.join(missing[:5])}; is the plugin installed, and does VLLM_PLUGINS leave it in?"
+        )
     return replace(
         info,
         pattern=str(config.pattern),

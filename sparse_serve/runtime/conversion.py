@@ -8,20 +8,18 @@ copies; each takes 0.3 to 0.6 of what the same weights take dense in 16 bits.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from maskgen.core import foreign
 from maskgen.core.companions import companion_files
-from maskgen.core.config import FORMAT_VERSION
+from maskgen.core.config import CONFIG_KEY, FORMAT_VERSION
 from maskgen.core.digest import digest_file, digest_json
 from sparse_serve.runtime import cache
 from sparse_serve.runtime.errors import SettingsError
@@ -29,88 +27,71 @@ from sparse_serve.runtime.errors import SettingsError
 _MAKER = 1
 """To be raised when conversions of the same files come out differently."""
 
-_NAME_FLAG, _OVERRIDES_FLAG = "--served-model-name", "--hf-overrides"
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """What to serve in place of a model: a directory, and flags of vLLM that go with it."""
+    """What to serve in place of a model: a directory, and what to put over its `config.json`."""
 
-    model: str
-    flags: tuple[str, ...] = ()
+    directory: Path
+    overrides: Mapping[str, Any] | None = None
 
 
-def prepare(model: str, masks: Path | None, flags: Sequence[str], tell: Callable[[str], None]) -> Prepared:
-    """The model itself if it is dense or ours, or a copy of it that is. `masks` are MaskLLM's for a dense model.
+@dataclass(frozen=True)
+class Conversion:
+    """Makes models ours before they are served. `masks` are MaskLLM's for a dense model; `tell` is called with a line
+    about what takes time, from the thread that waits for it."""
 
-    `flags` are those for vLLM, `tell` is called with a line about what takes time. Raises `SettingsError` with what
-    `maskgen convert` says of a model that is damaged or that it does not know, `FormatError`.
-    """
-    source = Path(model)
-    if not source.is_dir():
-        if masks is not None:
-            raise SettingsError(f"--masks {masks}: for the directory of a dense model, which {model} is not")
-        return Prepared(model)
-    kind = "MaskLLM masks" if masks is not None else foreign.foreign_kind(source)
-    if kind is None:
-        return Prepared(model)
-    if kind == foreign.LEFTOVER:
-        return _without_leftover(source, flags, tell)
-    name = source.resolve().name
-    copy = _folder() / f"{name}--{_key(source, masks)}"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    what = f"{model} is not a checkpoint of ours ({kind})"
-    if copy.is_dir():
-        tell(f"{what}: serving {copy}, made of it before")
-    else:
-        tell(f"{what}: converting it into {copy}, once")
+    masks: Path | None = None
+    tell: Callable[[str], None] = lambda line: None
+
+    def is_for(self, source: Path) -> bool:
+        """Whether a directory is to be served in another form. Raises `FormatError`."""
+        return self.masks is not None or foreign.foreign_kind(source) is not None
+
+    def prepare(self, source: Path, name: str, check: Callable[[], None]) -> Prepared:
+        """The directory itself if it is dense or ours, or a copy of it that is, whose own name begins with `name`.
+
+        `check` is called before a copy is made, which may take minutes, and raises what is known to be in its way.
+        Raises `SettingsError` with what `maskgen convert` says of a model that is damaged or that it does not know,
+        `FormatError`.
+        """
+        kind = "MaskLLM masks" if self.masks is not None else foreign.foreign_kind(source)
+        if kind is None:
+            return Prepared(source)
+        if kind == foreign.LEFTOVER:
+            self.tell(f"{name} has a leftover sparsity_config and no sparse weights: served as it is, without that")
+            return Prepared(source, {CONFIG_KEY: foreign.without_leftover(source)})
+        copy = _folder() / f"{name}--{_key(source, self.masks)}"
+        what = f"{name} is not a checkpoint of ours ({kind})"
+        if copy.is_dir():
+            self.tell(f"{what}: serving {copy}, made of it before")
+            return Prepared(copy)
+        check()
+        self.tell(f"{what}: converting it into {copy}, once")
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(copy.with_name(f".{copy.name}.making")):
                 if not copy.is_dir():
-                    _convert(source, masks, copy)
+                    _convert(source, self.masks, copy)
         except SettingsError as error:
             if kind != foreign.MASKED:
                 raise
-            tell(f"{error}; served dense, as it is stored")  # zeros in some weights say little of the others
-            return Prepared(model)
-    return Prepared(str(copy), () if _is_given(_NAME_FLAG, flags) else (_NAME_FLAG, name))
-
-
-def _without_leftover(source: Path, flags: Sequence[str], tell: Callable[[str], None]) -> Prepared:
-    """vLLM refuses the section, whatever it says."""
-    if _is_given(_OVERRIDES_FLAG, flags):
-        return Prepared(str(source))
-    tell(f"{source} has a leftover sparsity_config and no sparse weights: it is served as it is, without that section")
-    section = json.dumps({"quantization_config": foreign.without_leftover(source)})
-    return Prepared(str(source), (_OVERRIDES_FLAG, section))
+            self.tell(f"{error}; served dense, as it is stored")  # zeros in some weights say little of the others
+            return Prepared(source)
+        return Prepared(copy)
 
 
 def _convert(source: Path, masks: Path | None, copy: Path) -> None:
     words = ["convert", str(source), "--out", str(copy), *(() if masks is None else ("--masks", str(masks)))]
     # -P: the folder that a server is started in may be a model's, and its files are no modules
     command = [sys.executable, "-P", "-m", "maskgen", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    with process, _ends_with_this(process):
-        _, errors = process.communicate()
-    if process.returncode != 0:
-        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise SettingsError(
             f"{source} could not be converted: {lines[-1].removeprefix('maskgen: error: ')}; --no-convert serves it as "
             "it is, if vLLM can"
         )
-
-
-@contextlib.contextmanager
-def _ends_with_this(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill the process when this one is told to end meanwhile, or is interrupted."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _key(source: Path, masks: Path | None) -> str:
@@ -133,8 +114,3 @@ def _folder() -> Path:
         raise SettingsError(
             f"no folder for a converted copy: {error}; set XDG_CACHE_HOME, or use maskgen convert"
         ) from None
-
-
-def _is_given(flag: str, flags: Sequence[str]) -> bool:
-    """Also in vLLM's form for a part of a value, `--flag.part`."""
-    return any(word.partition("=")[0].partition(".")[0].replace("_", "-") == flag for word in flags)

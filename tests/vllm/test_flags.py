@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_serve.engine import vllm_defaults
-from sparse_serve.engine.vllm_flags import parse
+from sparse_serve.engine.vllm_flags import parse, resolve
 from sparse_serve.runtime.errors import SettingsError
 
 FAMILIES = ("ssl_", "h11_", "uvicorn_", "disable_uvicorn_", "data_parallel_", "dp_supervisor_")
@@ -56,7 +56,6 @@ def test_what_would_be_half_true_is_refused_by_name(model: str, flag: str) -> No
         ("--max-modle-len=9", "unrecognized arguments: --max-modle-len=9"),
         ("--dtype=float33", "--dtype: invalid choice: 'float33'"),
         ('--compilation-config={"modee": 1}', "^modee: Unexpected keyword argument; "),
-        ("--tokenizer=./nowhere", r"--tokenizer is \./nowhere; expected a directory"),
         ("--enable-auto-tool-choice", "^--enable-auto-tool-choice requires --tool-call-parser"),
     ],
 )
@@ -69,11 +68,13 @@ def test_a_wrong_value_is_one_line_that_names_it(model: str, flag: str, message:
 def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(model: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer_config.json")
     with pytest.raises(SettingsError, match=r"has no tokenizer \(tokenizer.json, .*--tokenizer"):
-        parse([model], 0.0)
+        resolve(parse([model], 0.0))
+    with pytest.raises(SettingsError, match=r"--tokenizer is \./nowhere; expected a directory"):
+        resolve(parse([model, "--tokenizer=./nowhere"], 0.0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.model").touch()
-    parse([model, f"--tokenizer={tmp_path / 'other'}"], 0.0)
-    parse([model, "--skip-tokenizer-init"], 0.0)
+    resolve(parse([model, f"--tokenizer={tmp_path / 'other'}"], 0.0))
+    resolve(parse([model, "--skip-tokenizer-init"], 0.0))
 
 
 def test_pipeline_stages_are_refused_on_a_cpu(model: str) -> None:

@@ -6,7 +6,6 @@ and what the server does with such a directory is in test_foreign_server.py.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from safetensors.torch import save_file
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.pattern import NMPattern
 from maskgen.export.convert import convert
-from sparse_serve.runtime.conversion import prepare
+from sparse_serve.engine.vllm_flags import parse, resolve
+from sparse_serve.runtime.conversion import Conversion
 from tests import foreign_files, models
 from tests.directories import edit_config, read_all
 from tests.maskgen.export.test_convert import SHAPE, STORED, make_masked
@@ -66,12 +66,28 @@ def test_a_leftover_section_is_left_out(tmp_path: Path) -> None:
     section["config_groups"]["group_0"]["input_activations"] = foreign_files.ACTIVATIONS
     edit_config(tmp_path / "dense", lambda config: config.update(quantization_config=section))
     told: list[str] = []
-    made = prepare(str(tmp_path / "dense"), None, [], told.append)
-    assert made.model == str(tmp_path / "dense") and "leftover sparsity_config" in told[0]
-    name, value = made.flags
-    assert name == "--hf-overrides"
+    args = parse([str(tmp_path / "dense")], 0.0)
+    resolve(args, Conversion(tell=told.append))
+    assert args.model == str(tmp_path / "dense") and "leftover sparsity_config" in told[0]
     with pytest.raises(DeprecationWarning, match="Sparsity support has been removed"):
-        EngineArgs(model=made.model).create_engine_config()
-    config = EngineArgs(model=made.model, hf_overrides=json.loads(value)).create_engine_config()
+        EngineArgs(model=args.model).create_engine_config()
+    config = EngineArgs(model=args.model, hf_overrides=args.hf_overrides).create_engine_config()
     assert config.model_config.quantization == "compressed-tensors"
-    assert prepare(str(tmp_path / "dense"), None, ["--hf-overrides={}"], told.append).flags == ()
+    given = parse([str(tmp_path / "dense"), '--hf-overrides={"a": 1}'], 0.0)
+    resolve(given, Conversion())
+    assert given.hf_overrides == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["bitmask-fp8", "marlin-w4"])
+def test_a_name_in_a_file_of_flags_is_the_name(
+    kind: str, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    foreign_files.rewrite(masked, tmp_path / "source", *STORED[kind][:2])
+    (tmp_path / "flags.yaml").write_text("served-model-name: mine\n")
+    for words, name in ((["--config", str(tmp_path / "flags.yaml")], "mine"), ([], "source")):
+        args = parse([str(tmp_path / "source"), *words], 0.0)
+        resolve(args, Conversion())
+        assert args.served_model_name in (name, [name])
+        assert Path(args.model).parent == tmp_path / "cache/sparse-serve/converted"
+        assert (args.model_tag, args.load_format, args.dtype) == (args.model, "sparse_nm", "float32")

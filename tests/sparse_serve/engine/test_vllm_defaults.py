@@ -12,6 +12,7 @@ import pytest
 from maskgen.core.errors import FormatError, StorageError
 from maskgen.core.failures import explained
 from sparse_serve.engine import vllm_defaults
+from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 
 NONE_GIVEN = Namespace(**dict.fromkeys(vllm_defaults._REFUSED))
@@ -106,7 +107,7 @@ def hub(cache: Path, files: dict[str, str], revision: str = "main") -> Namespace
     for name, text in files.items():
         (snapshot / name).write_text(text)
     none = dict.fromkeys(("model_tag", "revision", "served_model_name"))
-    return Namespace(model="owner/model", download_dir=str(cache), trust_remote_code=False, **none)
+    return Namespace(model="owner/model", download_dir=str(cache), trust_remote_code=False, load_format="auto", **none)
 
 
 SPARSE = json.dumps({"quantization_config": {"quant_method": "sparse_nm"}})
@@ -134,6 +135,41 @@ def test_dense_models_of_the_hub_and_directories_are_left_alone(tmp_path: Path) 
     local = Namespace(model=str(tmp_path))
     vllm_defaults.resolve_hub_model(local, {})
     assert local == Namespace(model=str(tmp_path))
+
+
+BITMASK = json.dumps({"quantization_config": {"quant_method": "compressed-tensors", "format": "sparse-24-bitmask"}})
+
+
+def test_of_the_hub_only_what_is_to_be_converted_becomes_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only the shards are downloaded that are read for it."""
+    asked: list[list[str]] = []
+    original = huggingface_hub.snapshot_download
+
+    def snapshot_download(name: str, allow_patterns: list[str], **place: object) -> str:
+        asked.append(allow_patterns)
+        return str(original(name, allow_patterns=allow_patterns, **place))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    index = json.dumps({"weight_map": {"a": "two.safetensors", "b": "one.safetensors", "c": "../x.safetensors"}})
+    files = {"config.json": BITMASK, "model.safetensors.index.json": index}
+    foreign = hub(tmp_path / "foreign", files)
+    vllm_defaults.resolve_hub_model(foreign, {})
+    assert foreign.model == "owner/model" and not asked, "nothing is to be converted"
+    vllm_defaults.resolve_hub_model(foreign, {}, Conversion())
+    assert Path(foreign.model).is_dir() and foreign.served_model_name == ["owner/model"]
+    assert [name for name in asked[0] if name.endswith("safetensors")] == ["one.safetensors", "two.safetensors"]
+    dense = hub(tmp_path / "dense", {"config.json": "{}"})
+    vllm_defaults.resolve_hub_model(dense, {}, Conversion())
+    assert (dense.model, dense.served_model_name) == ("owner/model", None)
+    assert "model.safetensors" in asked[1]
+    gptq = hub(tmp_path / "gptq", {"config.json": json.dumps({"quantization_config": {"quant_method": "gptq"}})})
+    vllm_defaults.resolve_hub_model(gptq, {}, Conversion())
+    dummy = Namespace(**vars(hub(tmp_path / "dummy", {"config.json": "{}"})) | {"load_format": "dummy"})
+    vllm_defaults.resolve_hub_model(dummy, {}, Conversion())
+    assert (gptq.model, dummy.model, len(asked)) == ("owner/model", "owner/model", 2)
 
 
 def test_code_is_downloaded_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,17 +44,25 @@ def test_zeros_that_cannot_be_made_ours_are_served_as_before(
     monkeypatch.setattr(foreign, "foreign_kind", lambda path: kind)
     monkeypatch.setattr(conversion, "_convert", fails)
     told: list[str] = []
+    wanted = conversion.Conversion(tell=told.append)
     if is_served:
-        assert conversion.prepare(str(source), None, [], told.append) == conversion.Prepared(str(source))
+        assert wanted.prepare(source, "model", lambda: None) == conversion.Prepared(source)
         assert told[-1] == "no decoder; served dense, as it is stored"
     else:
         with pytest.raises(SettingsError, match="no decoder"):
-            conversion.prepare(str(source), None, [], told.append)
+            wanted.prepare(source, "model", lambda: None)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--hf-overrides", "--hf-overrides={}", "--hf-overrides.rope.type=x", "--hf_overrides"]
-)
-def test_a_flag_is_given_in_every_form_that_vllm_has(flag: str) -> None:
-    assert conversion._is_given("--hf-overrides", ["--dtype=auto", flag])
-    assert not conversion._is_given("--served-model-name", [flag])
+def test_what_is_in_the_way_is_said_before_a_copy_is_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(foreign, "foreign_kind", lambda path: foreign.MARLIN)
+    monkeypatch.setattr(conversion, "_convert", lambda source, masks, copy: made.append(copy))
+
+    def check() -> None:
+        raise SettingsError("a wrong flag")
+
+    with pytest.raises(SettingsError, match="a wrong flag"):
+        conversion.Conversion().prepare(source, "model", check)
+    assert not made and not (source.parent / "cache").joinpath("sparse-serve/converted").exists()
+    conversion.Conversion().prepare(source, "name", lambda: None)
+    assert [copy.name.partition("--")[0] for copy in made] == ["name"]

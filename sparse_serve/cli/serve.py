@@ -83,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter("{levelname}{asctime}{name}{message}", style="{"))
+    restart.prepare(settings)
     processes.follow()  # a benchmark that started this server, if one did
     from sparse_serve.engine.vllm_engine import VllmEngine
 

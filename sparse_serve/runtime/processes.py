@@ -55,6 +55,14 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
+def reap() -> None:
+    """Let go of children that have ended, for a program that has taken the place of the one which started them: nobody
+    else waits for them, and their entries would stay. Not for a program with children of its own."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def lead() -> None:
     """Make the processes that are started from here on end when this one does."""
     environment.set_leader(os.getpid())

@@ -119,3 +119,19 @@ def test_without_a_leader_nothing_happens(leader: str | None) -> None:
     )
     environ = {name: value for name, value in os.environ.items() if name != "_SPARSE_SERVE_LEADER"}
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+
+
+def test_a_program_lets_go_of_what_the_one_before_it_left() -> None:
+    """As `--restarts` does: multiprocessing's tracker ends with the program that started it; nobody waits for it."""
+    second = (
+        "import os, psutil, time; from sparse_serve.runtime import processes\n"
+        "def left(): return [child.status() for child in psutil.Process().children()]\n"
+        "while left() != ['zombie']: time.sleep(0.01)\n"
+        "processes.reap(); processes.reap(); print(left())"
+    )
+    first = (
+        "import multiprocessing, os, sys; multiprocessing.get_context('spawn').Semaphore()\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {second!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

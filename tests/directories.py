@@ -104,12 +104,23 @@ def sparse_dir(path: Path, shard_bytes: int = 1 << 30, pattern: NMPattern = TWO_
     return path
 
 
-def corrected_dir(path: Path, values: str = "float", form: CorrectionConfig | None = None, **config: Any) -> Path:
+def corrected_dir(
+    path: Path, values: str = "float", form: CorrectionConfig | None = None, group: int | None = None, **config: Any
+) -> Path:
     """Write a sparse checkpoint with `values` of any kind and random corrections; its dense model stays beside it."""
     dense = dense_dir(path.with_name(path.name + "-dense"), **config)
     masks, generator = magnitude_masks(dense), torch.Generator().manual_seed(2)
     manifest = SparseConfig(
-        masks.pattern, masks.names, ("lm_head",), masks.digest(), RECIPE, "tiny", masks.base_digest, values, form
+        masks.pattern,
+        masks.names,
+        ("lm_head",),
+        masks.digest(),
+        RECIPE,
+        "tiny",
+        masks.base_digest,
+        values,
+        form,
+        group=group,
     )
 
     def pack(name: str, weight_OI: Tensor) -> StoredLayer:

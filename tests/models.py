@@ -196,12 +196,16 @@ def save_sparse(dense_dir: Path, directory: Path, pattern: str = "2:4", shard_by
     return masks
 
 
-def save_corrected(dense_dir: Path, directory: Path, form: CorrectionConfig | None, values: str = "float") -> MaskSet:
+def save_corrected(
+    dense_dir: Path, directory: Path, form: CorrectionConfig | None, values: str = "float", group: int | None = None
+) -> MaskSet:
     """Compress with magnitude masks, random corrections of one form and `values` of any kind; returns the masks."""
     masks, generator = magnitude_masks(dense_dir, NMPattern(2, 4)), torch.Generator().manual_seed(1)
     ignored = ("lm_head",)
     digests = (masks.digest(), masks.recipe_digest)
-    config = SparseConfig(masks.pattern, masks.names, ignored, *digests, "tiny", masks.base_digest, values, form)
+    config = SparseConfig(
+        masks.pattern, masks.names, ignored, *digests, "tiny", masks.base_digest, values, form, group=group
+    )
 
     def correction(shape: torch.Size, name: str) -> Correction | None:
         if form is None:

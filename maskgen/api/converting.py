@@ -20,6 +20,7 @@ from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import QUALITY_FILE
+from maskgen.core.values import INT4
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import convert as convert_module
@@ -114,7 +115,9 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
         masks = compress_module.load_masks(request.masks)
         model_dir = checks.find_model(request.model, progress)
         ignored = planning.dense_names(model_dir, masks.bitmasks)
-        written = compress_module.compress_masks(model_dir, masks, request.out, ignored, values=request.values)
+        written = compress_module.compress_masks(
+            model_dir, masks, request.out, ignored, values=request.values, group=_group(request)
+        )
     return CompressResult(request.out, written)
 
 
@@ -135,12 +138,12 @@ def convert(request: ConvertRequest, progress: Listener = silent) -> ConvertResu
 
 @explained()
 def quantise(request: QuantiseRequest) -> CompressResult:
-    """Write a sparse checkpoint with float values again with 8-bit values; masks and corrections stay.
+    """Write a sparse checkpoint with float values again with 8-bit or 4-bit values; masks and corrections stay.
 
     Raises `FormatError` when the values are quantised already, `OutputExistsError`.
     """
     with checks.new_output(request.out):
-        written = quantise_module.quantise(request.model, request.out, request.values)
+        written = quantise_module.quantise(request.model, request.out, request.values, _group(request))
     return CompressResult(request.out, written, (request.model / QUALITY_FILE).is_file())
 
 
@@ -158,6 +161,11 @@ def decompress(request: DecompressRequest) -> DecompressResult:
         total_bytes = compress_module.decompress(request.model, request.out)
     config = SparseCheckpoint.open(request.model, verify_bits=False).config
     return DecompressResult(request.out, total_bytes, config.correction is not None)
+
+
+def _group(request: CompressRequest | QuantiseRequest) -> int | None:
+    """How many values share a scale, None for those of a row; and for values that are no int4."""
+    return None if request.values != INT4 or request.group == "row" else request.group
 
 
 def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:

@@ -19,8 +19,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from maskgen.core.errors import RequestError, clip
 
-Codes = Literal["int8", "fp8_e4m3"]
-"""How kept weights can be stored in 8 bits; the names are those of `maskgen.core.values`."""
+Codes = Literal["int8", "fp8_e4m3", "int4"]
+"""How kept weights can be stored in 8 or 4 bits; the names are those of `maskgen.core.values`."""
+
+Group = Literal[64, 128, "row"]
+"""How many kept int4 values share a scale; "row": all of a row."""
 
 
 def _text(value: Any) -> Any:
@@ -162,21 +165,27 @@ class PermuteRequest(_FromRecipe):
 class CompressRequest(Request):
     """Apply `masks` (a mask file, or a sparse checkpoint) to the dense `model` they were made for.
 
-    `values` is how kept weights are stored: as they are ("float"), or as 8-bit codes with a scale per row.
+    `values` is how kept weights are stored: as they are ("float"), as 8-bit codes with a scale per row, or as 4-bit
+    ones with a scale for each `group`.
     """
 
     model: _Model
     masks: Path
     out: Path
     values: Literal["float"] | Codes = "float"
+    group: Group = 128
 
 
 class QuantiseRequest(Request):
-    """Write the sparse checkpoint `model`, which has float values, again with 8-bit ones."""
+    """Write the sparse checkpoint `model`, which has float values, again with 8-bit or 4-bit ones.
+
+    Each value is rounded to the nearest code; of int4, `group` values share a scale.
+    """
 
     model: Path
     out: Path
     values: Codes
+    group: Group = 128
 
 
 class ConvertRequest(Request):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from maskgen.api.requests import Codes, CompressRequest, ConvertRequest
+from maskgen.api.requests import Codes, CompressRequest, ConvertRequest, Group, QuantiseRequest
 from maskgen.cli.flags import add_out, default, verb
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def _add_compress(verbs: Verbs) -> None:
     parser.add_argument(
         "--values",
         choices=("float", *_CODES),
-        help="how kept weights are stored: as they are, or as 8-bit codes with a scale per row "
-        + default(CompressRequest, "values"),
+        help="how kept weights are stored: as they are, as 8-bit codes with a scale per row, or as 4-bit codes with a "
+        "scale per group " + default(CompressRequest, "values"),
     )
+    _add_group(parser)
 
 
 def _add_convert(verbs: Verbs) -> None:
@@ -61,12 +63,25 @@ def _add_quantise(verbs: Verbs) -> None:
     parser = verb(
         verbs,
         "quantise",
-        "write a sparse checkpoint again with kept weights of 8 bits",
+        "write a sparse checkpoint again with kept weights of 8 or 4 bits",
+        "Each kept weight becomes the nearest code. "
         "Masks, corrections and every other tensor stay as they are; pruned weights are exactly zero before and after.",
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
-    parser.add_argument("--values", required=True, choices=_CODES, help="the code: integers, or floats of 8 bits")
+    parser.add_argument(
+        "--values", required=True, choices=_CODES, help="the code: integers of 8 or 4 bits, or floats of 8"
+    )
+    _add_group(parser)
     add_out(parser)
+
+
+def _add_group(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        choices=get_args(Group),
+        help="kept int4 weights that share a scale " + default(QuantiseRequest, "group"),
+    )
 
 
 def _add_decompress(verbs: Verbs) -> None:
@@ -74,7 +89,7 @@ def _add_decompress(verbs: Verbs) -> None:
         verbs,
         "decompress",
         "write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools",
-        "8-bit values become floats; corrections are added to the weights, which then have no zeros left.",
+        "8-bit and 4-bit values become floats; corrections are added to the weights, which then have no zeros left.",
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory, or a GGUF file")
     add_out(parser)

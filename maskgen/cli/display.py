@@ -19,6 +19,7 @@ from maskgen.api.converting import ConvertResult, PermuteResult
 from maskgen.api.events import Event, HeldOut, Listener, Planned, Scored, Stage, SweepProgress, TrainingStep
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.cli.kept import print_kept, print_planned
+from maskgen.core.values import INT4
 from maskgen.export.compress import CompressReport
 from maskgen.export.inspect import InspectReport
 from maskgen.export.slice import ShrinkReport
@@ -256,6 +257,8 @@ def print_inspect(report: InspectReport) -> None:
     """A table, one line per matrix."""
     kind = "sparse checkpoint" if report.compressed else "dense model"
     values = f", {report.values} values" if report.compressed else ""
+    if report.values == INT4:
+        values += f" (a scale for each {report.group or 'row'})"
     say(f"{report.path}: {kind}, pattern {report.pattern}{values}")
     table = Table()
     for heading in ("layer", "stored"):

@@ -73,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def quantise(args: argparse.Namespace) -> None:
-    """Sparse checkpoint with float values -> one with 8-bit values."""
+    """Sparse checkpoint with float values -> one with 8-bit or 4-bit values."""
     result = converting.quantise(request(QuantiseRequest, args))
     display.print_compressed(result.out, result.written)
     if result.quality_dropped:

@@ -4,7 +4,8 @@ The section has that name because transformers and vLLM look there for a `quant_
 anywhere: unknown keys and versions are errors, names are plain dotted identifiers, and nothing in the section can name
 code, a file to open, or an amount of memory.
 
-Version 3 has the digest of every shard; version 2, which is still read, has none.
+Version 3 has the digest of every shard; version 2, which is still read, has none. Version 4 is that of checkpoints with
+int4 values, and says how many of them share a scale; for all others version 3 is written.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from maskgen.core.correction import CorrectionConfig, read_correction
 from maskgen.core.digest import check_digest
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.files import check_keys
+from maskgen.core.int4 import GROUPS
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT, KINDS
+from maskgen.core.values import FLOAT, INT4, KINDS
 
 QUANT_METHOD = "sparse_nm"
 FORMAT_VERSION = 3
 WITHOUT_DIGESTS = 2
 """The version before shards had digests."""
+
+WITH_INT4 = 4
+"""The version of int4 values, and of no others: readers before it refuse the checkpoint for its number."""
+
+ROW = "row"
+"""The group of kept values that share a scale, where it is a whole row."""
 
 CONFIG_KEY = "quantization_config"
 
@@ -50,6 +58,12 @@ _KEYS = (
     "recipe_digest",
     "base_model",
 )
+_KEYS_OF = {
+    WITHOUT_DIGESTS: _KEYS,
+    FORMAT_VERSION: (*_KEYS, "shards"),
+    WITH_INT4: (*_KEYS, "group", "shards"),
+}
+_GROUPS_TEXT = f"expected 64, 128 or {ROW!r} for {INT4} and none for others"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")
 _MAX_MODULES = 1 << 20
@@ -62,8 +76,9 @@ class SparseConfig:
 
     `targets` are the modules stored as values + bitmask, `ignored` the Linear modules kept dense; together they are
     every Linear of the model. `mask_digest` is `MaskSet.digest()`. `base_model` is a label for people (a hub id or
-    directory name); `base_digest` identifies the dense weights. `values` (`float`, `int8` or `fp8_e4m3`) and
-    `correction` hold for all targets. `shards` maps the name of each shard to the digest of its bytes; it is None in
+    directory name); `base_digest` identifies the dense weights. `values` (`float`, `int8`, `fp8_e4m3`, `int4`) and
+    `correction` hold for all targets; of `int4` values `group` share a scale (64 or 128; None: those of a row), of
+    others it is None. `shards` maps the name of each shard to the digest of its bytes; it is None in
     version 2, and until the shards are written.
     """
 
@@ -77,10 +92,13 @@ class SparseConfig:
     values: str = FLOAT
     correction: CorrectionConfig | None = None
     shards: Mapping[str, str] | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if self.values not in KINDS:
             raise FormatError(f"{CONFIG_KEY}: values {clip(self.values)}, expected one of {list(KINDS)}")
+        if self.group not in (GROUPS if self.values == INT4 else (None,)):
+            raise FormatError(f"{CONFIG_KEY}: a group of {clip(self.group)} for {self.values} values, {_GROUPS_TEXT}")
         _check_modules(self.targets, "targets", least=1)
         _check_modules(self.ignored, "ignored", least=0)
         both = set(self.targets) & set(self.ignored)
@@ -100,11 +118,13 @@ class SparseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object stored in `config.json`."""
+        version = WITHOUT_DIGESTS if self.shards is None else FORMAT_VERSION
         section = {
             "quant_method": QUANT_METHOD,
-            "format_version": WITHOUT_DIGESTS if self.shards is None else FORMAT_VERSION,
+            "format_version": WITH_INT4 if self.values == INT4 else version,
             "pattern": str(self.pattern),
             "values": self.values,
+            **({"group": self.group or ROW} if self.values == INT4 else {}),
             "correction": None if self.correction is None else self.correction.to_dict(),
             "targets": list(self.targets),
             "ignored": list(self.ignored),
@@ -124,12 +144,17 @@ class SparseConfig:
                 f"{CONFIG_KEY}: quant_method {clip(value.get('quant_method'))}, expected {QUANT_METHOD!r}"
             )
         version = value.get("format_version")
-        if type(version) is not int or version not in (WITHOUT_DIGESTS, FORMAT_VERSION):
+        if type(version) is not int or version not in _KEYS_OF:
             raise FormatError(
-                f"{CONFIG_KEY}: format_version {clip(version)}, this release reads {WITHOUT_DIGESTS} and "
-                f"{FORMAT_VERSION}; upgrade sparse-serve or write the checkpoint again"
+                f"{CONFIG_KEY}: format_version {clip(version)}, this release reads {WITHOUT_DIGESTS} to "
+                f"{WITH_INT4}; upgrade sparse-serve or write the checkpoint again"
             )
-        check_keys(value, _KEYS if version == WITHOUT_DIGESTS else (*_KEYS, "shards"), CONFIG_KEY)
+        check_keys(value, _KEYS_OF[version], CONFIG_KEY)
+        if (version == WITH_INT4) != (value["values"] == INT4):
+            raise FormatError(
+                f"{CONFIG_KEY}: values {clip(value['values'])} in format_version {version}; {INT4} values, and no "
+                f"others, have version {WITH_INT4}"
+            )
         base = value["base_model"]
         if not isinstance(base, dict):
             raise FormatError(f"{CONFIG_KEY}: base_model {clip(base)}, expected an object")
@@ -138,7 +163,7 @@ class SparseConfig:
             if not isinstance(value[name], list):
                 raise FormatError(f"{CONFIG_KEY}: {name} is a {type(value[name]).__name__}, expected a list of names")
         shards = value.get("shards")
-        if version == FORMAT_VERSION and (not isinstance(shards, dict) or not shards):
+        if version != WITHOUT_DIGESTS and (not isinstance(shards, dict) or not shards):
             raise FormatError(f"{CONFIG_KEY}: shards {clip(shards)}, expected an object of file names and digests")
         return cls(
             pattern=NMPattern.parse(value["pattern"]),
@@ -151,6 +176,7 @@ class SparseConfig:
             values=value["values"],
             correction=read_correction(value["correction"]),
             shards=shards,
+            group=_read_group(value) if version == WITH_INT4 else None,
         )
 
 
@@ -173,7 +199,8 @@ def with_shards(hf_config: Mapping[str, Any], shards: Mapping[str, str]) -> Mapp
     section = hf_config.get(CONFIG_KEY)
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         return hf_config
-    return {**hf_config, CONFIG_KEY: {**section, "format_version": FORMAT_VERSION, "shards": dict(shards)}}
+    version = max(section["format_version"], FORMAT_VERSION)
+    return {**hf_config, CONFIG_KEY: {**section, "format_version": version, "shards": dict(shards)}}
 
 
 def is_shard_name(name: Any) -> bool:
@@ -185,6 +212,13 @@ def check_module_name(name: Any, where: str) -> None:
     """Raise `FormatError` unless `name` is a dotted name such as `model.layers.0.mlp.up_proj`."""
     if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
         raise FormatError(f"{where} holds {clip(name)}, which is not a dotted module name")
+
+
+def _read_group(value: Mapping[str, Any]) -> int | None:
+    group = value["group"]
+    if group != ROW and (type(group) is not int or group not in GROUPS):
+        raise FormatError(f"{CONFIG_KEY}: a group of {clip(group)} for {INT4} values, {_GROUPS_TEXT}")
+    return None if group == ROW else group
 
 
 def _check_modules(names: tuple[str, ...], key: str, least: int) -> None:

@@ -1,7 +1,7 @@
 """Which tensors a checkpoint stores for a target layer: their names, dtypes and shapes, checked from headers alone.
 
     T.values   T.bitmask                    always
-    T.scale                                 if the values are 8-bit codes
+    T.scale                                 if the values are codes of 8 or 4 bits
     T.correction_out   T.correction_pool    if there is a correction y += S (X x); the second if X is stored
 
 All targets of a checkpoint store the same kinds of tensors; the manifest says which.
@@ -18,10 +18,11 @@ from torch import Tensor
 from maskgen.core.config import CONFIG_KEY, SparseConfig
 from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import FormatError, clip
+from maskgen.core.int4 import check_even, scale_shape
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer, check_shapes
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT, FP8, INT8
+from maskgen.core.values import FLOAT, FP8, INT4, INT8, per_byte
 
 WEIGHT_SUFFIX = ".weight"
 VALUES_SUFFIX = ".values"
@@ -30,17 +31,19 @@ OUT_SUFFIX = ".correction_out"
 POOL_SUFFIX = ".correction_pool"
 
 _FLOATS = ("BF16", "F16", "F32")
-_VALUE_DTYPES = {FLOAT: _FLOATS, INT8: ("I8",), FP8: ("F8_E4M3",)}
+_VALUE_DTYPES = {FLOAT: _FLOATS, INT8: ("I8",), FP8: ("F8_E4M3",), INT4: ("U8",)}
 EVERY_SUFFIX = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX, OUT_SUFFIX, POOL_SUFFIX, WEIGHT_SUFFIX)
 
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What is stored of every target layer: `values` is `float`, `int8` or `fp8_e4m3`, `correction` None for none."""
+    """What is stored of every target layer: `values` is `float`, `int8`, `fp8_e4m3`, or `int4` of which `group` share a
+    scale (None: those of a row); `correction` None for none."""
 
     pattern: NMPattern
     values: str = FLOAT
     correction: CorrectionConfig | None = None
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,13 @@ def _check_target(where: str, config: SparseConfig, stored: Mapping[str, TensorH
         raise FormatError(
             f"{where}: values {values.dtype}, bitmask {bitmask.dtype}; expected one of {list(allowed)} and U8"
         )
-    check_shapes(list(values.shape), list(bitmask.shape), config.pattern, where)
+    in_a_byte = per_byte(config.values)
+    if config.values == INT4 and len(bitmask.shape) == 2:
+        check_even(config.pattern.kept_columns(bitmask.shape[1] * 8), where)
+    check_shapes(list(values.shape), list(bitmask.shape), config.pattern, where, in_a_byte)
     out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
-    expected_headers: dict[str, tuple[tuple[str, ...], list[int] | None]] = {SCALE_SUFFIX: (("F32",), [out_features])}
+    scale = scale_shape(out_features, values.shape[1] * in_a_byte, config.group)
+    expected_headers: dict[str, tuple[tuple[str, ...], list[int] | None]] = {SCALE_SUFFIX: (("F32",), scale)}
     if config.correction is not None:
         out_shape, pool_shape = config.correction.shapes(out_features, in_features, where)
         floats = (values.dtype,) if config.values == FLOAT else _FLOATS

@@ -4,8 +4,9 @@
     values  [O, I*n/m]    a  b  c  d                     in column order, row by row
 
 For 2:4 in bfloat16 that is 8 + 1 bits per weight instead of 16: 0.5625 of the dense bytes; with values of 8 bits it is
-4 + 1: 0.3125. A pruned entry unpacks to +0. A kept value may itself be zero, which is why the mask is stored and never
-guessed from the values. `StoredLayer` adds what a method may store beside the weight: a small dense `Correction`.
+4 + 1: 0.3125, and with int4 ones 2 + 1 and a little for scales. A pruned entry unpacks to +0. A kept value may itself
+be zero, which is why the mask is stored and never guessed from the values. `StoredLayer` adds what a method may store
+beside the weight: a small dense `Correction`.
 
 Legend: O = out features, I = in features, K = columns of a correction.
 """
@@ -19,9 +20,20 @@ import torch
 from torch import Tensor
 
 from maskgen.core.errors import FormatError, NumericalError, PatternError
+from maskgen.core.int4 import group_of, scale_shape
 from maskgen.core.mask import check_bits, pack_bits, unpack_bits
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT, FLOAT_DTYPES, check_codes, check_scale, from_codes, kind_of, to_codes
+from maskgen.core.values import (
+    FLOAT,
+    FLOAT_DTYPES,
+    INT4,
+    check_codes,
+    check_scale,
+    from_codes,
+    kind_of,
+    per_byte,
+    to_codes,
+)
 
 _BYTES_AT_A_TIME = 1 << 15
 """Bytes of a bitmask that are unpacked at a time on a CPU."""
@@ -33,7 +45,9 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class PackedTensor:
     """`values` `[O, I*n/m]` and `bitmask` uint8 `[O, I/8]` of one weight `[O, I]`.
 
-    `values` are bf16, fp16 or fp32; or int8 or float8_e4m3fn codes, and then `scale` float32 `[O]` goes with them.
+    `values` are bf16, fp16 or fp32; or int8 or float8_e4m3fn codes, and then `scale` float32 `[O]` goes with them. Of
+    int4 codes there are two in each element, uint8 `[O, I*n/m/2]`, and `scale` is `[O]`, or `[O, S]` with one for each
+    group.
     """
 
     values: Tensor
@@ -65,8 +79,20 @@ class PackedTensor:
 
     @property
     def kind(self) -> str:
-        """How the values are stored: `float`, `int8` or `fp8_e4m3`."""
+        """How the values are stored: `float`, `int8`, `fp8_e4m3` or `int4`."""
         return kind_of(self.values.dtype)
+
+    @property
+    def group(self) -> int | None:
+        """How many kept values share a scale, of int4; None where there is one a row, or none."""
+        if self.kind != INT4 or self.scale is None:
+            return None
+        return group_of(self.values.shape[1] * per_byte(INT4), list(self.scale.shape))
+
+    @property
+    def kept(self) -> Tensor:
+        """The numbers `[O, I*n/m]` that the values stand for: themselves, or of codes float32."""
+        return self.values if self.scale is None else from_codes(self.values, self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -90,20 +116,27 @@ class PackedTensor:
         scale = None if self.scale is None else self.scale.to(device)
         return replace(self, values=self.values.to(device), bitmask=self.bitmask.to(device), scale=scale)
 
-    def quantised(self, kind: str) -> PackedTensor:
-        """The same weight with values of `kind`: itself if they are that already; `FormatError` from another code."""
-        if kind == self.kind:
+    def quantised(self, kind: str, group: int | None = None) -> PackedTensor:
+        """The same weight with values of `kind`: itself if they are that already; `FormatError` from another code.
+
+        Of int4, `group` values share a scale, or with None those of a row.
+        """
+        if kind == self.kind and (kind != INT4 or self._has_group(group)):
             return self
         if self.kind != FLOAT or kind == FLOAT:
             raise FormatError(f"values {self.kind} cannot become {kind}: quantise the checkpoint they were made from")
-        codes, scale = to_codes(self.values, kind)
+        codes, scale = to_codes(self.values, kind, group)
         return PackedTensor(codes, self.bitmask, self.pattern, scale)
+
+    def _has_group(self, group: int | None) -> bool:
+        kept = self.values.shape[1] * per_byte(INT4)
+        return self.scale is not None and list(self.scale.shape) == scale_shape(self.shape[0], kept, group)
 
     def verify(self, name: str = "weight") -> None:
         """Raise `FormatError` unless dtypes, shapes, codes, scales and every group's bit count are right."""
         if self.bitmask.dtype != torch.uint8:
             raise FormatError(f"{name}: bitmask {self.bitmask.dtype}, expected uint8")
-        check_shapes(list(self.values.shape), list(self.bitmask.shape), self.pattern, name)
+        check_shapes(list(self.values.shape), list(self.bitmask.shape), self.pattern, name, per_byte(self.kind))
         self.verify_numbers(name)
         check_bits(self.bitmask, self.pattern, name)
 
@@ -190,7 +223,8 @@ class StoredLayer:
 
 
 def unpack(values: Tensor, bitmask: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Values `[O, I*n/m]`, bitmask `[O, I/8]` and scale `[O]`, or the same rows of all, to dense `[O, I]`.
+    """Values `[O, I*n/m]`, bitmask `[O, I/8]` and scale `[O]`, or the same rows of all, to dense `[O, I]`. Of int4 as
+    `PackedTensor` has them.
 
     +0 where pruned. In the values' dtype; with a scale, in float32. The bitmask must have as many bits set in each row
     as there are values (`check_bits`). `FormatError` on a CPU if it has more or fewer; a GPU is not waited for.
@@ -225,13 +259,20 @@ def _unpack_on_cpu(kept: Tensor, bitmask: Tensor) -> Tensor:
     return dense_OI
 
 
-def check_shapes(values_shape: list[int], bitmask_shape: list[int], pattern: NMPattern, name: str) -> None:
-    """Check that stored shapes belong together, before any byte of the tensors is read."""
+def check_shapes(
+    values_shape: list[int], bitmask_shape: list[int], pattern: NMPattern, name: str, in_a_byte: int = 1
+) -> None:
+    """Check that stored shapes belong together, before any byte of the tensors is read.
+
+    `in_a_byte` values share an element of the tensor of values.
+    """
     if len(values_shape) != 2 or len(bitmask_shape) != 2 or min(*values_shape, *bitmask_shape) < 1:
         raise FormatError(f"{name}: values {values_shape} and bitmask {bitmask_shape}: expected two non-empty matrices")
     out_features, in_features = bitmask_shape[0], bitmask_shape[1] * 8
-    if in_features % pattern.m or values_shape != [out_features, pattern.kept_columns(in_features)]:
+    kept = pattern.kept_columns(in_features)
+    if in_features % pattern.m or [values_shape[0], values_shape[1] * in_a_byte] != [out_features, kept]:
         raise FormatError(
             f"{name}: values {values_shape} do not match bitmask {bitmask_shape} under pattern {pattern}: a weight "
-            f"[{out_features}, {in_features}] keeps [{out_features}, {pattern.kept_columns(in_features)}]"
+            f"[{out_features}, {in_features}] keeps [{out_features}, {kept}]"
+            + (f", {in_a_byte} in a byte" if in_a_byte > 1 else "")
         )

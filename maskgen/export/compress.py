@@ -68,11 +68,13 @@ def compress_masks(
     ignored: tuple[str, ...] = (),
     shard_bytes: int = SHARD_BYTES,
     values: str = FLOAT,
+    group: int | None = None,
 ) -> CompressReport:
     """Write the dense model of `model_dir` with masks applied as a sparse checkpoint.
 
     `ignored` are the linear layers that stay dense; `values` is how kept weights are stored (`float`, `int8`,
-    `fp8_e4m3`). Raises `FormatError` when the masks were made for other weights, and whatever `compress` raises.
+    `fp8_e4m3`, `int4`, of which `group` share a scale). Raises `FormatError` when the masks were made for other
+    weights, and whatever `compress` raises.
     """
     base_digest = digest_weights(model_dir)
     if base_digest != masks.base_digest:
@@ -89,6 +91,7 @@ def compress_masks(
         base_model=model_label(model_dir),
         base_digest=base_digest,
         values=values,
+        group=group,
     )
 
     def pack(name: str, weight_OI: Tensor) -> StoredLayer:
@@ -245,7 +248,7 @@ def _stored(module: str, weight_OI: Tensor, layer: StoredLayer, config: SparseCo
         )
     correction = None if layer.correction is None else layer.correction.to(weight_OI.dtype)
     _check_correction(module, packed.shape, correction, config.correction)
-    return StoredLayer(packed.quantised(config.values), correction)
+    return StoredLayer(packed.quantised(config.values, config.group), correction)
 
 
 def _check_correction(

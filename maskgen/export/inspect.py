@@ -51,10 +51,10 @@ class InspectReport:
 
     `pattern` is what layers are compared with. `kept` says what of the decoder blocks of a sparse checkpoint is dense,
     experts too, and why. `compressed` says whether the directory is a sparse checkpoint, and then `values` how packed
-    weights are stored: `float`, `int8` or `fp8_e4m3`. `quality` is what was measured when the model was made, if that
-    is known, and `allocation` how a budget was spent. `correction` is the form of the corrections as the manifest
-    states it, None without any. `digests` is how many shards were found to have the digest that the manifest states; 0
-    where it states none.
+    weights are stored: `float`, `int8`, `fp8_e4m3`, or `int4`, of which `group` share a scale (None: those of a row).
+    `quality` is what was measured when the model was made, if that is known, and `allocation` how a budget was spent.
+    `correction` is the form of the corrections as the manifest states it, None without any. `digests` is how many
+    shards were found to have the digest that the manifest states; 0 where it states none.
     """
 
     path: str
@@ -68,6 +68,7 @@ class InspectReport:
     allocation: Allocation | None = None
     correction: Mapping[str, Any] | None = None
     digests: int = 0
+    group: int | None = None
 
     @property
     def packed_layers(self) -> list[LayerReport]:
@@ -133,6 +134,7 @@ def _inspect_sparse(checkpoint: SparseCheckpoint) -> InspectReport:
         allocation,
         correction=None if form is None else form.to_dict(),
         digests=len(checkpoint.config.shards or ()),
+        group=checkpoint.config.group,
     )
 
 
@@ -140,9 +142,8 @@ def _packed_layers(checkpoint: SparseCheckpoint) -> Iterator[LayerReport]:
     for name in checkpoint.config.targets:
         layer = checkpoint.layer(name)
         packed = layer.packed
-        kept_zeros = int((packed.values.float() == 0).sum())
         count = packed.shape[0] * packed.shape[1]
-        zeros = 1.0 - (packed.values.numel() - kept_zeros) / count
+        zeros = 1.0 - int(packed.kept.count_nonzero()) / count
         dense_bytes = packed.dense_nbytes(checkpoint.weight_dtype(name))
         correction_bytes = 0 if layer.correction is None else layer.correction.nbytes
         yield LayerReport(name, *packed.shape, "packed", True, zeros, dense_bytes, layer.nbytes, correction_bytes)

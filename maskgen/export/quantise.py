@@ -1,8 +1,9 @@
-"""Sparse checkpoint with float values -> the same with values of 8 bits, streamed.
+"""Sparse checkpoint with float values -> the same with values of 8 or 4 bits, streamed.
 
-For 2:4 that is 4 + 1 bits per weight instead of 8 + 1: 0.3125 of the dense 16-bit bytes, and four more bytes per row
-for its scale. Quantising comes after the mask and looks at kept values only, so every pruned entry is exactly zero
-before and after, and the masks, their digest and everything downstream of it stay the same.
+For 2:4 and 8 bits that is 4 + 1 bits per weight instead of 8 + 1: 0.3125 of the dense 16-bit bytes, and four more bytes
+per row for its scale; with 4 bits 2 + 1, and four bytes for each group of kept values. Quantising comes after the mask
+and looks at kept values only, so every pruned entry is exactly zero before and after, and the masks, their digest and
+everything downstream of it stay the same.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from maskgen.export.allocation import Allocation, read_allocation, stored_alloca
 from maskgen.export.compress import CompressReport, stored_modules
 
 
-def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SHARD_BYTES) -> CompressReport:
-    """Write a sparse checkpoint with float values again with values of 8 bits (`int8` or `fp8_e4m3`).
+def quantise(
+    sparse_dir: Path, out_dir: Path, values: str, group: int | None = None, shard_bytes: int = SHARD_BYTES
+) -> CompressReport:
+    """Write a sparse checkpoint with float values again with codes (`int8`, `fp8_e4m3`, or `int4`, of which `group`
+    share a scale), each value rounded to the nearest.
 
     Masks, corrections and every other tensor stay as they are. Raises `FormatError` if the values are quantised
     already: a second rounding would only add error.
@@ -35,17 +39,17 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
             f"{sparse_dir}: values {checkpoint.config.values} cannot become {clip(values)}; quantise float values to "
             f"{' or '.join(CODE_DTYPES)}"
         )
-    config = replace(checkpoint.config, values=values)
+    config = replace(checkpoint.config, values=values, group=group)
     hf_config = sparse_hf_config(checkpoint.hf_config, config)
     sizes = {"dense": 0, "packed": 0}
-    extra = stored_allocation(_resized(checkpoint, values))
+    extra = stored_allocation(_resized(checkpoint, values, group))
     with CheckpointWriter(out_dir, hf_config, companion_files(sparse_dir), extra, shard_bytes) as writer:
         for name, module in stored_modules(checkpoint):
             if module is None:
                 writer.add(name, checkpoint.tensor(name))
                 continue
             layer = checkpoint.layer(module)
-            stored = StoredLayer(layer.packed.quantised(values), layer.correction)
+            stored = StoredLayer(layer.packed.quantised(values, group), layer.correction)
             sizes["dense"] += layer.packed.dense_nbytes(layer.packed.values.dtype)
             sizes["packed"] += stored.nbytes
             for suffix, tensor in layout.tensors(stored).items():
@@ -53,10 +57,10 @@ def quantise(sparse_dir: Path, out_dir: Path, values: str, shard_bytes: int = SH
     return CompressReport(len(config.targets), sizes["dense"], sizes["packed"], writer.total_bytes)
 
 
-def _resized(checkpoint: SparseCheckpoint, values: str) -> Allocation | None:
+def _resized(checkpoint: SparseCheckpoint, values: str, group: int | None) -> Allocation | None:
     """How a budget was spent on it, with the bytes that its layers take with `values`; None without a budget."""
     allocation = read_allocation(checkpoint.path)
     if allocation is None:
         return None
-    sizes = {name: checkpoint.packed(name).quantised(values).nbytes for name in checkpoint.config.targets}
+    sizes = {name: checkpoint.packed(name).quantised(values, group).nbytes for name in checkpoint.config.targets}
     return allocation.stored_as(sizes)

@@ -129,6 +129,9 @@ class LocalMethod(LayerMethod, ABC):
 
     needs_data: ClassVar[bool] = True
 
+    keeps_gram: ClassVar[bool] = False
+    """Whether the statistics are a `maskgen.numerics.statistics.Gram`: then codes can be chosen for the outputs."""
+
     @abstractmethod
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """Prune one layer: choose which entries of its float32 weight `[O, I]` stay, and perhaps change these.

@@ -112,6 +112,14 @@ def cholesky(matrix_II: Tensor) -> Tensor | None:
     return lower_II if info == 0 and torch.isfinite(lower_II).all() else None
 
 
+def inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with (H + damp * mean(diag H) * I)^-1 = U^T U; more damping if the factorisation fails."""
+    upper_II = damped_cholesky(hessian_II.flip(0, 1), damp).flip(0, 1)
+    eye_II = torch.eye(hessian_II.shape[0], dtype=hessian_II.dtype, device=hessian_II.device)
+    inverse_II: Tensor = torch.linalg.solve_triangular(upper_II, eye_II, upper=True)
+    return inverse_II
+
+
 def damped_cholesky(matrix_II: Tensor, damp: float) -> Tensor:
     """Lower triangular L with L L^T = A + damp * mean(diag A) * I, for a Hessian A `[I, I]`.
 

@@ -67,6 +67,14 @@ ASKS = ("bytes", "speedup", "max_ppl_increase")
 """The ways to ask for a budget."""
 
 
+class Values(Strict):
+    """How kept weights are stored, where it is not as the model has them: as codes that the sweep chooses for the
+    outputs of the layer. `group` kept weights of a row share a scale; "row": all of them."""
+
+    kind: Literal["int4"]
+    group: Literal[64, 128, "row"] = 128
+
+
 class Budget(Strict):
     """How much of a model is pruned: layers whose sparsity costs most stay dense, as far as the budget goes.
 

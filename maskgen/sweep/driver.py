@@ -2,7 +2,7 @@
 
     embeddings -> [block 0] -> [block 1] -> ...        activations of all calibration windows stay in host memory
                   observe inputs of its linears (dense weights)
-                  solve each linear, round to the stored dtype, prune
+                  solve each linear, round to the stored dtype (or to codes), prune
                   run again with the pruned weights -> inputs of the next block
 
 So the inputs of a block carry the errors that pruning the blocks before it really caused. Only the current block is in
@@ -85,9 +85,9 @@ def sweep(
     data = windows if recipe.needs_data else None
     if prior is not None:
         check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
-    form = LayerForm(recipe.pattern)
+    form = recipe.form
     if adds is not None and sparse is not None:
-        form = LayerForm(recipe.pattern, sparse.config.values, adds.correction)
+        form = LayerForm(recipe.pattern, sparse.config.values, adds.correction, sparse.config.group)
     work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), form)
     unfinished = [index for index in range(len(todo.blocks)) if not work.has(index)]
     run = _Sweep(
@@ -237,15 +237,15 @@ class _Sweep:
 
     def _solve_layer(self, name: str, linear: nn.Linear, stats: Any, dtype: torch.dtype) -> StoredLayer:
         prior_OI = None if self.prior is None else self.prior(name).to(self.device)
-        pattern = self.work.form.pattern
+        form = self.work.form
         if self.adds is not None:
             assert self.sparse is not None
             return correct_layer(self.adds, linear.weight, self.sparse.packed(name), stats, dtype, name)
         if self.method is None:
             assert prior_OI is not None
             weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
-            return StoredLayer(PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), pattern, name))
-        return StoredLayer(solve_layer(self.method, linear.weight, stats, pattern, dtype, name, prior_OI))
+            return StoredLayer(PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), form.pattern, name))
+        return StoredLayer(solve_layer(self.method, linear.weight, stats, form, dtype, name, prior_OI))
 
     def _fit(
         self, index: int, layers: Mapping[str, StoredLayer], dtypes: Mapping[str, torch.dtype]

@@ -11,34 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskgen.core import int4
 from maskgen.core.errors import DataError, NumericalError, PatternError
+from maskgen.core.layout import LayerForm
+from maskgen.core.mask import pack_bits
 from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import INT4
 from maskgen.hf import blocks
 from maskgen.methods import LocalMethod
 from maskgen.methods.correction import CorrectionMethod
+from maskgen.numerics.grid import round_to_grid
+from maskgen.numerics.statistics import Gram
 
 
 def solve_layer(
     method: LocalMethod,
     weight_OI: Tensor,
     stats: Any,
-    pattern: NMPattern,
+    form: LayerForm,
     dtype: torch.dtype,
     name: str,
     prior_OI: Tensor | None = None,
 ) -> PackedTensor:
-    """Solve one float32 weight, round the result to `dtype` and pack it (on the CPU).
+    """Solve one float32 weight, round the result to `dtype`, or to the codes of `form`, and pack it (on the CPU).
 
-    Weights the method did not change come out bit for bit as they were. Raises `NumericalError` naming the layer.
+    Weights the method did not change come out bit for bit as they were, if they are no codes. Raises `NumericalError`
+    naming the layer.
     """
     blocks.check_finite(weight_OI, f"{name}: weight")
     try:
-        solution = method.solve(weight_OI, stats, pattern, prior_OI)
+        solution = method.solve(weight_OI, stats, form.pattern, prior_OI)
+        solved_OI = weight_OI if solution.weight is None else solution.weight
+        if form.values == INT4:
+            assert isinstance(stats, Gram)
+            return _coded(solved_OI, solution.mask, stats, form, name)
     except (PatternError, NumericalError) as error:
         raise NumericalError(f"{name}: {error}") from error
-    solved_OI = weight_OI if solution.weight is None else solution.weight
-    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), pattern, name)
+    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), form.pattern, name)
+
+
+def _coded(weight_OI: Tensor, mask_OI: Tensor, stats: Gram, form: LayerForm, name: str) -> PackedTensor:
+    """The kept weights as int4 codes. Scales are chosen for them alone, by how large the inputs are; the codes, for the
+    outputs of the layer."""
+    rows, kept = weight_OI.shape[0], form.pattern.kept_columns(weight_OI.shape[1])
+    int4.check_even(kept, name)
+    blocks.check_finite(weight_OI, f"{name}: weight")
+    size_OI = stats.sum_II.diagonal().expand_as(weight_OI)
+    scale = int4.fit_scales(weight_OI[mask_OI].view(rows, kept), form.group, size_OI[mask_OI].view(rows, kept))
+    step_OI = torch.ones_like(weight_OI).masked_scatter_(mask_OI, int4.spread(scale, kept))
+    codes_OI = round_to_grid(weight_OI, mask_OI, step_OI, stats.sum_II, int4.nearest)
+    octets = int4.pack_nibbles(codes_OI[mask_OI].view(rows, kept).to(torch.int8))
+    return PackedTensor(octets.cpu(), pack_bits(mask_OI.cpu()), form.pattern, scale.cpu())
 
 
 def correct_layer(

@@ -42,6 +42,7 @@ def write(
         base_digest=base_digest,
         values=work.form.values,
         correction=work.form.correction,
+        group=work.form.group,
     )
     files = {RECIPE_FILE: recipe.resolved(), **extra}
     return masks, compress.compress(model_dir, config, lambda name, _: work.layer(name), out_dir, files)

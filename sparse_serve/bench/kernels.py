@@ -4,7 +4,7 @@
 
 For each shape and number of tokens these candidates take turns (`tuning.timing`): torch's dense linear, the dense
 linear that vLLM would run, and every kernel that supports the layer, with values in the activations' dtype and in 8
-bits. Weights are random. A speedup below 1 means that dense is faster.
+and 4 bits. Weights are random. A speedup below 1 means that dense is faster.
 
 With one token a layer is bound by reading its weight. So a plain read of the compressed bytes is timed too, and each
 candidate's time is compared with how long reading its own weight would take at that speed (`of_byte_limit`; 1 is the
@@ -25,10 +25,11 @@ from pydantic import Field
 from torch import Tensor
 
 import sparse_serve.kernels as folder
+from maskgen.core.int4 import DEFAULT_GROUP
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
-from maskgen.core.values import FLOAT
+from maskgen.core.values import FLOAT, INT4, INT8
 from sparse_serve.bench import roofline
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.bench.roofline import Panel, Point, Roof
@@ -149,8 +150,8 @@ def _candidates(
         copies = range(_copies(weight_OI.nbytes))
         candidates[name] = Candidate([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
     for name in names(folder):
-        for values in (FLOAT, "int8"):
-            spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values)
+        for values, group in ((FLOAT, None), (INT8, None), (INT4, DEFAULT_GROUP)):
+            spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values, group)
             try:
                 kernel = choose(spec, name)
             except KernelError as error:
@@ -158,7 +159,7 @@ def _candidates(
                 continue
             if name == "reference" and not with_reference:
                 continue
-            stored = packed.quantised(values)
+            stored = packed.quantised(values, group)
             prepared = [kernel.prepare(stored) for _ in range(_copies(stored.nbytes))]
             linears = [lambda x_TI, run=kernel.linear, at=tensors: run(x_TI, at, None) for tensors in prepared]
             weight_bytes = sum(tensor.nbytes for tensor in prepared[0].values())

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.int4 import group_of, scale_shape
 from maskgen.core.values import FLOAT
 from sparse_serve.bench.corrections import with_correction
 from sparse_serve.kernels import LinearSpec
@@ -152,9 +153,12 @@ def kinds_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtyp
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, parts in layers.items():
         shapes = [checkpoint.headers[f"{part}.bitmask"].shape for part in parts]
-        spec = LinearSpec(
-            sum(rows for rows, _ in shapes), shapes[0][1] * 8, config.pattern, served, device, config.values
-        )
+        rows, columns = sum(rows for rows, _ in shapes), shapes[0][1] * 8
+        group = config.group
+        if group is not None:
+            kept = config.pattern.kept_columns(columns)
+            group = group_of(kept, scale_shape(rows, kept, group))  # as a kernel has it: a short row is one group
+        spec = LinearSpec(rows, columns, config.pattern, served, device, config.values, group)
         kinds.setdefault(spec, {})[name] = parts
     return kinds
 

@@ -7,7 +7,8 @@ A kernel is one file of this folder; its name is the file's name. It offers thre
     linear(x_TI, tensors, bias_O) -> y_TO     y = x W^T + b, as a torch custom op with a fake implementation
 
 Whatever layout a kernel wants (index nibbles, swizzles, a vendor's blob), it is given the stored form: values and
-bitmask, and where the values are 8-bit codes (`spec.values` says so) one float32 scale a row. A kernel that supports a
+bitmask, and where the values are codes (`spec.values` says so) float32 scales: one a row, or of int4 codes, of which
+two share a byte, one for each `spec.group` kept values of a row. A kernel that supports a
 layer takes any number of tokens; which one is fast at which number is measured (`sparse_serve.tuning.selection`), so a
 kernel does not say how good it is. If one that a person asked for by name does not support a layer, that is an error
 with its reason and never another kernel, so nobody measures the wrong one.
@@ -39,7 +40,8 @@ CAPABILITY = (8, 0)
 class LinearSpec:
     """What a kernel must know of a layer to support it or not: shape per rank, pattern, activation dtype and device.
 
-    `values` is how the weight's values are stored: `float` (then in `dtype`), `int8` or `fp8_e4m3`.
+    `values` is how the weight's values are stored: `float` (then in `dtype`), `int8`, `fp8_e4m3`, or `int4`, of which
+    `group` share a scale (None: those of a row, as for all others).
     """
 
     out_features: int
@@ -48,6 +50,12 @@ class LinearSpec:
     dtype: torch.dtype
     device_type: str
     values: str = FLOAT
+    group: int | None = None
+
+
+def unsupported_values(spec: LinearSpec, *kinds: str) -> str | None:
+    """Why a kernel that takes these kinds of values does not take those of `spec`."""
+    return None if spec.values in kinds else f"values {spec.values} are none of {list(kinds)}"
 
 
 class Kernel(Protocol):
@@ -59,7 +67,7 @@ class Kernel(Protocol):
         """Why this kernel cannot serve `spec` on this machine, or None."""
 
     def prepare(self, packed: PackedTensor) -> dict[str, Tensor]:
-        """Turn values `[O, I*n/m]`, bitmask `[O, I/8]` and a scale `[O]` or None into the tensors `linear` wants."""
+        """Turn values `[O, I*n/m]`, bitmask `[O, I/8]` and a scale (`PackedTensor`) into the tensors `linear` wants."""
 
     def linear(self, x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """`[..., I] -> [..., O]` in x's dtype."""

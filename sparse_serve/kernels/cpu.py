@@ -5,10 +5,10 @@ bits that numbers the kept pair, one of 6, and the two values. Columns are padde
 serves every number of tokens.
 
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
-0.5625 of it (0.3125 with int8 values, 1,280 bytes), so that 1.78x (3.2x) is all that fewer bytes can give. fp8 values
-are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with AVX2 up to 4, of many 64, and with AMX
-512. Activations are turned into tables, 3 or 4 times their size, in a cache, or for AMX into tiles. Threads share rows,
-and of many tokens those too (`share.h`).
+0.5625 of it (0.3125 with int8 values, 1,280 bytes; 0.2031 with int4 ones, 832 bytes), so that 1.78x (3.2x, 4.9x) is all
+that fewer bytes can give. fp8 values are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with
+AVX2 up to 4, of many 64, and with AMX 512. Activations are turned into tables, 3 or 4 times their size, in a cache, or
+for AMX into tiles. Threads share rows, and of many tokens those too (`share.h`).
 
 Arithmetic. Half of the products of a dense linear are left, so what else a product takes decides the speed. There are
 two ways to make the same products in the same order (`linear.h`, `many.h`):
@@ -31,12 +31,16 @@ The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen w
 not used, since it would have activations rounded to int8. Linux gives tiles to a process that asks; where it refuses,
 AVX-512 it is.
 
-Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16 and int8 values (which are bfloat16
-numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32 takes part,
-in activations or in values, both become float32 first. A token's result does not depend on the other tokens of its
-batch, nor on the number of threads. On the instruction set it does, by the order of the sum; so with AMX and bfloat16
-values a batch of up to four tokens gives other last bits than a larger one. By tiles an input that is not finite shows
-in every row, as in a dense layer, otherwise in those that keep its column.
+int4 values have their scale in each block: its 64 kept values are never of two groups. Codes become bfloat16 numbers by
+one permute of a table of 16, for two values at once. They have no tiles of their own, so with AMX too they go AVX-512's
+way.
+
+Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16, int8 and int4 values (which are
+bfloat16 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32
+takes part, in activations or in values, both become float32 first. A token's result does not depend on the other tokens
+of its batch, nor on the number of threads. On the instruction set it does, by the order of the sum; so with AMX and
+bfloat16 values a batch of up to four tokens gives other last bits than a larger one. By tiles an input that is not
+finite shows in every row, as in a dense layer, otherwise in those that keep its column.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -51,7 +55,7 @@ from torch import Tensor
 
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FP8
+from maskgen.core.values import FP8, INT4
 from sparse_serve.kernels import LinearSpec, every_reason
 
 LIBRARY = "sparse_serve.kernels._cpu_kernel"
@@ -89,9 +93,11 @@ def prepare(packed: PackedTensor) -> dict[str, Tensor]:
             torch.equal(part.to(half).float(), part) for part in values.split(256)
         ):
             values = values.to(half)  # a 16-bit checkpoint served in float32: half the bytes, the same numbers
-    blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous())
+    scale = None if packed.scale is None else packed.scale.contiguous()
+    inside, beside = (scale, None) if packed.kind == INT4 else (None, scale)
+    blocks = torch.ops.sparse_serve_cpu.pack(values.contiguous(), packed.bitmask.contiguous(), inside)
     tensors = {"blocks": blocks, "form": values.new_empty((packed.shape[0], 0, packed.shape[1]))}
-    return tensors if packed.scale is None else {**tensors, "scale": packed.scale.contiguous()}
+    return tensors if beside is None else {**tensors, "scale": beside}
 
 
 def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:

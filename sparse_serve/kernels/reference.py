@@ -29,7 +29,7 @@ def unsupported_reason(spec: LinearSpec) -> str | None:
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
-    """The stored form is the layout: values `[O, I*n/m]`, bitmask uint8 `[O, I/8]`, and of codes scale `[O]`."""
+    """The stored form is the layout: values `[O, I*n/m]`, bitmask uint8 `[O, I/8]`, and of codes the scale."""
     stored = {"values": packed.values, "bitmask": packed.bitmask, "scale": packed.scale}
     return {name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None}
 
@@ -42,18 +42,18 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 
 @torch.library.custom_op("sparse_serve::reference_linear", mutates_args=())
 def reference_linear(
-    x_TI: Tensor, values: Tensor, bitmask: Tensor, scale_O: Tensor | None, bias_O: Tensor | None
+    x_TI: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias_O: Tensor | None
 ) -> Tensor:
     """The custom op behind `linear`: opaque to torch.compile, which sees only `_fake`.
 
     Codes become the float32 values they stand for, and those are rounded to x's dtype, as a dense model's would be.
     """
     out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
-    tile_rows = max(1, TILE_BYTES // (in_features * (values if scale_O is None else scale_O).element_size()))
+    tile_rows = max(1, TILE_BYTES // (in_features * (values if scale is None else scale).element_size()))
     y_TO = x_TI.new_empty((*x_TI.shape[:-1], out_features))
     for start in range(0, out_features, tile_rows):
         stop = min(start + tile_rows, out_features)
-        tile_scale = None if scale_O is None else scale_O[start:stop]
+        tile_scale = None if scale is None else scale[start:stop]
         tile_OI = unpack(values[start:stop], bitmask[start:stop], tile_scale).to(x_TI.dtype)
         tile_bias = None if bias_O is None else bias_O[start:stop]
         y_TO[..., start:stop] = dense_linear(x_TI, tile_OI, tile_bias)
@@ -61,5 +61,5 @@ def reference_linear(
 
 
 @reference_linear.register_fake
-def _fake(x_TI: Tensor, values: Tensor, bitmask: Tensor, scale_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
+def _fake(x_TI: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias_O: Tensor | None) -> Tensor:
     return x_TI.new_empty((*x_TI.shape[:-1], bitmask.shape[0]))

@@ -49,8 +49,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskgen.core.packed import PackedTensor
-from maskgen.core.values import CODE_DTYPES, INT8, kind_of
-from sparse_serve.kernels import LinearSpec, _ptx, capability_unsupported_reason, sparse_core_unsupported_reason
+from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT8, kind_of
+from sparse_serve.kernels import (
+    LinearSpec,
+    _ptx,
+    capability_unsupported_reason,
+    sparse_core_unsupported_reason,
+    unsupported_values,
+)
 
 ROWS, COLUMNS = 16, 256
 """Rows of a strip, columns of a chunk."""
@@ -65,7 +71,12 @@ _ORDER = {2: (0, 3, 4, 5, 2, 8, 6, 7, 1, 9), 1: (0, 3, 4, 2, 8, 6, 5, 7, 9, 1)}
 
 def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16 on an NVIDIA GPU with sparse tensor cores, where Triton has Gluon."""
-    return sparse_core_unsupported_reason(spec, _DTYPES) or capability_unsupported_reason() or _problem()
+    return (
+        sparse_core_unsupported_reason(spec, _DTYPES)
+        or unsupported_values(spec, FLOAT, INT8, FP8)
+        or capability_unsupported_reason()
+        or _problem()
+    )
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:

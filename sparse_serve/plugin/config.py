@@ -68,6 +68,7 @@ class SparseNMConfig(AnyDevice):
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.pattern, self.values, self.correction = config.pattern, config.values, config.correction
+        self.group = config.group
         self.targets = {name: name for name in config.targets}  # by vLLM's name, the manifest's
         self.ignored = set(config.ignored)
         self.dense: set[str] | None = None  # what has a `weight` in the files, if these can be looked at

@@ -1,7 +1,7 @@
 """N:M sparse linear layers inside vLLM.
 
 `SparseNMLinearMethod` gives a layer that the checkpoint stores packed (`config` says which) `values` and `bitmask` (and
-for 8-bit values `scale`) parameters instead of `weight`, hands them to a kernel once they are loaded, and runs that
+for codes `scale`) parameters instead of `weight`, hands them to a kernel once they are loaded, and runs that
 kernel. The weights are never decompressed to a dense copy. What a checkpoint adds to the product of its sparse weight
 is in `correction`.
 
@@ -30,12 +30,17 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
 
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
+from maskgen.core.int4 import check_even, scale_shape
 from maskgen.core.packed import PackedTensor
-from maskgen.core.values import CODE_DTYPES, FLOAT
+from maskgen.core.values import CODE_DTYPES, FLOAT, INT4, per_byte
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.correction import LayerCorrection
 from sparse_serve.plugin.dense import dense_layers
@@ -97,12 +102,16 @@ class SparseNMLinearMethod(LinearMethodBase):
     ) -> None:
         """Register `values` `[O, I*n/m]`, `bitmask` uint8 `[O, I/8]` and what else there is; called by vLLM."""
         pattern, out_features = self.config.pattern, sum(output_partition_sizes)
-        pattern.check_columns(input_size_per_partition, f"{self.prefix} (per tensor-parallel rank)")
+        name, kept = f"{self.prefix} (per tensor-parallel rank)", pattern.kept_columns(input_size_per_partition)
+        pattern.check_columns(input_size_per_partition, name)
+        if self.config.values == INT4:
+            check_even(kept, name)
+            _check_whole_groups(name, self.config.group, input_size_per_partition, input_size, kept)
         self.dtype, loader = params_dtype, extra_weight_attrs["weight_loader"]
         shapes = {
             "values": (
                 CODE_DTYPES.get(self.config.values, params_dtype),
-                pattern.kept_columns(input_size_per_partition),
+                kept // per_byte(self.config.values),
             ),
             "bitmask": (torch.uint8, input_size_per_partition // 8),
         }
@@ -113,9 +122,13 @@ class SparseNMLinearMethod(LinearMethodBase):
                 name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
             )
         if self.config.values != FLOAT:
-            scale = torch.zeros(out_features, dtype=torch.float32)  # whatever the model's dtype is
+            shape = scale_shape(out_features, kept, self.config.group)
+            scale = torch.zeros(shape, dtype=torch.float32)  # whatever the model's dtype is
             layer.register_parameter(
-                "scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+                "scale",
+                ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
+                if self.config.group is None
+                else GroupQuantScaleParameter(data=scale, input_dim=1, output_dim=0, weight_loader=loader),
             )
         if self.correction is not None:
             self.correction.create_weights(
@@ -131,7 +144,8 @@ class SparseNMLinearMethod(LinearMethodBase):
         }
         packed = PackedTensor(stored["values"], stored["bitmask"], self.config.pattern, stored.get("scale"))
         packed.verify(self.prefix)
-        spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, packed.values.device.type, packed.kind)
+        device = packed.values.device.type
+        spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, device, packed.kind, packed.group)
         choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
         if environment.kernel_parity_folder() is not None:
@@ -162,6 +176,15 @@ class SparseNMLinearMethod(LinearMethodBase):
         tensors = {name: getattr(layer, name) for name in self.kernel_names}
         y = self.bound.linear(x, tensors, bias, self.choice.spec.out_features)
         return y if self.correction is None else y + self.correction.apply(layer, x)
+
+
+def _check_whole_groups(name: str, group: int | None, part: int, whole: int, kept: int) -> None:
+    """Raise `FormatError` if the inputs of a layer are divided in the middle of the values that share a scale."""
+    if group is not None and part != whole and kept % group:
+        raise FormatError(
+            f"{name}: {part} of {whole} inputs keep {kept} weights a row, no multiple of the {group} that share a "
+            "scale; quantise with --group row, or serve it with a smaller --tensor-parallel-size"
+        )
 
 
 def _add_to_compile_key(vllm_config: Any, prefix: str, choice: Choice) -> None:

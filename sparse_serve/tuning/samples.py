@@ -38,7 +38,7 @@ def random_weight(spec: LinearSpec) -> PackedTensor:
     weight = _random(spec, _WEIGHT, rows, spec.in_features).mul_(spec.in_features**-0.5)
     kept = spec.pattern.mask_from_scores(_random(spec, _MASK, rows, spec.in_features))
     dtype = spec.dtype if spec.values == FLOAT else torch.float32
-    tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values)
+    tile = PackedTensor.pack(weight.to(dtype), kept, spec.pattern).quantised(spec.values, spec.group)
     scale = None if tile.scale is None else _repeated(tile.scale, spec)
     return PackedTensor(_repeated(tile.values, spec), _repeated(tile.bitmask, spec), spec.pattern, scale)
 

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sparse_serve.kernels as folder
+from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
-from maskgen.core.values import FLOAT, KINDS
+from maskgen.core.values import FLOAT, INT4, KINDS
 from sparse_serve.kernels import Kernel, LinearSpec, choose, supported
 from sparse_serve.runtime.errors import KernelError
 
@@ -22,16 +23,21 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def packed_weight(
-    out_features: int, in_features: int, pattern: NMPattern, dtype: torch.dtype, values: str = FLOAT
+    out_features: int,
+    in_features: int,
+    pattern: NMPattern,
+    dtype: torch.dtype,
+    values: str = FLOAT,
+    group: int | None = None,
 ) -> PackedTensor:
     weight_OI = torch.randn(out_features, in_features, dtype=dtype)
     mask_OI = pattern.mask_from_scores(torch.rand(out_features, in_features))
-    return PackedTensor.pack(weight_OI, mask_OI, pattern).quantised(values)
+    return PackedTensor.pack(weight_OI, mask_OI, pattern).quantised(values, group)
 
 
 def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = None) -> Kernel:
     dtype = dtype or packed.values.dtype
-    spec = LinearSpec(*packed.shape, packed.pattern, dtype, packed.values.device.type, packed.kind)
+    spec = LinearSpec(*packed.shape, packed.pattern, dtype, packed.values.device.type, packed.kind, packed.group)
     try:
         return choose(spec, name)
     except KernelError as error:
@@ -53,10 +59,11 @@ def patterns_or_skip(name: str, dtype: torch.dtype, values: str) -> list[NMPatte
 @given(data=st.data())
 def test_equals_dense_in_float64(name: str, dtype: torch.dtype, values: str, data: st.DataObject) -> None:
     pattern = data.draw(st.sampled_from(patterns_or_skip(name, dtype, values)))
-    rows, columns = data.draw(st.integers(1, 70)), 8 * data.draw(st.integers(1, 24))
+    rows, columns = data.draw(st.integers(1, 70)), 8 * data.draw(st.integers(1, 48))
     leading = data.draw(st.sampled_from([(0,), (1,), (3,), (17,), (64,), (2, 5)]))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    packed = packed_weight(rows, columns, pattern, dtype, values)
+    group = data.draw(st.sampled_from(GROUPS)) if values == INT4 else None
+    packed = packed_weight(rows, columns, pattern, dtype, values, group)
     kernel = kernel_or_skip(name, packed, dtype)
     bias_O = torch.randn(rows, dtype=dtype) if data.draw(st.booleans()) else None
     x_TI = torch.randn(*leading, columns, dtype=dtype)
@@ -78,7 +85,7 @@ def test_inputs_that_are_not_contiguous(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.4)])
+@pytest.mark.parametrize(("values", "most"), [("float", 0.65), ("int8", 0.4), ("fp8_e4m3", 0.4), ("int4", 0.25)])
 def test_stays_compressed(name: str, values: str, most: float) -> None:
     packed = packed_weight(64, 256, NMPattern(2, 4), torch.bfloat16, values)
     tensors = kernel_or_skip(name, packed, torch.bfloat16).prepare(packed)

@@ -30,6 +30,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fp8": corrected_dir(root / "fp8", "fp8_e4m3", FIXED),
         "corrected": corrected_dir(root / "corrected", "float", FIXED),
         "low": corrected_dir(root / "low", "int8", LOW_RANK),
+        "int4": corrected_dir(root / "int4", "int4", group=64),
     }
 
 
@@ -74,6 +75,18 @@ def overflow(tensors: dict[str, Tensor]) -> None:
         ("fp8", nan_code, rf"{UP}: values: code 2 of row 7 is NaN"),
         ("fp8", put(".correction_out", float("nan"), (3, 2)), f"{UP}: the correction holds NaN or infinity"),
         ("int8", put(".correction_pool", float("-inf"), (1, 2)), f"{UP}: the correction holds NaN or infinity"),
+        ("int4", put(".scale", 0.0), rf"{UP}: scale of row 3, group 0 is 0\.0, expected above 0 and finite times 8"),
+        ("int4", put(".scale", -1e-3), rf"{UP}: scale of row 3, group 0 is -0\.001"),
+        ("int4", put(".scale", float("nan")), rf"{UP}: scale of row 3, group 0 is nan"),
+        ("int4", put(".scale", float("inf")), rf"{UP}: scale of row 3, group 0 is inf"),
+        ("int4", put(".scale", 1e38), rf"{UP}: scale of row 3, group 0 is"),
+        ("int4", drop(".scale"), rf"target {UP}: expected exactly \.values, \.bitmask, \.scale.*, found"),
+        ("int4", replace(".scale", lambda t: t[:, 0]), rf"{UP}\.scale: F32 \[64\], expected F32 \[64, 1\]"),
+        ("int4", replace(".scale", lambda t: t.repeat(1, 2)), rf"{UP}\.scale: F32 \[64, 2\], expected F32 \[64, 1\]"),
+        ("int4", replace(".scale", Tensor.half), rf"{UP}\.scale: F16"),
+        ("int4", replace(".values", lambda t: t.view(torch.int8)), rf"{UP}: values I8, .*expected one of \['U8'\]"),
+        ("int4", replace(".values", lambda t: t[:, :7]), rf"{UP}: values \[64, 7\] do not match .*, 2 in a byte"),
+        ("int4", replace(".values", lambda t: t.repeat(1, 2)), rf"{UP}: values \[64, 16\] do not match"),
         ("int8", drop(".scale"), rf"target {UP}: expected exactly \.values, \.bitmask, \.scale.*, found"),
         ("float", add(".scale", torch.ones(64)), rf"target {UP}: expected exactly \.values, \.bitmask, found"),
         ("int8", replace(".scale", Tensor.double), rf"{UP}\.scale: F64 \[64\], expected F32 \[64\]"),

@@ -6,6 +6,7 @@ Each start covers one kind of values and one form of correction, on one rank or 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,49 @@ def test_serves_what_transformers_computes(
     )  # corrections are stored in float32 and held in what is served
     most = 1.3 if ranks == 1 and values != "fp8_e4m3" else 1.6
     assert least <= held < most * stored, "a kernel pads the ends of what a rank holds, and may keep fp8 in 16 bits"
+
+
+@pytest.mark.parametrize(("group", "ranks"), [(64, 2), (None, 1)])
+def test_int4_values(group: int | None, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two ranks each has one of the two groups of the rows that are divided."""
+    loader.register()
+    models.save("llama", tmp_path / "dense", hidden_size=256, intermediate_size=256, dtype=torch.float32)
+    models.save_corrected(tmp_path / "dense", tmp_path / "sparse", None, "int4", group)
+    tokens, logprobs = transformers_oracle(tmp_path / "sparse")
+    if ranks > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with serve(tmp_path / "sparse", "float32", tensor_parallel_size=ranks) as llm:
+        assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=2e-4)
+        assert greedy(llm) == tokens
+
+
+@pytest.mark.parametrize(
+    ("group", "inputs", "of", "message"),
+    [
+        (64, 128, 256, None),
+        (64, 64, 64, None),
+        (None, 64, 256, None),
+        (128, 128, 256, r"up_proj .*: 128 of 256 inputs keep 64 weights a row, no multiple of the 128 .* --group row"),
+        (64, 192, 384, r"up_proj .*: 192 of 384 inputs keep 96 weights a row, no multiple of the 64 that share"),
+    ],
+)
+def test_a_rank_must_hold_whole_groups(
+    group: int | None, inputs: int, of: int, message: str | None, tmp_path: Path, one_rank: None
+) -> None:
+    from sparse_serve.plugin.config import SparseNMConfig
+    from sparse_serve.plugin.linear import SparseNMLinearMethod
+
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    models.save_corrected(tmp_path / "dense", tmp_path / "sparse", None, "int4", group)
+    method, layer = SparseNMLinearMethod.__new__(SparseNMLinearMethod), torch.nn.Module()
+    method.config = SparseNMConfig(SparseCheckpoint.open(tmp_path / "sparse").config)
+    method.prefix, method.correction = "up_proj", None
+    with pytest.raises(FormatError, match=message) if message else nullcontext():
+        method.create_weights(layer, inputs, [32], of, 32, torch.float32, weight_loader=None)
+    if message is None:
+        kept = inputs // 2
+        assert layer.values.shape == (32, kept // 2)
+        assert list(layer.scale.shape) == ([32] if group is None else [32, kept // group or 1])
 
 
 @pytest.fixture

@@ -69,6 +69,8 @@ class ADMM(LocalMethod):
     iterations: int = 20
     ramp: int = 15
 
+    keeps_gram = True
+
     def __post_init__(self) -> None:
         self.require_one_of(mask=("own", "prior"))
         self.require_positive("damp", "rho", "ridge")

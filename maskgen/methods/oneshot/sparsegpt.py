@@ -29,7 +29,7 @@ from torch import Tensor
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_gram, damped_cholesky
+from maskgen.numerics.statistics import Gram, add_gram, inverse_factor
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class SparseGPT(LocalMethod):
     damp: float = 0.01
     block: int = 128
     update: bool = True
+
+    keeps_gram = True
 
     def __post_init__(self) -> None:
         self.require_positive("damp")
@@ -66,19 +68,11 @@ class SparseGPT(LocalMethod):
         dead_I = hessian_II.diagonal() == 0
         hessian_II.diagonal()[dead_I] = 1.0
         weight_OI = weight_OI.masked_fill(dead_I, 0.0)
-        inverse_factor_II = _inverse_factor(hessian_II, self.damp)
+        inverse_factor_II = inverse_factor(hessian_II, self.damp)
         if not self.update:
             score_OI = (weight_OI / inverse_factor_II.diagonal()).square()
             return Solution(pattern.mask_from_scores(score_OI))
         return _sweep(weight_OI, inverse_factor_II, pattern, self.block)
-
-
-def _inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with (H + damp * mean(diag H) * I)^-1 = U^T U; more damping if the factorisation fails."""
-    upper_II = damped_cholesky(hessian_II.flip(0, 1), damp).flip(0, 1)
-    eye_II = torch.eye(hessian_II.shape[0], dtype=hessian_II.dtype, device=hessian_II.device)
-    inverse_II: Tensor = torch.linalg.solve_triangular(upper_II, eye_II, upper=True)
-    return inverse_II
 
 
 def _sweep(weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern, block: int) -> Solution:

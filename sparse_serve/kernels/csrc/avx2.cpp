@@ -70,6 +70,11 @@ struct Avx2 {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
             _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)))};
   }
+  static INLINE Lanes zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static INLINE Lanes next_nibbles(Lanes words) { return {_mm256_srli_epi16(words.a, 4), _mm256_srli_epi16(words.b, 4)}; }
+  static INLINE Lanes nibbles_to_int16(Lanes words) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(words.a, 12), 12), _mm256_srai_epi16(_mm256_slli_epi16(words.b, 12), 12)};
+  }
   static INLINE void spread(const float* x, uint8_t* to) {
     const __m256 group = _mm256_castps128_ps256(_mm_loadu_ps(x));
     float* out = reinterpret_cast<float*>(to);

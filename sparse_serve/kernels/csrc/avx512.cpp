@@ -61,6 +61,19 @@ struct Avx512 {
     const __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1));
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
   }
+  static INLINE Lanes zero() { return _mm512_setzero_si512(); }
+  static INLINE Lanes next_nibbles(Lanes words) { return _mm512_srli_epi16(words, 4); }
+  static INLINE Lanes nibbles_to_int16(Lanes words) { return _mm512_srai_epi16(_mm512_slli_epi16(words, 12), 12); }
+  // The lowest code of each 16 bits. The permute looks at 5 bits, of which the last is the next code's: both halves of the
+  // table are the same.
+  static INLINE Lanes nibbles_to_bf16(Lanes words) {
+    alignas(64) static constexpr uint16_t kNumbers[32] = {
+        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  // 0 to 7
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  // -8 to -1
+        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    return _mm512_permutexvar_epi16(words, load(kNumbers));
+  }
   static INLINE Lanes broadcast(const uint8_t* from) {
     int both;
     __builtin_memcpy(&both, from, 4);

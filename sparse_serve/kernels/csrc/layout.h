@@ -8,9 +8,12 @@
 //                                  16 bits:  16 dwords, the left value in the low half       64 bytes
 //                                  float32:  16 left values, then 16 right values           128 bytes
 //                                  int8:     16 times (left, right)                          32 bytes
+//                                  int4:     of 4 groups 16 dwords, the left codes in the low half, the first group's
+//                                            lowest, the right ones in the high half         64 bytes for 4 groups
+//     scales    16 float32         int4 only: of each row, for the 64 kept values of the block
 //
 // Blocks lie in the order in which one token meets them: superblock of 8 blocks (128 rows), then 128 columns, then
-// block. So a decode step is one sequential read of 0.5625 (16 bits) or 0.3125 (int8) of the dense bfloat16 bytes.
+// block. So a decode step is one sequential read of 0.5625 (16 bits), 0.3125 (int8) or 0.2031 (int4) of the dense bfloat16 bytes.
 // What is missing at the ends is zero.
 #pragma once
 #include <cstddef>
@@ -20,16 +23,23 @@ namespace sparse24 {
 
 constexpr int kLanes = 16, kGroups = 32, kColumns = 4 * kGroups, kSuper = 8;
 constexpr int kTokens = 16, kMany = 64;  // tokens of a tile, with rows in the lanes (linear.h) and with tokens (many.h)
-constexpr int kCodeBytes = kGroups * kLanes / 2;
+constexpr int kCodeBytes = kGroups * kLanes / 2, kScaleBytes = kLanes * 4, kKept = 2 * kGroups;
 
 // Of activations; and of values, which may be codes.
 enum class Floats : int64_t { kBFloat16, kFloat32, kFloat16 };
-enum class Values : int64_t { kBFloat16, kFloat32, kFloat16, kInt8 };
+enum class Values : int64_t { kBFloat16, kFloat32, kFloat16, kInt8, kInt4 };
 
-constexpr int value_bytes(Values values) {
+constexpr int value_bytes(Values values) {  // of all but int4
   return values == Values::kFloat32 ? 4 : values == Values::kInt8 ? 1 : 2;
 }
-constexpr int block_bytes(Values values) { return kCodeBytes + kGroups * kLanes * 2 * value_bytes(values); }
+constexpr int together(Values values) { return values == Values::kInt4 ? 4 : 1; }  // groups that lie side by side,
+constexpr int together_bytes(Values values) {                                      // and their bytes
+  return values == Values::kInt4 ? 64 : kLanes * 2 * value_bytes(values);
+}
+constexpr int block_bytes(Values values) {
+  const int scales = values == Values::kInt4 ? kScaleBytes : 0;
+  return kCodeBytes + kGroups / together(values) * together_bytes(values) + scales;
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t row_blocks(int64_t rows) { return ceil_div(rows, kLanes); }
 constexpr int64_t superblocks(int64_t rows) { return ceil_div(rows, kLanes * kSuper); }
@@ -41,9 +51,14 @@ inline int blocks_of(int64_t rows, int64_t superblock) {  // row blocks of a sup
 }
 
 // Superblocks [first, last) of `blocks`, from values [rows, columns / 2] and a bitmask [rows, columns / 8] with two bits
-// set in every four, the first column lowest. Columns are a multiple of 8.
+// set in every four, the first column lowest. Columns are a multiple of 8. Of int4, values are [rows, columns / 4], and
+// `scales` [rows, ...], each for so many kept values of a row.
+struct Scales {
+  const float* of = nullptr;
+  int64_t each = 0;
+};
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
-          int64_t first, int64_t last);
+          int64_t first, int64_t last, Scales scales = {});
 
 // y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all of one kind.
 struct Linear {

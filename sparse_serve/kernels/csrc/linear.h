@@ -16,6 +16,8 @@
 // Pairs is for bfloat16 inputs where the processor has the instruction; int8 values are bfloat16 numbers too. A result
 // depends on its token and its row only, not on the other tokens of the batch nor on the number of threads: with many
 // tokens, Pairs may go another way (many.h) to the same sums in the same order.
+//
+// int4 values have a scale for each block: sums of codes begin at zero in each, and are scaled when they are added.
 #pragma once
 #include "activations.h"
 #include "many.h"
@@ -51,9 +53,12 @@ struct Exact {
   }
 
   template <int kCount>
-  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
+  static INLINE void step(Lanes* acc, const uint8_t* values, Lanes nibbles, typename Isa::Codes codes, const uint8_t* table) {
     Lanes left, right;
-    if constexpr (kValues == Values::kBFloat16) {
+    if constexpr (kValues == Values::kInt4) {
+      const Lanes both = Isa::nibbles_to_int16(nibbles);
+      left = Isa::low_int16(both), right = Isa::high_int16(both);
+    } else if constexpr (kValues == Values::kBFloat16) {
       const Lanes both = Isa::load(values);
       left = Isa::low_bf16(both), right = Isa::high_bf16(both);
     } else if constexpr (kValues == Values::kFloat16) {
@@ -91,8 +96,10 @@ struct Pairs {
   }
 
   template <int kCount>
-  static INLINE void step(Lanes* acc, const uint8_t* values, typename Isa::Codes codes, const uint8_t* table) {
-    const Lanes both = kValues == Values::kBFloat16 ? Isa::load(values) : Isa::widen_to_bf16(values);
+  static INLINE void step(Lanes* acc, const uint8_t* values, Lanes nibbles, typename Isa::Codes codes, const uint8_t* table) {
+    Lanes both;
+    if constexpr (kValues == Values::kInt4) both = Isa::nibbles_to_bf16(nibbles);
+    else both = kValues == Values::kBFloat16 ? Isa::load(values) : Isa::widen_to_bf16(values);
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; m += 2) {
       const auto entries = kCount > 1 ? Isa::table(table + m * kTable) : Isa::half_table(table);
@@ -111,21 +118,33 @@ struct Pairs {
 // registers with its callers' constants and spill accumulators.
 template <class Isa, class Product, int kCount, Values kValues>
 __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
-  constexpr int kValueBytes = kLanes * 2 * value_bytes(kValues), kStride = kCount * Product::kTable;
+  constexpr int kValueBytes = together_bytes(kValues), kTogether = together(kValues);
+  constexpr int kStride = kCount * Product::kTable;
+  constexpr bool kScaled = kValues == Values::kInt4;
   typename Isa::Lanes acc[kCount];
 #pragma GCC unroll 16
-  for (int m = 0; m < kCount; ++m) acc[m] = Isa::load(sums + m * kLanes);
+  for (int m = 0; m < kCount; ++m) acc[m] = kScaled ? Isa::zero() : Isa::load(sums + m * kLanes);
   const uint8_t* values = data + kCodeBytes;
   for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
     auto codes = Isa::codes(data + quarter * 64);
     ask<kCount, kValues>(data + quarter * 64);
 #pragma GCC unroll 2
-    for (int g = 0; g < 8; ++g) {
+    for (int g = 0; g < 8 / kTogether; ++g, values += kValueBytes) {
       for (int line = 0; line < kValueBytes; line += 64) ask<kCount, kValues>(values + line);
-      Product::template step<kCount>(acc, values, codes, tables);
-      values += kValueBytes, tables += kStride;
-      codes = Isa::next(codes);
+      typename Isa::Lanes nibbles = kScaled ? Isa::load(values) : Isa::zero();
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        Product::template step<kCount>(acc, values, nibbles, codes, tables);
+        tables += kStride;
+        codes = Isa::next(codes);
+        if constexpr (kScaled) nibbles = Isa::next_nibbles(nibbles);
+      }
     }
+  }
+  if constexpr (kScaled) {
+    const auto scale = Isa::load(values);
+#pragma GCC unroll 16
+    for (int m = 0; m < kCount; ++m) acc[m] = Isa::multiply_add(acc[m], scale, Isa::load(sums + m * kLanes));
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kCount; ++m) Isa::store(sums + m * kLanes, acc[m]);
@@ -185,12 +204,16 @@ void run_product(const Linear& op, int64_t first, int64_t last, int64_t begin = 
 
 template <class Isa>
 void run_any(const Linear& op, int64_t first, int64_t last) {
-  constexpr Values kInt8 = Values::kInt8, kFloat32 = Values::kFloat32;
+  constexpr Values kInt8 = Values::kInt8, kInt4 = Values::kInt4, kFloat32 = Values::kFloat32;
   constexpr Values kBFloat16 = Values::kBFloat16, kFloat16 = Values::kFloat16;
   if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
   if (op.values == kFloat16) return run_product<Isa, Exact<Isa, kFloat16>, kFloat16>(op, first, last);
   if constexpr (Isa::kDotBf16) {
     const bool bfloat16 = op.kind == Floats::kBFloat16;
+    if (bfloat16 && op.values == kInt4) {
+      const int64_t done = run_many<Isa, kInt4>(op, first, last);
+      return run_product<Isa, Pairs<Isa, kInt4>, kInt4>(op, first, last, done);
+    }
     if (bfloat16 && op.values == kInt8) {
       const int64_t done = run_many<Isa, kInt8>(op, first, last);
       return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last, done);
@@ -200,6 +223,7 @@ void run_any(const Linear& op, int64_t first, int64_t last) {
       return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last, done);
     }
   }
+  if (op.values == kInt4) return run_product<Isa, Exact<Isa, kInt4>, kInt4>(op, first, last);
   if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
   run_product<Isa, Exact<Isa, kBFloat16>, kBFloat16>(op, first, last);
 }

@@ -9,7 +9,7 @@
 // With rows in the lanes (linear.h) every product costs a permute too, and both compete for the same execution ports.
 // Here the load that fetches the operand does the selecting. Tables are built once for all rows of a group of superblocks
 // (48 KiB; the sums are 256 KiB), which pays from 64 tokens on; and the sums come out with rows and tokens changed round,
-// which bfloat16 values have to make up for over many columns, while int8 values are widened for 64 tokens at once.
+// which bfloat16 values have to make up for over many columns, while int8 and int4 values are widened for 64 tokens at once.
 #pragma once
 #include <memory>
 
@@ -49,7 +49,19 @@ template <class Isa, Values kValues>
 __attribute__((noinline)) void many_block(const uint8_t* data, const uint8_t* tables, float* sums) {
   constexpr int kLines = (block_bytes(kValues) / 64 + kLanes - 1) / kLanes;  // of the next block, for each row of this one
   const uint8_t* values = data + kCodeBytes;
-  alignas(64) uint8_t widened[kValues == Values::kInt8 ? kGroups * 64 : 1];
+  constexpr bool kScaled = kValues == Values::kInt4;
+  alignas(64) uint8_t widened[kValues == Values::kInt8 || kScaled ? kGroups * 64 : 1];
+  alignas(64) float scales[kLanes];
+  if constexpr (kScaled) {
+    for (int g = 0; g < kGroups / 4; ++g) {
+      typename Isa::Lanes nibbles = Isa::load(values + g * 64);
+      for (int i = 0; i < 4; ++i, nibbles = Isa::next_nibbles(nibbles)) {
+        Isa::store(widened + (4 * g + i) * 64, Isa::nibbles_to_bf16(nibbles));
+      }
+    }
+    Isa::store(scales, Isa::load(values + kGroups / 4 * 64));
+    values = widened;
+  }
   if constexpr (kValues == Values::kInt8) {
     for (int g = 0; g < kGroups; ++g) Isa::store(widened + g * 64, Isa::widen_to_bf16(values + g * 32));
     values = widened;
@@ -58,7 +70,7 @@ __attribute__((noinline)) void many_block(const uint8_t* data, const uint8_t* ta
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(data + block_bytes(kValues) + (row * kLines + line) * 64);
     typename Isa::Lanes acc[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[v] = Isa::load(sums + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[v] = kScaled ? Isa::zero() : Isa::load(sums + v * kLanes);
     const uint8_t *value = values + 4 * row, *table = tables;
     for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
       uint32_t codes;
@@ -70,6 +82,11 @@ __attribute__((noinline)) void many_block(const uint8_t* data, const uint8_t* ta
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[v] = Isa::dot_bf16(Isa::load(entry + v * 64), both, acc[v]);
       }
+    }
+    if constexpr (kScaled) {
+      const typename Isa::Lanes scale = Isa::broadcast(reinterpret_cast<const uint8_t*>(scales + row));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[v] = Isa::multiply_add(acc[v], scale, Isa::load(sums + v * kLanes));
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) Isa::store(sums + v * kLanes, acc[v]);

@@ -1,6 +1,6 @@
 // The torch operators of the CPU kernel, on torch's stable ABI (one build serves every torch from 2.11 on):
 //
-//     sparse_serve_cpu::pack(values, bitmask) -> uint8 [bytes]             the blocks of layout.h
+//     sparse_serve_cpu::pack(values, bitmask, scale?) -> uint8 [bytes]     the blocks of layout.h; scale of int4 only
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
@@ -8,7 +8,8 @@
 // `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
 // say what was given and what was expected.
 //
-// `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell.
+// `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell; uint8 is
+// that of int4 codes, of which two share a byte.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -63,7 +64,8 @@ Values values_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return Values::kBFloat16;
   if (type == ScalarType::Float) return Values::kFloat32;
   if (type == ScalarType::Half) return Values::kFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Char, "values are ", type, ", expected BFloat16, Half, Float or Char");
+  if (type == ScalarType::Byte) return Values::kInt4;
+  STD_TORCH_CHECK(type == ScalarType::Char, "values are ", type, ", expected BFloat16, Half, Float, Char or Byte");
   return Values::kInt8;
 }
 
@@ -90,14 +92,35 @@ void advise_huge_pages(void* start, int64_t bytes) {
 #endif
 }
 
-Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
+// The scales of int4 values: one a row, or one for each 64 or 128 that a row keeps.
+Scales scales_of(const std::optional<Tensor>& scale, Values kind, int64_t rows, int64_t kept) {
+  if (kind != Values::kInt4) {
+    STD_TORCH_CHECK(!scale, "scale is ", text(*scale), ", expected none: only those of int4 values are in the blocks");
+    return {};
+  }
+  STD_TORCH_CHECK(scale, "scale is missing, expected Float [", rows, "] or [", rows, ", groups]: values are Byte");
+  const bool fits = scale->scalar_type() == ScalarType::Float && scale->is_contiguous() && scale->dim() > 0 &&
+                    scale->size(0) == rows;
+  const float* of = fits ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+  if (fits && scale->dim() == 1) return {of, std::max<int64_t>(kept, kKept)};
+  for (int64_t each : {int64_t{kKept}, int64_t{2 * kKept}}) {
+    if (fits && scale->dim() == 2 && scale->size(1) == ceil_div(kept, each)) return {of, each};
+  }
+  STD_TORCH_CHECK(false, "scale is ", text(*scale), ", expected contiguous Float [", rows, "], [", rows, ", ",
+                  ceil_div(kept, kKept), "] or [", rows, ", ", ceil_div(kept, 2 * kKept), "]");
+  return {};
+}
+
+Tensor pack_weight(const Tensor& values, const Tensor& bitmask, const std::optional<Tensor>& scale) {
   const Values kind = values_of(values.scalar_type());
   STD_TORCH_CHECK(bitmask.dim() == 2 && bitmask.scalar_type() == ScalarType::Byte && bitmask.is_contiguous(),
                   "bitmask is ", text(bitmask), ", expected contiguous Byte [rows, columns / 8]");
   const int64_t rows = bitmask.size(0), columns = bitmask.size(1) * 8, parts = column_blocks(columns);
-  const bool fits = values.dim() == 2 && values.size(0) == rows && values.size(1) * 2 == columns;
+  const int64_t each = kind == Values::kInt4 ? 4 : 2;  // columns of one element
+  const bool fits = values.dim() == 2 && values.size(0) == rows && values.size(1) * each == columns;
   STD_TORCH_CHECK(fits && values.is_contiguous(), "values are ", text(values), ", expected contiguous [", rows, ", ",
-                  columns / 2, "], as the bitmask is ", text(bitmask));
+                  columns / each, "], as the bitmask is ", text(bitmask));
+  const Scales scales = scales_of(scale, kind, rows, columns / 2);
   const int64_t bytes = row_blocks(rows) * parts * block_bytes(kind);
   Tensor out = torch::stable::new_empty(bitmask, {bytes});
   uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
@@ -105,7 +128,7 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask) {
   const uint8_t* from = static_cast<const uint8_t*>(values.const_data_ptr());
   const uint8_t* bits = static_cast<const uint8_t*>(bitmask.const_data_ptr());
   torch::stable::parallel_for(0, superblocks(rows), 1, [&](int64_t first, int64_t last) {
-    pack(from, bits, kind, rows, columns, blocks, first, last);
+    pack(from, bits, kind, rows, columns, blocks, first, last, scales);
   });
   return out;
 }
@@ -140,6 +163,7 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   if (bias) check_per_row(*bias, "bias", x.scalar_type(), rows);
   if (scale) check_per_row(*scale, "scale", ScalarType::Float, rows);
   STD_TORCH_CHECK(scale || kind != Values::kInt8, "scale is missing, expected Float [", rows, "]: values are Char");
+  STD_TORCH_CHECK(!scale || kind != Values::kInt4, "scale is given, expected none: those of Byte values are in the blocks");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
   Tensor y = torch::stable::new_empty(x, shape);
@@ -184,7 +208,7 @@ int64_t read(const Tensor& bytes) {
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
   m.def("read(Tensor bytes) -> int");
-  m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
+  m.def("pack(Tensor values, Tensor bitmask, Tensor? scale=None) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
 }
 

@@ -72,6 +72,16 @@ struct Portable {
       return left | right << 16;
     });
   }
+  static INLINE Lanes zero() { return {}; }
+  static INLINE Lanes next_nibbles(const Lanes& words) {
+    return each([&](int i) { return (words.at[i] >> 4 & 0x0fff0fffu); });
+  }
+  static INLINE Lanes nibbles_to_int16(const Lanes& words) {
+    return each([&](int i) {
+      const uint32_t left = ((words.at[i] & 15) ^ 8) - 8, right = ((words.at[i] >> 16 & 15) ^ 8) - 8;
+      return (left & 0xffff) | right << 16;
+    });
+  }
   static INLINE void spread(const float* x, uint8_t* to) {
     float out[16];
     for (int p = 0; p < 8; ++p) out[p] = x[kLeft[p]], out[8 + p] = x[kRight[p]];

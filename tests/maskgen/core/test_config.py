@@ -69,9 +69,9 @@ def test_unknown_keys(key: str) -> None:
         SparseConfig.from_dict({**MANIFEST, "base_model": {"name": "a", "digest": DIGEST, key: 1}})
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, -1, 2.0, 3.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
+@pytest.mark.parametrize("version", [0, 1, 5, -1, 2.0, 4.0, True, "1", None, [1], 10**30, float("nan"), "9" * 10_000])
 def test_unknown_versions(version: Any) -> None:
-    with pytest.raises(FormatError, match=r"format_version .*, this release reads 2 and 3") as caught:
+    with pytest.raises(FormatError, match=r"format_version .*, this release reads 2 to 4") as caught:
         SparseConfig.from_dict({**MANIFEST, "format_version": version})
     assert len(str(caught.value)) < 300
 
@@ -92,9 +92,10 @@ def test_low_rank_corrections_round_trip(values: str) -> None:
     assert config.correction == LowRankCorrection(16) and config.to_dict() == manifest
 
 
-@pytest.mark.parametrize("values", ["Float", "int4", "fp8_e5m2", "", None, 8, True, ["int8"], {"int8": 1}, "x" * 10**6])
+@pytest.mark.parametrize("values", ["Float", "int3", "fp8_e5m2", "", None, 8, True, ["int8"], {"int8": 1}, "x" * 10**6])
 def test_values_of_another_kind(values: Any) -> None:
-    with pytest.raises(FormatError, match=r"values .*, expected one of \['float', 'int8', 'fp8_e4m3'\]") as caught:
+    expected = r"values .*, expected one of \['float', 'int8', 'fp8_e4m3', 'int4'\]"
+    with pytest.raises(FormatError, match=expected) as caught:
         SparseConfig.from_dict({**MANIFEST, "values": values})
     assert len(str(caught.value)) < 300
 

@@ -13,6 +13,7 @@ from maskgen.core.values import (
     CODE_DTYPES,
     FLOAT,
     FP8,
+    INT4,
     INT8,
     LARGEST,
     check_codes,
@@ -76,12 +77,14 @@ def test_bfloat16_values_are_quantised_from_what_they_are(kind: str) -> None:
 
 def test_kinds() -> None:
     assert [kind_of(dtype) for dtype in (torch.float32, torch.int8, torch.float8_e4m3fn)] == [FLOAT, INT8, FP8]
-    for dtype in (torch.float64, torch.uint8, torch.float8_e5m2, torch.int32):
+    assert kind_of(torch.uint8) == INT4
+    for dtype in (torch.float64, torch.float8_e5m2, torch.int32):
         with pytest.raises(FormatError, match=f"up: values {dtype}, expected one of"):
             kind_of(dtype, "up")
 
 
 CODES = torch.zeros(2, 3, dtype=torch.int8)
+OCTETS = torch.zeros(2, 48, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,18 @@ CODES = torch.zeros(2, 3, dtype=torch.int8)
         (torch.tensor([float("inf"), 1.0]), CODES, "up: scale of row 0 is inf"),
         (torch.tensor([3e36, 1.0]), CODES, "up: scale of row 0 is 3"),
         (torch.tensor([1.0, float("nan")]), CODES, "up: scale of row 1 is nan"),
+        (None, OCTETS, "up: values torch.uint8 without a scale"),
+        (torch.ones(3), OCTETS, r"up: scale torch.float32 \[3\], expected float32 \[2\]"),
+        (
+            torch.ones(2, 3),
+            OCTETS,
+            r"up: scale \[2, 3\] for 96 kept values a row, expected one scale a row, or one for",
+        ),
+        (torch.ones(3, 2), OCTETS, r"up: scale torch.float32 \[3, 2\], expected float32 \[2, 2\]"),
+        (torch.ones(2, 2).half(), OCTETS, "up: scale torch.float16"),
+        (torch.tensor([[1.0, 1.0], [1.0, 0.0]]), OCTETS, r"up: scale of row 1, group 1 is 0\.0, .* finite times 8"),
+        (torch.tensor([[1.0, -1e-3], [1.0, 1.0]]), OCTETS, r"up: scale of row 0, group 1 is -0\.001"),
+        (torch.tensor([1.0, 1e38]), OCTETS, r"up: scale of row 1 is 9\.9"),
     ],
 )
 def test_scales_that_are_refused(scale: Tensor | None, values: Tensor, message: str) -> None:

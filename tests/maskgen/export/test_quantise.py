@@ -16,7 +16,7 @@ from maskgen.export.compress import compress_masks, decompress
 from maskgen.export.quantise import quantise
 from tests.directories import COMPANIONS, TARGETS, bits, corrected_dir, dense_dir, magnitude_masks, read_all, sparse_dir
 
-KINDS = ("int8", "fp8_e4m3")
+KINDS = ("int8", "fp8_e4m3", "int4")
 FORM = PooledCorrection(8, "trained")
 
 
@@ -52,7 +52,8 @@ def test_two_steps_are_one(tmp_path: Path, kind: str) -> None:
     ).read_bytes()
     assert one == two
     weights = 32 * 32 + 2 * 64 * 32
-    assert one.ratio == 0.3125 + 4 * (32 + 32 + 64) / (2 * weights)
+    rows = 32 + 32 + 64
+    assert one.ratio == (0.1875 if kind == "int4" else 0.3125) + 4 * rows / (2 * weights)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
@@ -74,11 +75,11 @@ def test_a_config_that_names_no_dtype_of_ours_means_float32(tmp_path: Path, dtyp
     assert bits(dense) == bits(SparseCheckpoint.open(tmp_path / "codes").packed(TARGETS[0]).unpack())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "float", "int4"])
+@pytest.mark.parametrize("kind", [*KINDS, "float"])
 def test_values_are_rounded_once(tmp_path: Path, kind: str) -> None:
     corrected_dir(tmp_path / "codes", "int8")
     with pytest.raises(
-        FormatError, match=f"values int8 cannot become '{kind}'; quantise float values to int8 or fp8_e4m3"
+        FormatError, match=f"values int8 cannot become '{kind}'; quantise float values to int8 or fp8_e4m3 or int4"
     ):
         quantise(tmp_path / "codes", tmp_path / "again", kind)
     assert not (tmp_path / "again").exists()
@@ -88,8 +89,11 @@ def test_refusals(tmp_path: Path) -> None:
     sparse = sparse_dir(tmp_path / "float")
     with pytest.raises(FormatError, match="values float cannot become 'float'"):
         quantise(sparse, tmp_path / "out", "float")
-    with pytest.raises(FormatError, match="values 'int4', expected one of"):
-        quantise(sparse, tmp_path / "out", "int4")
+    with pytest.raises(FormatError, match="values 'int3', expected one of"):
+        quantise(sparse, tmp_path / "out", "int3")
+    for values, group in (("int8", 64), ("int4", 32)):
+        with pytest.raises(FormatError, match=f"a group of {group} for {values} values, expected 64, 128 or 'row'"):
+            quantise(sparse, tmp_path / "out", values, group)
     with pytest.raises(OutputExistsError):
         quantise(sparse, sparse, "int8")
     with pytest.raises(FormatError, match="a dense model"):
@@ -101,7 +105,7 @@ def test_every_layer_is_quantised_once_and_written_when_its_shard_is_full(
 ) -> None:
     sparse, seen = sparse_dir(tmp_path / "float"), list[int]()
     really = PackedTensor.quantised
-    monkeypatch.setattr(PackedTensor, "quantised", lambda packed, kind: (seen.append(1), really(packed, kind))[1])
+    monkeypatch.setattr(PackedTensor, "quantised", lambda packed, *form: (seen.append(1), really(packed, *form))[1])
     quantise(sparse, tmp_path / "out", "int8", shard_bytes=1)
     assert len(seen) == len(TARGETS)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(SparseCheckpoint.open(tmp_path / "out").headers)

@@ -76,7 +76,7 @@ FORMS = [None, PooledCorrection(8, "fixed"), PooledCorrection(16, "trained"), Lo
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("values", ["float", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("values", ["float", "int8", "fp8_e4m3", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_decompressed_model(
     values: str, form: CorrectionConfig | None, dtype: torch.dtype, model_dir: ModelDir, tmp_path: Path
@@ -97,7 +97,7 @@ def test_a_float32_load_of_bfloat16_tensors_is_exact(model_dir: ModelDir, tmp_pa
     assert torch.equal(loaded.state_dict()[TARGET + ".weight"], layer.dense(torch.float32))
 
 
-@pytest.mark.parametrize("values", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("values", ["int8", "fp8_e4m3", "int4"])
 def test_codes_are_never_taken_for_the_dtype_of_the_model(values: str, model_dir: ModelDir, tmp_path: Path) -> None:
     models.save_corrected(model_dir("llama", dtype=torch.bfloat16), tmp_path / "sparse", None, values)
     config = json.loads((tmp_path / "sparse" / "config.json").read_text())

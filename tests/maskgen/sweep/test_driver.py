@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.errors import NumericalError, RecipeError
+from maskgen.core.layout import LayerForm
 from maskgen.core.pattern import NMPattern
 from maskgen.hf.dense import OUTSIDE
 from maskgen.hf.planning import plan
@@ -182,7 +183,7 @@ def test_rounding_to_the_stored_dtype_can_overflow() -> None:
             return Solution(pattern.mask_from_scores(weight_OI), weight_OI * 1e6)
 
     with pytest.raises(NumericalError, match="layer"):
-        solve_layer(Blow(), torch.ones(2, 8), None, NMPattern(2, 4), torch.float16, "layer")
+        solve_layer(Blow(), torch.ones(2, 8), None, LayerForm(NMPattern(2, 4)), torch.float16, "layer")
 
 
 def test_an_ignore_pattern_that_matches_nothing(tmp_path: Path) -> None:

@@ -39,16 +39,28 @@ struct alignas(64) Line { uint8_t bytes[64]; };  // as torch aligns what it allo
 int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
           int64_t threads = 1, bool biased = true) {
   static const int kPairs[6] = {3, 5, 9, 6, 10, 12};
-  const bool scaled = kind == Values::kInt8 || (kind == Values::kBFloat16 && tokens == 5);  // as fp8 values are
+  const bool nibbles = kind == Values::kInt4;
+  const int64_t kept = columns / 2, each = tokens % 3 == 0 ? 64 : tokens % 3 == 1 ? 128 : std::max<int64_t>(kept, 64);
+  const int64_t groups = nibbles ? ceil_div(kept, each) : 1;
+  const bool scaled = nibbles || kind == Values::kInt8 || (kind == Values::kBFloat16 && tokens == 5);  // as fp8 values are
   std::vector<uint8_t> bitmask(rows * columns / 8), values;
-  std::vector<float> dense(rows * columns), scale(rows);
+  std::vector<float> dense(rows * columns), scale(rows * groups);
+  for (float& of_group : scale) of_group = std::fabs(number()) + 0.1f;
   for (int64_t row = 0; row < rows; ++row) {
-    scale[row] = std::fabs(number()) + 0.1f;
     for (int64_t group = 0; group < columns / 4; ++group) {
       const int mask = kPairs[random_bits() % 6];
+      const float of_group = scale[row * groups + (nibbles ? 2 * group / each : 0)];
+      const uint8_t octet = static_cast<uint8_t>(random_bits());
+      int taken = 0;
       bitmask[row * (columns / 8) + group / 2] |= static_cast<uint8_t>(mask << (4 * (group % 2)));
       for (int column = 0; column < 4; ++column) {
         if (!(mask >> column & 1)) continue;
+        if (nibbles) {
+          const int code = ((taken ? octet >> 4 : octet & 15) ^ 8) - 8;
+          dense[row * columns + group * 4 + column] = static_cast<float>(code) * of_group;
+          if (!taken++) values.push_back(octet);
+          continue;
+        }
         float value = number();
         uint8_t bytes[4];
         if (kind == Values::kBFloat16 || kind == Values::kFloat16) {
@@ -62,15 +74,16 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
           __builtin_memcpy(bytes, &code, 1), value = static_cast<float>(code);
         }
         values.insert(values.end(), bytes, bytes + value_bytes(kind));
-        dense[row * columns + group * 4 + column] = scaled ? value * scale[row] : value;
+        dense[row * columns + group * 4 + column] = scaled ? value * of_group : value;
       }
     }
   }
   std::vector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
-  pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows));
+  pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows),
+       {scale.data(), each});
   Buffer x(tokens * columns, io), y(tokens * rows, io), bias(rows, io);
   Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
-            scaled ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
+            scaled && !nibbles ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
   std::vector<Line> tiles;
 #if SPARSE24_AMX
   if (run == amx::run && amx::takes(op)) {
@@ -175,7 +188,7 @@ int main() {
   for (const auto& isa : isas) {
     if (!isa.here) continue;
     std::printf("%s ", isa.name);
-    for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8}) {
+    for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8, Values::kInt4}) {
       for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
         for (int64_t tokens : {1, 2, 3, 5, 16, 17, 33, 64, 82}) {
           for (int64_t rows : {1, 16, 37, 300}) {

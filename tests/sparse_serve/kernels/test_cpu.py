@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import KINDS
+from maskgen.core.values import INT4, KINDS
 from sparse_serve.kernels import LinearSpec, cpu, supported
 
 PATTERN = NMPattern(2, 4)
@@ -31,9 +32,9 @@ HERE = range(torch.ops.sparse_serve_cpu.isa() + 1)
 """Numbers of the instruction sets that run on this processor."""
 
 
-def packed_weight(rows: int, columns: int, dtype: torch.dtype, values: str) -> PackedTensor:
+def packed_weight(rows: int, columns: int, dtype: torch.dtype, values: str, group: int | None = None) -> PackedTensor:
     mask_OI = PATTERN.mask_from_scores(torch.rand(rows, columns))
-    return PackedTensor.pack(torch.randn(rows, columns, dtype=dtype), mask_OI, PATTERN).quantised(values)
+    return PackedTensor.pack(torch.randn(rows, columns, dtype=dtype), mask_OI, PATTERN).quantised(values, group)
 
 
 def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, isa: int) -> Tensor:
@@ -49,13 +50,14 @@ def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, isa
     tokens=st.integers(0, 20) | st.integers(60, 150),
     dtype=st.sampled_from(list(TOLERANCE)),
     values=st.sampled_from(KINDS),
+    group=st.sampled_from(GROUPS),
     seed=st.integers(0, 2**31),
 )
 def test_every_instruction_set_is_right_at_every_end(
-    rows: int, columns: int, tokens: int, dtype: torch.dtype, values: str, seed: int
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, values: str, group: int | None, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    packed = packed_weight(rows, columns, dtype, values)
+    packed = packed_weight(rows, columns, dtype, values, group if values == INT4 else None)
     tensors, bias_O = cpu.prepare(packed), torch.randn(rows, dtype=dtype)
     x_TI = torch.randn(tokens, columns, dtype=dtype)
     weight_OI = packed.unpack().double()
@@ -66,7 +68,7 @@ def test_every_instruction_set_is_right_at_every_end(
         assert y_TO.dtype == dtype and ((y_TO.double() - expected_TO).abs() <= TOLERANCE[dtype] * size_TO).all()
 
 
-@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("columns", [264, 1032])
@@ -90,7 +92,9 @@ def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("tokens", "values"), [(1, "float"), (20, "float"), (90, "float"), (90, "int8")])
+@pytest.mark.parametrize(
+    ("tokens", "values"), [(1, "float"), (20, "float"), (90, "float"), (90, "int8"), (1, "int4"), (90, "int4")]
+)
 def test_two_threads_at_once_agree(tokens: int, values: str) -> None:
     torch.manual_seed(1)
     tensors = cpu.prepare(packed_weight(512, 1024, torch.bfloat16, values))
@@ -108,7 +112,7 @@ def test_two_threads_at_once_agree(tokens: int, values: str) -> None:
     assert len(differing) == 60 and not any(differing)
 
 
-@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [3, 70])
 def test_inputs_may_lie_anywhere(tokens: int, dtype: torch.dtype, values: str) -> None:
@@ -139,7 +143,7 @@ def test_hundreds_of_thousands_of_tokens(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_an_input_that_is_not_finite_shows(values: str, bad: float) -> None:
     """It must not turn into a plausible number, and must not touch other tokens."""
@@ -150,6 +154,20 @@ def test_an_input_that_is_not_finite_shows(values: str, bad: float) -> None:
     y_TO = cpu.linear(x_TI, tensors, None)
     assert torch.isfinite(y_TO[[0, 2]]).all()
     assert not torch.isfinite(y_TO[1, weight_OI[:, 5] != 0]).any()
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_every_pair_of_int4_codes_is_the_number_it_is(isa: int) -> None:
+    """In every place of a block, with a scale of its own for each group."""
+    octets = torch.arange(256).to(torch.uint8).repeat(33, 1)
+    bitmask = torch.full((33, 128), 0x33, dtype=torch.uint8)
+    scale = torch.arange(1, 33 * 8 + 1).float().view(33, 8)
+    packed = PackedTensor(octets, bitmask, PATTERN, scale)
+    x_TI = torch.eye(1024).bfloat16()
+    for rows in (x_TI[:3], x_TI[500:516], x_TI):
+        y_TO = product(rows.float(), cpu.prepare(packed), None, isa)
+        assert torch.equal(y_TO, rows.float() @ packed.unpack().T)
+    assert torch.equal(product(x_TI, cpu.prepare(packed), None, isa), packed.unpack().T.bfloat16())
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -1,0 +1,68 @@
+"""Pruning and rounding in one pass: what is stored is int4, and what follows is calibrated on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgen.core.errors import RecipeError
+from maskgen.recipes import recipe as recipe_module
+from tests import models
+from tests.maskgen.sweeping import recipe, run
+
+INT4 = ("values.kind=int4", "values.group=64")
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "sparsegpt-mask-only", "admm"])
+def test_every_layer_is_stored_in_four_bits(name: str, tmp_path: Path) -> None:
+    model, wanted = models.build("llama"), recipe(name, *INT4)
+    _, work = run(model, wanted, tmp_path / "work")
+    float_model = models.build("llama")
+    _, floats = run(float_model, recipe(name), tmp_path / "floats")
+    weights = dict(model.named_modules())
+    for layer in work.mask_set("sha256:" + "b" * 64, wanted.digest()).names:
+        packed = work.packed(layer)
+        packed.verify(layer)
+        assert (packed.kind, packed.group) == ("int4", 64)
+        assert torch.equal(weights[layer].weight, packed.unpack()), "what follows is calibrated on what is stored"
+    first = next(iter(floats.mask_set("sha256:" + "b" * 64, wanted.digest()).names))
+    exact, codes = floats.packed(first), work.packed(first)
+    assert torch.equal(exact.bitmask, codes.bitmask), "the first layer's inputs are the same"
+    assert (codes.unpack() - exact.unpack()).norm() < 0.3 * exact.unpack().norm()
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
+    wanted = recipe("sparsegpt", *INT4)
+    _, whole = run(models.build("llama"), wanted, tmp_path / "work")
+    name = whole.mask_set("sha256:" + "b" * 64, wanted.digest()).names[-1]
+    before = whole.packed(name).values.clone()
+    (tmp_path / "work" / "block-00001.safetensors").unlink()
+    report, again = run(models.build("llama"), wanted, tmp_path / "work")
+    assert report.resumed_blocks >= 1 and torch.equal(again.packed(name).values, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("magnitude", INT4, r"\[values\]: magnitude does not see how inputs go together, as admm and sparsegpt do"),
+        ("maskllm", INT4, r"\[values\]: maskllm does not see"),
+        ("admm", (*INT4, "budget.bytes=0.7"), r"\[values\] and \[budget\]"),
+        ("admm", ("values.kind=int3",), "values.kind"),
+        ("admm", ("values.kind=int4", "values.group=32"), "values.group"),
+        (
+            "admm",
+            ("values.kind=int4", "values.size=32"),
+            r"unknown key values.size; known keys are \['group', 'kind'\]",
+        ),
+    ],
+)
+def test_recipes_that_are_refused(name: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(name, *overrides)
+
+
+def test_a_recipe_without_the_section_has_the_digest_it_had() -> None:
+    assert "values" not in recipe_module.load("admm").resolved()
+    assert recipe_module.load("admm", INT4).resolved()["values"] == {"kind": "int4", "group": 64}

@@ -27,9 +27,9 @@ def test_every_layer_is_stored_in_four_bits(name: str, tmp_path: Path) -> None:
         packed.verify(layer)
         assert (packed.kind, packed.group) == ("int4", 64)
         assert torch.equal(weights[layer].weight, packed.unpack()), "what follows is calibrated on what is stored"
-    first = next(iter(floats.mask_set("sha256:" + "b" * 64, wanted.digest()).names))
+    first = "model.layers.0.self_attn.q_proj"
     exact, codes = floats.packed(first), work.packed(first)
-    assert torch.equal(exact.bitmask, codes.bitmask), "the first layer's inputs are the same"
+    assert torch.equal(exact.bitmask, codes.bitmask), "nothing was rounded before it"
     assert (codes.unpack() - exact.unpack()).norm() < 0.3 * exact.unpack().norm()
 
 

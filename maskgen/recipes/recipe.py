@@ -36,12 +36,7 @@ may have a [budget]: layers whose sparsity costs most then stay dense, as far as
     [budget]
     bytes = 0.75                           # of what prunable weights take dense; or speedup, or max_ppl_increase
 
-A one-shot method that sees how inputs go together (`admm`, `sparsegpt`) can round what it keeps in the same pass, so
-that layers make up for the rounding of those before them, and weights for that of others.
-
-    [values]
-    kind = "int4"
-    group = 128                            # kept weights of a row that share a scale: 64, 128 or "row"
+and one of `admm` or `sparsegpt` may have [values] kind = "int4" to round what is kept in the same pass (`sections`).
 
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """
@@ -59,7 +54,6 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
-from maskgen.core.layout import LayerForm
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method, create
 from maskgen.methods.blockwise import BlockMethod
@@ -156,27 +150,10 @@ class Recipe(Strict):
                 raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
         if self.values is not None:
-            self._check_values(method)
+            self.values.check(self.method.name, method, self.budget)
         if self.budget is not None and isinstance(method, LearnedMethod):
             self.budget.check_learned(self.method.name, method.result is Result.SPARSE and self.prior is not None)
         return self
-
-    def _check_values(self, method: Method) -> None:
-        if not isinstance(method, LocalMethod) or not method.keeps_gram:
-            raise RecipeError(
-                f"[values]: {self.method.name} does not see how inputs go together, as admm and sparsegpt do; leave "
-                "the section out, and round the result with `maskgen quantise`"
-            )
-        if self.budget is not None:
-            raise RecipeError("[values] and [budget]: budgets count weights as the model has them; give one of the two")
-
-    @property
-    def form(self) -> LayerForm:
-        """What a sweep stores of every layer."""
-        if self.values is None:
-            return LayerForm(self.pattern)
-        group = None if self.values.group == "row" else self.values.group
-        return LayerForm(self.pattern, self.values.kind, group=group)
 
     def for_context(self, limit: int | None) -> Recipe:
         """This recipe with `window_tokens` settled for a model that reads at most `limit` tokens (None: any number).
@@ -311,12 +288,7 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        models: dict[str, type[Strict]] = {
-            "calibration": Calibration,
-            "train": Training,
-            "budget": Budget,
-            "values": Values,
-        }
+        models: dict[str, Any] = {"calibration": Calibration, "train": Training, "budget": Budget, "values": Values}
         model = models.get(str(problem["loc"][0]), Recipe)
         return f"unknown key {where}; known keys are {sorted(model.model_fields)}"
     if problem["type"] == "value_error":

@@ -1,4 +1,4 @@
-"""The sections [train] and [budget] of a recipe: what decides a result beside the method's own options."""
+"""The sections [train], [values] and [budget] of a recipe: what decides a result beside the method's own options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from maskgen.core.errors import RecipeError
+from maskgen.core.layout import LayerForm
+from maskgen.core.pattern import NMPattern
+from maskgen.methods import LocalMethod, Method
 
 
 class Strict(BaseModel):
@@ -69,10 +72,30 @@ ASKS = ("bytes", "speedup", "max_ppl_increase")
 
 class Values(Strict):
     """How kept weights are stored, where it is not as the model has them: as codes that the sweep chooses for the
-    outputs of the layer. `group` kept weights of a row share a scale; "row": all of them."""
+    outputs of the layer. `group` kept weights of a row share a scale; "row": all of them.
+
+    Layers then make up for the rounding of those before them, and weights for that of others.
+    """
 
     kind: Literal["int4"]
     group: Literal[64, 128, "row"] = 128
+
+    def check(self, name: str, method: Method, budget: Budget | None) -> None:
+        """`RecipeError` unless the recipe's `method`, called `name`, sees how inputs go together, without a budget."""
+        if not isinstance(method, LocalMethod) or not method.keeps_gram:
+            raise RecipeError(
+                f"[values]: {name} does not see how inputs go together, as admm and sparsegpt do; leave the section "
+                "out, and round the result with `maskgen quantise`"
+            )
+        if budget is not None:
+            raise RecipeError("[values] and [budget]: budgets count weights as the model has them; give one of the two")
+
+
+def form_of(pattern: NMPattern, values: Values | None) -> LayerForm:
+    """What a sweep stores of every layer."""
+    if values is None:
+        return LayerForm(pattern)
+    return LayerForm(pattern, values.kind, group=None if values.group == "row" else values.group)
 
 
 class Budget(Strict):

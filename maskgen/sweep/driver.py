@@ -42,6 +42,7 @@ from maskgen.methods.correction import CorrectionMethod
 from maskgen.numerics.memory import peak_rss_bytes
 from maskgen.numerics.products import products_dtype
 from maskgen.recipes.recipe import Recipe
+from maskgen.recipes.sections import form_of
 from maskgen.sweep.asymmetric import BesideDense, paths_in
 from maskgen.sweep.layers import check_prior, correct_layer, solve_layer
 from maskgen.sweep.observe import InputStatistics, advance, observe
@@ -85,7 +86,7 @@ def sweep(
     data = windows if recipe.needs_data else None
     if prior is not None:
         check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
-    form = recipe.form
+    form = form_of(recipe.pattern, recipe.values)
     if adds is not None and sparse is not None:
         form = LayerForm(recipe.pattern, sparse.config.values, adds.correction, sparse.config.group)
     work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), form)

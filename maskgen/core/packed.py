@@ -136,7 +136,8 @@ class PackedTensor:
         """Raise `FormatError` unless dtypes, shapes, codes, scales and every group's bit count are right."""
         if self.bitmask.dtype != torch.uint8:
             raise FormatError(f"{name}: bitmask {self.bitmask.dtype}, expected uint8")
-        check_shapes(list(self.values.shape), list(self.bitmask.shape), self.pattern, name, per_byte(self.kind))
+        in_a_byte = per_byte(kind_of(self.values.dtype, name))
+        check_shapes(list(self.values.shape), list(self.bitmask.shape), self.pattern, name, in_a_byte)
         self.verify_numbers(name)
         check_bits(self.bitmask, self.pattern, name)
 

@@ -62,6 +62,9 @@ ROWS, COLUMNS = 16, 256
 """Rows of a strip, columns of a chunk."""
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+VALUES = (FLOAT, INT8, FP8)
+"""Kinds of values it takes."""
+
 _NO_CODE = 4
 """The column code of columns 0 and 1: what is not there must carry a legal one too."""
 
@@ -73,7 +76,7 @@ def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only 2:4 in bfloat16 or float16 on an NVIDIA GPU with sparse tensor cores, where Triton has Gluon."""
     return (
         sparse_core_unsupported_reason(spec, _DTYPES)
-        or unsupported_values(spec, FLOAT, INT8, FP8)
+        or unsupported_values(spec, *VALUES)
         or capability_unsupported_reason()
         or _problem()
     )

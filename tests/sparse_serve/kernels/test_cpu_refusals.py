@@ -50,7 +50,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
 def test_what_cannot_be_packed_is_refused() -> None:
     pack, packed = torch.ops.sparse_serve_cpu.pack, packed_weight(32, 256, torch.float32, "float")
     for values, bitmask, message in (
-        (packed.values.double(), packed.bitmask, "values are Double, expected BFloat16, Half, Float or Char"),
+        (packed.values.double(), packed.bitmask, "values are Double, expected BFloat16, Half, Float, Char or Byte"),
         (packed.values[:31], packed.bitmask, r"values are Float \[31, 128\], expected contiguous \[32, 128\]"),
         (packed.values.T.contiguous().T, packed.bitmask, r"values are Float \[32, 128\], not contiguous, expected"),
         (packed.values, packed.bitmask.int(), r"bitmask is Int \[32, 32\], expected contiguous Byte \[rows"),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FP8, INT8, KINDS
+from maskgen.core.values import FP8, INT8
 from sparse_serve.kernels import LinearSpec, _ptx, skinny
 from tests.gpu.emulator import LANES, G, Program, T, from_float, multiply_sparse
 from tests.gpu.oracle import PATTERN, packed_weight
@@ -114,7 +114,7 @@ def product_by_fragments(x_TI: Tensor, tensors: dict[str, Tensor], values: str) 
     columns=st.integers(1, 100).map(lambda groups: 8 * groups),
     tokens=st.integers(1, 8),
     dtype=st.sampled_from(list(DTYPES)),
-    values=st.sampled_from(KINDS),
+    values=st.sampled_from(skinny.VALUES),
     seed=st.integers(0, 2**31),
 )
 def test_the_layout_is_what_the_tensor_core_reads(

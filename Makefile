@@ -94,7 +94,8 @@ check: $(TOOLS) ## lint, formatting, types, which room imports which
 	"$$BIN/lint-imports" --no-cache --no-logo
 
 docs: $(DOCS) ## build the manual into build/site, strictly; no network [ARGS="--verbose"]
-	@NO_MKDOCS_2_WARNING=1 exec "$$BIN/mkdocs" build --quiet --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 "$$BIN/mkdocs" build --quiet --strict $(ARGS)
+	echo "the manual is in build/site; python3 -m http.server -d build/site shows it, with its search"
 
 reference: $(STAMP) ## make docs/reference/ again, of parsers, settings, metrics, errors and recipes
 	@exec "$$BIN/python" docs/generate.py

@@ -118,7 +118,7 @@ def run(
 def record(request: KernelsRequest, results: Sequence[Result]) -> dict[str, Any]:
     """What a result file holds: settings, versions, machine and every figure."""
     settings = {"dtype": request.dtype, "threads": _threads(request), "isa": _isa()}
-    return {**run_metadata(), **settings, "results": [asdict(result) for result in results]}
+    return {**run_metadata(), "inputs": {}, **settings, "results": [asdict(result) for result in results]}
 
 
 def plot(request: KernelsRequest, results: Sequence[Result], file: Path) -> None:

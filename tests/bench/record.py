@@ -1,4 +1,7 @@
-"""Results of measurements: one JSON file each, `<what>--<model>--<hardware>--<yyyymmdd-hhmmss>`, never overwritten."""
+"""Results of measurements: one JSON file each, `<what>--<model>--<hardware>--<yyyymmdd-hhmmss>`, never overwritten.
+
+`schema` says what is in each.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from sparse_serve.bench.record import commit
-
-RESULTS = Path(__file__).parent / "results"
+from sparse_serve.bench.record import command, commit, run_metadata
+from tests.bench.schema import RESULTS
 
 
 def save(what: str, model: str, result: dict[str, Any]) -> Path:
-    """Write `result` with commit, versions and hardware; returns the file."""
+    """Write `result` with what `schema.Record` asks for; returns the file. Digests in it are those of the inputs."""
     hardware = f"{platform.machine()}-{os.cpu_count()}core"
     created, path = _unused_name(f"{what}--{model}--{hardware}")
     value = {
+        **run_metadata(),
         "created": created.isoformat(timespec="seconds"),
         "commit": commit(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "command": command(),
+        "inputs": {key.removesuffix("_digest"): digest for key, digest in result.items() if key.endswith("_digest")},
+        "threads": torch.get_num_threads(),
         **result,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -70,9 +70,17 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
     assert "--rounds" in run.stdout and run.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/sparse-serve", "bench", "kernels", "--plot", "a b.svg"])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))
+    assert record.command() == "sparse-serve bench kernels --plot 'a b.svg'"
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=SimpleNamespace(name="tests.gpu.__main__")))
+    assert record.command() == "python -m tests.gpu bench kernels --plot 'a b.svg'"
+
+
 def test_facts_have_commit_versions_and_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     facts = record.run_metadata()
-    assert {"created", "commit", "versions", "machine", "processor", "cpus"} == set(facts)
+    assert {"created", "commit", "command", "versions", "machine", "processor", "cpus"} == set(facts)
     assert {"sparse-serve", "torch"} <= set(facts["versions"])
     assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]

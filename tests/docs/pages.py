@@ -1,14 +1,17 @@
-"""The `console` blocks of README and the manual: which commands they show, and which of these can be run here."""
+"""The blocks of README and the manual: which commands they show, and which of these can be run here."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from functools import cache
 
 from tests.architecture.source import ROOT, files
 
-_BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]*?) -->\n)?```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]*?) -->\n)?```(console|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_OWN_TESTS = {"docs/python.md": "tests/docs/test_python.py", "docs/serving.md": "tests/vllm/test_docs.py"}
+"""Pages whose blocks of Python are one script."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,14 @@ def blocks() -> tuple[Block, ...]:
     for page in (path for path in files() if path.endswith(".md") and path.startswith(("README", "docs/"))):
         text = (ROOT / page).read_text("utf-8")
         matches = list(_BLOCK.finditer(text))
-        assert len(matches) == text.count("```console"), f"{page}: a block that is indented, or has no end"
+        assert len(matches) == len(re.findall("```(?:console|python)", text)), (
+            f"{page}: a block is indented or has no end"
+        )
         for match in matches:
-            line = text.count("\n", 0, match.start(2)) + 1
-            found.append(Block(page, line, commands(match[2]), match[1] or ""))
+            is_console = match[2] == "console"
+            if is_console or page not in _OWN_TESTS:
+                shown = commands(match[3]) if is_console else (shlex.join(["python", "-c", match[3]]),)
+                found.append(Block(page, text.count("\n", 0, match.start(3)) + 1, shown, match[1] or ""))
     return tuple(found)
 
 

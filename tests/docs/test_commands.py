@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -30,6 +31,9 @@ def check(command: str) -> None:
         _check_server(arguments)
     elif program == "make":
         _check_make(arguments)
+    elif program == "python":
+        assert arguments[0] == "-c", command
+        ast.parse(arguments[1])
     else:
         assert program in OTHERS, command
 

@@ -2,8 +2,7 @@
 
 Starting takes tens of seconds and blocks, so it runs in a thread of its own while the event loop goes on answering
 "not ready". `stop` may come in the middle: the processes started so far are killed, which also makes the thread end,
-unless it is stuck in a download; it is left behind then. vLLM is imported in that thread too, which is why no import of
-it stands at the top of this file.
+unless it is stuck in a download; it is left behind then. vLLM is imported in that thread too, so not at the top here.
 
 `AsyncLLM` always runs the engine in a child process. What a machine without a GPU needs is in `vllm_defaults`;
 everything the user says with a vLLM flag or variable wins.
@@ -42,6 +41,7 @@ from sparse_serve.engine import (
     vllm_adapters,
     vllm_defaults,
     vllm_requests,
+    vllm_turns,
 )
 from sparse_serve.engine.vllm_flags import parse, resolve
 from sparse_serve.engine.vllm_progress import StepLogger
@@ -165,6 +165,7 @@ class VllmEngine:
             disable_log_stats=engine_args.disable_log_stats,
             stat_loggers=[functools.partial(StepLogger, self.progress)],
         )
+        vllm_turns.install(self.client, self.args)
 
     def _check_wanted(self) -> None:
         if self._stopped:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskgen.core.config import CONFIG_KEY
-from sparse_serve.engine import vllm_defaults
+from sparse_serve.engine import vllm_defaults, vllm_turns
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
@@ -45,6 +45,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     vllm_defaults.check_tracing(args)
     args.model = args.model_tag or args.model
     args.worker_extension_cls = WORKER_EXTENSION
+    vllm_turns.set_policy(args)
     if on_cpu:
         if args.max_num_seqs is None:  # vLLM's 128 are what one client may have: another would wait for all of them
             args.max_num_seqs = min(CPU_SEQUENCES, args.max_num_batched_tokens or CPU_SEQUENCES)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from sparse_serve.runtime import turns
 from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, TooManyError, UnavailableError
 from sparse_serve.server.metrics import Metrics
 
@@ -158,8 +159,8 @@ class Admission:
 
     @contextlib.contextmanager
     def share(self, client: str, sequences: int) -> Iterator[None]:
-        """Take `sequences` of what one client may have running. Raises `TooManyError` if it has too many,
-        `BadRequestError` if it can never have so many."""
+        """Take `sequences` of what one client may have running; their turn is behind those that it has. Raises
+        `TooManyError` if it has too many, `BadRequestError` if it can never have so many."""
         if sequences > self._max_per_client:
             raise BadRequestError(
                 f"{sequences} sequences in a request; expected at most {self._max_per_client}, what one client may "
@@ -173,6 +174,7 @@ class Admission:
                 f"{self._max_per_client} at a time (--max-sequences-per-client)"
             )
         self._sequences[client] += sequences
+        turns.enter(running)
         try:
             yield
         finally:

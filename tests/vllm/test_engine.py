@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_serve.engine import Origin, vllm_requests
+from sparse_serve.engine import GenerateRequest, Origin, Sampling, vllm_requests
 from sparse_serve.engine.vllm_engine import VllmEngine
 from sparse_serve.engine.vllm_progress import StepLogger
+from sparse_serve.runtime import turns
 from sparse_serve.runtime.errors import BadRequestError, EngineStartError
 from tests import models
 from tests.vllm.serving import SHAPE, SPARSE_LAYERS, command_of, descendants, is_alive, make_checkpoint
@@ -88,6 +89,24 @@ def test_the_last_step_is_that_of_the_replica_that_has_made_none_for_longest() -
     assert (progress.prompt_tokens, progress.generated_tokens) == (3, 2)
 
 
+async def ended_before_a_newcomer(engine: VllmEngine, others: int) -> int:
+    """How many of the `others` requests that one client has there end before the one that another then sends."""
+    ended: list[int] = []
+
+    async def request(running: int) -> None:
+        turns.enter(running)
+        wanted = GenerateRequest("to be", Sampling(max_tokens=8, temperature=0.0, ignore_eos=True))
+        async for _ in engine.generate(wanted):
+            pass
+        ended.append(running)
+
+    tasks = [asyncio.create_task(request(1 + number)) for number in range(others)]
+    await asyncio.sleep(0.05)
+    newcomer = asyncio.create_task(request(0))
+    await asyncio.gather(*tasks, newcomer)
+    return ended.index(0)
+
+
 async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16.
 
@@ -97,7 +116,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.L
     log.addHandler(caplog.handler)
     dense = models.build("llama", **SHAPE)
     models.save("llama", tmp_path / "dense", **SHAPE)
-    engine = VllmEngine(str(tmp_path / "dense"))
+    engine = VllmEngine(str(tmp_path / "dense"), ["--max-num-seqs=2"])
     family = descendants(os.getpid())
     try:
         info = await engine.start()
@@ -108,6 +127,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.L
         scores = await engine.score(ids)
         with pytest.raises(BadRequestError, match="expected 2 to 1023"):
             await engine.score([5])
+        assert await ended_before_a_newcomer(engine, others=20) < 10
     finally:
         await engine.stop(5.0)
         log.removeHandler(caplog.handler)

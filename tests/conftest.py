@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does. A process that has used torch's threads must not fork, which the tests of vLLM do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How fast a machine makes examples says nothing of what is tested with them.
+settings.register_profile("sparse-serve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sparse-serve")
 
 
 ModelDir = Callable[..., Path]

@@ -17,7 +17,9 @@ from maskgen.api.task import Task, calibration, settled
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
+from maskgen.core.errors import RequestError
 from maskgen.core.failures import explained
+from maskgen.core.int4 import DEFAULT_GROUP
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import QUALITY_FILE
 from maskgen.core.values import INT4
@@ -164,8 +166,16 @@ def decompress(request: DecompressRequest) -> DecompressResult:
 
 
 def _group(request: CompressRequest | QuantiseRequest) -> int | None:
-    """How many values share a scale, None for those of a row; and for values that are no int4."""
-    return None if request.values != INT4 or request.group == "row" else request.group
+    """How many values share a scale, None for those of a row; and for values that are no int4.
+
+    Raises `RequestError` for a group of other values, which have a scale for each row, or none.
+    """
+    if request.values != INT4:
+        if request.group is not None:
+            raise RequestError(f"`group` {request.group}: only of int4 values; leave it out, or ask for `values` int4")
+        return None
+    group = request.group or DEFAULT_GROUP
+    return None if group == "row" else group
 
 
 def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:

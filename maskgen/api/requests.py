@@ -166,26 +166,26 @@ class CompressRequest(Request):
     """Apply `masks` (a mask file, or a sparse checkpoint) to the dense `model` they were made for.
 
     `values` is how kept weights are stored: as they are ("float"), as 8-bit codes with a scale per row, or as 4-bit
-    ones with a scale for each `group`.
+    ones with a scale for each `group` of them (None: 128).
     """
 
     model: _Model
     masks: Path
     out: Path
     values: Literal["float"] | Codes = "float"
-    group: Group = 128
+    group: Group | None = None
 
 
 class QuantiseRequest(Request):
     """Write the sparse checkpoint `model`, which has float values, again with 8-bit or 4-bit ones.
 
-    Each value is rounded to the nearest code; of int4, `group` values share a scale.
+    Each value is rounded to the nearest code; of int4, `group` values share a scale (None: 128).
     """
 
     model: Path
     out: Path
     values: Codes
-    group: Group = 128
+    group: Group | None = None
 
 
 class ConvertRequest(Request):

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from maskgen.api.requests import Codes, CompressRequest, ConvertRequest, Group, QuantiseRequest
+from maskgen.api.requests import Codes, CompressRequest, ConvertRequest, Group
 from maskgen.cli.flags import add_out, default, verb
+from maskgen.core.int4 import DEFAULT_GROUP
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs
@@ -80,7 +81,7 @@ def _add_group(parser: argparse.ArgumentParser) -> None:
         "--group",
         type=lambda text: int(text) if text.isdecimal() else text,
         choices=get_args(Group),
-        help="kept int4 weights that share a scale " + default(QuantiseRequest, "group"),
+        help=f"kept int4 weights that share a scale (default: {DEFAULT_GROUP})",
     )
 
 

@@ -79,13 +79,13 @@ def spread(scale: Tensor, kept: int) -> Tensor:
     return scale.repeat_interleave(group, dim=1)[:, :kept]
 
 
-def to_int4(values_OV: Tensor, group: int | None, importance_OV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def to_int4(values_OV: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     """Octets uint8 `[O, V/2]` and scales float32 of float values: each value to the nearest code.
 
-    `importance_OV` weighs squared errors where scales are chosen. `FormatError` for an odd number of values.
+    `FormatError` for an odd number of values.
     """
     check_even(values_OV.shape[1])
-    scale = fit_scales(values_OV.float(), group, importance_OV)
+    scale = fit_scales(values_OV.float(), group)
     codes_OV = nearest(values_OV.float(), spread(scale, values_OV.shape[1]))
     return pack_nibbles(codes_OV.to(torch.int8)), scale
 
@@ -93,7 +93,10 @@ def to_int4(values_OV: Tensor, group: int | None, importance_OV: Tensor | None =
 def check_even(kept: int, name: str = "weight") -> None:
     """`FormatError` for a row whose codes do not fill whole bytes."""
     if kept % PER_BYTE:
-        raise FormatError(f"{name}: {kept} kept values a row, expected an even number: two int4 codes share a byte")
+        raise FormatError(
+            f"{name}: {kept} kept values a row, expected an even number, as two int4 codes share a byte; "
+            "leave the layer out with `ignore`, or choose other values"
+        )
 
 
 def nearest(values: Tensor, scale: Tensor) -> Tensor:

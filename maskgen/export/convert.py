@@ -141,7 +141,7 @@ class _Work:
         """What became of codes that this format does not have."""
         dtype = str(self.source.dtype).removeprefix("torch.")
         loose = [name for name in config.targets if self.layers[name].BECOMES_FLOATS and self.kinds[name] == FLOAT]
-        notes = [f"4-bit codes with a scale for 128 inputs are stored as {dtype}: the format has none"] if loose else []
+        notes = [f"4-bit codes with a scale for 128 inputs are stored as {dtype}, not as int4 values"] if loose else []
         if any(self.kinds[name] != config.values for name in config.targets):
             notes.append(f"some layers have 8-bit codes and others have not, so all are stored as {dtype}")
         return notes

@@ -129,7 +129,7 @@ def resolve_hub_model(args: Namespace, environ: Mapping[str, str], conversion: C
     if Path(args.model).is_dir() or environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true":
         return
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     place = {"revision": args.revision, "cache_dir": args.download_dir}
     code = ["*.py"] if args.trust_remote_code else []
@@ -142,7 +142,10 @@ def resolve_hub_model(args: Namespace, environ: Mapping[str, str], conversion: C
             directory = snapshot_download(args.model, allow_patterns=[*SNAPSHOT_PATTERNS, *code], **place)
         elif conversion is not None and args.load_format in _SAFETENSORS and may_be_foreign(read_json(config)):
             patterns = [*SETTINGS_PATTERNS, *_shards(args.model, place), *code]
-            directory = snapshot_download(args.model, allow_patterns=patterns, **place)
+            try:
+                directory = snapshot_download(args.model, allow_patterns=patterns, **place)
+            except LocalEntryNotFoundError:  # offline, and somebody else has left out what vLLM may do without
+                return
             if not conversion.is_for(Path(directory)):
                 return
         else:

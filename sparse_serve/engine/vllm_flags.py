@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskgen.core.config import CONFIG_KEY
+from maskgen.core.failures import explained
 from sparse_serve.engine import vllm_defaults, vllm_turns
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.conversion import Conversion
@@ -37,7 +38,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     parser = make_arg_parser(Parser(prog="sparse-serve serve"))
     defaults = parser.parse_args([])
     on_cpu = current_platform.is_cpu()
-    parser.set_defaults(shutdown_timeout=math.ceil(drain_s))
+    parser.set_defaults(shutdown_timeout=math.ceil(drain_s), scheduling_policy=None)
     if on_cpu:
         parser.set_defaults(enforce_eager=True)
     args = parser.parse_args(list(command))
@@ -60,6 +61,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     return args
 
 
+@explained()
 def resolve(args: Namespace, conversion: Conversion | None = None) -> None:
     """Find the files that these flags name, download and convert what has to be, and make `args` those of the result.
 
@@ -76,8 +78,8 @@ def resolve(args: Namespace, conversion: Conversion | None = None) -> None:
     if conversion is not None and Path(args.model).is_dir():
         made = conversion.prepare(Path(args.model), name, lambda: _check_fits(args))
         args.model = args.model_tag = str(made.directory)
-        if made.overrides is not None and not args.hf_overrides:
-            args.hf_overrides = dict(made.overrides)
+        if made.overrides is not None and not callable(args.hf_overrides):
+            args.hf_overrides = {**made.overrides, **(args.hf_overrides or {})}
     elif conversion is not None and conversion.masks is not None:
         raise SettingsError(f"--masks {conversion.masks}: for a dense model of safetensors files, which {name} is not")
     vllm_defaults.expect_all_weights(args)

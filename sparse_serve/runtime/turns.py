@@ -1,8 +1,7 @@
-"""Whose turn it is: a request waits behind those of clients that have less running, not behind all that came before.
+"""When it is the turn of a request's sequences: who admits it says so, and the engine asks.
 
-Who admits a request says how much its client has running (`enter`), and the engine asks for the place of each sequence
-in it (`place`): the first sequence of a client has place 0 and comes before the hundredth of another. With nobody to
-say, as for the server's own requests, the place is 0.
+Turns are virtual times (`server.fair_order`), lower ones first. With nobody to say, as for the server's own requests,
+it is 0, before all others.
 """
 
 from __future__ import annotations
@@ -12,23 +11,24 @@ from dataclasses import dataclass
 
 
 @dataclass
-class _Turn:
-    next: int
+class _Turns:
+    last: int
+    end: int
 
 
-_turn: ContextVar[_Turn | None] = ContextVar("turn", default=None)
+_turns: ContextVar[_Turns | None] = ContextVar("turns", default=None)
 
 
-def enter(running: int) -> None:
-    """The task that calls this, and those it starts, answer a request of a client that has `running` sequences."""
-    _turn.set(_Turn(running))
+def enter(start: int, end: int) -> None:
+    """The task that calls this, and those it starts, answer a request whose sequences are due after `start`, until
+    `end`."""
+    _turns.set(_Turns(start, end))
 
 
-def place(sequences: int) -> int:
-    """The place of the next `sequences` of this request, lower ones first."""
-    turn = _turn.get()
-    if turn is None:
+def due(sequences: int) -> int:
+    """When the last of the next `sequences` of this request is due; never later than its end, whatever it asks for."""
+    turns = _turns.get()
+    if turns is None:
         return 0
-    found = turn.next
-    turn.next += sequences
-    return found
+    turns.last = min(turns.last + sequences, turns.end)
+    return turns.last

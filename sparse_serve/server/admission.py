@@ -16,6 +16,7 @@ from typing import Any
 
 from sparse_serve.runtime import turns
 from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, TooManyError, UnavailableError
+from sparse_serve.server.fair_order import FairOrder
 from sparse_serve.server.metrics import Metrics
 
 access = logging.getLogger("sparse_serve.access")
@@ -64,6 +65,7 @@ class Admission:
         self._metrics = metrics
         self._max_per_client = max_per_client
         self._sequences: Counter[str] = Counter()
+        self._order = FairOrder()
         self._receiving = 0
         self._tasks: dict[Outcome, asyncio.Task[Any]] = {}
         self._phase = Phase.STARTING
@@ -159,8 +161,8 @@ class Admission:
 
     @contextlib.contextmanager
     def share(self, client: str, sequences: int) -> Iterator[None]:
-        """Take `sequences` of what one client may have running; their turn is behind those that it has. Raises
-        `TooManyError` if it has too many, `BadRequestError` if it can never have so many."""
+        """Take `sequences` of what one client may have running, and turns for them. Raises `TooManyError` if it has too
+        many, `BadRequestError` if it can never have so many."""
         if sequences > self._max_per_client:
             raise BadRequestError(
                 f"{sequences} sequences in a request; expected at most {self._max_per_client}, what one client may "
@@ -174,10 +176,12 @@ class Admission:
                 f"{self._max_per_client} at a time (--max-sequences-per-client)"
             )
         self._sequences[client] += sequences
-        turns.enter(running)
+        span = self._order.enter(client, sequences)
+        turns.enter(span.start, span.end)
         try:
             yield
         finally:
+            self._order.leave(span)
             self._sequences[client] -= sequences
             if not self._sequences[client]:
                 del self._sequences[client]

@@ -93,12 +93,12 @@ async def ended_before_a_newcomer(engine: VllmEngine, others: int) -> int:
     """How many of the `others` requests that one client has there end before the one that another then sends."""
     ended: list[int] = []
 
-    async def request(running: int) -> None:
-        turns.enter(running)
+    async def request(number: int) -> None:
+        turns.enter(number, number + 1)
         wanted = GenerateRequest("to be", Sampling(max_tokens=8, temperature=0.0, ignore_eos=True))
         async for _ in engine.generate(wanted):
             pass
-        ended.append(running)
+        ended.append(number)
 
     tasks = [asyncio.create_task(request(1 + number)) for number in range(others)]
     await asyncio.sleep(0.05)

@@ -132,6 +132,8 @@ def test_permute_compress_quantise_decompress(model_dir: ModelDir, text_file: Pa
     assert made.written.ratio == 0.5625
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sparse", "compressed"))
     assert one == two
+    with pytest.raises(RequestError, match="`group` 64: only of int4 values"):
+        maskgen.quantise(maskgen.QuantiseRequest(model=made.out, values="int8", group=64, out=tmp_path / "int8"))
     small = maskgen.quantise(maskgen.QuantiseRequest(model=made.out, values="int8", out=tmp_path / "int8"))
     assert small.written.packed_target_bytes < made.written.packed_target_bytes
     report = maskgen.inspect(maskgen.InspectRequest(model=small.out))

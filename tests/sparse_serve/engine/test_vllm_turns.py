@@ -1,4 +1,4 @@
-"""vLLM's queue in the order of turns, unless its flags have an order of their own."""
+"""vLLM's queue in the order of turns, unless its flags name an order."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from sparse_serve.engine import vllm_turns
 from sparse_serve.runtime import turns
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("fcfs", [3, 4, 8]), ("priority", [-5, -5, -5])])
-async def test_the_priority_is_the_turn_where_requests_take_turns(policy: str, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("policy", "expected"), [(None, [4, 8, 9]), ("fcfs", [-5, -5, -5]), ("priority", [-5, -5, -5])]
+)
+async def test_the_priority_is_the_turn_where_requests_take_turns(policy: str | None, expected: list[int]) -> None:
     found = []
 
     async def add_request(request_id: str, prompt: Any, params: Any, *, priority: int = 0) -> str:
@@ -22,9 +24,9 @@ async def test_the_priority_is_the_turn_where_requests_take_turns(policy: str, e
 
     args, client = Namespace(scheduling_policy=policy), SimpleNamespace(add_request=add_request)
     vllm_turns.set_policy(args)
-    assert args.scheduling_policy == "priority"
+    assert args.scheduling_policy == (policy or "priority")
     vllm_turns.install(client, args)
-    turns.enter(3)
+    turns.enter(3, 9)
     for params in (SimpleNamespace(n=1), SimpleNamespace(n=4), SimpleNamespace()):
         assert await client.add_request("id", "prompt", params, priority=-5) == "id"
     assert found == expected

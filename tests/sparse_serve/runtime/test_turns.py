@@ -1,4 +1,4 @@
-"""Turns: a client's first request comes before another's hundredth, and tasks do not share their place."""
+"""Turns: of each request its own, shared by its tasks, and never later than its end."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import asyncio
 from sparse_serve.runtime import turns
 
 
-async def test_places_go_up_within_a_request_and_start_where_its_client_is() -> None:
-    async def request(running: int) -> list[int]:
-        turns.enter(running)
+async def test_turns_go_up_within_a_request_until_its_end() -> None:
+    async def request(start: int, end: int) -> list[int]:
+        turns.enter(start, end)
         await asyncio.sleep(0)
-        return [turns.place(sequences) for sequences in (1, 3, 1)]
+        return [turns.due(sequences) for sequences in (1, 3, 1, 1)]
 
-    found = await asyncio.gather(request(0), request(100), request(0))
-    assert found == [[0, 1, 4], [100, 101, 104], [0, 1, 4]]
+    found = await asyncio.gather(request(0, 5), request(100, 105), request(0, 5))
+    assert found == [[1, 4, 5, 5], [101, 104, 105, 105], [1, 4, 5, 5]]
 
 
-async def test_tasks_of_one_request_share_its_places() -> None:
+async def test_tasks_of_one_request_share_its_turns() -> None:
     async def prompt() -> int:
-        return turns.place(1)
+        return turns.due(1)
 
-    turns.enter(7)
-    assert sorted(await asyncio.gather(prompt(), prompt(), prompt())) == [7, 8, 9]
+    turns.enter(7, 10)
+    assert sorted(await asyncio.gather(prompt(), prompt(), prompt())) == [8, 9, 10]
 
 
 async def test_who_was_not_admitted_comes_first() -> None:
     async def probe() -> list[int]:
-        return [turns.place(1), turns.place(1)]
+        return [turns.due(1), turns.due(1)]
 
     assert await asyncio.create_task(probe()) == [0, 0]

@@ -1,0 +1,50 @@
+"""The order of requests among clients: self-clocked fair queueing (Golestani, INFOCOM 1994), a sequence being the unit.
+
+Each client has a virtual time, which goes on by its sequences; a request is due when its client's time is over it. The
+clock of all is that of the request inside which began first, and no client's time is behind it: nobody saves up turns,
+and everybody's time comes, however many others there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Virtual times of one request: its sequences are due at `start` + 1, `start` + 2, ..., `end`."""
+
+    client: str
+    start: int
+    end: int
+
+
+class FairOrder:
+    """Virtual times of clients that have requests inside, or had them not long ago."""
+
+    def __init__(self) -> None:
+        self._clock = 0
+        self._ends: dict[str, int] = {}
+        self._inside: dict[Span, None] = {}
+
+    def __len__(self) -> int:
+        """Clients that are remembered."""
+        return len(self._ends)
+
+    def enter(self, client: str, sequences: int) -> Span:
+        """A request comes in."""
+        start = max(self._clock, self._ends.get(client, 0))
+        span = Span(client, start, start + sequences)
+        self._ends[client] = span.end
+        self._inside[span] = None
+        return span
+
+    def leave(self, span: Span) -> None:
+        """A request has ended."""
+        del self._inside[span]
+        if self._inside:
+            self._clock = max(self._clock, min(other.start for other in self._inside))
+            self._ends = {client: end for client, end in self._ends.items() if end > self._clock}
+        else:
+            self._clock = max(self._ends.values())
+            self._ends.clear()

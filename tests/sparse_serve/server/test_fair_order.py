@@ -1,0 +1,58 @@
+"""Fair order: nobody waits behind all of another client's sequences, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_serve.server.fair_order import FairOrder, Span
+
+
+def test_a_newcomer_is_due_before_what_another_has_waiting() -> None:
+    order = FairOrder()
+    flood = [order.enter("flood", 1) for _ in range(100)]
+    newcomer = order.enter("newcomer", 1)
+    assert (newcomer.start, newcomer.end) == (0, 1)
+    for span in flood[:50]:
+        order.leave(span)
+    order.leave(newcomer)
+    assert order.enter("another", 1).end == 51 == flood[50].end, "as the first of the others that are inside"
+
+
+def test_a_request_of_many_sequences_is_many_turns() -> None:
+    order = FairOrder()
+    assert order.enter("flood", 128).end == 128
+    assert [order.enter("newcomer", 1).end for _ in range(3)] == [1, 2, 3]
+
+
+def test_two_clients_that_never_stop_do_not_starve_a_third() -> None:
+    order = FairOrder()
+    order.enter("patient", 1)
+    waiting = order.enter("patient", 1)
+    served = 0
+    inside = {name: order.enter(name, 1) for name in ("b", "c")}
+    while any(span.end <= waiting.end for span in inside.values()):
+        name = min(inside, key=lambda name: inside[name].end)
+        order.leave(inside[name])
+        inside[name] = order.enter(name, 1)
+        served += 1
+    assert served <= 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.booleans()), max_size=60))
+def test_times_only_go_on_and_clients_are_forgotten(steps: list[tuple[int, int, bool]]) -> None:
+    order = FairOrder()
+    inside: list[Span] = []
+    ends: dict[str, int] = {}
+    for client, sequences, leaves in steps:
+        span = order.enter(str(client), sequences)
+        assert span.end - span.start == sequences
+        assert span.start >= ends.get(span.client, 0)
+        assert span.start <= max([0, *ends.values()])
+        ends[span.client] = span.end
+        inside.append(span)
+        if leaves:
+            order.leave(inside.pop(0))
+    for span in inside:
+        order.leave(span)
+    assert len(order) == 0

@@ -30,10 +30,15 @@ def run_metadata() -> dict[str, Any]:
 
 
 def command() -> str:
-    """How this process was started, without the folder of its program."""
+    """How this process was started; absolute paths, which are of this machine alone, by their last part."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+    return shlex.join([*program, *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def commit() -> str | None:

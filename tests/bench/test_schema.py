@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,10 @@ def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
 def test_what_is_saved_follows_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "commit", lambda: "c" * 40)
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/bench", "--model", "/home/me/demo", "--json=/tmp/out.json", "a=1"])
     digest = "sha256:" + "d" * 64
     path = record.save("quality", "demo", {"model_digest": digest, "eval_digest": digest, "rows": []})
     found = json.loads(path.read_text("utf-8"))
     assert schema.lacks(found) == []
     assert found["inputs"] == {"model": digest, "eval": digest}
-    assert "pytest" in found["command"]
+    assert found["command"].endswith(" --model demo --json=out.json a=1")

@@ -62,20 +62,28 @@ async def test_what_vllms_http_api_calls_the_clients_fault_is_so_in_a_chat(
 
 
 async def test_a_probe_asks_every_replica_and_waits_for_all() -> None:
-    asked = []
+    asked, aborted = [], []
 
-    async def generate(prompt: Any, params: Any, name: str, *, data_parallel_rank: int, **more: Any) -> Any:
+    async def add_request(name: str, prompt: Any, params: Any, *, data_parallel_rank: int) -> Any:
         asked.append(data_parallel_rank)
-        await asyncio.sleep(60 if data_parallel_rank == 2 else 0)
-        yield
+
+        async def get() -> Any:
+            await asyncio.sleep(60 if data_parallel_rank == 2 else 0)
+            return SimpleNamespace(finished=True)
+
+        return SimpleNamespace(get=get, request_id=name)
+
+    async def abort(request_id: str, internal: bool) -> None:
+        assert internal
+        aborted.append(request_id)
 
     parallel = SimpleNamespace(data_parallel_size=3)
     config = SimpleNamespace(parallel_config=parallel)
     model = SimpleNamespace(runner_type="generate")
-    client = SimpleNamespace(generate=generate, vllm_config=config, model_config=model)
+    client = SimpleNamespace(add_request=add_request, abort=abort, vllm_config=config, model_config=model)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(vllm_requests.probe(client), 0.3)
-    assert sorted(asked) == [0, 1, 2]
+    assert sorted(asked) == [0, 1, 2] and len(aborted) == 1
 
 
 def test_the_last_step_is_that_of_the_replica_that_has_made_none_for_longest() -> None:

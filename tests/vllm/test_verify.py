@@ -64,7 +64,7 @@ async def test_our_server_refuses_a_sparse_model_that_is_no_directory(
 ) -> None:
     """What another hub than Hugging Face's would come down to."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(checkpoint.parent))
-    monkeypatch.setattr(vllm_defaults, "resolve_hub_model", lambda args, environ: None)
+    monkeypatch.setattr(vllm_defaults, "resolve_hub_model", lambda *given: None)
     engine = vllm_engine.VllmEngine(put_on_hub(checkpoint, checkpoint.parent), ["--dtype=float32"])
     try:
         with pytest.raises(SettingsError, match="tests/tiny is sparse, but no directory to verify"):

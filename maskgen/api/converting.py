@@ -12,14 +12,20 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.pruning import load_checked
-from maskgen.api.requests import CompressRequest, ConvertRequest, DecompressRequest, PermuteRequest, QuantiseRequest
+from maskgen.api.requests import (
+    DEFAULT_GROUP,
+    CompressRequest,
+    ConvertRequest,
+    DecompressRequest,
+    PermuteRequest,
+    QuantiseRequest,
+)
 from maskgen.api.task import Task, calibration, settled
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
 from maskgen.core.errors import RequestError
 from maskgen.core.failures import explained
-from maskgen.core.int4 import DEFAULT_GROUP
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import QUALITY_FILE
 from maskgen.core.values import INT4

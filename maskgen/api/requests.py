@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,8 @@ Codes = Literal["int8", "fp8_e4m3", "int4"]
 
 Group = Literal[64, 128, "row"]
 """How many kept int4 values share a scale; "row": all of a row."""
+
+DEFAULT_GROUP: Final = 128
 
 
 def _text(value: Any) -> Any:

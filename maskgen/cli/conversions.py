@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from maskgen.api.requests import Codes, CompressRequest, ConvertRequest, Group
+from maskgen.api.requests import DEFAULT_GROUP, Codes, CompressRequest, ConvertRequest, Group
 from maskgen.cli.flags import add_out, default, verb
-from maskgen.core.int4 import DEFAULT_GROUP
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs

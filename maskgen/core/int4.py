@@ -23,7 +23,6 @@ LOWEST, HIGHEST = -8, 7
 GROUPS: tuple[int | None, ...] = (64, 128, None)
 """Kept values that share a scale; None: all of a row."""
 
-DEFAULT_GROUP = 128
 PER_BYTE = 2
 
 _SHRINKS = [1.0 - 0.025 * step for step in range(20)]

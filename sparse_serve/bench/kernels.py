@@ -25,7 +25,6 @@ from pydantic import Field
 from torch import Tensor
 
 import sparse_serve.kernels as folder
-from maskgen.core.int4 import DEFAULT_GROUP
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
@@ -44,6 +43,8 @@ from sparse_serve.tuning.timing import Call, Times, interleaved, torch_threads
 Positive = Annotated[int, Field(ge=1)]
 
 PATTERN = NMPattern(2, 4)
+STORED = ((FLOAT, None), (INT8, None), (INT4, 128))
+"""How kept values are stored, and how many share a scale; None: those of a row."""
 DENSE = ("dense torch", "dense vllm")
 READ = "read of cpu's bytes"
 POOL_BYTES = 192 << 20
@@ -150,7 +151,7 @@ def _candidates(
         copies = range(_copies(weight_OI.nbytes))
         candidates[name] = Candidate([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
     for name in names(folder):
-        for values, group in ((FLOAT, None), (INT8, None), (INT4, DEFAULT_GROUP)):
+        for values, group in STORED:
             spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values, group)
             try:
                 kernel = choose(spec, name)

@@ -18,6 +18,11 @@ Two compact forms give every column, not every pattern, a logit theta (4 for 2:4
                  mu_1 = softmax(k / tau), k += log(1 - mu_1), mu_2 = softmax(k / tau), ...; M = mu_1 + mu_2 + ...
                  While soft, an entry of M may exceed 1; a group sums to n always.
 
+With few steps, soft masks are a detour: they train a model that is not the one exported, and until they have hardened,
+the weights under them fit no better than the prior's. `estimator = "straight_through"` (Jang et al., "Categorical
+Reparameterization with Gumbel-Softmax", ICLR 2017) takes the pattern with the highest kappa pi_p + gumbel_p itself, and
+as its gradient that of y.
+
 Memory. Plain autograd keeps y, M and W * M of every layer until the backward pass. Here the backward pass draws the
 noise again from its seed and recomputes them, a chunk of rows at a time, so that beside logits, gradients and optimiser
 states only one layer's W * M and dL/d(W * M) exist. AdamW's moments are kept in bfloat16 (`maskgen.numerics.adamw`).
@@ -36,7 +41,7 @@ L = logits per group (P or m), o = rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,71 +54,8 @@ from maskgen.core.errors import PatternError, RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer, learned_parameters
 from maskgen.numerics.adamw import CompactAdamW
-from maskgen.numerics.gumbel import gumbel
-from maskgen.numerics.memory import chunk_elements
+from maskgen.numerics.mask_sample import FORMS, MaskSample
 from maskgen.numerics.shards import full
-
-
-@dataclass(frozen=True)
-class MaskSample:
-    """How to draw one random soft mask of a layer: in which form, how sharp, and with which seed of the noise."""
-
-    form: str
-    pattern: NMPattern
-    patterns_Pm: Tensor
-    scale: float
-    temperature: float
-    seed: int
-
-    def chunks(self, logits_OLG: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of each chunk and their Gumbel noise `[o, P or m, G]`; the same numbers in every call."""
-        rows, _, groups = logits_OLG.shape
-        device = logits_OLG.device
-        planes = self.patterns_Pm.shape[1 if self.form == "reservoir" else 0]
-        size = max(1, chunk_elements(device) // (planes * groups))
-        generator = torch.Generator(device).manual_seed(self.seed)
-        for start in range(0, rows, size):
-            shape = (min(size, rows - start), planes, groups)
-            yield slice(start, start + size), gumbel(shape, generator, logits_OLG.dtype)
-
-    def mask(self, logits_oLG: Tensor, noise: Tensor) -> Tensor:
-        """The soft mask `[o, I]` of the rows of a chunk; differentiable in the logits."""
-        mask_omG: Tensor = FORMS[self.form](self, logits_oLG, noise)
-        return mask_omG.transpose(1, 2).flatten(1)
-
-
-def categorical(sample: MaskSample, logits_oPG: Tensor, noise_oPG: Tensor) -> Tensor:
-    """The soft mask `[o, m, G]` from one logit per pattern."""
-    keys_oPG = torch.add(noise_oPG, logits_oPG, alpha=sample.scale)
-    return sample.patterns_Pm.T @ torch.softmax(keys_oPG * (1 / sample.temperature), 1)
-
-
-def additive(sample: MaskSample, theta_omG: Tensor, noise_oPG: Tensor) -> Tensor:
-    """The soft mask `[o, m, G]` where a pattern's logit is the sum of its columns' logits."""
-    return categorical(sample, sample.patterns_Pm @ theta_omG, noise_oPG)
-
-
-def reservoir(sample: MaskSample, theta_omG: Tensor, noise_omG: Tensor) -> Tensor:
-    """The soft mask `[o, m, G]` of n columns drawn one after the other without replacement."""
-    keys_omG = torch.add(noise_omG, theta_omG, alpha=sample.scale)
-    # 1 - mu is the sum of the other columns, not a difference: rounding could make that 0 and draw a column twice.
-    others_mm = 1 - torch.eye(sample.pattern.m, dtype=keys_omG.dtype, device=keys_omG.device)
-    tiny, mask_omG = torch.finfo(keys_omG.dtype).tiny, torch.zeros_like(keys_omG)
-    for _ in range(sample.pattern.n):
-        largest_o1G = keys_omG.detach().amax(1, keepdim=True)
-        odds_omG = torch.exp((keys_omG - largest_o1G) * (1 / sample.temperature))
-        total_o1G, rest_omG = odds_omG.sum(1, keepdim=True), others_mm @ odds_omG
-        mask_omG = mask_omG + odds_omG / total_o1G
-        log_rest_omG = (rest_omG.clamp_min(tiny) / total_o1G).log()
-        keys_omG = keys_omG + torch.where(rest_omG > tiny, log_rest_omG, -1e30)
-    return mask_omG
-
-
-FORMS: dict[str, Callable[[MaskSample, Tensor, Tensor], Tensor]] = {
-    "categorical": categorical,
-    "additive": additive,
-    "reservoir": reservoir,
-}
 
 
 class SoftLinear(torch.autograd.Function):
@@ -184,7 +126,8 @@ class MaskLLMLinear(LearnedLinear):
         method, context = self.method, self.context
         sharpness = method.scale(context), method.temperature(context)
         seed = derive_seed(context.noise_seed, self.index)
-        return MaskSample(method.logits, self.pattern, self.patterns_Pm, *sharpness, seed)
+        hard = method.estimator == "straight_through"
+        return MaskSample(method.logits, self.pattern, self.patterns_Pm, *sharpness, seed, hard)
 
     def train_forward(self, x: Tensor) -> Tensor:
         """`[..., I] -> [..., O]` with the sampled mask; leaves |W * M|^2 in `energy` for the reward."""
@@ -207,6 +150,7 @@ RAMPS: dict[str, Callable[[float, float, float], float]] = {
 }
 CHOICES: dict[str, Collection[str]] = {
     "logits": FORMS,
+    "estimator": ("soft", "straight_through"),
     "scale_growth": RAMPS,
     "temperature_decay": RAMPS,
     "reward_form": ("normalised", "sum"),
@@ -220,9 +164,11 @@ class MaskLLM(LearnedMethod):
 
     `weight_reward` lambda is for the form `reward_form`: "normalised" by |W|^2, or the published "sum". Scale and
     temperature arrive at their ends after the fraction `anneal` of the steps. `moments`: dtype of AdamW's states.
+    `estimator`: train through soft masks, or legal ones with the gradient of soft ones ("straight_through").
     """
 
     logits: str = "categorical"
+    estimator: str = "soft"
     prior_strength: float = 3.0
     init_std: float = 0.01
     init_noise: bool = False

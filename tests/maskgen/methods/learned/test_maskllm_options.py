@@ -16,7 +16,8 @@ from maskgen.core.pattern import NMPattern
 from maskgen.methods.learned import Layers, LearnedLinear, StepContext, TargetLayer
 from maskgen.methods.learned.maskllm import MaskLLM, MaskLLMLinear
 from maskgen.numerics.adamw import CompactAdamW
-from tests.maskgen.methods.learned.test_maskllm import TWO_FOUR, each_form, each_pattern, generator, layer
+from tests.maskgen.methods.learned.test_maskllm import layer
+from tests.maskgen.numerics.test_mask_sample import TWO_FOUR, each_form, each_pattern, generator
 
 
 def prior_of(pattern: NMPattern, rows: int, groups: int) -> Tensor:

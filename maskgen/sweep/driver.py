@@ -47,7 +47,7 @@ from maskgen.sweep.asymmetric import BesideDense, paths_in
 from maskgen.sweep.layers import check_prior, correct_layer, solve_layer
 from maskgen.sweep.observe import InputStatistics, advance, observe
 from maskgen.sweep.reconstruct import Fitted, Teacher, Training
-from maskgen.sweep.report import Progress, SweepReport
+from maskgen.sweep.report import BLOCK_DONE, Progress, SweepReport
 from maskgen.sweep.wiring import Wiring, Wirings
 from maskgen.sweep.workdir import WorkDir, run_digest
 
@@ -177,7 +177,7 @@ class _Sweep:
                 advance(block, index, self.recording, self.device)
             if self.teacher is not None:
                 self.teacher.advance()
-        self._report(index, "block done")
+        self._report(index, BLOCK_DONE)
 
     def _put(self, index: int, layers: Mapping[str, StoredLayer]) -> None:
         for name, layer in layers.items():

@@ -42,7 +42,7 @@ from maskgen.numerics.units import FEEDS, NEURONS, kind_of
 from maskgen.recipes.recipe import Recipe
 from maskgen.sweep.arrange import Arrangement, arrange
 from maskgen.sweep.observe import observe
-from maskgen.sweep.report import Progress
+from maskgen.sweep.report import BLOCK_DONE, Progress
 
 PERMUTATION_FILE = "permutation.json"
 """File in a reordered model that holds each layer's order, and the digests of recipe, base model and data."""
@@ -115,7 +115,7 @@ def find(
             arrangements |= run.reorder(index, block, f"{prefix}.{index}", ffn_outputs[index])
         if progress is not None:
             elapsed_s = time.perf_counter() - started_s
-            progress(Progress(index, len(todo.blocks), "block done", elapsed_s, peak_rss_bytes()))
+            progress(Progress(index, len(todo.blocks), BLOCK_DONE, elapsed_s, peak_rss_bytes()))
     return arrangements
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from maskgen.sweep.reconstruct import Fitted
 
+BLOCK_DONE = "block done"
+
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: it works on block number `block` (from 0) of `blocks`, and has just finished `what`.
 
     `what` is "calibration inputs", the name of a layer, where the training of the block is ("reconstruction, ..."), or
-    "block done". `elapsed_s` counts from the start of the run.
+    `BLOCK_DONE`. `elapsed_s` counts from the start of the run.
     """
 
     block: int

@@ -16,6 +16,7 @@ from maskgen.core.files import read_json, write_json
 from maskgen.data.corpus import Corpus
 from maskgen.recipes.recipe import Recipe
 from maskgen.recipes.sections import Training
+from maskgen.sweep.report import BLOCK_DONE, Progress
 from maskgen.train.loop import EVALUATIONS, Cadence
 from maskgen.train.step import Session
 
@@ -33,6 +34,9 @@ _MARGIN = 0.05
 
 _OUTSIDE_S = 10.0
 """What no clock here sees, or only too late: Python's start, and loading the model that is trained."""
+
+_BLOCKS_TO_JUDGE = 2
+"""Of a prior: after so many, how long all of them take is told from how long these took."""
 
 _OTHER_LOOKS = 4
 """Passes over the held-out windows beside the looks during training: before it and after it, each at two models."""
@@ -65,6 +69,22 @@ class Budget:
         """Keep the number of steps; returns it as digits."""
         write_json(work / STEPS_FILE, {"minutes": self.minutes, "steps": steps})
         return str(steps)
+
+    def check_prior(self, event: Progress) -> None:
+        """Raise `RecipeError` if making the prior, which has come as far as `event` says, takes the whole time.
+
+        That is told after its first blocks, not after its last: what they made stays in OUT.work.
+        """
+        done = event.block + 1
+        if event.what != BLOCK_DONE or done < min(_BLOCKS_TO_JUDGE, event.blocks):
+            return
+        left_s = event.elapsed_s / done * (event.blocks - done)
+        needed_s = time.monotonic() - self.began_s + left_s
+        if needed_s > (1 - _MARGIN) * 60 * self.minutes:
+            raise RecipeError(
+                f"`minutes` {self.minutes:g}: making the prior alone takes about {needed_s / 60:.1f} minutes here; "
+                "give more than that, a prior that is made already (`prior`), or a lower calibration.samples"
+            )
 
     def steps(self, times_s: tuple[float, float], spec: Training, cadence: Cadence) -> int:
         """How many steps fit into the time that is left, by the times of `passes_s`.

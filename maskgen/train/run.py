@@ -120,7 +120,7 @@ def _with_steps(job: Job, budget: Budget, group: Group, tell: Callable[[Event], 
 
     A run of so many steps that it is compiled is timed again, compiled.
     """
-    start = _begin(job, group, tell)
+    start = _begin(job, group, partial(_checked, budget, tell))
     if stored := group.broadcast(partial(budget.stored, job.work)):
         return replace(job, recipe=with_steps(job.recipe, int(stored)))
     tell(Stage("timing"))
@@ -131,6 +131,13 @@ def _with_steps(job: Job, budget: Budget, group: Group, tell: Callable[[Event], 
     assert found.recipe.train is not None
     group.broadcast(partial(budget.store, job.work, found.recipe.train.steps))
     return found
+
+
+def _checked(budget: Budget, tell: Callable[[Event], None], event: Event) -> None:
+    """Pass an event on; one of the prior may end the run, when there will be no time left after it."""
+    tell(event)
+    if isinstance(event, Progress):
+        budget.check_prior(event)
 
 
 def _fitting(job: Job, start: _Start, budget: Budget, group: Group, compiled: bool) -> Job:

@@ -13,6 +13,7 @@ from maskgen.core.errors import RecipeError
 from maskgen.methods.learned.adaptive_sparse import AdaptiveSparse
 from maskgen.recipes.recipe import RECIPE_FILE
 from maskgen.recipes.sections import Training
+from maskgen.sweep.report import BLOCK_DONE, Progress
 from maskgen.train import budget as budget_module
 from maskgen.train import run as learn
 from maskgen.train import step as step_module
@@ -65,6 +66,20 @@ def test_too_short_a_time_says_how_long_it_must_be() -> None:
     assert Budget(needed, 1000.0).steps((0.0, 6.0), SPEC, Cadence()) >= MIN_STEPS
     with pytest.raises(RecipeError, match="minutes or more"):
         Budget(needed - 0.5, 1000.0).steps((0.0, 6.0), SPEC, Cadence())
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_prior_that_leaves_no_time_is_told_of_after_two_blocks() -> None:
+    def block_done(block: int, elapsed_s: float) -> Progress:
+        return Progress(block, 30, BLOCK_DONE, elapsed_s, 0)
+
+    slow = Budget(5, 1000.0)
+    slow.check_prior(block_done(0, 20.0))
+    slow.check_prior(Progress(1, 30, "calibration inputs", 40.0, 0))
+    slow.check_prior(block_done(29, 100.0))
+    with pytest.raises(RecipeError, match=r"`minutes` 5: making the prior alone takes about 11\.0 minutes"):
+        slow.check_prior(block_done(1, 40.0))
+    Budget(12, 1000.0).check_prior(block_done(1, 40.0))
 
 
 def test_timing_changes_nothing() -> None:

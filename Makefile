@@ -30,6 +30,7 @@ LOCK := deploy/locks/cpu.txt
 DEMO_LOCK := deploy/locks/demo.txt
 TOOLS_LOCK := deploy/locks/tools.txt
 DOCS_LOCK := deploy/locks/docs.txt
+RELEASE_LOCK := deploy/locks/release.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
 QUICK := $(addprefix tests/,architecture golden hostile \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
@@ -40,6 +41,8 @@ DEMO := $(CACHE)/demo-v5
 TOOLS := $(VENV)/.tools-$(EXTRA)
 # That what the manual is built with is installed.
 DOCS := $(VENV)/.docs-$(EXTRA)
+# That what a release is made with is installed.
+RELEASE := $(VENV)/.release-$(EXTRA)
 # That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.
 WEIGHTS := $(VENV)/.demo-weights
 SPARSE := $(if $(MODEL),$(shell grep -ls sparse_nm '$(MODEL)/config.json'))
@@ -53,7 +56,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures demo install clean
+.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures wheel demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -155,6 +158,14 @@ proto: $(TOOLS) ## regenerate sparse_serve/api/pb from proto/
 architectures: $(TOOLS) ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m tests.vllm.architectures $(ARGS)
 
+wheel: $(RELEASE) ## build dist/: an sdist and, from it, a wheel with the CPU kernel; check it in a new environment (minutes, 3 GB)
+	@rm -rf dist
+	"$$BIN/python" deploy/release/build.py --out dist
+	folder=$$(mktemp -d)
+	trap 'rm -rf "$$folder"' EXIT
+	"$$BIN/python" -m tests.release.wheel install dist/*.whl "$$folder"
+	"$$BIN/python" -m tests.release.wheel check "$$folder"
+
 demo: $(WEIGHTS) ## make the demo: a small chat model and text (once)
 	@"$$BIN/maskgen" demo --out "$$DEMO"
 	echo "the demo is in $$DEMO"
@@ -174,7 +185,7 @@ $(WEIGHTS): $(DEMO_LOCK) $(STAMP)
 $(TOOLS): $(TOOLS_LOCK) $(STAMP)
 	@echo '== tools'
 	if [[ $(EXTRA) == cuda ]]; then what=(-e '.[cuda,dev]'); else what=(--no-deps -r $(TOOLS_LOCK)); fi
-	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check "$${what[@]}"
+	SPARSE_SERVE_NATIVE=off "$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check "$${what[@]}"
 	echo "   tools: $$SECONDS s"
 	touch $@
 
@@ -182,6 +193,12 @@ $(DOCS): $(DOCS_LOCK) $(TOOLS)
 	@echo '== manual'
 	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r $(DOCS_LOCK)
 	echo "   manual: $$SECONDS s"
+	touch $@
+
+$(RELEASE): $(RELEASE_LOCK) $(TOOLS)
+	@echo '== release tools'
+	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r $(RELEASE_LOCK)
+	echo "   release tools: $$SECONDS s"
 	touch $@
 
 $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*)
@@ -201,7 +218,8 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	pip() { "$$BIN/python" -m pip "$$@"; }
 	if [[ $(EXTRA) == cuda ]]; then
-	  pip install -e '.[cuda,data,gguf,report]'
+	  # torch is only about to be installed, and the CPU kernel is nothing for GPUs
+	  SPARSE_SERVE_NATIVE=off pip install -e '.[cuda,data,gguf,report]'
 	else
 	  echo "== environment"
 	  echo "installing $$(grep -c == $(LOCK)) pinned packages into $(VENV) (once; 2.8 GB, a minute or two)"
@@ -216,7 +234,7 @@ $(STAMP): $(LOCK) pyproject.toml setup.py $(wildcard sparse_serve/kernels/csrc/*
 	    exit 1
 	  }
 	  wait $$rest
-	  SPARSE_SERVE_NATIVE=required pip install --quiet --no-deps --no-build-isolation --no-index -e .
+	  pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	fi
 	echo "   environment: $$SECONDS s"
 	touch $@

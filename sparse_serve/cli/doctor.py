@@ -1,4 +1,6 @@
-"""`sparse-serve doctor DIR`: will this checkpoint be served sparse, by what, and is it worth it on this machine?
+"""`sparse-serve doctor [DIR]`: will this checkpoint be served sparse, by what, and is it worth it on this machine?
+
+Without a checkpoint it is the installation that is looked at: versions, and whether each kernel runs and is right.
 
 Every bit of the masks is read and counted, as a server does at its start, and the shards are compared with their
 digests. vLLM's model is built without weights: does it have every sparse layer, and why are the others dense? Then, for
@@ -26,12 +28,20 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sparse-serve doctor`, which are those of `tune`."""
-    parser.epilog = "exit status: 0 fine, 1 dense is faster somewhere or could not be measured, 2 wrong usage or input"
+    parser.epilog = (
+        "exit status: 0 fine, 1 dense is faster somewhere or could not be measured (without DIR: something is "
+        "missing or wrong), 2 wrong usage or input"
+    )
     tune.add_arguments(parser)
+    checkpoint = next(action for action in parser._actions if action.dest == "checkpoint")
+    checkpoint.nargs, checkpoint.required = "?", False
+    checkpoint.help = "a sparse checkpoint (default: none; the installation is checked)"
 
 
 def main(args: argparse.Namespace) -> int:
     """Verify, measure what is not known, report. Returns 0; 1 if dense is faster anywhere, or figures are missing."""
+    if args.checkpoint is None:
+        return _installation()
     from maskgen.core.checkpoint import SparseCheckpoint
     from sparse_serve.bench import survey
 
@@ -55,6 +65,21 @@ def main(args: argparse.Namespace) -> int:
             "if that is most of your traffic, serve the dense model"
         )
     return 1 if found.slower or len(found.measured) < len(found.choices) else 0
+
+
+def _installation() -> int:
+    from sparse_serve.bench import installation
+
+    found = installation.examine()
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(", ".join(f"{name} {version}" for name, version in found.versions.items()))
+    console.print(f"on {found.device}; a 2:4 layer by each kernel, against the exact product:", markup=False)
+    for name, state in found.kernels.items():
+        console.print(f"  {name}: {state}", markup=False)
+    problems = found.problems()
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False)
+    return 1 if problems else 0
 
 
 def _describe(console: Console, found: Survey) -> None:

@@ -12,17 +12,20 @@ from collections.abc import Sequence
 
 from maskgen.core.errors import SparseError
 from maskgen.core.failures import drop_output, explained
+from sparse_serve.runtime import packages
 
 _VERBS = {
     "serve": "serve a checkpoint over HTTP (OpenAI API) and gRPC",
     "generate": "send one prompt to a running server over gRPC",
     "bench": "time sparse layers and models against dense ones on this machine",
     "tune": "measure which kernel is fastest for each layer, and keep it for the server",
-    "doctor": "check a checkpoint: are its masks intact, which kernels serve it, is it faster and smaller here",
+    "doctor": "check a checkpoint: are its masks intact, which kernels serve it, is it faster and smaller here; "
+    "without one, check what is installed",
     "gate": "decide whether a sparse checkpoint may replace its dense base: quality, parity, memory",
 }
 _TAKES_VLLMS_FLAGS = ("serve",)
 _USES_VLLMS_LAYERS = ("bench", "tune", "doctor")
+_NEEDS_NO_ENGINE = ("generate",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +56,20 @@ def _run(arguments: list[str]) -> int:
         return 0
     if verb in _USES_VLLMS_LAYERS:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # what it logs on the way would stand between the tables
+    try:
+        return _run_verb(verb, arguments[1:])
+    except ModuleNotFoundError as error:
+        known = packages.explain(error, verb not in _NEEDS_NO_ENGINE)
+        if known is None:
+            raise
+        raise known from None
+
+
+def _run_verb(verb: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"sparse_serve.cli.{verb}")
     parser = argparse.ArgumentParser(prog=f"sparse-serve {verb}", description=_VERBS[verb], allow_abbrev=False)
     module.add_arguments(parser)
-    args, others = parser.parse_known_args(arguments[1:])
+    args, others = parser.parse_known_args(arguments)
     args.others = others
     if others and verb not in _TAKES_VLLMS_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -114,8 +114,8 @@ def _problem() -> str | None:
     spec = find_spec(LIBRARY)
     if spec is None or spec.origin is None:
         return (
-            "the native library is not built; it needs a C++ compiler and torch present: "
-            "pip install --no-build-isolation --no-deps --force-reinstall sparse-serve"
+            "the native library was not built when this was installed (SPARSE_SERVE_NATIVE=off, or no Linux); with a "
+            "C++ compiler, in the folder of the sources: pip install --no-deps --force-reinstall ."
         )
     try:
         torch.ops.load_library(spec.origin)

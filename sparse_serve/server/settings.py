@@ -160,13 +160,18 @@ class Settings(BaseSettings):
         raise ValueError("the type is another")
 
 
+_OF_THE_BUILD = ENV_PREFIX + "NATIVE"
+"""Read by setup.py; it may still be set when a server starts."""
+
+
 class _Environment(EnvSettingsSource):
     """The environment, without what Kubernetes put there. Raises `SettingsError` for a variable that is no setting."""
 
     def __call__(self) -> dict[str, Any]:
         known = [ENV_PREFIX + name.upper() for name in self.settings_cls.model_fields]
         for variable in os.environ:
-            is_meant = variable.upper().startswith(ENV_PREFIX) and not _is_of_kubernetes(variable)
+            is_other = variable == _OF_THE_BUILD or _is_of_kubernetes(variable)
+            is_meant = variable.upper().startswith(ENV_PREFIX) and not is_other
             if is_meant and variable.upper() not in known:
                 raise SettingsError(f"environment variable {variable} is not a setting; known: {', '.join(known)}")
         return super().__call__()

@@ -98,3 +98,7 @@ def test_what_only_looks_like_kubernetes_is_an_error(line: str) -> None:
     variable, _, value = line.partition("=")
     with pytest.raises(SettingsError, match=variable):
         from_flags(**{variable: value})
+
+
+def test_the_variable_of_the_build_is_nobodys_mistake() -> None:
+    assert from_flags(SPARSE_SERVE_NATIVE="off") == from_flags()

@@ -56,7 +56,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures wheel demo install clean
+.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures symbols wheel demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -157,6 +157,9 @@ proto: $(TOOLS) ## regenerate sparse_serve/api/pb from proto/
 
 architectures: $(TOOLS) ## ask vLLM again what it serves: maskgen/hf/vllm_models.json (ten minutes; after a change of version)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m tests.vllm.architectures $(ARGS)
+
+symbols: $(TOOLS) ## look up every symbol of vLLM that is used, in the vLLM that is installed and in unpacked wheels [ARGS=folders]
+	@exec "$$BIN/python" -m tests.release.vllm_uses $(ARGS)
 
 wheel: $(RELEASE) ## build dist/: an sdist and, from it, a wheel with the CPU kernel; check it in a new environment (minutes, 3 GB)
 	@rm -rf dist

@@ -17,7 +17,7 @@ import sparse_serve.kernels as _kernels
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
 from sparse_serve.kernels import LinearSpec
-from sparse_serve.runtime import machine
+from sparse_serve.runtime import machine, vllm_version
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning import parity
 from sparse_serve.tuning.samples import random_weight
@@ -49,11 +49,13 @@ class KernelState:
 
 @dataclass(frozen=True)
 class Installation:
-    """What was found. `versions` are those of packages that are installed, and of Python; `kernels` are by name."""
+    """What was found. `versions` are those of packages that are installed, and of Python; `kernels` are by name.
+    `vllm_refusal`: why this version of vLLM is refused, or ""."""
 
     device: str
     versions: Mapping[str, str]
     kernels: Mapping[str, KernelState]
+    vllm_refusal: str = ""
 
     def problems(self) -> list[str]:
         """A line for each: what is wrong or missing, and what that means."""
@@ -69,6 +71,8 @@ class Installation:
                 "vLLM is not installed: nothing can be served, only pruned, converted and measured; pip install "
                 "'sparse-serve[serve]', or on machines with NVIDIA GPUs 'sparse-serve[cuda]'"
             )
+        if self.vllm_refusal:
+            wrong.append(self.vllm_refusal)
         return wrong
 
 
@@ -78,7 +82,7 @@ def examine() -> Installation:
     versions = {"Python": platform.python_version(), **machine.versions(*_PACKAGES)}
     spec = LinearSpec(_ROWS, _COLUMNS, NMPattern(2, 4), torch.bfloat16, device)
     kernels = {name: _state(spec, name) for name in names(_kernels)}
-    return Installation(f"{machine.device_name(device)} ({device})", versions, kernels)
+    return Installation(f"{machine.device_name(device)} ({device})", versions, kernels, vllm_version.refusal())
 
 
 def _state(spec: LinearSpec, name: str) -> KernelState:

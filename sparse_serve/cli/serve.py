@@ -23,7 +23,7 @@ from sparse_serve.cli import restart, terminal
 from sparse_serve.cli import settings as settings_flags
 from sparse_serve.cli.terminal import Terminal
 from sparse_serve.engine import Engine, EngineInfo, KernelChoice
-from sparse_serve.runtime import environment, processes
+from sparse_serve.runtime import environment, processes, vllm_version
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal comes; `args.others` are vLLM's flags. Returns 0, 1 if the engine died, 2 for bad input."""
     settings = settings_flags.settings_of(args)
+    if settings.untested_vllm:
+        vllm_version.allow()
+    vllm_version.check()
     logging.getLogger("sparse_serve.access").setLevel(logging.INFO if settings.access_log else logging.WARNING)
     if settings.log_json:
         from pythonjsonlogger.json import JsonFormatter

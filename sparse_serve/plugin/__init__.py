@@ -6,6 +6,9 @@ engine core, each worker, the model inspector), so it must be cheap and idempote
 
 vLLM only logs a plugin that fails to load; the run then dies with "Unknown quantization method", which is loud enough.
 
+A version of vLLM that this release was not tested with is refused (`runtime.vllm_version`): sparse checkpoints then end
+in one line, dense ones are served.
+
 A process of vLLM's that `sparse-serve serve` started is also made to end when that server is killed (`processes`).
 """
 
@@ -14,14 +17,20 @@ import logging
 
 def register() -> None:
     """Register the `sparse_nm` quantization method with the vLLM of this process."""
-    from sparse_serve.plugin import config, loading, lora
-    from sparse_serve.runtime import processes, startup_error
+    from sparse_serve.runtime import processes, startup_error, vllm_version
 
     if not logging.getLogger().handlers:  # a process of vLLM's own, which prints only loggers below "vllm"
         logging.getLogger("sparse_serve").parent = logging.getLogger("vllm")
     processes.follow()
     startup_error.record_failed_processes()
     _allow_amx()
+    if reason := vllm_version.refusal():
+        from sparse_serve.plugin import refused
+
+        refused.register(reason)
+        return
+    from sparse_serve.plugin import config, loading, lora
+
     config.register()
     loading.register()
     lora.register()

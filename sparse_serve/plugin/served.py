@@ -20,6 +20,7 @@ from maskgen.core.layout import VALUES_SUFFIX, suffixes
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.values import FLOAT
 from sparse_serve.plugin.build import BuiltModel, build
+from sparse_serve.runtime import vllm_version
 from sparse_serve.runtime.errors import SettingsError
 
 OUTSIDE = "outside of the decoder blocks"
@@ -43,7 +44,10 @@ class ServedLayers:
 
 
 def served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
-    """Ask vLLM. Raises `SettingsError` if it has no such model, `FormatError` if it cannot hold some target packed."""
+    """Ask vLLM. Raises `SettingsError` if its version is refused or has no such model, `FormatError` if it cannot hold
+    some target packed.
+    """
+    vllm_version.check()
     headers = _dense_headers(checkpoint)
     try:
         built = build(checkpoint.path, headers)

@@ -117,6 +117,7 @@ class Settings(BaseSettings):
     smg: bool = Field(
         False, description="answer vllm.grpc.engine.VllmEngine on the gRPC port, too, for routers such as SMG and llm-d"
     )
+    untested_vllm: bool = Field(False, description="serve with a version of vLLM that this release was not tested with")
     reflection: bool = Field(True, description="answer gRPC reflection, so that tools can list the services")
 
     def __init__(self, **flags: Any) -> None:

@@ -19,6 +19,9 @@ DATA ?=
 EVAL ?=
 POINTS ?=
 LABEL ?= demo
+VERSION ?=
+# Where `wheel` leaves the environment of its check; empty, and it is removed.
+CHECKED ?=
 ARGS ?=
 # Values of the recipe that `serve` changes, such as train.steps=300. SET= takes the recipe as it is.
 SET ?= $(if $(MODEL),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14 train.heldout_windows=16,calibration.samples=32))
@@ -56,7 +59,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures symbols wheel demo install clean
+.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures symbols wheel version release lock demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -164,10 +167,23 @@ symbols: $(TOOLS) ## look up every symbol of vLLM that is used, in the vLLM that
 wheel: $(RELEASE) ## build dist/: an sdist and, from it, a wheel with the CPU kernel; check it in a new environment (minutes, 3 GB)
 	@rm -rf dist
 	"$$BIN/python" deploy/release/build.py --out dist
-	folder=$$(mktemp -d)
-	trap 'rm -rf "$$folder"' EXIT
+	folder=$(CHECKED)
+	[[ $$folder ]] || { folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; }
 	"$$BIN/python" -m tests.release.wheel install dist/*.whl "$$folder"
 	"$$BIN/python" -m tests.release.wheel check "$$folder"
+
+version: $(RELEASE) ## begin a release: the version, and its section of CHANGELOG.md, to be committed [VERSION=X.Y.Z]
+	@exec "$$BIN/python" deploy/release/publish.py version "$(VERSION)"
+
+release: $(RELEASE) ## all of a release in dist/, from a clean tree: as `wheel`, and notes, lock, bill of materials, digests
+	@"$$BIN/python" deploy/release/publish.py ready
+	folder=$$(mktemp -d)
+	trap 'rm -rf "$$folder"' EXIT
+	$(MAKE) --no-print-directory wheel CHECKED="$$folder"
+	"$$BIN/python" deploy/release/publish.py bundle "$$folder/environment/bin/python" --out dist
+
+lock: $(RELEASE) ## resolve deploy/locks/ again: what is new within pyproject.toml's bounds [ARGS=--keep for as little as it takes]
+	@exec "$$BIN/python" deploy/release/lock.py $(ARGS)
 
 demo: $(WEIGHTS) ## make the demo: a small chat model and text (once)
 	@"$$BIN/maskgen" demo --out "$$DEMO"

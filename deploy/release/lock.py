@@ -109,7 +109,7 @@ def written(before: str, packages: Iterable[Package]) -> str:
     pins = {f"{one.name}=={one.version}{markers.get(canonicalize_name(one.name), '')}" for one in packages}
     have = {canonicalize_name(Requirement(pin).name) for pin in pins}
     pins |= {line for line in elsewhere if canonicalize_name(Requirement(line).name) not in have}
-    return "\n".join([*comments, *sorted(pins)]) + "\n"
+    return "\n".join([*comments, *sorted(pins, key=str.lower)]) + "\n"
 
 
 def resolve(lines: Iterable[str], keep: bool) -> dict[str, Package]:

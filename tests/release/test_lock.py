@@ -31,7 +31,7 @@ def test_comments_markers_and_lines_for_other_machines_stay() -> None:
     here, elsewhere = 'python_version > "3"', 'python_version < "3"'
     before = f"# why\n# more\nb==1; {here}\nc==1\nold==9; {elsewhere}\n"
     text = lock.written(before, [PACKAGES["b"], PACKAGES["a"]])
-    assert text == f"# why\n# more\nB==2; {here}\na==1\nold==9; {elsewhere}\n"
+    assert text == f"# why\n# more\na==1\nB==2; {here}\nold==9; {elsewhere}\n"
 
 
 def test_the_requirements_of_each_lock() -> None:

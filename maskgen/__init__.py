@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         convert,
         decompress,
         permute,
-        quantise,
     )
     from maskgen.api.events import (
         Event,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
         report,
     )
     from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult, learn, prune, run
+    from maskgen.api.quantising import QuantiseResult, quantise
     from maskgen.api.requests import (
         CompressRequest,
         ConvertRequest,
@@ -80,8 +80,9 @@ _HOMES = {
     "maskgen.api.pruning": ("AlreadyFinished", "LearnResult", "PruneResult", "learn", "prune", "run"),
     "maskgen.api.converting": (
         "CompressResult", "ConvertResult", "DecompressResult", "PermuteResult", "compress", "convert", "decompress",
-        "permute", "quantise",
+        "permute",
     ),
+    "maskgen.api.quantising": ("QuantiseResult", "quantise"),
     "maskgen.api.measuring": (
         "DemoResult", "EvaluateResult", "ReportResult", "TextResult", "demo", "evaluate", "inspect", "load", "report",
     ),
@@ -117,6 +118,7 @@ __all__ = [
     "PruneRequest",
     "PruneResult",
     "QuantiseRequest",
+    "QuantiseResult",
     "ReportRequest",
     "ReportResult",
     "Scored",

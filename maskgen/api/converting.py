@@ -1,4 +1,4 @@
-"""`permute`, `compress`, `convert`, `quantise` and `decompress`: one model directory -> another."""
+"""`permute`, `compress`, `convert` and `decompress`: one model directory -> another."""
 
 from __future__ import annotations
 
@@ -12,27 +12,22 @@ from torch import Tensor
 from maskgen.api import checks
 from maskgen.api.events import Listener, Stage, silent
 from maskgen.api.pruning import load_checked
+from maskgen.api.quantising import group_of
 from maskgen.api.requests import (
-    DEFAULT_GROUP,
     CompressRequest,
     ConvertRequest,
     DecompressRequest,
     PermuteRequest,
-    QuantiseRequest,
 )
 from maskgen.api.task import Task, calibration, settled
 from maskgen.api.text import read_text, with_own_text
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import StoredModel, digest_weights
-from maskgen.core.errors import RequestError
 from maskgen.core.failures import explained
 from maskgen.core.pattern import NMPattern
-from maskgen.core.quality import QUALITY_FILE
-from maskgen.core.values import INT4
 from maskgen.data import tokens
 from maskgen.export import compress as compress_module
 from maskgen.export import convert as convert_module
-from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport
 from maskgen.export.convert import ConvertReport
 from maskgen.hf import gguf, planning
@@ -53,15 +48,10 @@ class PermuteResult:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A sparse checkpoint in `out`, and what was written.
-
-    With `quality_dropped`, what was measured of the checkpoint that it was made from is not true of its new values, and
-    was left out.
-    """
+    """A sparse checkpoint in `out`, and what was written."""
 
     out: Path
     written: CompressReport
-    quality_dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ def compress(request: CompressRequest, progress: Listener = silent) -> CompressR
         model_dir = checks.find_model(request.model, progress)
         ignored = planning.dense_names(model_dir, masks.bitmasks)
         written = compress_module.compress_masks(
-            model_dir, masks, request.out, ignored, values=request.values, group=_group(request)
+            model_dir, masks, request.out, ignored, values=request.values, group=group_of(request)
         )
     return CompressResult(request.out, written)
 
@@ -145,17 +135,6 @@ def convert(request: ConvertRequest, progress: Listener = silent) -> ConvertResu
 
 
 @explained()
-def quantise(request: QuantiseRequest) -> CompressResult:
-    """Write a sparse checkpoint with float values again with 8-bit or 4-bit values; masks and corrections stay.
-
-    Raises `FormatError` when the values are quantised already, `OutputExistsError`.
-    """
-    with checks.new_output(request.out):
-        written = quantise_module.quantise(request.model, request.out, request.values, _group(request))
-    return CompressResult(request.out, written, (request.model / QUALITY_FILE).is_file())
-
-
-@explained()
 def decompress(request: DecompressRequest) -> DecompressResult:
     """Write a sparse checkpoint, or a GGUF file, as an ordinary dense model, zeros included, for other tools.
 
@@ -169,19 +148,6 @@ def decompress(request: DecompressRequest) -> DecompressResult:
         total_bytes = compress_module.decompress(request.model, request.out)
     config = SparseCheckpoint.open(request.model, verify_bits=False).config
     return DecompressResult(request.out, total_bytes, config.correction is not None)
-
-
-def _group(request: CompressRequest | QuantiseRequest) -> int | None:
-    """How many values share a scale, None for those of a row; and for values that are no int4.
-
-    Raises `RequestError` for a group of other values, which have a scale for each row, or none.
-    """
-    if request.values != INT4:
-        if request.group is not None:
-            raise RequestError(f"`group` {request.group}: only of int4 values; leave it out, or ask for `values` int4")
-        return None
-    group = request.group or DEFAULT_GROUP
-    return None if group == "row" else group
 
 
 def _arrange(task: Task, windows_ST: Tensor | None, progress: Listener) -> Mapping[str, Arrangement]:

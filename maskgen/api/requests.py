@@ -181,13 +181,17 @@ class CompressRequest(Request):
 class QuantiseRequest(Request):
     """Write the sparse checkpoint `model`, which has float values, again with 8-bit or 4-bit ones.
 
-    Each value is rounded to the nearest code; of int4, `group` values share a scale (None: 128).
+    Each value is rounded to the nearest code; of int4, `group` values share a scale (None: 128). With `data`, and `bos`
+    as for runs of a recipe, int4 codes are chosen on `device` for what the layers put out on this text.
     """
 
     model: Path
     out: Path
     values: Codes
     group: Group | None = None
+    data: _Files = ()
+    bos: bool | None = None
+    device: str | None = None
 
 
 class ConvertRequest(Request):

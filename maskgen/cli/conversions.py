@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from maskgen.api.requests import DEFAULT_GROUP, Codes, CompressRequest, ConvertRequest, Group
-from maskgen.cli.flags import add_out, default, verb
+from maskgen.cli.flags import DATA, add_bos, add_device, add_out, default, verb
 
 if TYPE_CHECKING:
     from maskgen.cli.flags import Verbs
@@ -64,7 +64,7 @@ def _add_quantise(verbs: Verbs) -> None:
         verbs,
         "quantise",
         "write a sparse checkpoint again with kept weights of 8 or 4 bits",
-        "Each kept weight becomes the nearest code. "
+        "Each kept weight becomes the nearest code; with --data, the code that serves the layer's outputs best. "
         "Masks, corrections and every other tensor stay as they are; pruned weights are exactly zero before and after.",
     )
     parser.add_argument("model", type=Path, help="sparse checkpoint directory with float values")
@@ -72,6 +72,15 @@ def _add_quantise(verbs: Verbs) -> None:
         "--values", required=True, choices=_CODES, help="the code: integers of 8 or 4 bits, or floats of 8"
     )
     _add_group(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=f"text to choose int4 codes by: {DATA}; or self (default: none, codes are the nearest)",
+    )
+    add_bos(parser)
+    add_device(parser)
     add_out(parser)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
-from maskgen.api import converting, measuring, pruning
+from maskgen.api import converting, measuring, pruning, quantising
 from maskgen.api.pruning import LearnResult, PruneResult
 from maskgen.api.requests import (
     CompressRequest,
@@ -74,8 +74,15 @@ def convert(args: argparse.Namespace) -> None:
 
 def quantise(args: argparse.Namespace) -> None:
     """Sparse checkpoint with float values -> one with 8-bit or 4-bit values."""
-    result = converting.quantise(request(QuantiseRequest, args))
+    model.quiet()
+    with display.progress() as show:
+        result = quantising.quantise(request(QuantiseRequest, args), show)
     display.print_compressed(result.out, result.written)
+    if (found := result.against_float) is not None:
+        display.say(
+            f"codes: perplexity {found.dense_perplexity:.2f} with float values -> {found.perplexity:.2f}, "
+            f"KL {found.kl:.3f} nats per token, on {found.windows} held-out windows"
+        )
     if result.quality_dropped:
         display.say(f"quality: {UNKNOWN.format(result.out)} (of {args.model} it was measured with other values)")
 

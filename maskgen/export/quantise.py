@@ -8,6 +8,7 @@ everything downstream of it stay the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.companions import check_companions, companion_files
 from maskgen.core.config import sparse_hf_config
 from maskgen.core.errors import FormatError, clip
-from maskgen.core.packed import StoredLayer
+from maskgen.core.packed import PackedTensor, StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.export.allocation import Allocation, read_allocation, stored_allocation
@@ -24,21 +25,21 @@ from maskgen.export.compress import CompressReport, stored_modules
 
 
 def quantise(
-    sparse_dir: Path, out_dir: Path, values: str, group: int | None = None, shard_bytes: int = SHARD_BYTES
+    sparse_dir: Path,
+    out_dir: Path,
+    values: str,
+    group: int | None = None,
+    coded: Callable[[str], PackedTensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> CompressReport:
     """Write a sparse checkpoint with float values again with codes (`int8`, `fp8_e4m3`, or `int4`, of which `group`
-    share a scale), each value rounded to the nearest.
+    share a scale): each value rounded to the nearest, or the layers with codes that `coded` gives by name.
 
     Masks, corrections and every other tensor stay as they are. Raises `FormatError` if the values are quantised
     already: a second rounding would only add error.
     """
-    checkpoint = SparseCheckpoint.open(sparse_dir)
+    checkpoint = check(sparse_dir, values)
     check_companions(sparse_dir)
-    if values == FLOAT or checkpoint.config.values != FLOAT:
-        raise FormatError(
-            f"{sparse_dir}: values {checkpoint.config.values} cannot become {clip(values)}; quantise float values to "
-            f"{' or '.join(CODE_DTYPES)}"
-        )
     config = replace(checkpoint.config, values=values, group=group)
     hf_config = sparse_hf_config(checkpoint.hf_config, config)
     sizes = {"dense": 0, "packed": 0}
@@ -49,12 +50,24 @@ def quantise(
                 writer.add(name, checkpoint.tensor(name))
                 continue
             layer = checkpoint.layer(module)
-            stored = StoredLayer(layer.packed.quantised(values, group), layer.correction)
+            packed = layer.packed.quantised(values, group) if coded is None else coded(module)
+            stored = StoredLayer(packed, layer.correction)
             sizes["dense"] += layer.packed.dense_nbytes(layer.packed.values.dtype)
             sizes["packed"] += stored.nbytes
             for suffix, tensor in layout.tensors(stored).items():
                 writer.add(module + suffix, tensor)
     return CompressReport(len(config.targets), sizes["dense"], sizes["packed"], writer.total_bytes)
+
+
+def check(sparse_dir: Path, values: str) -> SparseCheckpoint:
+    """The checkpoint, if its values can become codes of the kind `values`; `FormatError` if not."""
+    checkpoint = SparseCheckpoint.open(sparse_dir)
+    if values == FLOAT or checkpoint.config.values != FLOAT:
+        raise FormatError(
+            f"{sparse_dir}: values {checkpoint.config.values} cannot become {clip(values)}; quantise float values to "
+            f"{' or '.join(CODE_DTYPES)}"
+        )
+    return checkpoint
 
 
 def _resized(checkpoint: SparseCheckpoint, values: str, group: int | None) -> Allocation | None:

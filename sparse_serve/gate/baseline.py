@@ -19,6 +19,7 @@ from typing import Any
 
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.perplexity import Perplexity, Protocol
+from sparse_serve.gate import wording
 from sparse_serve.gate.checks import quality, speed, tasks
 from sparse_serve.gate.evidence import (
     Evidence,
@@ -143,14 +144,14 @@ def _judge(
     if not has_base and math.isnan(drift):
         return undecided("the reports have no base in common, and nobody watched the host in one of them")
     if not has_base and abs(drift) > limit / 2:
-        return undecided(f"the reports have no base in common, and a fixed computation took {drift:+.1%} longer")
+        took = wording.said("slowdown", drift)
+        return undecided(f"the reports have no base in common, and the time of a fixed computation was {took}")
     how = "as ratios to the base of both" if has_base else "not measured side by side"
     return CheckResult(
         check="speed",
         verdict=speed.decide(bounds, limit),
-        summary=f"{bounds.estimate - 1:+.1%} {'slower' if is_rate else 'longer'} than in the earlier report, between "
-        f"{bounds.low - 1:+.1%} and {bounds.high - 1:+.1%} over {len(values[0])} and {len(values[1])} rounds, {how}, "
-        f"allowed {limit:+.1%}",
+        summary=f"against the earlier report: {speed.say(metric, bounds)} over {len(values[0])} and {len(values[1])} "
+        f"rounds, {how}, {wording.allowed('slowdown', limit)}",
         numbers={
             "slowdown": bounds.estimate - 1,
             "lower_bound": bounds.low - 1,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sparse_serve.gate.verdict import CheckResult, Verdict
+from sparse_serve.gate.verdict import CheckResult, Verdict, worst, worst_first
 
 MEANING = {
     "measurement": "What the gate measured. It ended before there was anything to judge.",
@@ -13,17 +13,19 @@ MEANING = {
     "window by window.",
     "divergence": "How far the candidate's predictions of the next token are from the base's, whether better or worse. "
     "kl: by probabilities, 0 if they are the same; flips: how often it would choose another token.",
-    "parity": "Whether the server computes what the same weights compute offline. A difference is a bug.",
-    "kernels": "Whether each kernel computes the product of the sparse layers it serves, up to rounding.",
-    "memory": "Whether the sparse layers are as small in the running server as their stored form allows.",
+    "parity": "Whether the server computes what the same weights compute offline. A "
+    "difference beyond rounding is a bug.",
+    "kernels": "Whether each kernel computes what the sparse layers it serves stand for, up to rounding.",
+    "memory": "Whether the sparse layers, which store only the weights they keep, are as small in the running "
+    "server as in their files.",
     "speed": "How much longer clients wait for the candidate, in runs that alternate with the base. ttft: until the "
     "first token; itl: from one token to the next; e2e: for the whole answer; p50: in half of the cases it is less.",
     "tasks": "Whether the candidate answers as many samples correctly as the base, sample by sample.",
     "environment": "Whether two reports were measured alike: processor, versions, dtype.",
 }
 
+_MEND = "Mend what failed, and run the gate again."
 NEXT = {
-    ("measurement", Verdict.ERROR): "Mend what failed, and run the gate again.",
     (
         "quality",
         Verdict.FAIL,
@@ -43,7 +45,7 @@ NEXT = {
     ("memory", Verdict.FAIL): "See which kernels serve the layers: sparse-serve doctor.",
     ("speed", Verdict.FAIL): "Measure kernels: sparse-serve tune, sparse-serve doctor; or allow more (max_slowdown).",
     ("speed", Verdict.INCONCLUSIVE): "Quieten the host, or raise budget_s; gate run --calibrate says what it can tell.",
-    ("tasks", Verdict.FAIL): "Keep more layers dense, or prune with a better recipe; or allow more (max_task_drop).",
+    ("tasks", Verdict.FAIL): "Keep more layers dense, or prune with a better recipe; or allow more (max_drop).",
     ("tasks", Verdict.INCONCLUSIVE): "Give more samples.",
     ("environment", Verdict.INCONCLUSIVE): "Measure both in one run: gate run with the two as base and candidate.",
 }
@@ -63,13 +65,14 @@ def headline(verdict: Verdict) -> str:
 
 def next_step(check: str, verdict: Verdict) -> str:
     """What to do about a result; empty if nothing."""
-    return NEXT.get((check, verdict), "")
+    return NEXT.get((check, verdict), _MEND if verdict is Verdict.ERROR else "")
 
 
-def worst_first(results: Sequence[CheckResult]) -> list[CheckResult]:
-    """Results in the order in which they matter."""
-    order = list(Verdict)
-    return sorted(results, key=lambda result: -order.index(result.verdict))
+def causes(results: Iterable[CheckResult]) -> list[CheckResult]:
+    """The results that a verdict other than a pass is owed to."""
+    found = list(results)
+    decided = worst(found)
+    return [] if decided is Verdict.PASS else [result for result in worst_first(found) if result.verdict is decided]
 
 
 def explain(report: Mapping[str, Any]) -> Iterator[str]:
@@ -78,14 +81,11 @@ def explain(report: Mapping[str, Any]) -> Iterator[str]:
     provenance = report["provenance"]
     yield f"{verdict.value.upper()}: {headline(verdict)}"
     yield f"base {provenance.get('base', '?')}, candidate {provenance.get('candidate', '?')}"
-    order = list(Verdict)
-    for result in sorted(report["results"], key=lambda result: -order.index(Verdict(result["verdict"]))):
-        check, found = result["check"], Verdict(result["verdict"])
+    for result in worst_first(map(CheckResult.of, report["results"])):
         yield ""
-        subject = f" ({result['subject']})" if result["subject"] else ""
-        yield f"{found.value.upper()}  {check}{subject}"
-        yield f"  {result['summary']}"
-        yield f"  what it is: {MEANING.get(check, 'a check of another version')}"
-        advice = next_step(check, found)
+        yield f"{result.verdict.value.upper()}  {result.name}"
+        yield f"  {result.summary}"
+        yield f"  what it is: {MEANING.get(result.check, 'a check of another version')}"
+        advice = next_step(result.check, result.verdict)
         if advice:
             yield f"  next: {advice}"

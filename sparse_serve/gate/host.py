@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import HostReading
 
 MAX_STEAL = 0.02
@@ -35,12 +36,12 @@ def contamination(readings: Sequence[HostReading | None]) -> list[str | None]:
 
 def _problem(reading: HostReading, usual: float) -> str | None:
     if reading.steal > MAX_STEAL:
-        return f"{reading.steal:.0%} of the processors' time was stolen by other virtual machines"
+        return f"{wording.percent(reading.steal, 0)} of the processors' time was stolen by other virtual machines"
     if reading.foreign > MAX_FOREIGN:
-        return f"other processes used {reading.foreign:.0%} of the processors"
+        return f"other processes used {wording.percent(reading.foreign, 0)} of the processors"
     drift = _fastest(reading) / usual - 1
     if abs(drift) > MAX_DRIFT:
-        return f"a fixed computation took {drift:+.0%} of its usual time"
+        return f"the time of a fixed computation was {wording.said('slowdown', drift)} than usual"
     return None
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
 
-from sparse_serve.gate import explain
+from sparse_serve.gate import explain, terms, wording
 from sparse_serve.gate.checks import speed
 from sparse_serve.gate.evidence import SpeedEvidence, SpeedRound
 from sparse_serve.gate.host import contamination
 from sparse_serve.gate.report import GateReport, megabytes
-from sparse_serve.gate.verdict import CheckResult
+from sparse_serve.gate.verdict import CheckResult, worst_first
 from sparse_serve.tuning.parity_file import KernelParity
-
-_ESTIMATES = ("ppl_increase", "kl", "flips", "slowdown", "drop")
-_PLAIN = {"kl"}
-"""Estimates that are no shares, and are not shown in per cent."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +62,18 @@ def page(report: GateReport) -> str:
         base=report.provenance.get("base", "?"),
         candidate=report.provenance.get("candidate", "?"),
         counts=_counts(report),
+        alike=_alike(report),
+        causes=[(terms.title(result), result.summary) for result in explain.causes(report.results)],
+        words=terms.words(result.check for result in report.results),
         rows=[
             (
                 result,
+                terms.title(result),
                 explain.MEANING.get(result.check, ""),
                 explain.next_step(result.check, result.verdict),
                 _interval(result),
             )
-            for result in explain.worst_first(report.results)
+            for result in worst_first(report.results)
         ],
         kernels=_kernel_rows(report),
         memory=[
@@ -81,15 +81,23 @@ def page(report: GateReport) -> str:
             for role, one in report.evidence.memory.items()
         ],
         plots=[*_text_plots(report), *_speed_plots(report)],
-        facts={**report.provenance, **report.environment},
+        facts=list(terms.facts({**report.provenance, **report.environment})),
     )
 
 
 def _counts(report: GateReport) -> str:
     """How many results have each verdict, the worst first."""
-    verdicts = [result.verdict for result in explain.worst_first(report.results)]
+    verdicts = [result.verdict for result in worst_first(report.results)]
     found = (f"{verdicts.count(verdict)} {verdict.value}" for verdict in dict.fromkeys(verdicts))
     return ", ".join(found) or "there is none"
+
+
+def _alike(report: GateReport) -> str:
+    """What both targets were measured on."""
+    found = report.evidence
+    parts = {"on the same text": found.texts, "on the same samples": found.tasks, "under the same load": found.speed}
+    measured = [what for what, of in parts.items() if of]
+    return " and ".join([", ".join(measured[:-1]), measured[-1]] if measured[1:] else measured)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def _kernel_rows(report: GateReport) -> list[KernelRow]:
 def _interval(result: CheckResult) -> Interval | None:
     """What to draw of a result; None where there are no bounds or no limit."""
     numbers = result.numbers
-    name = next((name for name in _ESTIMATES if name in numbers), None)
+    name = next((name for name in wording.QUANTITIES if name in numbers), None)
     if name is None or "limit" not in numbers or "upper_bound" not in numbers:
         return None
     estimate, high, limit = numbers[name], numbers["upper_bound"], numbers["limit"]
@@ -135,25 +143,28 @@ def _interval(result: CheckResult) -> Interval | None:
     def place(value: float) -> float:
         return round(100 * (value - left) / (right - left), 2)
 
-    def show(value: float) -> str:
-        return f"{value:.3f}" if name in _PLAIN else f"{value:+.1%}"
-
-    return Interval(place(low), place(high), place(estimate), place(limit), show(estimate), show(limit))
+    said = wording.said(name, estimate), wording.allowed(name, limit)
+    return Interval(place(low), place(high), place(estimate), place(limit), *said)
 
 
 def _text_plots(report: GateReport) -> Iterator[Plot]:
     for text in report.evidence.texts:
         pairs = zip(text.base.served.nll_per_window, text.candidate.served.nll_per_window, strict=False)
         values = [candidate - base for base, candidate in pairs]
-        labels = [f"window {at + 1}: {value:+.4f} nats" for at, value in enumerate(values)]
+        labels = [f"window {at + 1}: {_nats(value)}" for at, value in enumerate(values)]
         yield _plot(
             f"{text.text}: what the candidate loses, window by window",
             "Each dot is a piece of the text. Above the line the base predicts it better, below it the candidate.",
             values,
             labels,
             [False] * len(values),
-            "{:+.3g} nats per token",
+            _nats,
         )
+
+
+def _nats(value: float) -> str:
+    more = "more" if value > 0 else "less"
+    return f"{abs(value):.3g} nats per token {more}" if value else "as well predicted"
 
 
 def _speed_plots(report: GateReport) -> Iterator[Plot]:
@@ -166,16 +177,18 @@ def _speed_plots(report: GateReport) -> Iterator[Plot]:
         for metric in measured.metrics:
             values = [_slowdown(metric, round, measured) for round in rounds]
             labels = [
-                f"round {round.number + 1}: {value:+.1%}{f', not used: {problem}' if problem else ''}"
+                f"round {round.number + 1}: {wording.said('slowdown', value)}"
+                + (f", not used: {problem}" if problem else "")
                 for round, value, problem in zip(rounds, values, problems, strict=True)
             ]
             yield _plot(
-                f"{metric}, clients: {clients}: how much slower the candidate is, round by round",
-                "Above the line the candidate is slower. Hollow dots were measured on a disturbed host and not used.",
+                f"{terms.metric(metric)}, clients: {clients}: candidate against base, round by round",
+                "Above the line the candidate is slower, below it faster. Hollow dots were measured while the machine "
+                "was busy with other things, and not used.",
                 values,
                 labels,
                 [problem is not None for problem in problems],
-                "{:+.1%}",
+                lambda value: wording.said("slowdown", value) if value else "as fast",
             )
 
 
@@ -193,7 +206,7 @@ def _plot(
     values: Sequence[float],
     labels: Sequence[str],
     odd: Sequence[bool],
-    show: str,
+    show: Callable[[float], str],
 ) -> Plot:
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
@@ -207,4 +220,4 @@ def _plot(
         Dot(round(10 + step * (at + 0.5), 1), y(value) if math.isfinite(value) else y(0.0), label, is_odd)
         for at, (value, label, is_odd) in enumerate(zip(values, labels, odd, strict=True))
     ]
-    return Plot(title, explanation, dots, y(0.0), show.format(high), show.format(low))
+    return Plot(title, explanation, dots, y(0.0), show(high), show(low))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from maskgen.core.files import fsync_path, temporary_sibling
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import Evidence, Limits, MemoryReading, TextEvidence
-from sparse_serve.gate.verdict import CheckResult, Verdict, worst
+from sparse_serve.gate.explain import headline
+from sparse_serve.gate.verdict import CheckResult, Verdict, worst, worst_first
 
 SCHEMA_VERSION = 3
 
@@ -88,11 +90,13 @@ class GateReport:
         lines = [
             f"# Gate: {self.verdict.value.upper()}",
             "",
+            headline(self.verdict),
+            "",
             "| check | verdict | finding |",
             "|---|---|---|",
             *(
                 f"| {_cell(result.name)} | {result.verdict.value} | {_cell(result.summary)} |"
-                for result in self.results
+                for result in worst_first(self.results)
             ),
             "",
             *(line for text in self.evidence.texts for line in _perplexities(text)),
@@ -111,8 +115,9 @@ def _perplexities(text: TextEvidence) -> Iterator[str]:
         yield f"| {name} | {offline} | {scores.served.value:.4f} |"
     offline = ""
     if base.offline is not None and candidate.offline is not None:
-        offline = f"{candidate.offline.value / base.offline.value - 1:+.2%}"
-    yield f"| increase | {offline} | {candidate.served.value / base.served.value - 1:+.2%} |"
+        offline = f"{wording.said('ppl_increase', candidate.offline.value / base.offline.value - 1)}"
+    served = wording.said("ppl_increase", candidate.served.value / base.served.value - 1)
+    yield f"| change | {offline} | {served} |"
     yield ""
     how = "pieces of text, as the servers tokenise them"
     yield (

@@ -8,6 +8,7 @@ error         3    could not measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -46,6 +47,12 @@ class CheckResult:
         """For people: the check, and what it judged."""
         return f"{self.check} ({self.subject})" if self.subject else self.check
 
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> CheckResult:
+        """From `to_dict`; a number that was none is NaN again."""
+        numbers = {name: math.nan if value is None else value for name, value in stored["numbers"].items()}
+        return CheckResult(stored["check"], Verdict(stored["verdict"]), stored["summary"], numbers, stored["subject"])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
         return {**asdict(self), "numbers": dict(self.numbers), "verdict": self.verdict.value}
@@ -55,6 +62,27 @@ def worst(results: Iterable[CheckResult]) -> Verdict:
     """The worst verdict; nothing judged is an error, never a pass."""
     order = list(Verdict)
     return max((result.verdict for result in results), key=order.index, default=Verdict.ERROR)
+
+
+_ORDER = (
+    "measurement",
+    "environment",
+    "coverage",
+    "quality",
+    "tasks",
+    "speed",
+    "divergence",
+    "parity",
+    "kernels",
+    "memory",
+)
+
+
+def worst_first(results: Iterable[CheckResult]) -> list[CheckResult]:
+    """Results in the order in which they matter: by verdict, then what readers ask for before what explains it."""
+    order = list(Verdict)
+    known = {check: at for at, check in enumerate(_ORDER)}
+    return sorted(results, key=lambda one: (-order.index(one.verdict), known.get(one.check, len(known))))
 
 
 def bounded(low: float, high: float, limit: float) -> Verdict:

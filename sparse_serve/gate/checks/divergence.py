@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
 from sparse_serve.gate.statistics import MIN_WINDOWS, mean_bounds
 from sparse_serve.gate.verdict import CheckResult, Verdict, bounded
@@ -34,20 +35,20 @@ def _judge(text: TextEvidence, name: str, limit: float, alpha: float, tests: int
     assert text.divergence is not None
     kl, agreement = text.divergence.kl_per_window, text.divergence.agreement_per_window
     values = np.array(kl) if name == "kl" else 1 - np.array(agreement)
-    show = (lambda value: f"{value:.4f}") if name == "kl" else (lambda value: f"{value:.2%}")
-    what = "KL divergence from the base, nats per token:" if name == "kl" else "another token is the most likely one at"
-    if name == "kl" and not text.is_exact:
-        what = "KL divergence from the base over the most likely tokens (the true one is no smaller), nats per token:"
     mean = float(values.mean())
+    what = "KL divergence from the base:" if name == "kl" else "another token is the most likely one at"
+    if name == "kl" and not text.is_exact:
+        what = "KL divergence from the base over the most likely tokens (the true one is no smaller):"
+    what += f" {wording.said(name, mean)}"
     if len(values) < MIN_WINDOWS:
-        summary = f"{len(values)} windows, at least {MIN_WINDOWS} are needed; {what} {show(mean)}"
+        summary = f"{len(values)} windows, at least {MIN_WINDOWS} are needed; {what}"
         return CheckResult("divergence", Verdict.INCONCLUSIVE, summary, {name: mean}, subject)
     low, high = mean_bounds(values, alpha / tests).low, mean_bounds(values, alpha).high
     return CheckResult(
         check="divergence",
         verdict=bounded(low, high, limit),
-        summary=f"{what} {show(mean)}, between {show(low)} and {show(high)} (one-sided {1 - alpha:.0%} bounds), "
-        f"allowed {show(limit)}",
+        summary=f"{what}, {wording.between(name, low, high)} (each bound with {wording.percent(1 - alpha, 0)} "
+        f"confidence), {wording.allowed(name, limit)}",
         numbers={name: mean, "lower_bound": low, "upper_bound": high, "limit": limit},
         subject=subject,
     )

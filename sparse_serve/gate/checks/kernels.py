@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from sparse_serve.gate.evidence import TARGETS, Evidence, Limits
 from sparse_serve.gate.verdict import CheckResult, Verdict
+from sparse_serve.gate.wording import percent
 from sparse_serve.tuning.parity_file import KernelParity
 
 
@@ -57,8 +58,8 @@ def _judge(role: str, kernel: str, found: Sequence[KernelParity]) -> CheckResult
         )
     else:
         summary = (
-            f"{layers} layers are right: the largest difference is {worst.ratio:.2f} of what rounding explains, in "
-            f"{worst.place} with {worst.bucket}"
+            f"{layers} layers are right: the largest difference is {percent(worst.ratio, 0)} of what rounding "
+            f"explains, in {worst.place} with {worst.bucket}"
         )
     return CheckResult(
         check="kernels",

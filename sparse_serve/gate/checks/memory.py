@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from sparse_serve.gate.evidence import Evidence, Limits
 from sparse_serve.gate.verdict import CheckResult, Verdict
+from sparse_serve.gate.wording import percent
 
 LAYOUT_SLACK = 0.07
 """Room for a kernel's own layout above the stored form: a vendor's 8-bit 2:4 blob is 0.625 where we store 0.5625."""
@@ -28,8 +29,9 @@ def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
     result = CheckResult(
         check="memory",
         verdict=Verdict.PASS if small else Verdict.FAIL,
-        summary=f"{engine.sparse_layers} sparse layers hold {engine.sparse_weight_bytes} bytes, {fraction:.4f} of "
-        f"dense (stored form {evidence.packed_fraction:.4f})",
+        summary=f"{engine.sparse_layers} sparse layers hold {engine.sparse_weight_bytes / 1e6:.3g} MB, "
+        f"{percent(fraction)} of what they would hold dense (as stored {percent(evidence.packed_fraction)}), "
+        f"allowed {percent(allowed)}",
         numbers={
             "resident_bytes": float(engine.sparse_weight_bytes),
             "dense_equivalent_bytes": float(engine.dense_equivalent_bytes),

@@ -11,6 +11,7 @@ import math
 
 from sparse_serve.gate.evidence import Evidence, Limits, Scores, TextEvidence
 from sparse_serve.gate.verdict import CheckResult, Verdict
+from sparse_serve.gate.wording import percent
 
 
 def run(evidence: Evidence, limits: Limits) -> list[CheckResult]:
@@ -28,11 +29,11 @@ def _judge(text: TextEvidence, limits: Limits) -> CheckResult | None:
         return None
     if not all(map(math.isfinite, found.values())):
         return CheckResult("parity", Verdict.ERROR, "a perplexity is no finite number", {}, text.text)
-    differences = " and ".join(f"{difference:.4%} ({name})" for name, difference in found.items())
+    differences = " and ".join(f"{percent(difference, 4)} ({name})" for name, difference in found.items())
     return CheckResult(
         check="parity",
         verdict=Verdict.PASS if max(found.values()) <= limits.parity_tolerance else Verdict.FAIL,
-        summary=f"served and offline perplexity differ by {differences}, allowed {limits.parity_tolerance:.2%}",
+        summary=f"served and offline perplexity differ by {differences}, allowed {percent(limits.parity_tolerance)}",
         numbers={f"{name}_relative_difference": difference for name, difference in found.items()},
         subject=text.text,
     )

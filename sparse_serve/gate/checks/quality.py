@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import Evidence, Limits, TextEvidence
 from sparse_serve.gate.statistics import MIN_WINDOWS, mean_bounds
 from sparse_serve.gate.verdict import CheckResult, Verdict, bounded
@@ -36,11 +37,12 @@ def _judge(text: TextEvidence, limits: Limits, texts: int) -> CheckResult:
         return CheckResult("quality", Verdict.ERROR, problem, {}, text.text)
     differences = np.subtract(candidate.nll_per_window, base.nll_per_window)
     increase = math.expm1(differences.mean())
+    found = f"perplexity {candidate.value:.4g}, base {base.value:.4g}: {wording.said('ppl_increase', increase)}"
     if len(differences) < MIN_WINDOWS:
         return CheckResult(
             "quality",
             Verdict.INCONCLUSIVE,
-            f"{len(differences)} windows, at least {MIN_WINDOWS} are needed; perplexity changed by {increase:+.2%}",
+            f"{len(differences)} windows, at least {MIN_WINDOWS} are needed; {found}",
             {"ppl_increase": increase},
             text.text,
         )
@@ -49,8 +51,9 @@ def _judge(text: TextEvidence, limits: Limits, texts: int) -> CheckResult:
     return CheckResult(
         check="quality",
         verdict=bounded(lower, upper, limits.max_ppl_increase),
-        summary=f"perplexity {increase:+.2%}, between {lower:+.2%} and {upper:+.2%} "
-        f"(one-sided {1 - limits.alpha:.0%} bounds), allowed {limits.max_ppl_increase:+.2%}",
+        summary=f"{found}, {wording.between('ppl_increase', lower, upper)} (each bound with "
+        f"{wording.percent(1 - limits.alpha, 0)} confidence), "
+        f"{wording.allowed('ppl_increase', limits.max_ppl_increase)}",
         numbers={
             "ppl_increase": increase,
             "lower_bound": lower,

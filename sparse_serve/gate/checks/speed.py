@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import Evidence, Limits, SpeedEvidence, SpeedRound, SpeedRun
 from sparse_serve.gate.host import contamination
 from sparse_serve.gate.statistics import Bounds, ratio_bounds
@@ -83,9 +84,9 @@ def _judge(metric: str, rounds: Sequence[SpeedRound], speed: SpeedEvidence, limi
     return CheckResult(
         check="speed",
         verdict=decide(bounds, limit),
-        summary=f"{candidate:.4g} {unit}, base {base:.4g} {unit}: {bounds.estimate - 1:+.1%} "
-        f"{'slower' if is_rate else 'longer'}, between {bounds.low - 1:+.1%} and {bounds.high - 1:+.1%} over "
-        f"{len(clean)} rounds, allowed {limit:+.1%}; the host can tell {effect:.1%}{unwatched}",
+        summary=f"{candidate:.4g} {unit}, base {base:.4g} {unit}: {say(metric, bounds)} over {len(clean)} rounds, "
+        f"{wording.allowed('slowdown', limit)}; these rounds can tell changes from "
+        f"{wording.percent(effect, 1)} on{unwatched}",
         numbers={
             "base": base,
             "candidate": candidate,
@@ -106,6 +107,13 @@ def decide(bounds: Bounds, limit: float) -> Verdict:
         return Verdict.FAIL
     is_fine = bounds.high / bounds.estimate - 1 <= limit
     return Verdict.PASS if is_fine and bounds.high - 1 <= limit else Verdict.INCONCLUSIVE
+
+
+def say(metric: str, bounds: Bounds) -> str:
+    """A ratio of times between its bounds, for people; of a rate, the time that the same work takes."""
+    estimate, low, high = (value - 1 for value in (bounds.estimate, bounds.low, bounds.high))
+    what = "time for the same work " if metric in RATES else ""
+    return f"{what}{wording.said('slowdown', estimate)}, {wording.between('slowdown', low, high)}"
 
 
 RATES = {"throughput": "tokens/s", "goodput": "requests/s"}

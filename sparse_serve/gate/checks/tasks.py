@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sparse_serve.gate import wording
 from sparse_serve.gate.evidence import Evidence, Limits, TaskEvidence
 from sparse_serve.gate.statistics import PairedCounts, drop_bound, mcnemar
 from sparse_serve.gate.verdict import CheckResult, Verdict
@@ -58,9 +59,10 @@ def _judge(task: TaskEvidence, counts: PairedCounts | None, limits: Limits, leve
     return CheckResult(
         check="tasks",
         verdict=verdict,
-        summary=f"accuracy {base - counts.drop:.2%}, base {base:.2%}, over {counts.samples} samples: "
-        f"{counts.only_base} lost and {counts.only_candidate} won (McNemar's p {p_value:.2g}); the drop is "
-        f"{counts.drop:+.2%}, at most {upper:+.2%}, allowed {limits.max_task_drop:.2%}",
+        summary=f"accuracy {wording.percent(base - counts.drop)}, base {wording.percent(base)}, over "
+        f"{counts.samples} samples: {counts.only_base} lost and {counts.only_candidate} won "
+        f"(McNemar's p {p_value:.2g}): {wording.said('drop', counts.drop)}, at worst {wording.said('drop', upper)}, "
+        f"{wording.allowed('drop', limits.max_task_drop)}",
         numbers={
             "base_accuracy": base,
             "candidate_accuracy": base - counts.drop,

@@ -218,7 +218,7 @@ def test_kernels_that_are_right_pass() -> None:
     result = only(kernels.run(evidence(), Limits()))
     assert (result.verdict, result.subject) == (Verdict.PASS, "cpu, candidate")
     assert result.numbers["layers"] == 4
-    assert "largest difference is 0.10 of what rounding explains" in result.summary
+    assert "largest difference is 10 % of what rounding explains" in result.summary
 
 
 def test_a_kernel_that_is_wrong_once_fails_and_is_named() -> None:

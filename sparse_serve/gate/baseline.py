@@ -40,6 +40,9 @@ from sparse_serve.gate.verdict import CheckResult, Verdict
 Stored = Mapping[str, Any]
 """A report as `report_file.load` reads it, or a part of one."""
 
+_ALONE = ("measurement", "parity", "kernels", "memory")
+"""Checks whose results need no base."""
+
 _LISTS = ("ttft_ms", "itl_ms", "e2e_ms")
 
 
@@ -51,7 +54,8 @@ def compare(earlier: Stored, later: Stored) -> GateReport:
     timed = list(_speed(earlier, later, limits, environment.verdict is Verdict.PASS))
     if not (evidence.texts or evidence.tasks or timed):
         raise FormatError("the two reports have nothing in common; measure the same texts, tasks or loads in both")
-    results = [environment, *quality.run(evidence, limits), *tasks.run(evidence, limits), *timed]
+    judged = [*quality.run(evidence, limits), *tasks.run(evidence, limits), *timed]
+    results = [environment, *_left_out(earlier, later), *judged, *_own(later)]
     provenance = {
         "base": earlier["provenance"].get("candidate"),
         "candidate": later["provenance"].get("candidate"),
@@ -70,6 +74,45 @@ def _environment(earlier: Mapping[str, str], later: Mapping[str, str]) -> CheckR
     said = "; ".join(f"{name} {clip(earlier.get(name))}, then {clip(later.get(name))}" for name in differing)
     summary = f"the two were not measured alike: {said}"
     return CheckResult("environment", Verdict.INCONCLUSIVE, summary, {"differing": float(len(differing))})
+
+
+def _left_out(earlier: Stored, later: Stored) -> Iterator[CheckResult]:
+    """What only one of the reports has: not compared, so not known to be within its limit."""
+    before, after = _measured(earlier), _measured(later)
+    missing = {"earlier": after.keys() - before.keys(), "later": before.keys() - after.keys()}
+    names = {**before, **after}
+    said = [
+        f"not in the {which} report: {', '.join(sorted(names[key] for key in keys))}"
+        for which, keys in missing.items()
+        if keys
+    ]
+    if said:
+        numbers = {f"not_in_{which}": float(len(keys)) for which, keys in missing.items()}
+        yield CheckResult("coverage", Verdict.INCONCLUSIVE, "; ".join(said), numbers)
+
+
+def _measured(stored: Stored) -> dict[tuple[Any, ...], str]:
+    """What a report measured, with its name: texts, tasks by their samples, metrics under their loads."""
+    found, speed_of = stored["evidence"], _speed_of(stored["evidence"]["speed"])
+    named: dict[tuple[Any, ...], str] = {("text", text["text"]): text["text"] for text in found["texts"]}
+    for task in found["tasks"]:
+        named["task", task["task"], task["samples_digest"]] = (
+            f"{task['task']} with these {len(task['candidate'])} samples"
+        )
+    if speed_of is not None:
+        for load in _loads(speed_of):
+            named |= {(metric, *load): f"{metric} under {_load(load)}" for metric in speed_of.metrics}
+    return named
+
+
+def _load(load: tuple[int, ...]) -> str:
+    clients, requests, input_tokens, output_tokens = load
+    return f"clients: {clients}, requests: {requests}, tokens: {input_tokens} in and {output_tokens} out"
+
+
+def _own(later: Stored) -> Iterator[CheckResult]:
+    """What the later report says of a model alone, without another: it holds in a comparison, too."""
+    return (result for result in map(CheckResult.of, later["results"]) if result.check in _ALONE)
 
 
 def _texts(earlier: Stored, later: Stored) -> Iterator[TextEvidence]:

@@ -45,6 +45,8 @@ def _address(url: str) -> str:
         raise ValueError("expected http:// or https://, a host, and no spaces")
     if "@" in urlsplit(url).netloc:
         raise ValueError("has a user or a password, which reports would show; set OPENAI_API_KEY instead")
+    if "?" in url or "#" in url:
+        raise ValueError("has a query or a fragment; expected an address that /v1/completions can follow")
     if urlsplit(url).port == 0:  # ValueError for a port that is none
         raise ValueError("port 0 is no port of a running server")
     return url
@@ -175,7 +177,7 @@ class GateConfig(_Section):
     `allow_other_base` compares although a sparse candidate was not made from the base.
     """
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
     base: TargetConfig
     candidate: TargetConfig
     dtype: DType | None = None

@@ -21,6 +21,8 @@ MEANING = {
     "speed": "How much longer clients wait for the candidate, in runs that alternate with the base. ttft: until the "
     "first token; itl: from one token to the next; e2e: for the whole answer; p50: in half of the cases it is less.",
     "tasks": "Whether the candidate answers as many samples correctly as the base, sample by sample.",
+    "coverage": "Whether both reports measured the same texts, tasks and loads. What only one of them has is "
+    "not compared.",
     "environment": "Whether two reports were measured alike: processor, versions, dtype.",
 }
 
@@ -47,6 +49,7 @@ NEXT = {
     ("speed", Verdict.INCONCLUSIVE): "Quieten the host, or raise budget_s; gate run --calibrate says what it can tell.",
     ("tasks", Verdict.FAIL): "Keep more layers dense, or prune with a better recipe; or allow more (max_drop).",
     ("tasks", Verdict.INCONCLUSIVE): "Give more samples.",
+    ("coverage", Verdict.INCONCLUSIVE): "Measure the same in both, or record the earlier one again.",
     ("environment", Verdict.INCONCLUSIVE): "Measure both in one run: gate run with the two as base and candidate.",
 }
 

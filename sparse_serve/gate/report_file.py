@@ -11,6 +11,7 @@ import jsonschema
 
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.files import read_json
+from sparse_serve.gate.verdict import CheckResult, worst
 
 
 def schema() -> dict[str, Any]:
@@ -26,4 +27,7 @@ def load(path: Path) -> dict[str, Any]:
     if problem is not None:
         where = problem.json_path.removeprefix("$.")
         raise FormatError(f"{path}: is no report of this version: {where}: {clip(problem.message)}")
+    verdict = worst(map(CheckResult.of, value["results"]))
+    if value["verdict"] != verdict.value:
+        raise FormatError(f"{path}: says {value['verdict']}, and its results {verdict.value}; it was changed")
     return dict(value)

@@ -123,6 +123,31 @@ def test_other_loads_and_other_samples_are_not_compared(tmp_path: Path) -> None:
     assert "tasks" not in {result.check for result in baseline.compare(one, other).results}
 
 
+def test_what_only_one_report_has_is_said_and_is_no_pass(tmp_path: Path) -> None:
+    whole_one = report_file.load(written(tmp_path, whole()))
+    assert baseline.compare(whole_one, whole_one).verdict is Verdict.PASS
+    fewer = {**whole_one, "evidence": {**whole_one["evidence"], "tasks": []}}
+    no_speed = {**whole_one, "evidence": {**whole_one["evidence"], "speed": None}}
+    for earlier, later, said in (
+        (whole_one, fewer, "not in the later report: words with these 1000 samples"),
+        (fewer, whole_one, "not in the earlier report: words with these 1000 samples"),
+        (whole_one, no_speed, "not in the later report: throughput under clients: 1, "),
+    ):
+        report = baseline.compare(earlier, later)
+        (coverage,) = [result for result in report.results if result.check == "coverage"]
+        assert report.verdict is coverage.verdict is Verdict.INCONCLUSIVE
+        assert coverage.summary.startswith(said)
+
+
+def test_a_wrong_kernel_of_the_later_report_fails_a_comparison(tmp_path: Path) -> None:
+    good = evidence()
+    kernels = [replace(one, error=1.0) for one in good.kernels["candidate"]]
+    earlier = report_file.load(written(tmp_path / "a", whole(good)))
+    later = report_file.load(written(tmp_path / "b", whole(replace(good, kernels={"candidate": kernels}))))
+    assert baseline.compare(earlier, later).verdict is Verdict.FAIL
+    assert baseline.compare(later, earlier).verdict is Verdict.PASS, "the earlier one is what there was"
+
+
 def test_a_recording_measures_one_target_and_is_compared_with_later_ones(tmp_path: Path) -> None:
     """The base is not asked at all; the candidate is asked each piece once."""
     asked: list[str] = []

@@ -45,7 +45,9 @@ def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "version: 2: input should be 1"),
+        ("version", 2, "version: 2: input should be less than or equal to 1"),
+        ("version", True, "version: True: input should be a valid integer"),
+        ("version", 1.0, "version: 1.0: input should be a valid integer"),
         ("version", None, "version: missing"),
         ("qualty", {}, "qualty: unknown key"),
         ("quality.max_ppl", 0.1, "quality.max_ppl: unknown key"),
@@ -68,6 +70,8 @@ def test_a_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
         ("candidate.url", "http://a:99999", "candidate.url: 'http://a:99999': port out of range"),
         ("candidate.url", "http://[::1", "candidate.url: .*: invalid IPv6 URL"),
         ("candidate.url", "http://me:secret@a", "candidate.url: .*: has a user or a password"),
+        ("candidate.url", "http://a/?key=1", "candidate.url: .*: has a query or a fragment"),
+        ("candidate.url", "http://a#b", "candidate.url: .*: has a query or a fragment"),
         ("candidate.url", "localhost:8000", "candidate.url: 'localhost:8000': "),
     ],
 )

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ def test_numbers_that_are_none_are_null_in_a_valid_file(tmp_path: Path) -> None:
         ({"verdict": "fine"}, "verdict"),
         ({"results": [{}]}, r"results\[0\]"),
         ({"more": 1}, "more"),
+        ({"limits": {}}, "limits"),
+        ({"limits": {**asdict(LIMITS), "alpha": 5.0}}, "limits.alpha"),
+        ({"limits": {**asdict(LIMITS), "max_ppl_increase": None}}, "limits.max_ppl_increase"),
     ],
 )
 def test_a_file_that_is_no_report_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -74,6 +77,23 @@ def test_a_file_that_is_no_report_is_refused(change: dict[str, Any], message: st
     with pytest.raises(FormatError, match=f"is no report of this version: .*{message}"):
         report_file.load(path)
     assert main(["gate", "explain", str(path)]) == 2
+
+
+@pytest.mark.parametrize("losses", [[], [1e308], [-50.0]])
+def test_losses_that_no_model_has_are_refused(losses: list[float], tmp_path: Path) -> None:
+    value = json.loads(whole().to_json())
+    value["evidence"]["texts"][0]["candidate"]["served"]["nll_per_window"] = losses
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match="nll_per_window"):
+        report_file.load(path)
+
+
+def test_a_verdict_that_its_results_do_not_give_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**json.loads(whole(evidence(shift=0.5)).to_json()), "verdict": "pass"}))
+    with pytest.raises(FormatError, match="says pass, and its results fail; it was changed"):
+        report_file.load(path)
 
 
 def test_junit_has_a_case_for_each_result() -> None:

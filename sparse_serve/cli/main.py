@@ -1,7 +1,7 @@
-"""The command line: `sparse-serve serve | generate | bench | tune | doctor | gate`.
+"""The command line: `sparse-serve serve | generate | bench | tune | doctor | gate | vllm`.
 
 Each verb is the file of its name in this folder, with `add_arguments(parser)` and `main(args) -> exit code`. It is
-imported when it is used, so that `--help` answers in a fraction of a second.
+imported when it is used, so that `--help` answers in a fraction of a second. What follows `vllm` is vLLM's to read.
 """
 
 import argparse
@@ -22,8 +22,10 @@ _VERBS = {
     "doctor": "check a checkpoint: are its masks intact, which kernels serve it, is it faster and smaller here; "
     "without one, check what is installed",
     "gate": "decide whether a sparse checkpoint may replace its dense base: quality, parity, memory",
+    "vllm": "run vLLM's own command line, which `vllm` of its CPU build cannot",
 }
-_TAKES_VLLMS_FLAGS = ("serve",)
+_TAKES_VLLMS_FLAGS = ("serve", "vllm")
+_VLLMS = "vllm"
 _USES_VLLMS_LAYERS = ("bench", "tune", "doctor")
 _NEEDS_NO_ENGINE = ("generate",)
 
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 fine, 2 wrong usage or input, 130 interrupted, 141 nobody reads the output
     any more; 1 if the engine died (serve), a gate did not pass, or a dense model would be faster somewhere (doctor)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
+    if arguments[:1] != [_VLLMS]:  # which prints its log itself
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     try:
         code = _run(arguments)
         with explained("standard output"):
@@ -67,6 +70,8 @@ def _run(arguments: list[str]) -> int:
 
 def _run_verb(verb: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"sparse_serve.cli.{verb}")
+    if verb == _VLLMS:
+        return int(module.main(arguments))
     parser = argparse.ArgumentParser(prog=f"sparse-serve {verb}", description=_VERBS[verb], allow_abbrev=False)
     module.add_arguments(parser)
     args, others = parser.parse_known_args(arguments)

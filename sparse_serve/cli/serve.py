@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _EPILOG = """MODEL comes first. Every flag of `vllm serve` is accepted too and handed to vLLM:
 --max-model-len 4096, --tensor-parallel-size 2, --dtype float32, ...
-`python -m sparse_serve.cli.vllm serve --help=all` lists them."""
+`sparse-serve vllm serve --help=all` lists them."""
 
 _REFERENCE = "reference"
 _NOISE = 1.05

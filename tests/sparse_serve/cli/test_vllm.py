@@ -4,6 +4,8 @@ import importlib.metadata
 
 import pytest
 
+from sparse_serve.cli import main as cli
+from sparse_serve.cli import vllm
 from sparse_serve.cli.vllm import answer_version
 
 
@@ -29,3 +31,10 @@ def test_the_cpu_build_answers_only_when_vllm_is_missing(
     assert importlib.metadata.version("vllm") == expected
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("something-else")
+
+
+def test_what_follows_the_verb_is_vllms_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(vllm, "main", lambda arguments: given.append(list(arguments)) or 0)
+    assert cli.main(["vllm", "serve", "DIR", "--help=all", "--dtype", "float32"]) == 0
+    assert given == [["serve", "DIR", "--help=all", "--dtype", "float32"]]

@@ -35,7 +35,7 @@ TOOLS_LOCK := deploy/locks/tools.txt
 DOCS_LOCK := deploy/locks/docs.txt
 RELEASE_LOCK := deploy/locks/release.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
-QUICK := $(addprefix tests/,architecture golden hostile \
+QUICK := $(addprefix tests/,architecture golden hostile release \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)

@@ -127,7 +127,8 @@ def main() -> None:
     if args.step == "version":
         changelog = with_section(CHANGELOG.read_text("utf-8"), args.version, datetime.date.today())
         CHANGELOG.write_text(changelog, "utf-8")
-        PROJECT.write_text(with_version(PROJECT.read_text("utf-8"), args.version), "utf-8")
+        if args.version != current_version():  # else make would take the file for new, and install all of it again
+            PROJECT.write_text(with_version(PROJECT.read_text("utf-8"), args.version), "utf-8")
         print(f"pyproject.toml and CHANGELOG.md are those of {args.version}; look at them, commit, make release")
     elif args.step == "ready":
         git = ["git", "status", "--porcelain"]

@@ -11,6 +11,7 @@ fixed computation of each round (`host`) took as long in both. The bounds are We
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -220,10 +221,11 @@ def _loads(found: SpeedEvidence) -> list[tuple[int, ...]]:
 
 def _timed(metric: str, clients: int, found: SpeedEvidence) -> _Timed:
     rounds = [round for round in found.rounds if round.clients == clients]
-    problems = contamination([round.host for round in rounds])
-    clean = [round for round, problem in zip(rounds, problems, strict=True) if problem is None]
+    measured = [speed.of_round(metric, round, found) for round in rounds]  # a failed request counts in any round
+    quiet = [problem is None for problem in contamination([round.host for round in rounds])]
+    clean = list(itertools.compress(rounds, quiet))
     probes = [min(round.host.probe_s) for round in clean if round.host is not None] or [math.nan]
-    return _Timed([speed.of_round(metric, round, found) for round in clean], statistics.median(probes))
+    return _Timed(list(itertools.compress(measured, quiet)), statistics.median(probes))
 
 
 def _host(stored: Stored | None) -> HostReading | None:

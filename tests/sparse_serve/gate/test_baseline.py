@@ -123,6 +123,17 @@ def test_other_loads_and_other_samples_are_not_compared(tmp_path: Path) -> None:
     assert "tasks" not in {result.check for result in baseline.compare(one, other).results}
 
 
+def test_a_failed_request_is_an_error_in_a_disturbed_round_too(tmp_path: Path) -> None:
+    found = rounds(seed=2)
+    broken = replace(
+        found.rounds[0],
+        host=replace(found.rounds[0].host, foreign=0.9),
+        runs=[replace(found.rounds[0].runs[0], failed=1), *found.rounds[0].runs[1:]],
+    )
+    later = stored(tmp_path, replace(found, rounds=[broken, *found.rounds[1:]]))
+    assert verdicts(stored(tmp_path, rounds(seed=1)), later) == {Verdict.ERROR}
+
+
 def test_what_only_one_report_has_is_said_and_is_no_pass(tmp_path: Path) -> None:
     whole_one = report_file.load(written(tmp_path, whole()))
     assert baseline.compare(whole_one, whole_one).verdict is Verdict.PASS

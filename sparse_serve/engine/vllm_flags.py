@@ -89,9 +89,12 @@ def _check_fits(args: Namespace) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from sparse_serve.plugin.served import unknown_architecture
+
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     plain = Namespace(**vars(args) | {"hf_overrides": {**overrides, CONFIG_KEY: None}})
-    AsyncEngineArgs.from_cli_args(plain).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    with unknown_architecture(args.model):
+        AsyncEngineArgs.from_cli_args(plain).create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def _cpu_dtype(args: Namespace) -> str:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm import __version__
 from vllm.model_executor.models.registry import ModelRegistry
@@ -16,6 +17,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, TensorHeader, is_sparse_checkpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.failures import machine_failure
+from maskgen.core.files import read_json
 from maskgen.core.layout import VALUES_SUFFIX, suffixes
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.values import FLOAT
@@ -60,22 +62,34 @@ def served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
 
 @contextmanager
 def unknown_architecture(model: str) -> Iterator[None]:
-    """Say what to do with a sparse checkpoint for which vLLM has no model; for what makes vLLM's configuration."""
+    """Say of a model of an architecture that vLLM lacks what to do with it; for what makes vLLM's configuration.
+
+    `model` is a directory, or a name of the hub whose `config.json` vLLM has read.
+    """
     try:
         yield
     except ValueError as error:
-        if is_sparse_checkpoint(model) and "Model architectures" in str(error):
-            raise _cannot_serve(SparseCheckpoint.open(model, verify_bits=False), error) from error
-        raise
+        if "Model architectures" not in str(error):
+            raise
+        directory = Path(model)
+        if is_sparse_checkpoint(directory):
+            raise _cannot_serve(SparseCheckpoint.open(directory, verify_bits=False), error) from error
+        stored = read_json(directory / "config.json") if directory.is_dir() else {}
+        raise SettingsError(
+            f"{_said(model, stored.get('architectures'), error)}; give a model of one that it serves: "
+            "https://docs.vllm.ai/en/stable/models/supported_models"
+        ) from error
 
 
 def _cannot_serve(checkpoint: SparseCheckpoint, error: Exception) -> SettingsError:
-    names = [str(name) for name in checkpoint.hf_config.get("architectures") or []]
-    reason = _reason(_import_error(names) or error)
-    return SettingsError(
-        f"{checkpoint.path}: vLLM {__version__} cannot serve it ({', '.join(names) or 'none in config.json'}): "
-        f"{reason}; for other engines maskgen decompress makes it dense again"
-    )
+    said = _said(str(checkpoint.path), checkpoint.hf_config.get("architectures"), error)
+    return SettingsError(f"{said}; for other engines maskgen decompress makes it dense again")
+
+
+def _said(model: str, architectures: object, error: Exception) -> str:
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    shown = f" ({', '.join(names) or 'none in config.json'})" if Path(model).is_dir() else ""
+    return f"{model}: vLLM {__version__} cannot serve it{shown}: {_reason(_import_error(names) or error)}"
 
 
 def _import_error(architectures: list[str]) -> Exception | None:

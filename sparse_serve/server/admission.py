@@ -15,12 +15,22 @@ from enum import Enum
 from typing import Any
 
 from sparse_serve.runtime import turns
-from sparse_serve.runtime.errors import BadRequestError, EngineDiedError, TooManyError, UnavailableError
+from sparse_serve.runtime.errors import (
+    BadRequestError,
+    EngineDiedError,
+    OverloadedError,
+    TooManyError,
+    UnavailableError,
+)
 from sparse_serve.server.fair_order import FairOrder
 from sparse_serve.server.metrics import Metrics
 
 access = logging.getLogger("sparse_serve.access")
 """A line for each request, when it has ended; `--access-log` lets them through."""
+
+
+_GREED = 2
+"""What one client may have running, in terms of what is left free for all."""
 
 
 class Phase(Enum):
@@ -61,9 +71,9 @@ class Outcome:
 class Admission:
     """The phase, and the count of requests inside."""
 
-    def __init__(self, metrics: Metrics, max_per_client: int) -> None:
+    def __init__(self, metrics: Metrics, max_per_client: int, max_of_all: int) -> None:
         self._metrics = metrics
-        self._max_per_client = max_per_client
+        self._max_per_client, self._max_of_all = max_per_client, max_of_all
         self._sequences: Counter[str] = Counter()
         self._order = FairOrder()
         self._receiving = 0
@@ -162,19 +172,17 @@ class Admission:
     @contextlib.contextmanager
     def share(self, client: str, sequences: int) -> Iterator[None]:
         """Take `sequences` of what one client may have running, and turns for them. Raises `TooManyError` if it has too
-        many, `BadRequestError` if it can never have so many."""
+        many, `OverloadedError` if all together have, `BadRequestError` if it can never have so many."""
         if sequences > self._max_per_client:
             raise BadRequestError(
                 f"{sequences} sequences in a request; expected at most {self._max_per_client}, what one client may "
                 "have running (--max-sequences-per-client)"
             )
-        running = self._sequences[client]
-        if running + sequences > self._max_per_client:
+        try:
+            self._check_room(self._sequences[client], sequences)
+        except OverloadedError:
             self._metrics.rejected.inc()
-            raise TooManyError(
-                f"this client has {running} sequences running and asks for {sequences} more; expected at most "
-                f"{self._max_per_client} at a time (--max-sequences-per-client)"
-            )
+            raise
         self._sequences[client] += sequences
         span = self._order.enter(client, sequences)
         turns.enter(span.start, span.end)
@@ -185,6 +193,24 @@ class Admission:
             self._sequences[client] -= sequences
             if not self._sequences[client]:
                 del self._sequences[client]
+
+    def _check_room(self, running: int, sequences: int) -> None:
+        """Raise `TooManyError` or `OverloadedError` unless a client that has `running` sequences may have more.
+
+        The more is taken, the less one client may have of it, and so a newcomer finds room however many greedy ones
+        there are: dynamic thresholds (Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998).
+        """
+        free = self._max_of_all - self._sequences.total()
+        has = f"this client has {running} sequences running and asks for {sequences} more"
+        if running + sequences > self._max_per_client:
+            raise TooManyError(f"{has}; expected at most {self._max_per_client} at a time (--max-sequences-per-client)")
+        if sequences > free:
+            raise OverloadedError(f"{has}; there is room for {free} now (--max-num-queued-reqs)")
+        if running + sequences > _GREED * free:
+            raise TooManyError(
+                f"{has}; there is room for {free} now (--max-num-queued-reqs), and one client may have {_GREED} times "
+                "what is left to others"
+            )
 
     def _look(self) -> None:
         if self._in_flight == self._receiving:

@@ -1,8 +1,9 @@
 """The order of requests among clients: self-clocked fair queueing (Golestani, INFOCOM 1994), a sequence being the unit.
 
 Each client has a virtual time, which goes on by its sequences; a request is due when its client's time is over it. The
-clock of all is that of the request inside which began first, and no client's time is behind it: nobody saves up turns,
-and everybody's time comes, however many others there are.
+clock of all is over the first turn of every request that has ended, and not behind that of the request inside which
+began first; no client's time is behind the clock: nobody saves up turns, and everybody's time comes, however many
+others there are and however many of them are new.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class FairOrder:
         """A request has ended."""
         del self._inside[span]
         if self._inside:
-            self._clock = max(self._clock, min(other.start for other in self._inside))
+            self._clock = max(self._clock, span.start + 1, min(other.start for other in self._inside))
             self._ends = {client: end for client, end in self._ends.items() if end > self._clock}
         else:
-            self._clock = max(self._ends.values())
+            self._clock = max([self._clock, *self._ends.values()])
             self._ends.clear()

@@ -5,7 +5,7 @@ vLLM), the key, the path, and for all but GET and HEAD whether requests are take
 time and content, and the share of one client. What fails is answered here (`answers`). Every request is counted.
 
 A browser asks before its first request whether a page may make it (CORS), and cannot send a key with that: such a
-question is passed on without one, to be answered by `--allowed-origins` of vLLM. Refusals have such headers (`cors`).
+question is answered without one, in every phase, by `--allowed-origins` of vLLM. Refusals have such headers (`cors`).
 
 The body is read before the application sees the request: a limit that strikes in the middle of somebody else's parser
 would be answered with whatever that parser makes of it.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
@@ -32,6 +33,7 @@ from sparse_serve.server.keys import Keys
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 _SAFE = ("GET", "HEAD")
 _METRICS = "/metrics"
+_LOOK_S = 0.1
 _WORK = "/v1/"
 """What is below tells about requests, and a drain waits for it; elsewhere GET tells about the server."""
 _MAX_OTHER_BYTES = 1 << 20
@@ -83,7 +85,8 @@ class Gatekeeper:
             await WebSocketClose(code=1008)(scope, receive, send)
             return
         method, path = scope["method"], scope["path"]
-        holds_drain = path not in self._mounted and (method not in _SAFE or path.startswith(_WORK))
+        tells = path in self._mounted or _is_preflight(scope)
+        holds_drain = not tells and (method not in _SAFE or path.startswith(_WORK))
         with self._admission.request("http", method if method in _METHODS else "other", holds_drain) as outcome:
             outcome.code, outcome.id = "none", new_id()
             watch = Watch(outcome, scope, receive, send, self._died, self.cors_headers(Headers(scope=scope)))
@@ -104,17 +107,20 @@ class Gatekeeper:
     async def _answer(self, watch: Watch, outcome: Outcome, scope: Scope, receive: Receive) -> None:
         """Answer a request. Raises what it is refused with."""
         path = scope["path"]
+        if _is_preflight(scope):
+            await self._answer_preflight(watch, scope, receive)
+            return
         if path in self._mounted:
             app, needs_key = self._mounted[path]
             outcome.client = self.client(scope) if needs_key else ""
             await app(scope, receive, watch.send)
             return
         outcome.id = _request_id(scope, outcome.id)
-        is_safe = scope["method"] in _SAFE or _is_preflight(scope)
-        outcome.client = "" if _is_preflight(scope) else self.client(scope)
+        outcome.client = self.client(scope)
         if not self._rules.serves(path):
-            await error_response(404, f"there is nothing at {path}")(scope, receive, watch.send)
+            await _nothing(path)(scope, receive, watch.send)
             return
+        is_safe = scope["method"] in _SAFE
         is_readable = is_safe and (self._admission.phase is not Phase.DEAD or path == _METRICS)
         if self.main is None or not is_readable:
             self._admission.check()
@@ -125,6 +131,17 @@ class Gatekeeper:
             assert watch.body is not None
             with self._admission.share(outcome.client, self._rules.limits.check(watch.body)):
                 await self._run(watch, scope)
+
+    async def _answer_preflight(self, watch: Watch, scope: Scope, receive: Receive) -> None:
+        """Say what a page may do. Waits while the server starts and does not know yet."""
+        path = scope["path"]
+        if path not in self._mounted and not self._rules.serves(path):
+            await _nothing(path)(scope, receive, watch.send)
+            return
+        while (cors := self.cors()) is None and self._admission.phase is Phase.STARTING:
+            await asyncio.sleep(_LOOK_S)
+        answer = (cors or Cors(())).preflight(Headers(scope=scope))
+        await answer(scope, receive, watch.send)
 
     def client(self, scope: Scope) -> str:
         """Who asks: the owner of a key, or without keys, a connection. Raises `UnauthenticatedError`."""
@@ -168,6 +185,10 @@ class Gatekeeper:
             refused = error_response(413, f"the request body is over {limit} bytes")
         await refused(scope, receive, watch.send)
         return False
+
+
+def _nothing(path: str) -> Response:
+    return error_response(404, f"there is nothing at {path}")
 
 
 def _is_preflight(scope: Scope) -> bool:

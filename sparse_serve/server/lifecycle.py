@@ -236,7 +236,7 @@ class Server:
 
 def shared(engine: Engine, settings: Settings, metrics: Metrics) -> ServerContext:
     """What APIs share, by the settings. Raises `SettingsError` for files that cannot be used."""
-    admission = Admission(metrics, settings.max_sequences_per_client)
+    admission = Admission(metrics, settings.max_sequences_per_client, settings.max_num_queued_reqs)
     keys = Keys(Path(settings.api_keys)) if settings.api_keys else None
     admin_keys = Keys(Path(settings.admin_keys), "--admin-keys") if settings.admin_keys else None
     client_ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
+from tests.directories import edit_config
+from tests.maskgen.export.test_convert import make_masked
 from tests.vllm.nursery import Nursery
 from tests.vllm.serving import SHAPE, make_checkpoint
 
@@ -91,6 +93,20 @@ def test_what_is_wrong_with_a_dense_model(sparse: Path, refusal: Refusal, change
     file = sparse.parent / "dense" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert re.search(reason, refusal(file.parent))
+
+
+def test_a_model_of_another_tool_that_vllm_lacks_is_refused_before_it_is_converted(
+    tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    masked = make_masked(tmp_path / "masked")
+    edit_config(masked, lambda config: config.update(architectures=["NobodysForCausalLM"]))
+    said = (
+        r"vLLM \S+ cannot serve it \(NobodysForCausalLM\): Model architectures .* are not supported.*; give a model of"
+    )
+    assert re.search(said, refusal(masked))
+    assert not [*tmp_path.glob("cache/sparse-serve/converted/*")]
 
 
 @pytest.mark.parametrize(

@@ -213,20 +213,3 @@ async def test_a_piece_of_a_tools_call_may_lack_the_function(monkeypatch: pytest
         call = chat(server).ChatStream(asked("a", chat_pb2.ChatStreamRequest, tools=[TOOL]))
         made = [(one.id, one.name, one.arguments) async for piece in call for one in piece.tool_calls]
     assert made == [("c", "", ""), ("", "", "{}")]
-
-
-async def test_reflection_answers_to_both_of_its_names() -> None:
-    from grpc_reflection.v1alpha import reflection_pb2
-
-    listing = reflection_pb2.ServerReflectionRequest(list_services="")
-    names = []
-    async with running() as server:
-        for name in ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection"):
-            ask = server.channel.stream_stream(
-                f"/{name}/ServerReflectionInfo",
-                reflection_pb2.ServerReflectionRequest.SerializeToString,
-                reflection_pb2.ServerReflectionResponse.FromString,
-            )
-            (answer,) = [answer async for answer in ask(iter([listing]))]
-            names.append([service.name for service in answer.list_services_response.service])
-    assert names[0] == names[1] and {"sparse_serve.v1.ChatService", "sparse_serve.v1.TokenService"} < {*names[0]}

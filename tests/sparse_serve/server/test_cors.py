@@ -10,11 +10,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 from sparse_serve.engine.fake import FakeEngine
+from sparse_serve.server.admission import Phase
 from sparse_serve.server.cors import Cors
 from tests.sparse_serve.running import running
 
 PAGE = "https://page.example"
 ALLOWED = "access-control-allow-origin"
+PREFLIGHT = {
+    "origin": PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type",
+}
 
 
 @pytest.mark.parametrize("origins", [["*"], [PAGE], ["https://other.example", PAGE], []])
@@ -29,6 +35,45 @@ async def test_headers_are_those_that_vllms_middleware_gives(origins: list[str],
         assert ours.get(ALLOWED) == theirs.get(ALLOWED)
         if ALLOWED in ours:
             assert ours.get("access-control-allow-credentials") == theirs.get("access-control-allow-credentials")
+
+
+@pytest.mark.parametrize("origins", [["*"], [PAGE], []])
+@pytest.mark.parametrize("methods", [["*"], ["GET"]])
+@pytest.mark.parametrize("headers", [["*"], ["authorization"], []])
+async def test_preflights_are_answered_as_vllms_middleware_does(
+    origins: list[str], methods: list[str], headers: list[str]
+) -> None:
+    limits = {"allow_origins": origins, "allow_methods": methods, "allow_headers": headers}
+    app = CORSMiddleware(PlainTextResponse("x"), **limits)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        theirs = await client.options("/", headers=PREFLIGHT)
+    async with running() as server:
+        server.server.context.listener.set_cors(lambda: Cors(origins, False, methods, headers))
+        ours = await server.http.options("/v1/completions", headers=PREFLIGHT)
+    names = [name for name in theirs.headers if name.startswith("access-control-")]
+    assert [ours.headers[name] for name in names] == [theirs.headers[name] for name in names]
+    assert (ours.status_code, ours.text) == (theirs.status_code, theirs.text)
+
+
+async def test_a_page_reads_that_the_server_starts_and_that_its_engine_died() -> None:
+    engine = FakeEngine(start_s=60.0)
+    async with running(engine, ready=False) as server:
+        listener = server.server.context.listener
+        known: list[Cors] = []
+        listener.set_cors(lambda: known[0] if known else None)
+        early = asyncio.create_task(server.http.options("/v1/completions", headers=PREFLIGHT))
+        await asyncio.sleep(0.3)
+        assert not early.done()  # what pages may do is not known yet
+        known.append(Cors([PAGE]))
+        asked = await early
+        assert (asked.status_code, asked.headers[ALLOWED]) == (200, PAGE)
+        assert asked.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+        refused = await server.http.post("/v1/completions", json={}, headers={"origin": PAGE})
+        assert (refused.status_code, refused.headers[ALLOWED]) == (503, PAGE)
+        other = {**PREFLIGHT, "origin": "https://else.example"}
+        assert (await server.http.options("/v1/completions", headers=other)).status_code == 400
+        server.server.context.admission.phase = Phase.DEAD
+        assert (await server.http.options("/v1/completions", headers=PREFLIGHT)).status_code == 200
 
 
 async def test_a_page_can_read_why_it_was_refused(tmp_path: Path) -> None:

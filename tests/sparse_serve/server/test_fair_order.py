@@ -39,6 +39,23 @@ def test_two_clients_that_never_stop_do_not_starve_a_third() -> None:
     assert served <= 4
 
 
+def test_clients_that_are_always_new_do_not_starve_one_that_waits() -> None:
+    """As behind a proxy that opens a connection for each request."""
+    order = FairOrder()
+    order.enter("patient", 1)
+    waiting = order.enter("patient", 1)
+    inside = [order.enter(f"new {number}", 1) for number in range(4)]
+    for served in range(100):
+        following = min(inside, key=lambda span: span.end)
+        if following.end > waiting.end:
+            assert served <= 8
+            return
+        inside.remove(following)
+        order.leave(following)
+        inside.append(order.enter(f"later {served}", 1))
+    raise AssertionError("the newcomers always go first")
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.booleans()), max_size=60))
 def test_times_only_go_on_and_clients_are_forgotten(steps: list[tuple[int, int, bool]]) -> None:
     order = FairOrder()

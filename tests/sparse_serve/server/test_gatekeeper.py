@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.fake import FakeEngine
 from sparse_serve.runtime.errors import SettingsError
+from sparse_serve.server.cors import Cors
 from tests.sparse_serve.running import running
 
 KEY, OTHER = "first-key-0123456789", "other-key-0123456789"
@@ -223,8 +225,9 @@ async def test_a_streamed_get_is_waited_for_and_cut_off_too() -> None:
 async def test_a_browser_may_ask_without_a_key_what_a_page_may_do(keys: Path) -> None:
     preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
     async with running(api_keys=str(keys)) as server:
-        asked = await server.http.options("/v1/chat/completions", headers=preflight)
-        assert (asked.status_code, asked.text) == (200, "/v1/chat/completions")
+        server.server.context.listener.set_cors(lambda: Cors(["*"]))
+        for path in ("/v1/chat/completions", "/sparse-serve/info"):
+            assert (await server.http.options(path, headers=preflight)).status_code == 200
         assert (await server.http.options("/docs", headers=preflight)).status_code == 404
         for lacks in preflight:
             headers = {name: value for name, value in preflight.items() if name != lacks}
@@ -243,5 +246,5 @@ async def test_a_dead_engine_is_503_on_every_path_and_never_500() -> None:
         for path in ("/health", "/v1/models", "/readyz", "/healthz"):
             try:
                 assert (await server.http.get(path)).status_code == 503
-            except OSError:
+            except httpx.TransportError:
                 break

@@ -26,6 +26,7 @@ NOT_APIS = {
     "grpc_chat",
     "grpc_messages",
     "grpc_smg",
+    "grpc_standard",
     "grpc_status",
     "grpc_tokens",
     "pb",

@@ -1,8 +1,11 @@
 """What of the routers' protocol needs no model; the rest is in tests/vllm/test_smg.py."""
 
+import os
+
 import grpc
 import pytest
 
+from sparse_serve.api.grpc_calls import Calls
 from sparse_serve.api.grpc_smg import VllmEngineService
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from sparse_serve.engine.fake import FakeEngine
@@ -31,3 +34,26 @@ async def test_without_keys_requests_are_their_connections(monkeypatch: pytest.M
         with pytest.raises(grpc.aio.AioRpcError, match="ABORTED"):
             while await call.read() is not grpc.aio.EOF:
                 pass
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "off"), ("fast", "fast")])
+async def test_its_own_warm_up_does_not_run_beside_clients(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody asks for it. The servicer looks at the variable when it is made."""
+    servicer = pytest.importorskip("smg_grpc_servicer.vllm.servicer")
+    from smg_grpc_servicer.vllm.warmup import WARMUP_ENV
+
+    from sparse_serve.engine.vllm_engine import VllmEngine
+
+    levels = []
+    monkeypatch.setattr(servicer, "VllmEngineServicer", lambda client, since_s: levels.append(os.environ[WARMUP_ENV]))
+    monkeypatch.setenv(WARMUP_ENV, given or "")
+    if given is None:
+        monkeypatch.delenv(WARMUP_ENV)
+    async with running(smg=False) as server:
+        calls = Calls(server.server.context)
+        monkeypatch.setattr(server.server.context, "engine", VllmEngine("owner/model"))
+        VllmEngineService(calls).connect()
+        monkeypatch.undo()
+    assert levels == [found]

@@ -95,7 +95,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_verb_has_its_case() -> None:
-    assert {verb.partition(" ")[0] for verb in CASES} == set(cli._VERBS)
+    """But vLLM's own command line, whose errors are vLLM's."""
+    assert {verb.partition(" ")[0] for verb in CASES} == set(cli._VERBS) - {cli._VLLMS}
 
 
 def run(verb: str, places: Path) -> int:

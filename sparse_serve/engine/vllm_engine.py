@@ -159,7 +159,7 @@ class VllmEngine:
         self._check_wanted()
         self._phases.end("configuration")
         self.client = AsyncLLM.from_vllm_config(
-            vllm_config=vllm_turns.with_scheduler(config, self.args),
+            vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             disable_log_stats=engine_args.disable_log_stats,

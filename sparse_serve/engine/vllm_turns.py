@@ -1,8 +1,7 @@
-"""Fair turns in vLLM: its queue is ordered by `runtime.turns` where vLLM's flags say nothing of an order.
+"""Fair turns in vLLM's queue: it is ordered by `runtime.turns` where vLLM's flags say nothing of an order.
 
 vLLM orders by priority if its policy is "priority", lower ones first and equal ones by their time, and so its policy is
-set to that; `plugin.scheduler` applies the order to those that run as well, unless `--scheduler-cls` names another.
-Whoever gives `--scheduling-policy` has what vLLM makes of it, and no turns.
+set to that. Whoever gives `--scheduling-policy` has what vLLM makes of it, and no turns.
 """
 
 from __future__ import annotations
@@ -17,15 +16,6 @@ def set_policy(args: Any) -> None:
     args.takes_turns = args.scheduling_policy is None
     if args.takes_turns:
         args.scheduling_policy = "priority"
-
-
-def with_scheduler(config: Any, args: Any) -> Any:
-    """vLLM's configuration, with the scheduler that turns need."""
-    scheduling = config.scheduler_config
-    if args.takes_turns and scheduling.scheduler_cls is None:
-        kind = "AsyncTurnScheduler" if scheduling.async_scheduling else "TurnScheduler"
-        scheduling.scheduler_cls = f"sparse_serve.plugin.scheduler.{kind}"
-    return config
 
 
 def install(client: Any, args: Any) -> None:

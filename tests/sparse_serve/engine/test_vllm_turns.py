@@ -30,19 +30,3 @@ async def test_the_priority_is_the_turn_where_requests_take_turns(policy: str | 
     for params in (SimpleNamespace(n=1), SimpleNamespace(n=4), SimpleNamespace()):
         assert await client.add_request("id", "prompt", params, priority=-5) == "id"
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("takes", "named", "is_async", "expected"),
-    [
-        (True, None, False, "sparse_serve.plugin.scheduler.TurnScheduler"),
-        (True, None, True, "sparse_serve.plugin.scheduler.AsyncTurnScheduler"),
-        (True, "other.Scheduler", True, "other.Scheduler"),
-        (False, None, False, None),
-    ],
-)
-def test_the_scheduler_is_that_of_turns(takes: bool, named: str | None, is_async: bool, expected: str | None) -> None:
-    scheduling = SimpleNamespace(scheduler_cls=named, async_scheduling=is_async)
-    config = SimpleNamespace(scheduler_config=scheduling)
-    assert vllm_turns.with_scheduler(config, Namespace(takes_turns=takes)) is config
-    assert scheduling.scheduler_cls == expected

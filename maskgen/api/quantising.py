@@ -12,16 +12,20 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from maskgen.api import checks
 from maskgen.api.events import Listener, silent
 from maskgen.api.pruning import prune
 from maskgen.api.requests import DEFAULT_GROUP, CompressRequest, PruneRequest, QuantiseRequest
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.digest import digest_json, digest_weights
-from maskgen.core.errors import RequestError
+from maskgen.core.digest import digest_file, digest_json, digest_weights
+from maskgen.core.errors import DataError, RequestError
 from maskgen.core.failures import explained
 from maskgen.core.quality import QUALITY_FILE, Quality, read_quality
 from maskgen.core.values import INT4
+from maskgen.data.own import is_own
+from maskgen.data.sources import is_hub
 from maskgen.export import quantise as quantise_module
 from maskgen.export.compress import CompressReport, decompress
 from maskgen.hf import planning
@@ -53,6 +57,8 @@ def quantise(request: QuantiseRequest, progress: Listener = silent) -> QuantiseR
     group = group_of(request)
     if request.data and request.values != INT4:
         raise RequestError(f"`data`: only int4 codes are chosen with text; leave it out for {request.values}")
+    if not request.data and (unused := [name for name in ("bos", "device") if getattr(request, name) is not None]):
+        raise RequestError(f"`{unused[0]}`: says how codes are chosen with text; give `data`, or leave it out")
     had_quality = (request.model / QUALITY_FILE).is_file()
     with checks.new_output(request.out):
         if not request.data:
@@ -89,29 +95,48 @@ def _swept(request: QuantiseRequest, group: int | None, progress: Listener) -> P
         )
     work = work_dir(request.out)
     dense, masks, swept = work / "dense", work / "masks.safetensors", work / "swept"
-    given = {"values": group, "data": [str(path) for path in request.data], "bos": request.bos}
+    device = checks.resolve_device(request.device)
+    data = [str(source) if is_own(source) or is_hub(source) else digest_file(source) for source in request.data]
+    given = {"group": group, "data": data, "bos": request.bos, "device": torch.device(device).type}
     reserve_for_run(work, digest_json({"quantise": digest_weights(request.model), **given}))
     if not dense.exists():
         decompress(request.model, dense)
     replace(checkpoint.mask_set(), base_digest=digest_weights(dense)).save(masks)
-    if not swept.exists():
-        stay = planning.dense_names(dense, checkpoint.config.targets)
-        overrides = {
-            "pattern": str(checkpoint.config.pattern), "ignore": list(stay), "method.mask": "prior",
-            "values.kind": INT4, "values.group": request.group or DEFAULT_GROUP,
-        }  # fmt: skip
-        prune(
-            PruneRequest(
-                recipe="admm",
-                model=str(dense),
-                prior=masks,
-                data=request.data,
-                bos=request.bos,
-                overrides=tuple(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
-                device=request.device,
-                out=swept,
-                allow_unserved=True,
-            ),
-            progress,
-        )
+    try:
+        if not swept.exists():
+            _sweep(request, checkpoint, dense, masks, swept, device, progress)
+    except DataError:
+        finish(work, keep=False)  # other text makes another run; only copies are lost
+        raise
     return swept
+
+
+def _sweep(
+    request: QuantiseRequest,
+    checkpoint: SparseCheckpoint,
+    dense: Path,
+    masks: Path,
+    swept: Path,
+    device: str,
+    progress: Listener,
+) -> None:
+    """Sweep the checkpoint, written out as `dense`, under its own `masks`."""
+    stay = planning.dense_names(dense, checkpoint.config.targets)
+    overrides = {
+        "pattern": str(checkpoint.config.pattern), "ignore": list(stay), "method.mask": "prior",
+        "values.kind": INT4, "values.group": request.group or DEFAULT_GROUP,
+    }  # fmt: skip
+    prune(
+        PruneRequest(
+            recipe="admm",
+            model=str(dense),
+            prior=masks,
+            data=request.data,
+            bos=request.bos,
+            overrides=tuple(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
+            device=device,
+            out=swept,
+            allow_unserved=True,
+        ),
+        progress,
+    )

@@ -47,7 +47,7 @@ def _describe_v1() -> None:
     """Put the description of v1 where reflection looks for descriptions, unless it is there: v1alpha's, renamed."""
     pool = descriptor_pool.Default()
     try:
-        pool.FindFileByName(_FILE)
+        pool.FindFileContainingSymbol(REFLECTION_V1)
     except KeyError:
         file = descriptor_pb2.FileDescriptorProto()
         reflection_pb2.DESCRIPTOR.CopyToProto(file)

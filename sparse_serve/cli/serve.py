@@ -77,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal comes; `args.others` are vLLM's flags. Returns 0, 1 if the engine died, 2 for bad input."""
     settings = settings_flags.settings_of(args)
-    if settings.untested_vllm:
-        vllm_version.allow()
+    vllm_version.allow(settings.untested_vllm)
     vllm_version.check()
     logging.getLogger("sparse_serve.access").setLevel(logging.INFO if settings.access_log else logging.WARNING)
     if settings.log_json:

@@ -18,7 +18,8 @@ TESTED = ("0.32.0",)
 VARIABLE = "SPARSE_SERVE_UNTESTED_VLLM"
 """`--untested-vllm` of `sparse-serve serve` sets it, for the processes that vLLM starts; anybody else may, too."""
 
-_YES = frozenset({"1", "true", "yes", "on"})
+_YES = frozenset({"1", "true", "t", "yes", "y", "on"})
+"""What pydantic takes for true."""
 
 
 def installed() -> str | None:
@@ -48,9 +49,9 @@ def is_allowed() -> bool:
     return os.environ.get(VARIABLE, "").lower() in _YES
 
 
-def allow() -> None:
-    """Say so, to this process and those it starts."""
-    os.environ[VARIABLE] = "true"
+def allow(untested: bool) -> None:
+    """Say so, or the contrary, to this process and those it starts."""
+    os.environ[VARIABLE] = "true" if untested else "false"
 
 
 def check() -> None:

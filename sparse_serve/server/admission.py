@@ -197,19 +197,20 @@ class Admission:
     def _check_room(self, running: int, sequences: int) -> None:
         """Raise `TooManyError` or `OverloadedError` unless a client that has `running` sequences may have more.
 
-        The more is taken, the less one client may have of it, and so a newcomer finds room however many greedy ones
-        there are: dynamic thresholds (Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998).
+        The more is taken, the less one client may have of it, and so a newcomer finds room for a sequence however many
+        greedy ones there are: dynamic thresholds (Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998).
         """
-        free = self._max_of_all - self._sequences.total()
+        taken = self._sequences.total()
+        free = self._max_of_all - taken
         has = f"this client has {running} sequences running and asks for {sequences} more"
         if running + sequences > self._max_per_client:
             raise TooManyError(f"{has}; expected at most {self._max_per_client} at a time (--max-sequences-per-client)")
         if sequences > free:
             raise OverloadedError(f"{has}; there is room for {free} now (--max-num-queued-reqs)")
-        if running + sequences > _GREED * free:
+        if taken and running + sequences > max(1, _GREED * (free - sequences)):
             raise TooManyError(
                 f"{has}; there is room for {free} now (--max-num-queued-reqs), and one client may have {_GREED} times "
-                "what is left to others"
+                "what that leaves to others"
             )
 
     def _look(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
-from maskgen.core.errors import FormatError, OutputExistsError, RequestError
+from maskgen.core.errors import DataError, FormatError, OutputExistsError, RequestError, StorageError
 from maskgen.export import quantise as quantise_module
 from tests.directories import read_all
 
@@ -72,6 +72,14 @@ def test_masks_and_all_else_stay(places: Path, text_file: Path) -> None:
 def test_what_cannot_be(places: Path, text_file: Path) -> None:
     with pytest.raises(RequestError, match="only int4 codes are chosen with text; leave it out for int8"):
         maskgen.quantise(request(places, text_file, values="int8"))
+    with pytest.raises(RequestError, match="`device`: says how codes are chosen with text"):
+        maskgen.quantise(request(places, None, device="cpu"))
+    with pytest.raises(StorageError, match=r"nowhere\.txt"):
+        maskgen.quantise(request(places, places / "nowhere.txt"))
+    (places / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        maskgen.quantise(request(places, places / "bad.jsonl"))
+    assert not (places / "out.work").exists(), "with other text it is another run"
     maskgen.quantise(request(places, None))
     with pytest.raises(FormatError, match="values int4 cannot become"):
         maskgen.quantise(request(places, text_file, model=places / "out", out=places / "again"))

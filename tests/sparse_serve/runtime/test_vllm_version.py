@@ -49,8 +49,10 @@ def test_another_version_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(vllm_version.VARIABLE, "false")
     assert vllm_version.refusal()
     monkeypatch.setenv(vllm_version.VARIABLE, "before")  # restored at the end
-    vllm_version.allow()
+    vllm_version.allow(True)
     vllm_version.check()
+    vllm_version.allow(False)
+    assert vllm_version.refusal(), "--no-untested-vllm is said over the variable"
 
 
 def test_serve_ends_in_that_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

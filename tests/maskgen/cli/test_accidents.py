@@ -69,10 +69,9 @@ def test_a_model_that_is_replaced_under_a_run(
 
 
 def test_ctrl_c_says_that_the_run_goes_on(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
-    argv = ["run", "sparsegpt", "--model", model_dir(), "--data", text_file, "--out", tmp_path / "out", *SMALL,
-            "--set", "calibration.samples=8000"]  # fmt: skip
-    for _ in range(20):  # a run may be over before this process is scheduled again
-        process = start(*argv)
+    argv = ["run", "sparsegpt", "--model", model_dir(), "--data", text_file, "--out", tmp_path / "out", *SMALL]
+    for doublings in range(8):  # a run may be over before this process is scheduled again
+        process = start(*argv, "--set", f"calibration.samples={8000 << doublings}")
         while not (tmp_path / "out.work" / "run.json").exists() and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)

@@ -30,6 +30,7 @@ from maskgen.core import registry
 from maskgen.core.errors import RecipeError
 from maskgen.core.packed import Correction as Correction  # part of a Solution
 from maskgen.core.pattern import NMPattern
+from maskgen.numerics.statistics import Gram, add_drift, add_gram
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,37 @@ class ScoreMethod(LocalMethod):
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """The mask of the highest scores; weights stay as they are."""
         return Solution(pattern.mask_from_scores(self.score(weight_OI, stats)))
+
+
+class AimedMethod(LocalMethod):
+    """A one-shot method that knows the Gram matrix of the inputs, and may aim at what the dense model puts out.
+
+    Two of its options are `mask`, "prior" to start from given masks, and `asymmetric`.
+    """
+
+    mask: str
+    asymmetric: bool
+
+    keeps_gram = True
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether `mask` is "prior"."""
+        return self.mask == "prior"
+
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether `asymmetric` is set."""
+        return self.asymmetric
+
+    def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
+        """`stats` is the Gram matrix of the inputs, updated in place."""
+        return add_gram(stats, x_TI)
+
+    def observe_drift(self, stats: Gram, x_TI: Tensor, drift: Drift) -> Gram:
+        """Its sums for the drift are updated in place, too."""
+        add_drift(stats, x_TI, drift.input_TI, drift.stream_TO)
+        return stats
 
 
 def create(name: str, options: Mapping[str, Any]) -> Method:

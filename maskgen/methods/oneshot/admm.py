@@ -48,12 +48,12 @@ from torch import Tensor
 
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods import Drift, LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_drift, add_gram, aimed_at_dense, shifted_inverse, unit_features
+from maskgen.methods import AimedMethod, Solution
+from maskgen.numerics.statistics import Gram, aimed_at_dense, shifted_inverse, unit_features
 
 
 @dataclass(frozen=True)
-class ADMM(LocalMethod):
+class ADMM(AimedMethod):
     """`mask`: "own" chooses a mask during the first `ramp` of `iterations`, "prior" uses the one in `--prior`.
 
     `damp`: this fraction of the Hessian's mean diagonal is added to it; `rho`: weight of the penalty on entries outside
@@ -69,8 +69,6 @@ class ADMM(LocalMethod):
     iterations: int = 20
     ramp: int = 15
 
-    keeps_gram = True
-
     def __post_init__(self) -> None:
         self.require_one_of(mask=("own", "prior"))
         self.require_positive("damp", "rho", "ridge")
@@ -78,25 +76,6 @@ class ADMM(LocalMethod):
             raise RecipeError(
                 f"method.ramp {self.ramp}: expected at least 1 and at most method.iterations ({self.iterations})"
             )
-
-    @property
-    def uses_prior(self) -> bool:
-        """Whether `mask` is "prior"."""
-        return self.mask == "prior"
-
-    @property
-    def is_asymmetric(self) -> bool:
-        """Whether `asymmetric` is set."""
-        return self.asymmetric
-
-    def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
-        """`stats` is the Gram matrix of the inputs, updated in place."""
-        return add_gram(stats, x_TI)
-
-    def observe_drift(self, stats: Gram, x_TI: Tensor, drift: Drift) -> Gram:
-        """Its sums for the drift are updated in place, too."""
-        add_drift(stats, x_TI, drift.input_TI, drift.stream_TO)
-        return stats
 
     def solve(self, weight_OI: Tensor, stats: Gram, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:
         """The mask and the repaired weights (float32, zero where pruned)."""

@@ -36,15 +36,15 @@ from torch import Tensor
 
 from maskgen.core.errors import PatternError, RecipeError
 from maskgen.core.pattern import NMPattern
-from maskgen.methods import Drift, LocalMethod, Solution
-from maskgen.numerics.statistics import Gram, add_drift, add_gram, aimed_at_dense, unit_features
+from maskgen.methods import AimedMethod, Solution
+from maskgen.numerics.statistics import Gram, aimed_at_dense, unit_features
 
 _BLOCK_GROUPS = 32
 """Groups whose changes are applied to the columns after them together, in one matrix product."""
 
 
 @dataclass(frozen=True)
-class SparseSwaps(LocalMethod):
+class SparseSwaps(AimedMethod):
     """`mask`: "own" starts from Wanda's mask, "prior" from the one in `--prior`. `passes`: over all groups, at most.
 
     `asymmetric`: aim at what the dense model puts out, with this `ridge`.
@@ -55,32 +55,11 @@ class SparseSwaps(LocalMethod):
     asymmetric: bool = False
     ridge: float = 1.0
 
-    keeps_gram = True
-
     def __post_init__(self) -> None:
         self.require_one_of(mask=("own", "prior"))
         self.require_positive("ridge")
         if self.passes < 1:
             raise RecipeError(f"method.passes {self.passes}: expected at least 1")
-
-    @property
-    def uses_prior(self) -> bool:
-        """Whether `mask` is "prior"."""
-        return self.mask == "prior"
-
-    @property
-    def is_asymmetric(self) -> bool:
-        """Whether `asymmetric` is set."""
-        return self.asymmetric
-
-    def observe(self, stats: Gram | None, x_TI: Tensor) -> Gram:
-        """`stats` is the Gram matrix of the inputs, updated in place."""
-        return add_gram(stats, x_TI)
-
-    def observe_drift(self, stats: Gram, x_TI: Tensor, drift: Drift) -> Gram:
-        """Its sums for the drift are updated in place, too."""
-        add_drift(stats, x_TI, drift.input_TI, drift.stream_TO)
-        return stats
 
     def check_pattern(self, pattern: NMPattern) -> None:
         """`RecipeError` for a pattern with too many candidates per group to try them all."""

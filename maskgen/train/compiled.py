@@ -8,7 +8,6 @@ compiled is part of what it is. torch's own TORCH_COMPILE_DISABLE=1 switches it 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maskgen.core.compiler import has_cpp_compiler
 from maskgen.hf.layers import decoder_blocks
 from maskgen.numerics.annealed_adamw import AnnealedAdamW
 from maskgen.recipes.sections import Training
@@ -38,17 +38,7 @@ def pays(weights: int, spec: Training, device: str, processes: int) -> bool:
     assert spec.window_tokens is not None
     is_long = weights * spec.steps * spec.batch * spec.window_tokens >= MIN_PRODUCTS
     alone = torch.device(device).type == "cpu" and processes == 1
-    return is_long and alone and not torch._dynamo.config.disable and _has_compiler()
-
-
-def _has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return shutil.which(get_cpp_compiler()) is not None
-    except InvalidCxxCompiler:
-        return False
+    return is_long and alone and not torch._dynamo.config.disable and has_cpp_compiler()
 
 
 def compile_session(session: Session, blocks: Iterable[nn.Module], micro_batch: int) -> None:

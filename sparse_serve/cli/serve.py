@@ -101,8 +101,10 @@ def main(args: argparse.Namespace) -> int:
     try:
         if not args.verbose:
             shown = terminal.redirected()
+        compiles = "--enforce-eager" not in flags and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+        reporter = Reporter(shown, args.model, access(settings), compiles)
         with explained(), environment.restored():
-            code = asyncio.run(_serve(engine, settings, Reporter(shown, args.model, access(settings)), stop))
+            code = asyncio.run(_serve(engine, settings, reporter, stop))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log(shown)}")
         return 2
@@ -181,8 +183,8 @@ def access(settings: Settings) -> Access:
 class Reporter:
     """Words for the server's events. Called in the order they happen."""
 
-    def __init__(self, shown: Terminal, model: str, access: Access = OPEN) -> None:
-        self._shown, self._model, self._access = shown, model, access
+    def __init__(self, shown: Terminal, model: str, access: Access = OPEN, compiles: bool = False) -> None:
+        self._shown, self._model, self._access, self._compiles = shown, model, access, compiles
         self._started_s = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -190,7 +192,8 @@ class Reporter:
         match event:
             case Listening():
                 where = f"; log: {self._shown.log} (--verbose prints it)" if self._shown.log else ""
-                self._shown.note(f"starting the engine on {self._model}{where}")
+                first = " (the first start compiles it, a minute or more; --enforce-eager does not)"
+                self._shown.note(f"starting the engine on {self._model}{first * self._compiles}{where}")
             case Ready(info, http, grpc):
                 parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.startup_s.items())
                 took = f"{time.monotonic() - self._started_s:.1f} s"

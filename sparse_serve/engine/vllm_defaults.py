@@ -7,8 +7,9 @@ No vLLM import here; `Namespace` is what vLLM's parser returns.
 Most defaults are for machines without a GPU; each answers a way in which vLLM 0.32 fails there or is needlessly slow:
 
 - it wants 92 % of the memory for its KV cache unless `VLLM_CPU_KVCACHE_SPACE` names an amount (whole GiB);
-- `--enforce-eager`: its compile cache is written but never read back, so every start would compile for 10 to 20 s;
-  with eager execution, dynamo only costs (20 s in the first request that asks for log-probabilities);
+- `--enforce-eager` where nothing can be compiled, as the engine would die of it; dynamo then only costs (20 s in the
+  first request that asks for log-probabilities). Where a model can be compiled it is: `plugin.compiled_code` makes vLLM
+  find the code again at the next start;
 - with one rank, `VLLM_ENABLE_V1_MULTIPROCESSING=0` keeps the model in the engine process. A separate worker process
   would die at once from a Ctrl-C meant for the whole group, before its requests are finished, and would run on all
   cores but one;
@@ -198,8 +199,13 @@ def check_tracing(args: Namespace) -> None:
         )
 
 
-def check_cpu(args: Namespace) -> None:
-    """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do."""
+def check_cpu(args: Namespace, can_compile: bool) -> None:
+    """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do here."""
+    if not (args.enforce_eager or can_compile):
+        raise SettingsError(
+            "--no-enforce-eager: nothing can be compiled here; install a C++ compiler and Python's headers (g++ and "
+            "python3-dev on Debian) and unset TORCHDYNAMO_DISABLE, or leave the flag out"
+        )
     if args.pipeline_parallel_size > 1:
         raise SettingsError(
             f"--pipeline-parallel-size {args.pipeline_parallel_size}: vLLM's CPU backend would die in the first "

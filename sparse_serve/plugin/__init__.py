@@ -29,7 +29,9 @@ def register() -> None:
 
         refused.register(reason)
         return
-    from sparse_serve.plugin import config, loading, lora
+    from sparse_serve.plugin import compiled_code, config, loading, lora
+
+    compiled_code.register()
 
     config.register()
     loading.register()

@@ -81,7 +81,7 @@ def test_long_windows_keep_torch_s_attention(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_long_runs_alone_on_a_cpu_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compiled, "has_cpp_compiler", lambda: True)
     assert pays(134_000_000, LONG, "cpu", 1)
     assert not pays(134_000_000, LONG, "cpu", 2) and not pays(134_000_000, LONG, "cuda:0", 1)
     assert not pays(1_000_000, LONG, "cpu", 1)

@@ -92,9 +92,15 @@ def test_models_are_directories_or_names(tmp_path: Path) -> None:
 
 
 def test_only_one_pipeline_stage_on_a_cpu() -> None:
-    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1))
+    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=False), True)
     with pytest.raises(SettingsError, match=r"--pipeline-parallel-size 2: .*--tensor-parallel-size"):
-        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=2))
+        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=2, enforce_eager=True), True)
+
+
+def test_a_model_is_not_to_be_compiled_where_nothing_can_be() -> None:
+    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=True), False)
+    with pytest.raises(SettingsError, match=r"--no-enforce-eager: .*C\+\+ compiler"):
+        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=False), False)
 
 
 def hub(cache: Path, files: dict[str, str], revision: str = "main") -> Namespace:

@@ -1,0 +1,57 @@
+"""Makes vLLM find the compiled code of a model again that an earlier start saved, on a CPU.
+
+vLLM saves what torch compiled of a model and loads it at the next start. After loading it calls `finalize_loading`,
+which its own backend's code has. On a CPU torch's inductor compiles the model, and what torch loads of that is a plain
+function: the load fails (vLLM 0.32, `compilation/decorators.py`, `_try_load_aot_compiled_fn`), and the model is
+compiled at every start. That function is complete as it is, so the call has nothing to do.
+
+As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor's instructions. A
+folder of caches that several machines share would else give one the code of another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from maskgen.core.digest import digest_json
+from sparse_serve.runtime import machine
+
+_FINISH = "finalize_loading"
+
+
+def register() -> None:
+    """Mend the loading and the key, once per process.
+
+    Not where nothing is compiled (`TORCHDYNAMO_DISABLE=1`), as importing torch's compiler takes seconds.
+    """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Saved
+    from vllm.compilation import caching
+    from vllm.platforms import current_platform
+
+    load: Any = Saved.deserialize_compile_artifacts
+    if hasattr(load, "__wrapped__") or not current_platform.is_cpu():
+        return
+    key = caching.aot_compile_hash_factors
+
+    @wraps(load.__func__)  # the saved file names this method
+    def loaded(cls: type[Any], data: bytes) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = load.__func__(cls, data)
+        if not hasattr(compiled, _FINISH):
+            setattr(compiled, _FINISH, _nothing)
+        return compiled
+
+    @wraps(key)
+    def with_processor(vllm_config: Any) -> list[str]:
+        return [*key(vllm_config), digest_json(machine.instructions())]
+
+    Saved.deserialize_compile_artifacts = classmethod(loaded)  # type: ignore[assignment]
+    caching.aot_compile_hash_factors = with_processor
+
+
+def _nothing(vllm_config: Any) -> None:
+    """What is left to do of a function that torch has loaded whole."""

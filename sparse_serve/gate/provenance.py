@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from maskgen.core.digest import digest_file
 from sparse_serve.gate.plan import MeasurementPlan
 from sparse_serve.gate.targets import Target
 from sparse_serve.runtime import machine
@@ -60,6 +61,7 @@ def _digests(target: Target) -> Iterator[tuple[str, str]]:
         yield "digest", target.digest
     if target.checkpoint is not None:
         config = target.checkpoint.config
+        yield "config_digest", digest_file(target.checkpoint.path / "config.json")
         yield "pattern", str(config.pattern)
         yield "mask_digest", config.mask_digest
         yield "recipe_digest", config.recipe_digest

@@ -25,6 +25,7 @@ _FACTS = {
 }
 _OF_A_TARGET = {
     "digest": "digest of the {}'s weights",
+    "config_digest": "digest of the {}'s config.json, which has those of its weights",
     "pattern": "weights that the {} keeps, of how many",
     "mask_digest": "digest of which weights the {} keeps",
     "recipe_digest": "digest of the recipe that made the {}",

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# maskgen on several hosts: the same command on each of them, with --out on a disk that all share.
+#
+#   HEAD=host0 NODES=2 NODE=0 deploy/train/torchrun.sh run maskllm --model DENSE --data TEXTS --out /shared/OUT --shard
+#
+# HEAD       address of host 0, where all meet                NODES, NODE   how many hosts, and which this is, from 0
+# PORT       of the meeting point (29400)                     PROCESSES     on this host (auto: one for each GPU)
+# RESTARTS   how often to start again when a host or a process has failed, from the last checkpoint (3)
+# INTERFACE  of the network, where it is not the one that the host's name leads to
+set -euo pipefail
+: "${HEAD:?the address of host 0}" "${NODES:?the number of hosts}" "${NODE:?the number of this host, from 0}"
+
+if [[ -n ${INTERFACE:-} ]]; then
+  export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
+fi
+torchrun=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$NODES" --node-rank "$NODE" --max-restarts 0
+  --nproc-per-node "${PROCESSES:-auto}" --master-addr "$HEAD" --master-port "${PORT:-29400}")
+
+# torchrun's own restarts take those who are dead for alive for a while: here every host starts anew, and meets the others
+starts=0
+until "${torchrun[@]}" -m maskgen "$@"; do
+  ((starts++ < ${RESTARTS:-3})) || exit 1
+  echo "host $NODE: failed; starting again in 5 s ($starts of ${RESTARTS:-3})" >&2
+  sleep 5
+done

@@ -33,6 +33,7 @@ LOCK := deploy/locks/cpu.txt
 DEMO_LOCK := deploy/locks/demo.txt
 TOOLS_LOCK := deploy/locks/tools.txt
 DOCS_LOCK := deploy/locks/docs.txt
+DEPLOY_LOCK := deploy/locks/deploy.txt
 RELEASE_LOCK := deploy/locks/release.txt
 # Rooms whose tests start no engine, train nothing and compile nothing.
 QUICK := $(addprefix tests/,architecture golden hostile release \
@@ -44,6 +45,8 @@ DEMO := $(CACHE)/demo-v5
 TOOLS := $(VENV)/.tools-$(EXTRA)
 # That what the manual is built with is installed.
 DOCS := $(VENV)/.docs-$(EXTRA)
+# That what renders and checks deploy/ is installed.
+DEPLOY := $(VENV)/.deploy-$(EXTRA)
 # That what a release is made with is installed.
 RELEASE := $(VENV)/.release-$(EXTRA)
 # That the demo's weights and text are installed; `serve` wants them unless it needs no demo, or has one.
@@ -59,7 +62,7 @@ GPU_TRITON := 3.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
-.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke proto architectures symbols wheel version release lock demo install clean
+.PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke manifests proto architectures symbols wheel version release lock demo install clean
 
 help: ## show this list
 	@echo 'make VERB [NAME=value ...]'
@@ -88,7 +91,7 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	# a first start that compiles takes a minute longer; ARGS=--no-enforce-eager does
 	exec sparse-serve serve "$$checkpoint" --enforce-eager $(ARGS)
 
-test: $(TOOLS) $(WEIGHTS) ## run the whole CPU test suite in two processes [ARGS="-k name"]
+test: $(TOOLS) $(WEIGHTS) $(DEPLOY) ## run the whole CPU test suite in two processes [ARGS="-k name"]
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 exec "$$BIN/python" -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 quick: $(TOOLS) ## run the fast tests only: no engine, no training [ARGS="-k name"]
@@ -157,6 +160,9 @@ smoke: $(TOOLS) ## gate a tiny random model and its 2:4 one, offline and served:
 	sparse-serve gate --dense "$$work/dense" --sparse "$$work/sparse" --data "$$work/heldout.txt" --window 48 --max-windows 16 \
 	  --max-ppl-increase 100 --out "$$work/gate" $(ARGS)
 
+manifests: $(DEPLOY) ## make deploy/kubernetes again, of the chart, its values and the alerts
+	@exec "$$BIN/python" -m deploy.kubernetes.render
+
 proto: $(TOOLS) ## regenerate sparse_serve/api/pb from proto/
 	@"$$BIN/python" proto/generate.py
 
@@ -214,6 +220,12 @@ $(DOCS): $(DOCS_LOCK) $(TOOLS)
 	@echo '== manual'
 	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r $(DOCS_LOCK)
 	echo "   manual: $$SECONDS s"
+	touch $@
+
+$(DEPLOY): $(DEPLOY_LOCK) $(TOOLS)
+	@echo '== tools of deploy/'
+	"$$BIN/python" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r $(DEPLOY_LOCK)
+	echo "   tools of deploy/: $$SECONDS s"
 	touch $@
 
 $(RELEASE): $(RELEASE_LOCK) $(TOOLS)

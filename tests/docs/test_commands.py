@@ -18,7 +18,7 @@ from tests.docs.pages import Block, blocks, commands
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 VERBS = set(re.findall(r"^([a-z]+):.*?## ", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE)) | {"PIP_EXTRA_INDEX_URL"}
-OTHERS = {"curl", "git", "grpcurl", "pip", "python3"}
+OTHERS = {"chmod", "curl", "docker", "export", "git", "grpcurl", "helm", "kubectl", "mkdir", "pip", "python3"}
 
 
 def check(command: str) -> None:

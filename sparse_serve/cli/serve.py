@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
     if args.masks and args.no_convert:
         raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
     conversion = None if args.no_convert else Conversion(args.masks, lambda line: shown.note(line))
-    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests, conversion)
+    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests, conversion, settings.preemption)
     stop = restart.StopRequest()
     try:
         if not args.verbose:

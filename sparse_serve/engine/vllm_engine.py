@@ -67,7 +67,7 @@ class VllmEngine:
 
     `drain_s`: how long the engine process itself finishes running requests when a signal reaches it directly, as a
     Ctrl-C in a terminal does. `conversion` makes sparse models of other tools ours; without, they are served as they
-    are. `adapters`, by name, and `chat_serving` are vLLM's own objects, set by the API that makes them.
+    are. With `preemption`, running requests take turns, too. `adapters`, by name, and `chat_serving` are vLLM's own.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class VllmEngine:
         drain_s: float = 0.0,
         digests: bool = False,
         conversion: Conversion | None = None,
+        preemption: bool = True,
     ) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
@@ -84,11 +85,10 @@ class VllmEngine:
         self.chat_serving: Any = None
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
-        self._drain_s, self._digests, self._conversion = drain_s, digests, conversion
+        self._drain_s, self._digests, self._conversion, self._preemption = drain_s, digests, conversion, preemption
         self._thread: threading.Thread | None = None
         self._stopped = False
-        self.progress = Progress()
-        self._phases = Phases()
+        self.progress, self._phases = Progress(), Phases()
         self._others = processes.descendants(os.getpid())
 
     async def start(self) -> EngineInfo:
@@ -159,7 +159,7 @@ class VllmEngine:
         self._check_wanted()
         self._phases.end("configuration")
         self.client = AsyncLLM.from_vllm_config(
-            vllm_config=config,
+            vllm_config=vllm_turns.with_scheduler(config, self.args, self._preemption),
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             disable_log_stats=engine_args.disable_log_stats,

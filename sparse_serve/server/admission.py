@@ -185,11 +185,11 @@ class Admission:
             raise
         self._sequences[client] += sequences
         span = self._order.enter(client, sequences)
-        turns.enter(span.start, span.end)
+        taken = turns.enter(span.start, span.end)
         try:
             yield
         finally:
-            self._order.leave(span)
+            self._order.leave(span, taken.have_begun)
             self._sequences[client] -= sequences
             if not self._sequences[client]:
                 del self._sequences[client]

@@ -1,9 +1,10 @@
 """The order of requests among clients: self-clocked fair queueing (Golestani, INFOCOM 1994), a sequence being the unit.
 
 Each client has a virtual time, which goes on by its sequences; a request is due when its client's time is over it. The
-clock of all is over the first turn of every request that has ended, and not behind that of the request inside which
-began first; no client's time is behind the clock: nobody saves up turns, and everybody's time comes, however many
-others there are and however many of them are new.
+clock of all is over the first turn of every request that was begun and has ended, and not behind that of the request
+inside that came first; no client's time is behind the clock: nobody saves up turns, and everybody's time comes, however
+many others there are and however many of them are new. Who cancels what was never begun moves its own time only: else a
+client that does nothing else would put off all that come after it.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class FairOrder:
         self._inside[span] = None
         return span
 
-    def leave(self, span: Span) -> None:
-        """A request has ended."""
+    def leave(self, span: Span, has_begun: bool) -> None:
+        """A request has ended, of which a sequence `has_begun`, or which was cancelled before."""
         del self._inside[span]
         if self._inside:
-            self._clock = max(self._clock, span.start + 1, min(other.start for other in self._inside))
+            first = min(other.start for other in self._inside)
+            self._clock = max(self._clock, first, span.start + 1 if has_begun else 0)
             self._ends = {client: end for client, end in self._ends.items() if end > self._clock}
         else:
             self._clock = max([self._clock, *self._ends.values()])

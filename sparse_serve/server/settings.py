@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     max_num_queued_tokens: int = Field(
         1 << 18, ge=1, le=1 << 30, description="prompt tokens waiting to be read from which on requests are refused"
     )
+    preemption: bool = Field(
+        True,
+        description="let a sequence that is due take the place of one that runs and is due later, which goes on then",
+    )
     max_sequences: int = Field(128, ge=1, le=1 << 16, description="most sequences (prompts times n) of a request")
     max_sequences_per_client: int = Field(
         128,

@@ -115,6 +115,49 @@ async def ended_before_a_newcomer(engine: VllmEngine, others: int) -> int:
     return ended.index(0)
 
 
+async def tokens(engine: VllmEngine, start: int, count: int) -> list[int]:
+    """Greedy tokens of a request that is due after `start`."""
+    turns.enter(start, start + 1)
+    wanted = GenerateRequest("to be", Sampling(max_tokens=count, temperature=0.0, ignore_eos=True))
+    return [token async for chunk in engine.generate(wanted) for token in chunk.token_ids]
+
+
+async def check_that_a_newcomer_does_not_wait_for_the_end_of_those_that_run(engine: VllmEngine) -> None:
+    """All places are taken, by long requests; one of them is put aside and goes on as if it had not been."""
+    alone = await tokens(engine, 1, 500)
+    long = [asyncio.create_task(tokens(engine, start, 500)) for start in (1, 2)]
+    await asyncio.sleep(0.1)
+    assert await tokens(engine, 0, 8) == alone[:8]
+    assert not any(task.done() for task in long)
+    assert await asyncio.gather(*long) == [alone, alone]
+
+
+async def has_begun_when_cancelled(engine: VllmEngine, start: int) -> bool:
+    """Whether a request that is due after `start`, and cancelled after a moment, has had its turn."""
+    entered: list[turns.Turns] = []
+
+    async def request() -> None:
+        entered.append(turns.enter(start, start + 1))
+        wanted = GenerateRequest("to be", Sampling(max_tokens=500, temperature=0.0, ignore_eos=True))
+        async for _ in engine.generate(wanted):
+            pass
+
+    task = asyncio.create_task(request())
+    await asyncio.sleep(0.3)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return entered[0].have_begun
+
+
+async def check_that_one_cancelled_in_the_queue_has_had_no_turn(engine: VllmEngine) -> None:
+    assert await has_begun_when_cancelled(engine, 1)
+    long = [asyncio.create_task(tokens(engine, start, 900)) for start in (1, 2)]
+    await asyncio.sleep(0.1)
+    assert not await has_begun_when_cancelled(engine, 3)
+    assert not any(task.done() for task in long)
+    await asyncio.gather(*long)
+
+
 async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16.
 
@@ -136,6 +179,8 @@ async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.L
         with pytest.raises(BadRequestError, match="expected 2 to 1023"):
             await engine.score([5])
         assert await ended_before_a_newcomer(engine, others=20) < 10
+        await check_that_a_newcomer_does_not_wait_for_the_end_of_those_that_run(engine)
+        await check_that_one_cancelled_in_the_queue_has_had_no_turn(engine)
     finally:
         await engine.stop(5.0)
         log.removeHandler(caplog.handler)

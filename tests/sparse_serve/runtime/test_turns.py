@@ -30,3 +30,19 @@ async def test_who_was_not_admitted_comes_first() -> None:
         return [turns.due(1), turns.due(1)]
 
     assert await asyncio.create_task(probe()) == [0, 0]
+
+
+async def test_a_request_has_begun_when_one_of_its_prompts_has() -> None:
+    begun = {"a": False, "b": False}
+
+    async def prompt(name: str) -> None:
+        request = turns.current()
+        assert request is not None
+        request.watch(lambda: begun[name])
+
+    entered = turns.enter(0, 2)
+    assert not entered.have_begun
+    await asyncio.gather(prompt("a"), prompt("b"))
+    assert not entered.have_begun
+    begun["b"] = True
+    assert entered.have_begun

@@ -44,26 +44,30 @@ class Room:
         return sum(1 for other, count in self._adapters.items() if other and count) < config.max_loras
 
     def victims_for(self, request: Request, candidates: Iterable[Request]) -> list[Request] | None:
-        """Those of `candidates`, the first that help, without whom `request` is taken into the step: none if it is
+        """Those of `candidates`, the first that it needs, without whom `request` is taken into the step: none if it is
         anyway. None if there is no room for it without all of them either. If there is, it takes it.
         """
         hits, cached, _ = self._cache.get_computed_blocks(request)
         tokens = request.num_tokens - cached
         if self._tokens < (1 if self._scheduler.scheduler_config.enable_chunked_prefill else tokens):
             return None
-        needs = self._blocks_of(request, request.num_tokens, hits.blocks, cached)
+        needs = self._blocks_of(request, request.num_tokens, cached, hits.blocks)
         shared = {block.block_id for group in hits.blocks for block in group}
         if self._blocks < needs:
             self._count_blocks()
-        places, blocks, chosen = self._places, self._blocks, []
+        places, blocks, freed = self._places, self._blocks, dict[Request, int]()
         remaining = iter(candidates)
         while places < 1 or blocks < needs:
             if (candidate := next(remaining, None)) is None:
                 return None
-            freed = self._freed(candidate, shared)
-            if places < 1 or freed:
-                places, blocks = places + 1, blocks + freed
-                chosen.append(candidate)
+            count = self._freed(candidate, shared)
+            if places < 1 or count:
+                places, blocks, freed[candidate] = places + 1, blocks + count, count
+        for candidate, count in list(freed.items()):  # who has become needless by a later one
+            if places > 1 and blocks - count >= needs:
+                places, blocks = places - 1, blocks - count
+                del freed[candidate]
+        chosen = list(freed)
         self._places, self._blocks = places - 1, blocks - needs
         self._tokens -= min(tokens, self._most_tokens, self._tokens) + self._draft_slots
         self._adapters -= Counter(map(_adapter, chosen))
@@ -93,21 +97,25 @@ class Room:
 
     def _step_blocks(self, request: Request) -> int:
         """What one that runs is given in the step."""
-        tokens = request.num_computed_tokens + self._step_tokens(request)
-        return self._blocks_of(request, tokens, self._cache.empty_kv_cache_blocks.blocks, request.num_computed_tokens)
+        return self._blocks_of(
+            request, request.num_computed_tokens + self._step_tokens(request), request.num_computed_tokens
+        )
 
-    def _blocks_of(self, request: Request, tokens: int, hits: Sequence[Sequence[object]], computed: int) -> int:
-        """Blocks that a request lacks for so many tokens, of which `computed` are there, some as `hits`."""
+    def _blocks_of(
+        self, request: Request, tokens: int, computed: int, hits: Sequence[Sequence[object]] | None = None
+    ) -> int:
+        """Blocks that a request lacks for so many tokens, of which `computed` are there: in its own blocks, or if it
+        waits, as `hits`."""
         most = self._scheduler.max_model_len
         blocks: int = self._cache.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=min(tokens + self._scheduler.num_lookahead_tokens, most),
-            new_computed_blocks=hits,
+            new_computed_blocks=self._cache.empty_kv_cache_blocks.blocks if hits is None else hits,
             num_encoder_tokens=0,
             total_computed_tokens=computed,
             num_local_computed_tokens=computed,
             num_tokens_main_model=min(tokens, most),
-            apply_admission_cap=True,
+            apply_admission_cap=hits is not None,
             prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
         )
         return blocks

@@ -215,6 +215,19 @@ def test_of_a_full_cache_as_many_go_as_make_room_or_nobody(config: Any, kind: st
     of.run()
 
 
+def test_of_a_full_cache_nobody_goes_whom_another_makes_needless(config: Any) -> None:
+    """The last has too few blocks, and the one before it enough alone."""
+    of = driver(config, blocks=20)
+    for priority, blocks in ((8, 4), (9, 9), (10, 3)):
+        of.add(f"of {blocks}", priority, count=20, prompt=blocks * BLOCK + 4)
+        of.step()
+    of.step()
+    of.add("newcomer", priority=1, count=1, prompt=8 * BLOCK)
+    assert of.step() == {"of 4", "of 3", "newcomer"}
+    assert of.preempted == ["of 9"]
+    of.run()
+
+
 def test_who_would_lose_more_than_a_place_keeps_it(config: Any) -> None:
     of = driver(config)
     flood(of, count=2)

@@ -14,8 +14,12 @@ import httpx
 from sparse_serve.client import AsyncClient
 from tests.vllm.serving import PROMPT, until
 
-TOKENS = 96
-RETRY_S = 0.1
+RETRY_S = 0.2
+ATTEMPTS = 500
+
+
+class Refused(Exception):
+    """A status other than 200, an error in place of an event, or a stream that ends too early."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,17 @@ class Answer:
 
 @dataclass
 class Streams:
-    """`each` clients of each API, in a thread of their own. `retried` attempts had got no answer at all."""
+    """`each` clients of each API, in a thread of their own; of HTTP only without a gRPC address.
+
+    `retried` says of attempts over HTTP that had got no token why they were made again. gRPC's are its own matter.
+    """
 
     http: str
     grpc: str
     each: int
+    tokens: int
     answers: list[Answer] = field(default_factory=list)
-    retried: int = 0
+    retried: list[str] = field(default_factory=list)
     active: int = 0
     """Clients that ask, of each API; the others pause once they have their answers. 0: all."""
 
@@ -51,19 +59,20 @@ class Streams:
         self._thread.join()
 
     def wait_for_answers(self, limit_s: float = 120.0) -> None:
-        """Until every client has got one more, to a request made from now on."""
-        now_s = time.monotonic()
-        until(lambda: sum(answer.began_s > now_s for answer in self.answers) >= 2 * self.each, limit_s)
+        """Until there are as many more as there are clients, to requests made from now on."""
+        now_s, apis = time.monotonic(), 2 if self.grpc else 1
+        until(lambda: sum(answer.began_s > now_s for answer in self.answers) >= apis * self.each, limit_s)
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=self.each)
-        async with (
-            httpx.AsyncClient(base_url=self.http, timeout=120, trust_env=False, limits=limits) as http,
-            AsyncClient(self.grpc) as grpc,
-        ):
+        async with httpx.AsyncClient(base_url=self.http, timeout=300, trust_env=False, limits=limits) as http:
             clients = [self._client(number, "http", self._over_http, http) for number in range(self.each)]
-            clients += [self._client(number, "grpc", self._over_grpc, grpc) for number in range(self.each)]
-            await asyncio.gather(*clients)
+            if not self.grpc:
+                await asyncio.gather(*clients)
+                return
+            async with AsyncClient(self.grpc) as grpc:
+                clients += [self._client(number, "grpc", self._over_grpc, grpc) for number in range(self.each)]
+                await asyncio.gather(*clients)
 
     async def _client(self, number: int, api: str, ask: Any, connection: Any) -> None:
         while not self._stopping.is_set():
@@ -78,29 +87,38 @@ class Streams:
             self.answers.append(answer)
 
     async def _over_http(self, client: httpx.AsyncClient) -> str:
-        body: dict[str, Any] = {"model": "model", "prompt": PROMPT, "max_tokens": TOKENS, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True}
-        while True:
-            text, finished, begun = "", "", False
+        for _ in range(ATTEMPTS):
+            texts: list[str] = []
             try:
-                async with client.stream("POST", "/v1/completions", json=body) as response:
-                    begun = True
-                    async for line in response.aiter_lines():
-                        if line.startswith("data: {"):
-                            (choice,) = json.loads(line[6:])["choices"]
-                            text, finished = text + choice["text"], choice["finish_reason"] or finished
-            except httpx.TransportError:
-                # an idle connection that was closed while it was taken for this request
-                if begun:
+                await self._read(client, texts)
+                return "".join(texts)
+            except (httpx.TransportError, Refused) as error:
+                if texts:
                     raise
-                self.retried += 1
+                self.retried.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(RETRY_S)
-                continue
-            assert (response.status_code, finished) == (200, "length")
-            return text
+        raise Refused("every attempt")
+
+    async def _read(self, client: httpx.AsyncClient, texts: list[str]) -> None:
+        body: dict[str, Any] = {"model": "model", "prompt": PROMPT, "max_tokens": self.tokens, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True}
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                raise Refused(f"status {response.status_code}")
+            finished = ""
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    if "choices" not in event:
+                        raise Refused(line)
+                    (choice,) = event["choices"]
+                    texts.append(choice["text"])
+                    finished = choice["finish_reason"] or finished
+        if finished != "length":
+            raise Refused("the stream ended too early")
 
     async def _over_grpc(self, client: AsyncClient) -> str:
-        pieces = client.stream(PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+        pieces = client.stream(PROMPT, max_tokens=self.tokens, temperature=0.0, ignore_eos=True)
         whole = [piece async for piece in pieces]
         assert whole[-1].finish_reason
         return "".join(piece.text for piece in whole)

@@ -15,7 +15,7 @@ from maskgen.core.digest import digest_file
 from sparse_serve.client import Client
 from sparse_serve.gate.verdict import Verdict
 from tests.deploy.hosts import NAMES, START_S, Host
-from tests.deploy.streams import TOKENS, Streams
+from tests.deploy.streams import Streams
 from tests.sparse_serve.gate.test_report import report
 from tests.vllm.serving import PROMPT, make_checkpoint, until
 
@@ -26,7 +26,7 @@ setsid {python} -m sparse_serve.cli.main serve "$PWD/$1" $(cat "$1.flags") --ser
   --max-model-len 256 --max-num-seqs 64 --drain-s 300 >> "$1.log" 2>&1 < /dev/null &
 echo $! > "$1.pid"
 """
-EACH = 32
+EACH, TOKENS = 32, 96
 FEW = 4
 """Clients that ask while a server starts, which would else take minutes on two cores."""
 
@@ -53,7 +53,7 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
     host.begin(host.folder / "dense")
     with Client(f"127.0.0.1:{host.grpc}") as client:
         dense_text = client.generate(PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True).text
-    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", EACH) as streams:
+    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", EACH, TOKENS) as streams:
         streams.wait_for_answers()
         ended = []
         roll = threading.Thread(
@@ -68,6 +68,7 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
     (rolled,) = ended
     assert rolled.returncode == 0, rolled.stdout + rolled.stderr + host.output("a")[-3000:]
     assert [answer for answer in streams.answers if answer.lost] == []
+    assert not [why for why in streams.retried if why.startswith("Refused")], "nginx has asked the other server"
     assert {answer.api for answer in streams.answers} == {"http", "grpc"}
     after = {answer.text for answer in streams.answers if answer.began_s > after_s}
     assert len(after) == 1 and after != {dense_text}, "all from the sparse checkpoint"

@@ -147,9 +147,13 @@ def test_autoscalers_own_the_number_of_replicas() -> None:
     for made, kind in ((keda, "ScaledObject"), (hpa, "HorizontalPodAutoscaler")):
         assert "replicas" not in made["Deployment"]["spec"]
         assert made[kind]["spec"]["scaleTargetRef"]["name"] == made["Deployment"]["metadata"]["name"]
-    (trigger,) = keda["ScaledObject"]["spec"]["triggers"]
-    assert trigger["metadata"]["query"].startswith('sum(vllm:num_requests_waiting{namespace="default"')
-    assert trigger["metadata"]["threshold"] == "8"
+    found = [each["metadata"] for each in keda["ScaledObject"]["spec"]["triggers"]]
+    assert [each["threshold"] for each in found] == ["8", "64"]
+    for each, metric in zip(found, ("waiting", "running"), strict=True):
+        assert each["query"].startswith(f'sum(vllm:num_requests_{metric}{{namespace="default"')
+    assert len(hpa["HorizontalPodAutoscaler"]["spec"]["metrics"]) == 2
+    alone = resources(changed("cuda", autoscaling__runningRequests=0))["ScaledObject"]["spec"]["triggers"]
+    assert len(alone) == 1
 
 
 def test_what_belongs_together_has_the_labels_of_a_release() -> None:
@@ -187,6 +191,29 @@ def test_what_the_manual_says_to_install_is_what_the_chart_takes() -> None:
                 above, _, last = path.partition(".")
                 values.setdefault(above, {})[last] = setting
         assert resources(values, name=name)["Deployment"]
+
+
+@pytest.mark.parametrize("name", ["gateway", "kserve", "model"])
+def test_an_example_fits_the_chart_and_the_server(name: str) -> None:
+    text = (render.OUT_DIR / "examples" / f"{name}.yaml").read_text("utf-8")
+    made = {each["kind"]: each for each in yaml.safe_load_all(text)}
+    if name == "model":
+        for resource in made.values():
+            validator.validate(resource, VERSIONS[-1], strict=True)
+        assert made["PersistentVolumeClaim"]["metadata"]["name"] == VALUES["cpu"]["model"]["claim"]
+    elif name == "gateway":
+        chart = resources(VALUES["cpu"])
+        pool = made["InferencePool"]["spec"]
+        assert pool["selector"]["matchLabels"] == chart["Service"]["spec"]["selector"]
+        ports = [port["containerPort"] for port in server(VALUES["cpu"])["ports"]]
+        assert pool["targetPorts"][0]["number"] in ports
+    else:
+        (container,) = made["ServingRuntime"]["spec"]["containers"]
+        named = {key for key in environ(container) if key.startswith("SPARSE_SERVE_")}
+        assert named <= {f"SPARSE_SERVE_{field.upper()}" for field in Settings.model_fields}
+        assert not made["InferenceService"]["metadata"]["name"].startswith("sparse-serve")
+        grace_s = made["InferenceService"]["spec"]["predictor"]["terminationGracePeriodSeconds"]
+        assert grace_s > float(environ(container)["SPARSE_SERVE_DRAIN_S"]) + 10
 
 
 def refused(values: dict[str, Any]) -> str:

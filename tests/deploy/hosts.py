@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.architecture.source import ROOT
+from tests.deploy import scripts
 from tests.vllm.serving import until
 
 FOLDER = ROOT / "deploy/rolling"
@@ -63,15 +66,18 @@ class Host:
         until(lambda: all(map(self.is_ready, NAMES)) or "error" in self.output("a") + self.output("b"), START_S)
         assert all(map(self.is_ready, NAMES)), self.output("a") + self.output("b")
 
-    def roll(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """roll.py, on the servers of this host."""
+    def roll(self, *words: str | Path) -> tuple[int, str]:
+        """Exit status and output of roll.py, on the servers of this host."""
         servers = [f"{name}=127.0.0.1:{http},127.0.0.1:{grpc}" for name, (http, grpc) in self.addresses.items()]
-        command = [sys.executable, FOLDER / "roll.py", *words, *(w for server in servers for w in ("--server", server))]
+        command = [*words, *(word for server in servers for word in ("--server", server))]
         command += ["--root", self.folder, "--lists", self.folder / "nginx/sparse-serve"]
         command += ["--settle-s", "0"] if self._reload else []
         command += ["--reload", self._reload or " ".join([*self.nginx, "-s", "reload"])]
         command += ["--start", f"{self.folder}/start {{name}}", "--stop", f"{self.folder}/stop {{name}}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=3 * START_S, check=False)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            status = scripts.load("rolling/roll.py").main([str(word) for word in command])
+        return status, said.getvalue()
 
     def is_ready(self, name: str) -> bool:
         """Whether a server accepts requests."""

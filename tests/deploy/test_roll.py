@@ -59,7 +59,7 @@ def write_report(folder: Path, verdict: Verdict = Verdict.PASS) -> None:
     made.write(folder / "gate")
 
 
-def release(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+def release(host: Host, *words: str) -> tuple[int, str]:
     return host.roll(host.folder / "sparse", *(words or ("--report", str(host.folder / "gate/report.json"))))
 
 
@@ -76,59 +76,61 @@ def routed(host: Host) -> set[str]:
 
 
 def test_one_after_the_other_and_a_second_time_nothing(host: Host) -> None:
-    ran = release(host)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    status, said = release(host)
+    assert status == 0, said
     assert served(host) == ["sparse", "sparse"] and len(routed(host)) == 2
     steps = log(host)[2:]
     assert [step.split()[:2] for step in steps] == [["stop", "a"], ["start", "a"], ["stop", "b"], ["start", "b"]]
-    assert release(host).returncode == 0
+    assert release(host)[0] == 0
     assert log(host)[2:] == steps
-    assert host.roll(host.folder / "dense", "--ungated").returncode == 0, "and back"
+    assert host.roll(host.folder / "dense", "--ungated")[0] == 0, "and back"
     assert served(host) == ["dense", "dense"]
 
 
 @pytest.mark.parametrize("verdict", [Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR])
 def test_without_a_pass_nothing_is_touched(verdict: Verdict, host: Host) -> None:
     write_report(host.folder, verdict)
-    ran = release(host)
-    assert ran.returncode == 1 and f"the verdict is {verdict.value.upper()}, expected PASS" in ran.stdout
+    status, said = release(host)
+    assert status == 1 and f"the verdict is {verdict.value.upper()}, expected PASS" in said
     assert len(log(host)) == 2 and served(host) == ["dense", "dense"]
 
 
 def test_another_checkpoint_than_the_gated_one_is_refused(host: Host) -> None:
     file = host.folder / "sparse/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 1.0}))
-    ran = release(host)
-    assert ran.returncode == 1 and "is about another checkpoint (sha256:" in ran.stdout
+    status, said = release(host)
+    assert status == 1 and "is about another checkpoint (sha256:" in said
     shard = host.folder / "sparse/model.safetensors"
     write_report(host.folder)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    ran = release(host)
-    assert ran.returncode == 1 and "the file was changed" in ran.stdout
+    status, said = release(host)
+    assert status == 1 and "the file was changed" in said
     assert len(log(host)) == 2 and served(host) == ["dense", "dense"]
 
 
 def test_a_gate_that_does_not_pass_ends_it(host: Host) -> None:
     (host.folder / "gate.yaml").write_text("version: 2\n")
-    ran = release(host, "--gate", str(host.folder / "gate.yaml"), "--report", str(host.folder / "gate/report.json"))
-    assert ran.returncode == 2 and "the gate ended with status 2" in ran.stdout
+    status, said = release(
+        host, "--gate", str(host.folder / "gate.yaml"), "--report", str(host.folder / "gate/report.json")
+    )
+    assert status == 2 and "the gate ended with status 2" in said
     assert len(log(host)) == 2
 
 
 def test_a_server_that_does_not_get_ready_has_its_old_checkpoint_again(host: Host) -> None:
     (host.folder / "sparse/bad").touch()
-    ran = release(host, "--report", str(host.folder / "gate/report.json"), "--ready-s", "2")
-    assert ran.returncode == 1 and "a: was not ready within 2 s, and serves what it had again" in ran.stdout
+    status, said = release(host, "--report", str(host.folder / "gate/report.json"), "--ready-s", "2")
+    assert status == 1 and "a: was not ready within 2 s, and serves what it had again" in said
     assert served(host) == ["dense", "dense"] and len(routed(host)) == 2
     assert [step.split()[1] for step in log(host)[2:]] == ["a"] * 4, "the other one was left alone"
 
 
 def test_the_last_one_that_is_ready_is_not_stopped(host: Host) -> None:
     subprocess.run([host.folder / "stop", "b"], check=True)
-    ran = release(host)
-    assert ran.returncode == 1 and "a: no other server is ready to take its requests" in ran.stdout
+    status, said = release(host)
+    assert status == 1 and "a: no other server is ready to take its requests" in said
     assert served(host) == ["dense", "dense"]
 
 

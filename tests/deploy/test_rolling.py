@@ -55,7 +55,7 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
         dense_text = client.generate(PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True).text
     with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", EACH, TOKENS) as streams:
         streams.wait_for_answers()
-        ended = []
+        ended: list[tuple[int, str]] = []
         roll = threading.Thread(
             target=lambda: ended.append(host.roll(sparse, "--report", host.folder / "gate/report.json"))
         )
@@ -65,8 +65,8 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
         roll.join()
         after_s, streams.active = time.monotonic(), 0
         streams.wait_for_answers()
-    (rolled,) = ended
-    assert rolled.returncode == 0, rolled.stdout + rolled.stderr + host.output("a")[-3000:]
+    ((status, said),) = ended
+    assert status == 0, said + host.output("a")[-3000:]
     assert [answer for answer in streams.answers if answer.lost] == []
     assert not [why for why in streams.retried if why.startswith("Refused")], "nginx has asked the other server"
     assert {answer.api for answer in streams.answers} == {"http", "grpc"}

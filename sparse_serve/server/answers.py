@@ -1,10 +1,11 @@
 """What HTTP clients are answered: errors in the shape of the OpenAI API's, and the watch over an answer in the making.
 
 An answer that is cut off at the end of a drain says so: with 503, or in the last event of a stream. When the engine has
-died, that is the answer, whatever status the application found for it.
+died, that is the answer, whatever status or event the application found for it.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -28,6 +29,7 @@ UNREAD = "sparse_serve.unread"
 _ERROR_EVENTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
 """How the event begins that tells of an error in the middle of a stream: of vLLM, and of responses, whose events have
 names (https://platform.openai.com/docs/api-reference/responses-streaming)."""
+_MESSAGE = re.compile(rb'("message": ?)"(?:[^"\\]|\\.)*"')
 _RETRY_S = 1.0
 
 
@@ -81,6 +83,8 @@ class Watch:
         elif message["type"] == "http.response.body":
             if self._streams and message.get("body", b"").startswith(_ERROR_EVENTS):
                 self._outcome.truncated = Cause.ENGINE if self._died() else Cause.ERROR
+                if self._outcome.truncated is Cause.ENGINE:
+                    message = {**message, "body": _of_death(message["body"])}
             self._finished |= not message.get("more_body", False)
         await self._send(message)
 
@@ -92,14 +96,12 @@ class Watch:
         elif not self._finished:
             self._outcome.truncated = cause
             if self._streams:
-                said = json.dumps({"error": _content(answer(error).http_status, str(error))})
-                last = f"data: {said}\n\ndata: [DONE]\n\n".encode()
-                await self._send({"type": "http.response.body", "body": last})
+                await self._send({"type": "http.response.body", "body": _event(error) + b"data: [DONE]\n\n"})
 
     def end(self) -> None:
         """The application is done. Raises `EngineDiedError` if its answer was that; the client has heard nothing."""
         if self._swallows:
-            raise EngineDiedError("the engine has died; this server is going down")
+            raise _dead()
 
     def record_end(self) -> None:
         """Note how an answer ended that has no end."""
@@ -111,6 +113,22 @@ class Watch:
 def going_down() -> ServeError:
     """What those are told who wait when the drain is over."""
     return UnavailableError("the server is going down, and this request took longer than it waits for")
+
+
+def _dead() -> EngineDiedError:
+    return EngineDiedError("the engine has died; this server is going down")
+
+
+def _event(error: ServeError) -> bytes:
+    """The event of a stream that tells of an error."""
+    return b"data: %s\n\n" % json.dumps({"error": _content(answer(error).http_status, str(error))}).encode()
+
+
+def _of_death(event: bytes) -> bytes:
+    """An event of vLLM, which sends the client to a stack trace, in our words; events with a name keep their form."""
+    if event.startswith(_ERROR_EVENTS[0]):
+        return _event(_dead())
+    return _MESSAGE.sub(rb"\g<1>%s" % json.dumps(str(_dead())).encode(), event)
 
 
 def _content(status: int, message: str) -> dict[str, object]:

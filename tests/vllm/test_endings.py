@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -56,7 +57,13 @@ def test_a_lost_engine_is_started_again_as_often_as_allowed(tmp_path: Path) -> N
     try:
         wait_ready(server)
         first = server.engine_pid()
-        os.kill(first, signal.SIGKILL)
+        body = json.dumps({"prompt": "to be", "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+        wanted = urllib.request.Request(f"{server.http}/v1/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(wanted, timeout=START_S) as stream:
+            assert stream.readline().startswith(b'data: {"id"')
+            os.kill(first, signal.SIGKILL)
+            *_, last, _, done, _ = stream.read().split(b"\n")
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 503 and done == b"data: [DONE]"
         until(lambda: server.output.count("ready:") == 2, START_S)
         assert "starting again (1 of 1)" in (server.directory / "err").read_text()
         with grpc.insecure_channel(re.findall(r"gRPC  (\S+)", server.output)[-1]) as channel:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import grpc
 import httpx
@@ -129,9 +130,9 @@ async def test_every_request_is_counted_and_no_probe_is_waited_for() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        b'data: {"error": {"code": 500}}\n\n',
-        b'event: error\ndata: {"type": "error", "code": "server_error"}\n\n',
-        b'event: response.failed\ndata: {"type": "response.failed"}\n\n',
+        b'data: {"error": {"message": "See stack trace", "type": "InternalServerError", "code": 500}}\n\n',
+        b'event: error\ndata: {"type": "error", "message": "See \\"stack\\" trace", "code": "server_error"}\n\n',
+        b'event: response.failed\ndata: {"response":{"error":{"message":"See stack trace","code":"a"},"id":"b"}}\n\n',
     ],
 )
 @pytest.mark.parametrize(("died", "cause"), [(False, Cause.ERROR), (True, Cause.ENGINE)])
@@ -150,3 +151,13 @@ async def test_an_error_that_vllm_tells_as_an_event(event: bytes, died: bool, ca
     await watch.send({"type": "http.response.body", "body": b""})
     watch.record_end()
     assert outcome.truncated is cause and len(sent) == 5, "the client hears all of it"
+    heard = sent[2]["body"]
+    if not died:
+        assert heard == event
+        return
+    name, _, data = heard.rpartition(b"data: ")
+    said = json.loads(data)
+    assert heard.endswith(b"\n\n") and name == event.rpartition(b"data: ")[0]
+    assert b"stack" not in heard and heard.count(b"the engine has died") == 1
+    assert name or said["error"]["code"] == 503
+    assert name != b"event: response.failed\n" or said["response"]["id"] == "b"

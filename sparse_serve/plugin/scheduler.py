@@ -6,7 +6,7 @@ are preempted, as vLLM does when its cache is full: they go back into the queue 
 cache still has of them.
 
 What is computed twice is bounded: after a preemption a request is left alone until it has produced `_PROGRESS` tokens
-and a `_SHARE`th of its length, so that no more than `_SHARE` tokens are read again for one that it produces, and nobody
+and a `_SHARE`th of its length; so, but for the first time, at most `_SHARE` tokens are read again for one, and nobody
 who is due waits for longer than that. And nobody is preempted in vain: only for a request that the step has room for
 (`Room`), and if vLLM does not take that into the step for a reason unknown here, never again for the same.
 

@@ -62,7 +62,7 @@ def test_a_lost_engine_is_started_again_as_often_as_allowed(tmp_path: Path) -> N
         with urllib.request.urlopen(wanted, timeout=START_S) as stream:
             assert stream.readline().startswith(b'data: {"id"')
             os.kill(first, signal.SIGKILL)
-            *_, last, _, done, _ = stream.read().split(b"\n")
+            *_, last, done, _ = stream.read().split(b"\n\n")
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 503 and done == b"data: [DONE]"
         until(lambda: server.output.count("ready:") == 2, START_S)
         assert "starting again (1 of 1)" in (server.directory / "err").read_text()

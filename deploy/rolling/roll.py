@@ -9,6 +9,7 @@ what the symbolic link ROOT/NAME leads to. For one after the other, while anothe
     stop    SIGTERM: running requests are finished, within the server's --drain-s
     start   the link leads to the new checkpoint
     ready   `/readyz` says so, or the link goes back and the server starts with what it had: exit status 1
+            (until then ROOT/NAME.before leads to that)
     in      nginx's lists name it again
 
 A server that has the checkpoint already is passed over, so a run that was interrupted is repeated.
@@ -94,6 +95,7 @@ class Rollout:
         """Give it to all servers. Raises `NotReleased`, `CalledProcessError` for a command that failed."""
         for server in self._servers:
             if self._link(server).resolve() == checkpoint and server.is_ready():
+                self._before(server).unlink(missing_ok=True)
                 say(f"{server.name}: has it already")
                 continue
             self._replace(server, checkpoint)
@@ -103,22 +105,30 @@ class Rollout:
         others = [other for other in self._servers if other != server and other.is_ready()]
         if not others:
             raise NotReleased(f"{server.name}: no other server is ready to take its requests")
-        before = self._link(server).resolve()
+        kept = self._before(server)
+        if not kept.is_symlink():  # else an interrupted run has left it, and the link leads to what did not get ready
+            kept.symlink_to(self._link(server).resolve())
+        before = kept.resolve()
         self._route(others)
-        self._restart(server, checkpoint)
-        if not self._gets_ready(server):
-            self._restart(server, before)
-            ready = self._gets_ready(server)
+        if not self._restarts(server, checkpoint):
+            ready = self._restarts(server, before)
             self._route([*others, server] if ready else others)
+            if ready:
+                kept.unlink()
             state = "serves what it had again" if ready else f"does not get ready with {before} either"
-            raise NotReleased(f"{server.name}: was not ready within {self._args.ready_s:g} s, and {state}")
+            raise NotReleased(f"{server.name}: did not get ready within {self._args.ready_s:g} s, and {state}")
+        kept.unlink()
         self._route([*others, server])
         say(f"{server.name}: serves {checkpoint}")
 
     def _link(self, server: Server) -> Path:
         return Path(self._args.root, server.name)
 
-    def _restart(self, server: Server, checkpoint: Path) -> None:
+    def _before(self, server: Server) -> Path:
+        return Path(self._args.root, f"{server.name}.before")
+
+    def _restarts(self, server: Server, checkpoint: Path) -> bool:
+        """Whether it gets ready with it."""
         say(f"{server.name}: stopping, once its requests have ended")
         self._command(self._args.stop, server)
         link = self._link(server)
@@ -127,7 +137,12 @@ class Rollout:
         new.symlink_to(checkpoint)
         new.replace(link)
         say(f"{server.name}: starting with {checkpoint}")
-        self._command(self._args.start, server)
+        try:
+            self._command(self._args.start, server)
+        except subprocess.CalledProcessError as error:
+            say(f"{server.name}: did not start: {error}")
+            return False
+        return self._gets_ready(server)
 
     def _gets_ready(self, server: Server) -> bool:
         deadline_s = time.monotonic() + self._args.ready_s

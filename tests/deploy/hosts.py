@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -86,7 +87,10 @@ class Host:
                 return False
             tried.settimeout(5)
             tried.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return b" 200 " in tried.recv(20)
+            try:
+                return b" 200 " in tried.recv(20)
+            except TimeoutError:
+                return False
 
     def output(self, name: str) -> str:
         """What a server has printed."""
@@ -114,9 +118,11 @@ class Host:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to connections."""
+    """Below those that the system gives to connections. Another process of pytest looks for them elsewhere: a server
+    takes its ports long after they were found."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     found: list[int] = []
-    for port in range(21000, 32000):
+    for port in range(21000 + 1000 * (worker % 10), 32000):
         with socket.socket() as tried:
             if tried.connect_ex(("127.0.0.1", port)):
                 found.append(port)

@@ -27,6 +27,7 @@ FOLDER = ROOT / "deploy/rolling"
 START = """#!/bin/bash
 cd "$(dirname "$0")"
 echo "start $1 $(readlink "$1")" >> log
+[[ ! -e $1/none ]] || exit 3
 [[ ! -e $1/bad ]] || { sleep 0 & echo $! > "$1.pid"; exit; }
 setsid {python} -c '
 import http.server, sys
@@ -121,10 +122,29 @@ def test_a_gate_that_does_not_pass_ends_it(host: Host) -> None:
 
 def test_a_server_that_does_not_get_ready_has_its_old_checkpoint_again(host: Host) -> None:
     (host.folder / "sparse/bad").touch()
-    status, said = release(host, "--report", str(host.folder / "gate/report.json"), "--ready-s", "2")
-    assert status == 1 and "a: was not ready within 2 s, and serves what it had again" in said
+    status, said = release(host, "--report", str(host.folder / "gate/report.json"), "--ready-s", "8")
+    assert status == 1 and "a: did not get ready within 8 s, and serves what it had again" in said
     assert served(host) == ["dense", "dense"] and len(routed(host)) == 2
     assert [step.split()[1] for step in log(host)[2:]] == ["a"] * 4, "the other one was left alone"
+
+
+def test_a_server_that_does_not_even_start_has_its_old_checkpoint_again(host: Host) -> None:
+    (host.folder / "sparse/none").touch()
+    status, said = release(host)
+    assert status == 1 and "a: did not start: Command" in said and "serves what it had again" in said
+    assert served(host) == ["dense", "dense"] and len(routed(host)) == 2
+    assert not (host.folder / "a.before").is_symlink()
+
+
+def test_a_run_that_was_interrupted_still_knows_the_way_back(host: Host) -> None:
+    """It had given the new checkpoint to a server, which does not get ready with it."""
+    (host.folder / "sparse/bad").touch()
+    subprocess.run([host.folder / "stop", "a"], check=True)
+    (host.folder / "a").rename(host.folder / "a.before")
+    (host.folder / "a").symlink_to(host.folder / "sparse")
+    status, said = release(host, "--report", str(host.folder / "gate/report.json"), "--ready-s", "8")
+    assert status == 1 and "serves what it had again" in said
+    assert served(host) == ["dense", "dense"] and len(routed(host)) == 2
 
 
 def test_the_last_one_that_is_ready_is_not_stopped(host: Host) -> None:
@@ -157,5 +177,6 @@ def test_the_service_is_started_with_flags_that_exist() -> None:
     check(command)
     words = shlex.split(command)
     drain_s = float(words[words.index("--drain-s") + 1])
+    assert "\nKillMode=mixed\n" in text, "a signal to the engine's processes would cut streams off"
     (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
     assert float(stop_s) > drain_s, "systemd would kill it in the middle of a drain"

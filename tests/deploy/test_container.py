@@ -26,7 +26,7 @@ BUILT = "SPARSE_SERVE_TEST_IMAGE"
 START_S = 400.0
 """All of an image is read from disk for the first time."""
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @dataclass

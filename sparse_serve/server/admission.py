@@ -6,6 +6,7 @@ else. Used from the event loop only, so it needs no lock.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter
@@ -82,6 +83,8 @@ class Admission:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        for api, cause in itertools.product(("http", "grpc"), Cause):
+            metrics.truncated.labels(api, cause.value)  # at 0: Prometheus sees no increase in a series that begins at 1
 
     @property
     def phase(self) -> Phase:

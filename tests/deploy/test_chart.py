@@ -131,6 +131,14 @@ def test_gpus_and_cores() -> None:
     assert not {"VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"} & set(environ(cuda))
 
 
+@pytest.mark.parametrize("kind", VALUES)
+def test_nothing_asks_for_more_than_its_limit(kind: str) -> None:
+    """A cluster would refuse the pod."""
+    resources = server(VALUES[kind])["resources"]
+    for name in resources["requests"].keys() & resources["limits"].keys():
+        assert resources["requests"][name] == resources["limits"][name], name
+
+
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_the_doctor_looks_first(is_strict: bool) -> None:
     found = resources(changed("cuda", doctor__strict=is_strict))["Deployment"]["spec"]["template"]["spec"]

@@ -24,7 +24,7 @@ def truncated(server: Running, api: str) -> dict[str, float]:
     return {
         sample.labels["cause"]: sample.value
         for sample in family.samples
-        if sample.name.endswith("_total") and sample.labels["api"] == api
+        if sample.name.endswith("_total") and sample.labels["api"] == api and sample.value
     }
 
 
@@ -50,6 +50,8 @@ async def test_whole_answers_are_not_truncated() -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
             await server.stub.GenerateStream(pb.GenerateStreamRequest()).read()
     assert truncated(server, "http") == truncated(server, "grpc") == {}
+    (family,) = [one for one in server.registry.collect() if one.name == "sparse_serve_truncated_streams"]
+    assert {sample.labels["cause"] for sample in family.samples} == {cause.value for cause in Cause}, "each begins at 0"
 
 
 async def test_a_client_that_leaves() -> None:

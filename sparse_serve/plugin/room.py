@@ -35,6 +35,7 @@ class Room:
         free = self._cache.block_pool.get_num_free_blocks() - self._cache.watermark_blocks
         self._blocks = free - self._reserved
         self._adapters = Counter(map(_adapter, running))
+        self._hits: set[int] = set()
 
     def takes_adapter_of(self, request: Request) -> bool:
         """Whether vLLM does not pass over it because too many adapters are in the step already."""
@@ -52,7 +53,7 @@ class Room:
         if self._tokens < (1 if self._scheduler.scheduler_config.enable_chunked_prefill else tokens):
             return None
         needs = self._blocks_of(request, request.num_tokens, cached, hits.blocks)
-        shared = {block.block_id for group in hits.blocks for block in group}
+        shared = self._hits | {block.block_id for group in hits.blocks for block in group}
         if self._blocks < needs:
             self._count_blocks()
         places, blocks, freed = self._places, self._blocks, dict[Request, int]()
@@ -67,7 +68,7 @@ class Room:
             if places > 1 and blocks - count >= needs:
                 places, blocks = places - 1, blocks - count
                 del freed[candidate]
-        chosen = list(freed)
+        chosen, self._hits = list(freed), shared
         self._places, self._blocks = places - 1, blocks - needs
         self._tokens -= min(tokens, self._most_tokens, self._tokens) + self._draft_slots
         self._adapters -= Counter(map(_adapter, chosen))
@@ -121,7 +122,7 @@ class Room:
         return blocks
 
     def _freed(self, victim: Request, shared: set[int]) -> int:
-        """Blocks that nobody else uses, nor the one for whom it goes, and what it would be given in the step."""
+        """Blocks that nobody else uses, nor those who are taken into the step, and what it would be given in it."""
         groups = self._cache.get_blocks(victim.request_id).blocks
         own = sum(
             block.ref_cnt == 1 and not block.is_null and block.block_id not in shared

@@ -8,7 +8,8 @@ cache still has of them.
 What is computed twice is bounded: after a preemption a request is left alone until it has produced `_PROGRESS` tokens
 and a `_SHARE`th of its length; so, but for the first time, at most `_SHARE` tokens are read again for one, and nobody
 who is due waits for longer than that. And nobody is preempted in vain: only for a request that the step has room for
-(`Room`), and if vLLM does not take that into the step for a reason unknown here, never again for the same.
+(`Room`), and if vLLM does not take that into the step for a reason unknown here, not again for the same until
+`_PATIENCE` steps later, then twice as many, and so on.
 
 Beside 256 that run and 512 that wait, of which vLLM's own scheduler and its update take 4 ms of a CPU core a step, this
 takes 5 us where nobody is due, 0.8 ms where one is, 0.1 ms for each further one, and 1.1 ms where the cache is full.
@@ -17,9 +18,11 @@ takes 5 us where nobody is due, 0.8 ms where one is, 0.1 ms for each further one
 from __future__ import annotations
 
 import itertools
+import math
 import time
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -35,6 +38,16 @@ _WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _MOST_A_STEP = 32
 """Waiting requests that are looked at before a step."""
 
+_PATIENCE = 16
+
+
+@dataclass
+class _Vain:
+    """Preemptions for a request that vLLM did not take into the step: how often, and the step to try again in."""
+
+    times: int
+    until: int
+
 
 class _Turns:
     """Which running requests are preempted before a step, and for which waiting ones."""
@@ -42,11 +55,13 @@ class _Turns:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._produced: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
-        self._in_vain: WeakSet[Request] = WeakSet()
+        self._in_vain: WeakKeyDictionary[Request, _Vain] = WeakKeyDictionary()
+        self._step = 0
 
     def make_room(self) -> list[Request]:
         """Preempt for those due before; returns those that were waiting for it, whom the step now takes."""
         scheduler = self._scheduler
+        self._step += 1
         if not scheduler.waiting or scheduler.pause_state is not PauseState.UNPAUSED:
             return []
         if scheduler.connector is not None or scheduler.kv_holding_waiting:  # whose turn vLLM makes the next
@@ -59,10 +74,11 @@ class _Turns:
         return self._make_room(later)
 
     def _make_room(self, later: list[Request]) -> list[Request]:
-        """The same, with those who may be preempted, the last ones first. Ends where vLLM's own look ends."""
-        room, guests = Room(self._scheduler), []
+        """The same, with those who may be preempted, the last ones first. Ends where vLLM's own look ends, which may
+        be at one that was just preempted."""
+        room, guests, first_victim = Room(self._scheduler), [], math.inf
         for due in itertools.islice(self._scheduler.waiting, _MOST_A_STEP):
-            if not later or due.priority >= later[0].priority or due in self._in_vain:
+            if not later or due.priority >= later[0].priority or due.priority > first_victim or self._waits(due):
                 break
             if not self._is_ready(due) or not room.takes_adapter_of(due):
                 continue
@@ -72,13 +88,22 @@ class _Turns:
             for victim in victims:
                 later.remove(victim)
                 self._preempt(victim)
+                first_victim = min(first_victim, victim.priority)
             if victims:
                 guests.append(due)
         return guests
 
     def look_at(self, guests: list[Request]) -> None:
         """Remember those of `guests` that the step has not taken."""
-        self._in_vain.update(guest for guest in guests if guest.status in _WAITING)
+        for guest in guests:
+            if guest.status in _WAITING:
+                times = self._in_vain[guest].times + 1 if guest in self._in_vain else 1
+                self._in_vain[guest] = _Vain(times, self._step + _PATIENCE * 2 ** min(times, 10))
+
+    def _waits(self, request: Request) -> bool:
+        """Whether there were preemptions for it in vain, not long ago."""
+        vain = self._in_vain.get(request)
+        return vain is not None and self._step < vain.until
 
     def _is_ready(self, request: Request) -> bool:
         """Whether vLLM looks at it: its grammar is there, and the tokens on their way when it was preempted."""

@@ -138,3 +138,19 @@ def driver(config: Any, kind: str = "TurnScheduler", blocks: int = 100, steps_ah
         log_stats=True,
     )
     return Driver(made, (kind == "AsyncTurnScheduler") if steps_ahead is None else steps_ahead)
+
+
+def step_and_check(of: Driver) -> None:
+    """Who is preempted in a step goes for one that is due before, and in this step (or because the cache is full)."""
+    waiting = {other.request_id for other in of.scheduler.waiting}
+    before = len(of.preempted)
+    made: list[str] = []
+    _turns = of.scheduler._turns
+    make_room = _turns.make_room
+    _turns.make_room = lambda: (make_room(), made.extend(of.preempted[before:]))[0]
+    inside = of.step()
+    _turns.make_room = make_room
+    for name in made:
+        came = [other for other in inside & waiting if of.requests[other].priority < of.requests[name].priority]
+        assert came, (name, made, waiting, inside)
+    assert not of.scheduler._turns._in_vain, "vLLM takes whom there was room for"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vllm.scheduling import BLOCK, Driver, configuration, driver
+from tests.vllm.scheduling import BLOCK, Driver, configuration, driver, step_and_check
 
 KINDS = ["TurnScheduler", "AsyncTurnScheduler"]
 
@@ -89,21 +89,6 @@ def test_everybody_gets_each_token_once_and_nobody_is_preempted_in_vain(
             break
         step_and_check(of)
     of.run()
-
-
-def step_and_check(of: Driver) -> None:
-    """Who is preempted in a step goes for one that is due before, and in this step (or because the cache is full)."""
-    waiting = {other.request_id for other in of.scheduler.waiting}
-    before = len(of.preempted)
-    made: list[str] = []
-    _turns = of.scheduler._turns
-    make_room = _turns.make_room
-    _turns.make_room = lambda: (make_room(), made.extend(of.preempted[before:]))[0]
-    inside = of.step()
-    _turns.make_room = make_room
-    for name in made:
-        came = [other for other in inside & waiting if of.requests[other].priority < of.requests[name].priority]
-        assert came, (name, made, waiting, inside)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,15 +243,17 @@ def test_a_grammar_that_is_not_there_yet_has_nobody_preempted(config: Any) -> No
     assert of.preempted == ["flood 3"]
 
 
-def test_after_one_vain_preemption_there_is_none_for_the_same(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vain_preemptions_for_the_same_are_further_and_further_apart(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where vLLM has a reason to pass over it that is not known here."""
     of = driver(config)
-    running = flood(of)
+    running = flood(of, tokens=400)
     newcomer = of.add("newcomer", priority=1, count=1)
     monkeypatch.setattr(of.scheduler, "_ec_transfer_pending", lambda request, *_: request is newcomer)
-    for _ in range(60):
+    for _ in range(200):
         assert of.step() == running
-    assert of.preempted == ["flood 3"]
+    assert 1 < len(of.preempted) <= 4
     monkeypatch.undo()
     of.run()
 

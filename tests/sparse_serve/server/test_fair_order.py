@@ -84,6 +84,19 @@ def test_those_who_leave_after_a_token_do_not_starve_one_that_waits() -> None:
     raise AssertionError("those who leave always go first")
 
 
+def test_new_clients_that_cancel_at_once_do_not_starve_one_that_waits() -> None:
+    """A new connection for each request, which is cancelled while its prompt is read."""
+    order = FairOrder()
+    order.enter("patient", 1)
+    waiting = order.enter("patient", 1)
+    for number in range(100):
+        following = order.enter(f"new {number}", 1)
+        if following.end >= waiting.end:  # and later, so behind it
+            return
+        order.leave(following, False)
+    raise AssertionError("those who cancel always go first")
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.booleans(), st.booleans()), max_size=60))
 def test_times_only_go_on_and_clients_are_forgotten(steps: list[tuple[int, int, bool, bool]]) -> None:
     order = FairOrder()

@@ -3,8 +3,9 @@
     results = run(KernelsRequest(shapes=((4096, 4096),), tokens=(1, 64)))
 
 For each shape and number of tokens these candidates take turns (`tuning.timing`): torch's dense linear, the dense
-linear that vLLM would run, and every kernel that supports the layer, with values in the activations' dtype and in 8
-and 4 bits. Weights are random. A speedup below 1 means that dense is faster.
+linear that vLLM would run, vLLM's dense layers with quantised weights (`plugin.quantised`), and every kernel that
+supports the layer, with values in the activations' dtype and in 8 and 4 bits. Weights are random. A speedup below 1
+means that dense is faster.
 
 With one token a layer is bound by reading its weight. So a plain read of the compressed bytes is timed too, and each
 candidate's time is compared with how long reading its own weight would take at that speed (`of_byte_limit`; 1 is the
@@ -33,6 +34,7 @@ from sparse_serve.bench import roofline
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.bench.roofline import Panel, Point, Roof
 from sparse_serve.kernels import LinearSpec, choose, cpu
+from sparse_serve.plugin import quantised
 from sparse_serve.plugin.dense import stock_linear
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.runtime.machine import processor
@@ -63,8 +65,9 @@ class Candidate:
 class Result:
     """One shape and number of tokens, everything by candidate.
 
-    `speedup` is a kernel's over the faster dense, `speedup_over` the same by dense candidate; `of_byte_limit` is 1 for
-    a layer that takes as long as reading its weight, and is there for one token only.
+    `speedup` is a kernel's over the faster dense layer in the activations' dtype, `speedup_over` the same by dense
+    candidate, quantised ones too; `of_byte_limit` is 1 for a layer that takes as long as reading its weight, and is
+    there for one token only.
     """
 
     out_features: int
@@ -150,6 +153,13 @@ def _candidates(
     for name, linear in zip(DENSE, (torch_dense, stock_linear), strict=True):
         copies = range(_copies(weight_OI.nbytes))
         candidates[name] = Candidate([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
+    for name, make in quantised.PEERS.items():
+        try:
+            layer = make(weight_OI)
+        except KernelError as error:
+            on_refusal(error)
+            continue
+        candidates[name] = Candidate([layer.copy() for _ in range(_copies(layer.nbytes))], layer.nbytes)
     for name in names(folder):
         for values, group in STORED:
             spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values, group)
@@ -186,7 +196,8 @@ def _measure(
         if name != READ or tokens == 1
     }
     times = interleaved(calls, budget_s)
-    kernels = [name for name in calls if name not in (*DENSE, READ)]
+    dense = [name for name in (*DENSE, *quantised.PEERS) if name in calls]
+    kernels = [name for name in calls if name not in (*dense, READ)]
     weight_bytes = {name: candidates[name].weight_bytes for name in calls}
     return Result(
         *shape,
@@ -195,7 +206,7 @@ def _measure(
         weight_bytes=weight_bytes,
         median_s={name: times.median_s(name) for name in calls},
         speedup={name: times.speedup(name, DENSE) for name in kernels},
-        speedup_over={dense: {name: times.speedup(name, [dense]) for name in kernels} for dense in DENSE},
+        speedup_over={peer: {name: times.speedup(name, [peer]) for name in kernels} for peer in dense},
         of_byte_limit=of_byte_limit(times, weight_bytes),
     )
 

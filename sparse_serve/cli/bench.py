@@ -82,14 +82,21 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def kernels_table(results: Sequence[Result]) -> Table:
-    """One shape: a section per number of tokens, a line per candidate; speedups below 1 in red."""
+    """One shape: a section per number of tokens, a line per candidate; speedups below 1 in red.
+
+    `dense` is the faster dense layer in the activations' dtype, `W8A8` and `W4A16` are vLLM's quantised ones.
+    """
     shown = Table(title=f"{results[0].out_features} x {results[0].in_features}", box=box.SIMPLE_HEAD)
-    for name in ("tokens", "layer", "ms", "over\ntorch", "over\nvllm", "over the\nfaster", "of byte\nlimit"):
+    from sparse_serve.bench.kernels import DENSE
+
+    peers = [peer for peer in results[0].speedup_over if peer not in DENSE]
+    over = [f"over\n{peer.split()[-1]}" for peer in peers]
+    for name in ("tokens", "layer", "ms", "over\ndense", *over, "of byte\nlimit"):
         shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     for result in results:
         first = str(result.tokens)
         for name, median_s in result.median_s.items():
-            ratios = [over.get(name) for over in (*result.speedup_over.values(), result.speedup)]
+            ratios = [of.get(name) for of in (result.speedup, *(result.speedup_over[peer] for peer in peers))]
             limit = result.of_byte_limit.get(name)
             share = "" if limit is None else f"{100 * limit:.0f} %"
             shown.add_row(first, name, f"{median_s * 1e3:.3f}", *map(_ratio, ratios), share)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+import torch
+
+from sparse_serve.plugin import quantised
+from sparse_serve.runtime.errors import KernelError
 from tests.vllm.nursery import command
 
 READ = "read of cpu's bytes"
@@ -26,7 +31,7 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     known = {f"{kernel}{values}" for kernel in ("cpu", "reference") for values in ("", " int8", " int4", " fp8_e4m3")}
     kernels = known & set(one["speedup"])
     assert {"cpu", "cpu int8", "cpu int4", "reference"} <= kernels == set(one["speedup"])
-    dense = {"dense torch", "dense vllm"}
+    dense = {"dense torch", "dense vllm", "vllm W8A8", "vllm W4A16"}
     assert set(one["median_s"]) == kernels | dense | {READ} == set(one["weight_bytes"])
     assert set(three["median_s"]) == kernels | dense == set(one["of_byte_limit"])
     assert three["of_byte_limit"] == {}
@@ -35,6 +40,24 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
         assert all(value > 0 for value in (*row["median_s"].values(), *row["speedup"].values()))
     assert one["weight_bytes"]["dense torch"] == 512 * 1024 * 2
     assert ">cpu int8</text>" in (tmp_path / "bench.svg").read_text()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_quantised_peers_compute_the_layer(tokens: int) -> None:
+    weight_OI, x_TI = torch.randn(64, 256).to(torch.bfloat16), torch.randn(tokens, 256).to(torch.bfloat16)
+    exact_TO = x_TI.float() @ weight_OI.float().T
+    errors = {}
+    for name, make in quantised.PEERS.items():
+        y_TO = make(weight_OI).copy()(x_TI)
+        assert y_TO.dtype is torch.bfloat16
+        errors[name] = ((y_TO.float() - exact_TO).norm() / exact_TO.norm()).item()
+    assert errors["vllm W8A8"] < 0.02 < errors["vllm W4A16"] < 0.2
+    assert quantised.w4a16(weight_OI).nbytes == 64 * 256 // 2 + 2 * 64 * 256 // quantised.GROUP
+
+
+def test_a_layer_that_is_not_in_whole_groups_has_no_such_peer() -> None:
+    with pytest.raises(KernelError, match=r"W4A16 has no layer of \[64, 96\] in torch.bfloat16: .*groups of 128"):
+        quantised.w4a16(torch.zeros(64, 96, dtype=torch.bfloat16))
 
 
 def test_that_there_is_nothing_to_plot_to_is_said_at_once() -> None:

@@ -103,7 +103,7 @@ def test_the_byte_limit_is_ones_own_bytes_at_the_speed_of_the_read() -> None:
 def results() -> list[Result]:
     nbytes = {"dense torch": 200, "dense vllm": 200, "cpu": 112, READ: 112}
     times = {"dense torch": 4e-9, "dense vllm": 2e-9, "cpu": 4e-9, READ: 1e-9}
-    over = {"dense torch": {"cpu": 1.0}, "dense vllm": {"cpu": 0.5}}
+    over = {"dense torch": {"cpu": 1.0}, "dense vllm": {"cpu": 0.5}, "vllm W8A8": {"cpu": 2.0}}
     limits = {"dense torch": 0.44, "dense vllm": 0.89, "cpu": 0.25}
     one = Result(10, 10, 1, 9, nbytes, times, {"cpu": 0.5}, over, limits)
     without = {name: value for name, value in times.items() if name != READ}
@@ -115,8 +115,8 @@ def test_the_table_has_every_ratio_and_shows_where_dense_wins() -> None:
     console.print(cli_bench.kernels_table(results()))
     shown = console.export_text(styles=True)
     line = next(line for line in shown.splitlines() if " cpu " in line)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", line).split() == ["cpu", "0.000", "1.00x", "0.50x", "0.50x", "25", "%"]
-    assert "\x1b[31m0.50x" in line and "\x1b[31m1.00x" not in line
+    assert re.sub(r"\x1b\[[0-9;]*m", "", line).split() == ["cpu", "0.000", "0.50x", "2.00x", "25", "%"]
+    assert "\x1b[31m0.50x" in line and "\x1b[31m2.00x" not in line
 
 
 def test_points_and_roof_are_what_was_measured() -> None:

@@ -1,0 +1,109 @@
+"""The quantised dense linear layers of stock vLLM on a CPU: what a user would pick in a sparse one's place.
+
+Both are vLLM's own kernels on codes to the nearest; which code a weight has changes no time.
+
+Legend: T = tokens, O = out features, I = in features, G = groups of a row, W = words of eight codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgen.core import int4
+from maskgen.core.values import INT8, to_codes
+from sparse_serve.runtime.errors import KernelError
+from sparse_serve.tuning.measure import Linear
+
+GROUP = 128
+"""Weights that share a scale in W4A16: the usual number of GPTQ's and AWQ's checkpoints."""
+
+_CODE, _SCALE = "codes", "scale"
+
+
+@dataclass(frozen=True)
+class QuantisedLayer:
+    """`copy` makes a function x `[T, I]` -> y `[T, O]` with a weight of its own, of `nbytes` with its scales."""
+
+    copy: Callable[[], Linear]
+    nbytes: int
+
+
+def w8a8(weight_OI: Tensor) -> QuantisedLayer:
+    """int8 weights with a scale a row; activations are rounded to int8 too, with a scale for each token."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    codes_OI, scale_O = to_codes(weight_OI, INT8)
+    config = Int8ScaledMMLinearLayerConfig(is_static_input_scheme=False, is_channelwise=True, input_symmetric=True)
+    absent = ("input_scale", "input_zero", "zero_product")
+
+    def copy() -> Linear:
+        layer = _layer(codes_OI.clone(), scale_O[:, None])
+        layer.logical_widths = [weight_OI.shape[0]]
+        for name in absent:
+            layer.register_parameter(name, None)
+        kernel = CPUInt8ScaledMMLinearKernel(config, [_CODE, _SCALE, *absent])
+        with set_default_torch_dtype(weight_OI.dtype):  # that of the results
+            kernel.process_weights_after_loading(layer)
+        return _runs(kernel, layer)
+
+    return QuantisedLayer(copy, codes_OI.nbytes + scale_O.nbytes)
+
+
+def w4a16(weight_OI: Tensor) -> QuantisedLayer:
+    """int4 weights with a scale for `GROUP` of a row; activations as they are. Raises `KernelError` for a layer that
+    vLLM does not take."""
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+    from vllm.scalar_type import scalar_types
+
+    shape, dtype = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype
+    config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, GROUP, zero_points=False)
+    fits, reason = CPUWNA16LinearKernel.can_implement(config)
+    if not fits or weight_OI.shape[1] % GROUP or dtype is not torch.bfloat16:
+        wanted = f"bfloat16 and inputs in groups of {GROUP}"
+        raise KernelError(f"vLLM's W4A16 has no layer of {list(weight_OI.shape)} in {dtype}: {reason or wanted}")
+    octets_OH, scale_OG = int4.to_int4(weight_OI, GROUP)
+    words_OW = _words(int4.unpack_nibbles(octets_OH))
+    layer = _layer(words_OW, scale_OG.to(dtype))
+    layer.codes.input_dim = layer.codes.packed_dim = 1
+    layer.scale.output_dim = 0
+    kernel = CPUWNA16LinearKernel(config, _CODE, _SCALE)
+    kernel.process_weights_after_loading(layer)
+    nbytes = words_OW.nbytes + scale_OG.numel() * dtype.itemsize
+    return QuantisedLayer(lambda: _runs(kernel, deepcopy(layer)), nbytes)
+
+
+PEERS: dict[str, Callable[[Tensor], QuantisedLayer]] = {"vllm W8A8": w8a8, "vllm W4A16": w4a16}
+"""What makes them, by name."""
+
+
+def _words(codes_OI: Tensor) -> Tensor:
+    """Codes from -8 to 7 as int32 `[O, W]`: 8 is added to each, and the first of eight has the lowest bits."""
+    nibbles_OW8 = (codes_OI.to(torch.int64) + 8).unflatten(1, (-1, 8))
+    words_OW = (nibbles_OW8 << torch.arange(0, 32, 4)).sum(2)
+    return torch.where(words_OW < 1 << 31, words_OW, words_OW - (1 << 32)).to(torch.int32)
+
+
+def _layer(codes: Tensor, scale: Tensor) -> Any:
+    """What vLLM's kernels take their parameters from."""
+    layer: Any = nn.Module()
+    layer.bias = None
+    for name, tensor in ((_CODE, codes), (_SCALE, scale)):
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return layer
+
+
+def _runs(kernel: Any, layer: Any) -> Linear:
+    def run(x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = kernel.apply_weights(layer, x_TI)
+        return y_TO
+
+    return run

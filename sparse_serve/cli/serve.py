@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -101,7 +102,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if not args.verbose:
             shown = terminal.redirected()
-        compiles = "--enforce-eager" not in flags and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+        compiles = not {"--enforce-eager", "--enable-lora"} & {*flags} and shutil.which("g++") is not None
+        compiles &= os.environ.get("TORCHDYNAMO_DISABLE") != "1"
         reporter = Reporter(shown, args.model, access(settings), compiles)
         with explained(), environment.restored():
             code = asyncio.run(_serve(engine, settings, reporter, stop))
@@ -192,7 +194,7 @@ class Reporter:
         match event:
             case Listening():
                 where = f"; log: {self._shown.log} (--verbose prints it)" if self._shown.log else ""
-                first = " (the first start compiles it, a minute or more; --enforce-eager does not)"
+                first = " (a first start compiles it, a minute or more; --enforce-eager does not)"
                 self._shown.note(f"starting the engine on {self._model}{first * self._compiles}{where}")
             case Ready(info, http, grpc):
                 parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.startup_s.items())

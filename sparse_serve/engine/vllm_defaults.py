@@ -24,6 +24,7 @@ from typing import Any
 
 from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME, SparseCheckpoint, check_directory, is_sparse_checkpoint
 from maskgen.core.companions import SETTINGS_PATTERNS, SNAPSHOT_PATTERNS
+from maskgen.core.compiler import has_cpp_compiler
 from maskgen.core.config import QUANT_METHOD, is_shard_name
 from maskgen.core.failures import machine_failure
 from maskgen.core.files import read_json
@@ -199,13 +200,24 @@ def check_tracing(args: Namespace) -> None:
         )
 
 
-def check_cpu(args: Namespace, can_compile: bool) -> None:
-    """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do here."""
-    if not (args.enforce_eager or can_compile):
-        raise SettingsError(
-            "--no-enforce-eager: nothing can be compiled here; install a C++ compiler and Python's headers (g++ and "
-            "python3-dev on Debian) and unset TORCHDYNAMO_DISABLE, or leave the flag out"
-        )
+def no_compiling(args: Namespace, environ: Mapping[str, str]) -> str | None:
+    """Why vLLM would not or could not compile this model for a processor here; None if it can."""
+    folder = Path(environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm")
+    if environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE is 1"
+    if args.enable_lora:
+        return "vLLM compiles no model with adapters on a CPU"
+    if not machine.is_writable(folder.expanduser()):
+        return f"{folder}, where the code is kept (VLLM_CACHE_ROOT), cannot be written"
+    if not has_cpp_compiler():
+        return "there is no C++ compiler, or no headers of Python's (g++ and python3-dev on Debian)"
+    return None
+
+
+def check_cpu(args: Namespace, obstacle: str | None) -> None:
+    """Raise `SettingsError` for what vLLM's CPU backend accepts and cannot do here; `obstacle`: to compile."""
+    if not args.enforce_eager and obstacle is not None:
+        raise SettingsError(f"--no-enforce-eager: nothing can be compiled here: {obstacle}; leave the flag out")
     if args.pipeline_parallel_size > 1:
         raise SettingsError(
             f"--pipeline-parallel-size {args.pipeline_parallel_size}: vLLM's CPU backend would die in the first "

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from maskgen.core.compiler import has_cpp_compiler
 from maskgen.core.config import CONFIG_KEY
 from maskgen.core.failures import explained
 from sparse_serve.engine import vllm_defaults, vllm_turns
@@ -38,9 +37,8 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     defaults = parser.parse_args([])
     on_cpu = current_platform.is_cpu()
     parser.set_defaults(shutdown_timeout=math.ceil(drain_s), scheduling_policy=None)
-    can_compile = os.environ.get("TORCHDYNAMO_DISABLE") != "1" and has_cpp_compiler()
     if on_cpu:
-        parser.set_defaults(enforce_eager=not can_compile)
+        parser.set_defaults(enforce_eager=None)
     args = parser.parse_args(list(command))
     vllm_defaults.check_flags(args, defaults, os.environ)
     vllm_defaults.check_tracing(args)
@@ -50,7 +48,10 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
     if on_cpu:
         if args.max_num_seqs is None:  # vLLM's 128 are what one client may have: another would wait for all of them
             args.max_num_seqs = min(CPU_SEQUENCES, args.max_num_batched_tokens or CPU_SEQUENCES)
-        vllm_defaults.check_cpu(args, can_compile)
+        obstacle = vllm_defaults.no_compiling(args, os.environ)
+        if args.enforce_eager is None:
+            args.enforce_eager = obstacle is not None
+        vllm_defaults.check_cpu(args, obstacle)
         vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
     try:
         validate_parsed_serve_args(args)

@@ -105,7 +105,7 @@ def _both_stacks(
         compared = [measure_offline(target.directory, text, request, work_dir, **options) for text in request.data]
         steps.begin(f"{role} served (vLLM)")
         make_engine = factory(request.dtype, request.window_tokens + 1, tuple(target.config.flags))
-        with _kernels_compared(role, target, work_dir, kernels):
+        with environment.restored(), _kernels_compared(role, target, work_dir, kernels):
             measured[role] = measure_served(make_engine(target.directory), compared, target.directory)
     base, candidate = measured["base"], measured["candidate"]
     pairs = zip(request.data, base.scores, candidate.scores, compared, strict=True)

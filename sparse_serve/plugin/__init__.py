@@ -31,11 +31,10 @@ def register() -> None:
         return
     from sparse_serve.plugin import compiled_code, config, loading, lora
 
-    compiled_code.register()
-
     config.register()
     loading.register()
     lora.register()
+    compiled_code.register()
 
 
 def _allow_amx() -> None:

@@ -5,8 +5,8 @@ which its own backend's code has. On a CPU torch's inductor compiles the model, 
 function: the load fails (vLLM 0.32, `compilation/decorators.py`, `_try_load_aot_compiled_fn`), and the model is
 compiled at every start. That function is complete as it is, so the call has nothing to do.
 
-As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor's instructions. A
-folder of caches that several machines share would else give one the code of another.
+As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor, which a folder of
+caches may be shared by several of, and this package's kernels, whose tensors it names.
 """
 
 from __future__ import annotations
@@ -16,25 +16,40 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from maskgen.core.digest import digest_json
+from vllm.logger import init_logger
+
+from maskgen.core.digest import digest_files, digest_json
 from sparse_serve.runtime import machine
+from sparse_serve.tuning.selection import code_files
+
+logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
 
 _FINISH = "finalize_loading"
 
 
 def register() -> None:
-    """Mend the loading and the key, once per process.
+    """Mend the loading and the key, once per process; without, a model is compiled at every start.
 
-    Not where nothing is compiled (`TORCHDYNAMO_DISABLE=1`), as importing torch's compiler takes seconds.
+    Not where nothing is compiled (`TORCHDYNAMO_DISABLE=1`), as importing torch's compiler takes seconds; nor where
+    torch puts weights into the code (`TORCHINDUCTOR_FREEZING=1`): those of a dense model are not in the key.
     """
-    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        return
-    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Saved
-    from vllm.compilation import caching
     from vllm.platforms import current_platform
 
+    if not current_platform.is_cpu() or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return
+    try:
+        _mend()
+    except (ImportError, AttributeError) as error:
+        logger.warning("compiled models are not found again at the next start: %s", error)
+
+
+def _mend() -> None:
+    import torch._inductor.config
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Saved
+    from vllm.compilation import caching
+
     load: Any = Saved.deserialize_compile_artifacts
-    if hasattr(load, "__wrapped__") or not current_platform.is_cpu():
+    if hasattr(load, "__wrapped__") or torch._inductor.config.freezing:
         return
     key = caching.aot_compile_hash_factors
 
@@ -46,11 +61,12 @@ def register() -> None:
         return compiled
 
     @wraps(key)
-    def with_processor(vllm_config: Any) -> list[str]:
-        return [*key(vllm_config), digest_json(machine.instructions())]
+    def with_ours(vllm_config: Any) -> list[str]:
+        ours = [machine.version("sparse-serve"), digest_files(code_files()), machine.features()]
+        return [*key(vllm_config), digest_json(ours)]
 
     Saved.deserialize_compile_artifacts = classmethod(loaded)  # type: ignore[assignment]
-    caching.aot_compile_hash_factors = with_processor
+    caching.aot_compile_hash_factors = with_ours
 
 
 def _nothing(vllm_config: Any) -> None:

@@ -59,7 +59,8 @@ def w8a8(weight_OI: Tensor) -> QuantisedLayer:
 
 def w4a16(weight_OI: Tensor) -> QuantisedLayer:
     """int4 weights with a scale for `GROUP` of a row; activations as they are. Raises `KernelError` for a layer that
-    vLLM does not take."""
+    vLLM does not take, and where it would round activations to int8 as well (AMX, unless VLLM_CPU_INT4_W4A8=0)."""
+    from vllm import envs
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
@@ -70,6 +71,8 @@ def w4a16(weight_OI: Tensor) -> QuantisedLayer:
     if not fits or weight_OI.shape[1] % GROUP or dtype is not torch.bfloat16:
         wanted = f"bfloat16 and inputs in groups of {GROUP}"
         raise KernelError(f"vLLM's W4A16 has no layer of {list(weight_OI.shape)} in {dtype}: {reason or wanted}")
+    if envs.VLLM_CPU_INT4_W4A8 and torch.cpu._is_amx_tile_supported():
+        raise KernelError("vLLM has W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0 has it time W4A16")
     octets_OH, scale_OG = int4.to_int4(weight_OI, GROUP)
     words_OW = _words(int4.unpack_nibbles(octets_OH))
     layer = _layer(words_OW, scale_OG.to(dtype))

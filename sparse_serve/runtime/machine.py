@@ -31,6 +31,15 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in it, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def version(package: str) -> str | None:
     """Version of an installed distribution; None if there is none of this name."""
     try:
@@ -52,6 +61,12 @@ def processor() -> str:
 def instructions() -> list[str]:
     """The processor's vector and matrix instruction sets by Linux's names; empty where Linux does not tell."""
     return sorted(flag for flag in _cpuinfo().get("flags", "").split() if flag.startswith(_VECTOR_FLAGS))
+
+
+def features() -> list[str]:
+    """All that code which is compiled for this very processor depends on: the architecture, and what Linux lists."""
+    listed = _cpuinfo().get("flags") or _cpuinfo().get("Features") or processor()
+    return [platform.machine(), *sorted(listed.split())]
 
 
 def device_name(device_type: str) -> str:

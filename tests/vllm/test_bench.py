@@ -31,7 +31,8 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     known = {f"{kernel}{values}" for kernel in ("cpu", "reference") for values in ("", " int8", " int4", " fp8_e4m3")}
     kernels = known & set(one["speedup"])
     assert {"cpu", "cpu int8", "cpu int4", "reference"} <= kernels == set(one["speedup"])
-    dense = {"dense torch", "dense vllm", "vllm W8A8", "vllm W4A16"}
+    dense = {"dense torch", "dense vllm", "vllm W8A8"}
+    dense |= set() if torch.cpu._is_amx_tile_supported() else {"vllm W4A16"}
     assert set(one["median_s"]) == kernels | dense | {READ} == set(one["weight_bytes"])
     assert set(three["median_s"]) == kernels | dense == set(one["of_byte_limit"])
     assert three["of_byte_limit"] == {}
@@ -58,6 +59,12 @@ def test_quantised_peers_compute_the_layer(tokens: int) -> None:
 def test_a_layer_that_is_not_in_whole_groups_has_no_such_peer() -> None:
     with pytest.raises(KernelError, match=r"W4A16 has no layer of \[64, 96\] in torch.bfloat16: .*groups of 128"):
         quantised.w4a16(torch.zeros(64, 96, dtype=torch.bfloat16))
+
+
+def test_with_amx_vllm_would_round_activations_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(KernelError, match="VLLM_CPU_INT4_W4A8=0"):
+        quantised.w4a16(torch.zeros(64, 256, dtype=torch.bfloat16))
 
 
 def test_that_there_is_nothing_to_plot_to_is_said_at_once() -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.vllm.offline import NEW_TOKENS, PROMPTS, make_sparse, transformers_oracle
+from tests import models
+from tests.vllm.offline import NEW_TOKENS, PROMPTS, SHAPE, make_sparse, transformers_oracle
 
 PROGRAM = """
 import json, sys
@@ -26,24 +29,52 @@ if __name__ == "__main__":
 SAVED, LOADED = "saved AOT compiled function", "Directly load AOT compilation"
 
 
-@pytest.mark.timeout(900)
-def test_a_compiled_model_says_what_transformers_says_and_is_compiled_once(tmp_path: Path) -> None:
-    """In processes of their own: the other tests of this folder switch compilation off, since it takes its time."""
-    sparse, masked = make_sparse("llama", tmp_path)
-    (tmp_path / "compiled.py").write_text(PROGRAM)
-    expected = transformers_oracle(masked)[0]
+Say = Callable[[Path, str], str]
 
-    def said(kernel: str) -> str:
-        environment = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-        del environment["TORCHDYNAMO_DISABLE"]
-        command = [sys.executable, "compiled.py", str(sparse), kernel, str(NEW_TOKENS), json.dumps(PROMPTS)]
+
+@pytest.fixture
+def said(tmp_path: Path) -> Say:
+    """What a process prints that serves a model: its tokens are those of `oracle`.
+
+    In processes of their own: the other tests of this folder switch compilation off, since it takes its time.
+    """
+    (tmp_path / "compiled.py").write_text(PROGRAM)
+    environment = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    del environment["TORCHDYNAMO_DISABLE"]
+
+    def run(model: Path, kernel: str) -> str:
+        command = [sys.executable, "compiled.py", str(model), kernel, str(NEW_TOKENS), json.dumps(PROMPTS)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith("tokens "))
-        assert json.loads(line.removeprefix("tokens ")) == expected
         return done.stdout + done.stderr
 
-    first, second, other_kernel = said("cpu"), said("cpu"), said("reference")
+    return run
+
+
+def tokens(output: str) -> list[list[int]]:
+    (line,) = (line for line in output.splitlines() if line.startswith("tokens "))
+    return list(json.loads(line.removeprefix("tokens ")))
+
+
+@pytest.mark.timeout(900)
+def test_a_compiled_model_says_what_transformers_says_and_is_compiled_once(tmp_path: Path, said: Say) -> None:
+    sparse, masked = make_sparse("llama", tmp_path)
+    first, second, other_kernel = said(sparse, "cpu"), said(sparse, "cpu"), said(sparse, "reference")
+    assert tokens(first) == tokens(second) == tokens(other_kernel) == transformers_oracle(masked)[0]
     assert SAVED in first and LOADED not in first
     assert LOADED in second and SAVED not in second
     assert SAVED in other_kernel and LOADED not in other_kernel, "code of one kernel must not serve another"
+
+
+@pytest.mark.timeout(900)
+def test_no_weight_is_part_of_the_code(tmp_path: Path, said: Say) -> None:
+    """The key has the shards of a sparse model, not those of a dense one: other weights in the same place find it."""
+    model = tmp_path / "model"
+    models.save("llama", model, **SHAPE)
+    before = said(model, "cpu")
+    expected = transformers_oracle(model)[0]
+    assert tokens(before) == expected and SAVED in before
+    file = model / "model.safetensors"
+    save_file({name: tensor.roll(1, -1) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    after = said(model, "cpu")
+    assert LOADED in after and tokens(after) == transformers_oracle(model)[0] != expected

@@ -92,15 +92,28 @@ def test_models_are_directories_or_names(tmp_path: Path) -> None:
 
 
 def test_only_one_pipeline_stage_on_a_cpu() -> None:
-    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=False), True)
+    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=False), None)
     with pytest.raises(SettingsError, match=r"--pipeline-parallel-size 2: .*--tensor-parallel-size"):
-        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=2, enforce_eager=True), True)
+        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=2, enforce_eager=True), None)
 
 
-def test_a_model_is_not_to_be_compiled_where_nothing_can_be() -> None:
-    vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=True), False)
-    with pytest.raises(SettingsError, match=r"--no-enforce-eager: .*C\+\+ compiler"):
-        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=False), False)
+def test_a_model_is_not_compiled_where_nothing_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(pipeline_parallel_size=1, enforce_eager=False, enable_lora=None)
+    here = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(vllm_defaults, "has_cpp_compiler", lambda: True)
+    assert vllm_defaults.no_compiling(args, here) is None
+    reasons = [
+        vllm_defaults.no_compiling(args, here | {"TORCHDYNAMO_DISABLE": "1"}),
+        vllm_defaults.no_compiling(args, {"XDG_CACHE_HOME": str(tmp_path / "file")}),
+        vllm_defaults.no_compiling(Namespace(enable_lora=True), here),
+    ]
+    monkeypatch.setattr(vllm_defaults, "has_cpp_compiler", lambda: False)
+    reasons.append(vllm_defaults.no_compiling(args, here))
+    for reason, part in zip(reasons, ("DYNAMO", "file/vllm, where", "adapters", r"no C\+\+ compiler"), strict=True):
+        with pytest.raises(SettingsError, match=f"--no-enforce-eager: nothing can be compiled here: .*{part}"):
+            vllm_defaults.check_cpu(args, reason)
+        vllm_defaults.check_cpu(Namespace(pipeline_parallel_size=1, enforce_eager=True), reason)
 
 
 def hub(cache: Path, files: dict[str, str], revision: str = "main") -> Namespace:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from types import ModuleType
 
+import pytest
+
 from tests.architecture.source import ROOT
+
+WITH_DEPLOY_TESTS = pytest.mark.skipif(
+    os.environ.get("DEPLOY_TESTS") != "1",
+    reason="starts whole hosts and waits for them, minutes of two cores that do nothing else: DEPLOY_TESTS=1 runs it",
+)
 
 
 def load(path: str) -> ModuleType:

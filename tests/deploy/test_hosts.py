@@ -15,6 +15,7 @@ from maskgen.core.digest import digest_weights
 from maskgen.train.log import LOG_FILE, read
 from tests import models
 from tests.architecture.source import ROOT
+from tests.deploy import scripts
 from tests.vllm.serving import until
 
 SCRIPT = ROOT / "deploy/train/torchrun.sh"
@@ -123,6 +124,7 @@ def run_with_a_death(hosts: Hosts, folder: Path, out: str, victim: int, command:
     assert "starting again" in logs[1 - victim].read_text()
 
 
+@scripts.WITH_DEPLOY_TESTS
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "victim"), [("replicas", 1), ("shards", 0)])
 def test_two_hosts_go_on_to_the_same_bits_when_one_was_killed(

@@ -14,6 +14,7 @@ import pytest
 from maskgen.core.digest import digest_file
 from sparse_serve.client import Client
 from sparse_serve.gate.verdict import Verdict
+from tests.deploy import scripts
 from tests.deploy.hosts import NAMES, START_S, Host
 from tests.deploy.streams import Streams
 from tests.sparse_serve.gate.test_report import report
@@ -44,6 +45,7 @@ def is_draining(host: Host) -> bool:
     return "stopping: waiting for" in host.output("a")
 
 
+@scripts.WITH_DEPLOY_TESTS
 @pytest.mark.timeout(1200)
 def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_lost(host: Host) -> None:
     sparse = make_checkpoint(host.folder)

@@ -63,7 +63,7 @@ def test_a_lost_engine_is_started_again_as_often_as_allowed(tmp_path: Path) -> N
             assert stream.readline().startswith(b'data: {"id"')
             os.kill(first, signal.SIGKILL)
             *_, last, done, _ = stream.read().split(b"\n\n")
-        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 503 and done == b"data: [DONE]"
+        assert json.loads(last.strip().removeprefix(b"data: "))["error"]["code"] == 503 and done == b"data: [DONE]"
         until(lambda: server.output.count("ready:") == 2, START_S)
         assert "starting again (1 of 1)" in (server.directory / "err").read_text()
         with grpc.insecure_channel(re.findall(r"gRPC  (\S+)", server.output)[-1]) as channel:

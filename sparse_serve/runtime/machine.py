@@ -13,6 +13,8 @@ import platform
 from functools import cache
 from pathlib import Path
 
+from sparse_serve.runtime import control_group
+
 _CPUINFO = Path("/proc/cpuinfo")
 _VECTOR_FLAGS = ("avx", "amx", "fma", "f16c")
 
@@ -25,10 +27,11 @@ def usable_cores() -> list[int]:
 
 
 def available_bytes() -> int:
-    """Memory of the host that can be had now without swapping, by everybody together."""
+    """Memory that can be had now without swapping: of the host, by everybody together, and within our limit."""
     import psutil  # not at the top: kernels are tested and timed on GPU machines that have torch and little else
 
-    return int(psutil.virtual_memory().available)
+    host_bytes, group_bytes = int(psutil.virtual_memory().available), control_group.free_bytes()
+    return host_bytes if group_bytes is None else min(host_bytes, group_bytes)
 
 
 def is_writable(folder: Path) -> bool:

@@ -7,16 +7,25 @@
 # PORT       of the meeting point (29400)                     PROCESSES     on this host (auto: one for each GPU)
 # RESTARTS   how often to start again when a host or a process has failed, from the last checkpoint (3)
 # INTERFACE  of the network, where it is not the one that the host's name leads to
+# ADDRESS    of this host, where the others do not reach it by its name
 set -euo pipefail
 : "${HEAD:?the address of host 0}" "${NODES:?the number of hosts}" "${NODE:?the number of this host, from 0}"
 
 if [[ -n ${INTERFACE:-} ]]; then
   export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
-torchrun=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$NODES" --node-rank "$NODE" --max-restarts 0
-  --nproc-per-node "${PROCESSES:-auto}" --master-addr "$HEAD" --master-port "${PORT:-29400}")
+address=${ADDRESS:-}
+head=false
+if ((NODE == 0)); then
+  head=true address=${address:-$HEAD}
+fi
+# c10d, not a fixed rank for each host: a host that comes back while the meeting point of before is still there has to
+# wait for the new one, and not to read there who was in the last start
+torchrun=("${PYTHON:-python3}" -m torch.distributed.run --nnodes "$NODES" --max-restarts 0
+  --nproc-per-node "${PROCESSES:-auto}" --rdzv-backend c10d --rdzv-id maskgen --rdzv-endpoint "$HEAD:${PORT:-29400}"
+  --rdzv-conf "is_host=$head,read_timeout=900,join_timeout=900" ${address:+--local-addr "$address"})
 
-# torchrun's own restarts take those who are dead for alive for a while: here every host starts anew, and meets the others
+# every host starts anew, and meets the others: torchrun's own restarts end with the head
 starts=0
 until "${torchrun[@]}" -m maskgen "$@"; do
   ((starts++ < ${RESTARTS:-3})) || exit 1

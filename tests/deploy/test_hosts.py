@@ -52,7 +52,7 @@ class Hosts:
     def start(self, number: int, log: Path, *words: str) -> subprocess.Popen[bytes]:
         """The script on one host."""
         environ = os.environ | {"HEAD": self.addresses[0], "NODES": "2", "NODE": str(number), "PROCESSES": "1"}
-        environ |= {"INTERFACE": self.cables[number], "PYTHON": sys.executable}
+        environ |= {"INTERFACE": self.cables[number], "ADDRESS": self.addresses[number], "PYTHON": sys.executable}
         environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = ["ip", "netns", "exec", self.names[number], SCRIPT, *words]
         with log.open("ab") as out:
@@ -64,16 +64,27 @@ class Hosts:
         for pid in ip("netns", "pids", self.names[number]).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
 
-    def end(self) -> None:
-        for number, name in enumerate(self.names):
+    def clear(self) -> None:
+        """Nothing runs on them any more."""
+        for number in range(2):
             self.kill(number)
-            ip("netns", "del", name)
         for process in self.started:
             process.wait()
 
+    def end(self) -> None:
+        self.clear()
+        for name in self.names:
+            ip("netns", "del", name)
+
+
+@pytest.fixture
+def hosts(cabled: Hosts) -> Iterator[Hosts]:
+    yield cabled
+    cabled.clear()
+
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+def cabled() -> Iterator[Hosts]:
     if os.geteuid() != 0:
         pytest.skip("network namespaces take root")
     hosts = Hosts()

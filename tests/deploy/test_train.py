@@ -43,12 +43,24 @@ def test_it_starts_torchrun_on_this_host(tmp_path: Path) -> None:
     flags = dict(zip(given[3:-10:2], given[4:-9:2], strict=True))
     assert flags == {
         "--nnodes": "3",
-        "--node-rank": "2",
         "--max-restarts": "0",
         "--nproc-per-node": "auto",
-        "--master-addr": "h0",
-        "--master-port": "29400",
+        "--rdzv-backend": "c10d",
+        "--rdzv-id": "maskgen",
+        "--rdzv-endpoint": "h0:29400",
+        "--rdzv-conf": "is_host=false,read_timeout=900,join_timeout=900",
     }
+
+
+@pytest.mark.parametrize(
+    ("node", "address", "expected"),
+    [("0", "", "--local-addr|h0|"), ("0", "h0.rack", "--local-addr|h0.rack|"), ("1", "h1", "--local-addr|h1|")],
+)
+def test_the_others_reach_it_by_this_address(node: str, address: str, expected: str, tmp_path: Path) -> None:
+    python = program(tmp_path, "python", 'printf "%s|" "$@"')
+    ran = run([SCRIPT, *WORDS], HEAD="h0", NODES="3", NODE=node, PYTHON=str(python), ADDRESS=address)
+    assert ran.returncode == 0, ran.stderr
+    assert expected in ran.stdout and f"is_host={'true' if node == '0' else 'false'}," in ran.stdout
 
 
 def test_a_host_starts_again_so_often_and_then_gives_up(tmp_path: Path) -> None:
@@ -80,7 +92,8 @@ def test_slurm_runs_it_on_every_node(tmp_path: Path) -> None:
     ran = run(["bash", FOLDER / "slurm.sbatch", *WORDS], **slurm)
     assert ran.returncode == 0, ran.stderr
     for number, line in enumerate(ran.stdout.splitlines()):
-        assert f"--nnodes|2|--node-rank|{number}|" in line and "--master-addr|n1|--master-port|21234|" in line
+        assert "--nnodes|2|" in line and "--rdzv-endpoint|n1:21234|" in line
+        assert f"is_host={'false' if number else 'true'}," in line
         assert line.endswith("|".join(["maskgen", *WORDS, ""]))
 
 

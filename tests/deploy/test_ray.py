@@ -140,7 +140,7 @@ def test_when_a_replica_is_killed_only_its_own_streams_are_lost(
 ) -> None:
     address, ray = served
     first, _ = replicas(ray)
-    with Streams(address, "", EACH, TOKENS) as streams:
+    with Streams(address, "", [TOKENS] * EACH) as streams:
         streams.wait_for_answers(START_S)
         first.kill()
         killed_s = time.monotonic()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,14 @@ START = """#!/bin/bash
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 XDG_STATE_HOME=$PWD/state-$1
 setsid {python} -m sparse_serve.cli.main serve "$PWD/$1" $(cat "$1.flags") --served-model-name model --enforce-eager \
-  --max-model-len 256 --max-num-seqs 64 --drain-s 300 >> "$1.log" 2>&1 < /dev/null &
+  --max-model-len 1024 --max-num-seqs 64 --drain-s 300 >> "$1.log" 2>&1 < /dev/null &
 echo $! > "$1.pid"
 """
-EACH, TOKENS = 32, 96
+SHORT, LONG = 96, 900
+LENGTHS = [SHORT] * 28 + [LONG] * 4
+"""Of each API. The long ones last many times longer than a rollout takes until it tells the first server to end, on a
+fast machine as on one that has much else to do."""
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 FEW = 4
 """Clients that ask while a server starts, which would else take minutes on two cores."""
 
@@ -42,7 +47,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def is_draining(host: Host) -> bool:
-    return "stopping: waiting for" in host.output("a")
+    return "stopping" in host.output("a")
 
 
 @scripts.WITH_DEPLOY_TESTS
@@ -54,8 +59,8 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
     passed.write(host.folder / "gate")
     host.begin(host.folder / "dense")
     with Client(f"127.0.0.1:{host.grpc}") as client:
-        dense_text = client.generate(PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True).text
-    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", EACH, TOKENS) as streams:
+        dense = {length: client.generate(PROMPT, max_tokens=length, **GREEDY).text for length in (SHORT, LONG)}
+    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", LENGTHS) as streams:
         streams.wait_for_answers()
         ended: list[tuple[int, str]] = []
         roll = threading.Thread(
@@ -72,9 +77,11 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
     assert [answer for answer in streams.answers if answer.lost] == []
     assert not [why for why in streams.retried if why.startswith("Refused")], "nginx has asked the other server"
     assert {answer.api for answer in streams.answers} == {"http", "grpc"}
-    after = {answer.text for answer in streams.answers if answer.began_s > after_s}
-    assert len(after) == 1 and after != {dense_text}, "all from the sparse checkpoint"
-    assert {answer.text for answer in streams.answers} == after | {dense_text}, "each from one checkpoint"
-    (running,) = re.findall(r"stopping: waiting for (\d+) running requests", host.output("a"))
-    assert int(running) > 8, "streams had begun when it was told to end"
+    for length, dense_text in dense.items():
+        answers = [answer for answer in streams.answers if answer.tokens == length]
+        after = {answer.text for answer in answers if answer.began_s > after_s}
+        assert len(after) == 1 and after != {dense_text}, "all from the sparse checkpoint"
+        assert {answer.text for answer in answers} == after | {dense_text}, "each from one checkpoint"
+    (running,) = re.findall(r"stopping: waiting for (\d+) running request", host.output("a"))
+    assert int(running) > 0, "streams had begun when it was told to end"
     assert not any("cut off" in host.output(name) for name in NAMES)

@@ -19,6 +19,7 @@ from maskgen.core.checkpoint import (
     read_dense_config,
     read_headers,
 )
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError, RequestError, clip
 from maskgen.core.mask import MaskSet
@@ -26,6 +27,7 @@ from maskgen.data.tokens import check_window_tokens
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf import model, planning, servable
 from maskgen.hf.planning import Plan
+from maskgen.methods import LocalMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import Recipe
@@ -86,6 +88,8 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         recipe, plan = _fitting(start, recipe, method, plan, allocation)
     elif start is not None:
         start.check_form(recipe.pattern, _learned(recipe).correction, _targets(plan))
+    if isinstance(method := recipe.build_method(), LocalMethod) and method.correction is not None:
+        _check_fits(method.correction, recipe.method.name, plan)
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 
@@ -169,13 +173,18 @@ def _fitting(
         recipe = recipe.model_copy(update={"ignore": tuple(dense)})
         plan = planning.plan_of(start.model_dir, recipe.pattern, recipe.ignore, budgeted=dense_layers(allocation))
     start.check_form(recipe.pattern, None, _targets(plan))
+    _check_fits(method.correction, recipe.method.name, plan)
+    return recipe, plan
+
+
+def _check_fits(correction: CorrectionConfig, method: str, plan: Plan) -> None:
+    """Raise `RecipeError` unless every layer can have the correction that `method` makes."""
     layers = [item for block in plan.targets for item in block.items()]
     name, smallest = min(layers, key=lambda item: min(item[1].weight.shape))
     try:
-        method.correction.shapes(smallest.out_features, smallest.in_features, name)
+        correction.shapes(smallest.out_features, smallest.in_features, name)
     except FormatError as error:
-        raise RecipeError(f"method {recipe.method.name}: {error}") from None
-    return recipe, plan
+        raise RecipeError(f"method {method}: {error}") from None
 
 
 def one_shot(request: PruneRequest, task: Task) -> Task:

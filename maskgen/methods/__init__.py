@@ -27,6 +27,7 @@ from torch import Tensor
 
 import maskgen.methods
 from maskgen.core import registry
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import RecipeError
 from maskgen.core.packed import Correction as Correction  # part of a Solution
 from maskgen.core.pattern import NMPattern
@@ -38,7 +39,8 @@ class Solution:
     """What a method returns for one layer.
 
     `mask` is bool `[O, I]`, True where a weight is kept. `weight` `[O, I]` holds the new weights if the method changed
-    them, else None. `correction` is a small dense term to add to the layer's output, or None.
+    them, else None. `correction` is a small dense term to add to the layer's output, or None; a `LocalMethod` makes it
+    once the weight is stored (`LocalMethod.correct`).
     """
 
     mask: Tensor
@@ -132,6 +134,20 @@ class LocalMethod(LayerMethod, ABC):
 
     keeps_gram: ClassVar[bool] = False
     """Whether the statistics are a `maskgen.numerics.statistics.Gram`: then codes can be chosen for the outputs."""
+
+    @property
+    def correction(self) -> CorrectionConfig | None:
+        """The form of the correction that every layer gets besides, with these options; None for none."""
+        return None
+
+    def correct(self, weight_OI: Tensor, served_OI: Tensor, stats: Any) -> Correction:
+        """The float32 correction of one layer that was solved. Only for methods with a `correction`.
+
+        `weight_OI` is its dense weight, `served_OI` the one that is served (zero where pruned, codes as the floats they
+        stand for), both in float32; `stats` is what `observe` returned last. No argument may be changed. Raises
+        `NumericalError` when the statistics cannot be used.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, stats: Any, pattern: NMPattern, prior_OI: Tensor | None = None) -> Solution:

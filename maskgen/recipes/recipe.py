@@ -60,7 +60,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.overrides import apply
-from maskgen.recipes.sections import Budget, Strict, Training, Values, asking
+from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_uncorrected
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
 """Length of windows by section, for models that read as much. docs/results.md has what was tried."""
@@ -149,8 +149,11 @@ class Recipe(Strict):
             if not isinstance(prior, LocalMethod) or prior.uses_prior:
                 raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
             prior.check_pattern(self.pattern)
+            check_uncorrected(prior, "[prior]", "what starts from it changes the weights that it was made for")
         if self.values is not None:
             self.values.check(self.method.name, method, self.budget)
+        if self.budget is not None:
+            check_uncorrected(method, "[budget]", "budgets count masks and values alone")
         if self.budget is not None and isinstance(method, LearnedMethod):
             self.budget.check_learned(self.method.name, method.result is Result.SPARSE and self.prior is not None)
         return self

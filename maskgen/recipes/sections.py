@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import RecipeError
 from maskgen.core.layout import LayerForm
 from maskgen.core.pattern import NMPattern
@@ -91,11 +92,17 @@ class Values(Strict):
             raise RecipeError("[values] and [budget]: budgets count weights as the model has them; give one of the two")
 
 
-def form_of(pattern: NMPattern, values: Values | None) -> LayerForm:
+def form_of(pattern: NMPattern, values: Values | None, correction: CorrectionConfig | None = None) -> LayerForm:
     """What a sweep stores of every layer."""
     if values is None:
-        return LayerForm(pattern)
-    return LayerForm(pattern, values.kind, group=None if values.group == "row" else values.group)
+        return LayerForm(pattern, correction=correction)
+    return LayerForm(pattern, values.kind, correction, None if values.group == "row" else values.group)
+
+
+def check_uncorrected(method: Method, section: str, reason: str) -> None:
+    """`RecipeError` for a one-shot method that makes a correction, where the `section` of a recipe allows none."""
+    if isinstance(method, LocalMethod) and method.correction is not None:
+        raise RecipeError(f"{section}: no method with a correction (rank): {reason}; leave one of them out")
 
 
 class Budget(Strict):

@@ -86,7 +86,7 @@ def sweep(
     data = windows if recipe.needs_data else None
     if prior is not None:
         check_prior(prior, {name: linear for block in todo.targets for name, linear in block.items()}, recipe.pattern)
-    form = form_of(recipe.pattern, recipe.values)
+    form = form_of(recipe.pattern, recipe.values, None if method is None else method.correction)
     if adds is not None and sparse is not None:
         form = LayerForm(recipe.pattern, sparse.config.values, adds.correction, sparse.config.group)
     work = WorkDir(work_dir, run_digest(recipe, base_digest, windows, device, prior_digest), form)
@@ -241,12 +241,12 @@ class _Sweep:
         form = self.work.form
         if self.adds is not None:
             assert self.sparse is not None
-            return correct_layer(self.adds, linear.weight, self.sparse.packed(name), stats, dtype, name)
+            return correct_layer(self.adds.solve, linear.weight, self.sparse.packed(name), stats, dtype, name)
         if self.method is None:
             assert prior_OI is not None
             weight_OI = linear.weight if self.prior_weight is None else self.prior_weight(name)
             return StoredLayer(PackedTensor.pack(weight_OI.to("cpu", dtype), prior_OI.cpu(), form.pattern, name))
-        return StoredLayer(solve_layer(self.method, linear.weight, stats, form, dtype, name, prior_OI))
+        return solve_layer(self.method, linear.weight, stats, form, dtype, name, prior_OI)
 
     def _fit(
         self, index: int, layers: Mapping[str, StoredLayer], dtypes: Mapping[str, torch.dtype]

@@ -15,14 +15,15 @@ from maskgen.core import int4
 from maskgen.core.errors import DataError, NumericalError, PatternError
 from maskgen.core.layout import LayerForm
 from maskgen.core.mask import pack_bits
-from maskgen.core.packed import PackedTensor, StoredLayer
+from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import INT4
 from maskgen.hf import blocks
 from maskgen.methods import LocalMethod
-from maskgen.methods.correction import CorrectionMethod
 from maskgen.numerics.grid import round_to_grid
 from maskgen.numerics.statistics import Gram
+
+Correct = Callable[[Tensor, Tensor, Any], Correction]
 
 
 def solve_layer(
@@ -33,12 +34,28 @@ def solve_layer(
     dtype: torch.dtype,
     name: str,
     prior_OI: Tensor | None = None,
-) -> PackedTensor:
-    """Solve one float32 weight, round the result to `dtype`, or to the codes of `form`, and pack it (on the CPU).
+) -> StoredLayer:
+    """Solve one float32 weight, round the result to `dtype`, or to the codes of `form`, and pack it (on the CPU), with
+    the method's correction beside what is stored, if it has one.
 
     Weights the method did not change come out bit for bit as they were, if they are no codes. Raises `NumericalError`
     naming the layer.
     """
+    packed = _packed(method, weight_OI, stats, form, dtype, name, prior_OI)
+    if method.correction is None:
+        return StoredLayer(packed)
+    return correct_layer(method.correct, weight_OI, packed, stats, dtype, name)
+
+
+def _packed(
+    method: LocalMethod,
+    weight_OI: Tensor,
+    stats: Any,
+    form: LayerForm,
+    dtype: torch.dtype,
+    name: str,
+    prior_OI: Tensor | None,
+) -> PackedTensor:
     blocks.check_finite(weight_OI, f"{name}: weight")
     try:
         solution = method.solve(weight_OI, stats, form.pattern, prior_OI)
@@ -66,9 +83,10 @@ def _coded(weight_OI: Tensor, mask_OI: Tensor, stats: Gram, form: LayerForm, nam
 
 
 def correct_layer(
-    method: CorrectionMethod, weight_OI: Tensor, packed: PackedTensor, stats: Any, dtype: torch.dtype, name: str
+    correct: Correct, weight_OI: Tensor, packed: PackedTensor, stats: Any, dtype: torch.dtype, name: str
 ) -> StoredLayer:
-    """A layer that is stored as `packed` already, with a correction beside it that is rounded to `dtype` (on the CPU).
+    """A layer that is stored as `packed` already, with the correction that `correct` makes of its dense weight, the one
+    that is served and `stats`, rounded to `dtype` (on the CPU).
 
     `weight_OI` is its dense float32 weight. Raises `NumericalError` naming the layer, also for a correction that has no
     finite value in `dtype`, and `DataError` for a packed weight of another shape.
@@ -80,7 +98,7 @@ def correct_layer(
             "not made from this model"
         )
     try:
-        correction = method.solve(weight_OI, packed.unpack().to(weight_OI), stats).to(dtype)
+        correction = correct(weight_OI, packed.unpack().to(weight_OI), stats).to(dtype)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error}") from error
     if not correction.is_finite:

@@ -11,21 +11,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
+from sparse_serve.bench import gguf_model
 from tests import models
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-_BLOCK = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def save(
@@ -44,7 +33,7 @@ def save(
     kept = {}
     for name, weight in llama.state_dict().items():
         values = weight.numpy()
-        stored = _permuted(values, llama.config, name)
+        stored = gguf_model.ordered(values, llama.config.to_dict(), name)
         if weight.ndim == 2:
             packed = quantize(stored, GGMLQuantizationType.Q8_0)
             values = _unpermuted(dequantize(packed, GGMLQuantizationType.Q8_0), llama.config, name)
@@ -52,9 +41,9 @@ def save(
         if without and without in name:
             continue
         if weight.ndim == 2:
-            writer.add_tensor(_name(name), packed, raw_dtype=GGMLQuantizationType.Q8_0)
+            writer.add_tensor(gguf_model.tensor_name(name), packed, raw_dtype=GGMLQuantizationType.Q8_0)
         else:
-            writer.add_tensor(_name(name), stored)
+            writer.add_tensor(gguf_model.tensor_name(name), stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,27 +75,11 @@ def _add_header(writer: GGUFWriter, config: Any, words: str) -> None:
     writer.add_chat_template(TEMPLATE)
 
 
-def _name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{kind}"
-    _, _, block, rest = module.split(".", 3)
-    return f"blk.{block}.{_BLOCK[rest]}.{kind}"
-
-
 def _heads(config: Any, name: str) -> int:
     """Heads of a projection whose rows llama.cpp keeps in another order; 0 for any other tensor."""
     return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(name.split(".")[-2][0], 0) * (
         "self_attn" in name
     )
-
-
-def _permuted(values: np.ndarray, config: Any, name: str) -> np.ndarray:
-    """The two halves of each head, whose pairs are rotated, become neighbours."""
-    heads = _heads(config, name)
-    if not heads:
-        return values
-    return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _unpermuted(values: np.ndarray, config: Any, name: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sparse_serve.cli import field
 from sparse_serve.cli.request import from_flags
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ _HELP = {
     "kernels": "time sparse linear layers against dense ones",
     "serve": "time a sparse model against its dense base, with vLLM's own serving benchmark",
 }
-_SERVE_EPILOG = """What follows -- goes to both servers: ... --sparse DIR -- --max-model-len 1024.
-The two models are served one after the other, never at once, and change places from round to round."""
+_SERVE_EPILOG = """What follows -- goes to every server of vLLM: ... --sparse DIR -- --enforce-eager.
+Without --peers the two models are served one after the other, never at once, and change places from round to round.
+With them every server is started once, and in a round one after the other is under load."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +71,37 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if args.peers:
+        return field.main(args)
     from maskgen.core.files import check_writable, write_json
     from sparse_serve.bench import serve
 
+    _check_pair(args)
     check_writable(args.json)
+    args.sparse, args.input_tokens = args.sparse[0], args.input_tokens[0]
     request = from_flags(serve.ServeRequest, args)
     runs = serve.run(request, Console(stderr=True).print)
     if args.json:
         write_json(args.json, serve.record(request, runs))
     Console().print(serve_table(serve.compare(runs)))
     return 0
+
+
+def _check_pair(args: argparse.Namespace) -> None:
+    """Raise `SettingsError` for what only a bench with peers can do."""
+    from sparse_serve.runtime.errors import SettingsError
+
+    extra = {
+        "--sparse": len(args.sparse) > 1,
+        "--input-tokens": len(args.input_tokens) > 1,
+        "--threads": args.threads is not None,
+        "--keep-peers": args.keep_peers is not None,
+    }
+    for flag, is_given in extra.items():
+        if is_given:
+            value = getattr(args, flag.strip("-").replace("-", "_"))
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise SettingsError(f"{flag} {shown}: only with --peers; add them, or give one value less")
 
 
 def kernels_table(results: Sequence[Result]) -> Table:
@@ -154,13 +177,23 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     shown = " (default: %(default)s)"
     add("--dense", type=Path, required=True, metavar="DIR", help="the dense model")
-    add("--sparse", type=Path, required=True, metavar="DIR", help="a sparse checkpoint of the same model")
+    sparse = "a sparse checkpoint of the same model; with --peers, several if you like"
+    add("--sparse", type=Path, required=True, nargs="+", metavar="DIR", help=sparse)
+    peers = (
+        f"also serve what a user would pick instead, in its own server: {', '.join(field.PEERS)} (default: none; the "
+        "dense model is served as the sparse one is)"
+    )
+    add("--peers", nargs="+", choices=field.PEERS, default=[], metavar="PEER", help=peers)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="both models compute in it" + shown)
     add("--clients", type=_wholes, default="1,8", metavar="N,...", help="clients at a time; each N is a load" + shown)
     add("--requests", type=_whole, default=4, metavar="N", help="requests of each client" + shown)
-    add("--input-tokens", type=_whole, default=128, metavar="N", help="length of a prompt" + shown)
+    lengths = "length of a prompt; with --peers, time to the first token is measured at several" + shown
+    add("--input-tokens", type=_wholes, default="128", metavar="N,...", help=lengths)
     add("--output-tokens", type=_two_or_more, default=128, metavar="N", help="tokens generated per request" + shown)
     add("--rounds", type=_whole, default=3, metavar="N", help="how often each model is served" + shown)
+    add("--threads", type=_whole, metavar="N", help="with --peers: threads of every server (default: all cores)")
+    keep = "with --peers: where what they are made into stays, for another time (default: removed)"
+    add("--keep-peers", type=Path, metavar="DIR", help=keep)
     add("vllm_flags", nargs="*", metavar="VLLM_FLAG", help="any flag of `vllm serve`, after --")
     _add_json(parser)
 

@@ -21,8 +21,10 @@ from rich.table import Table
 
 from sparse_serve.cli import tune
 from sparse_serve.cli.request import from_flags
+from sparse_serve.runtime.errors import SettingsError
 
 if TYPE_CHECKING:
+    from sparse_serve.bench.layer_peers import PeerTimes
     from sparse_serve.bench.survey import Memory, StepTime, Survey
 
 
@@ -36,11 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint = next(action for action in parser._actions if action.dest == "checkpoint")
     checkpoint.nargs, checkpoint.required = "?", False
     checkpoint.help = "a sparse checkpoint (default: none; the installation is checked)"
+    peers = "also time these layers as vLLM's W8A8 and W4A16 have them, on a CPU: what a user would pick instead"
+    parser.add_argument("--peers", action="store_true", help=peers)
 
 
 def main(args: argparse.Namespace) -> int:
     """Verify, measure what is not known, report. Returns 0; 1 if dense is faster anywhere, or figures are missing."""
     if args.checkpoint is None:
+        if args.peers:
+            raise SettingsError("--peers: there are no layers to time without a checkpoint; name its directory")
         return _installation()
     from maskgen.core.checkpoint import SparseCheckpoint
     from sparse_serve.bench import survey
@@ -58,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
         console.print(_times(found.step_times()))
     if found.checkpoint.config.correction is not None:
         console.print("times are with the corrections' two small products")
+    if args.peers:
+        _peers(console, found, args.threads)
     for choice in found.slower:
         spec, tokens = choice.spec, ", ".join(map(str, choice.slower))
         console.print(
@@ -123,6 +131,30 @@ def memory_line(memory: Memory) -> str:
         f"memory of these layers: {memory.resident_bytes / 1e6:,.1f} MB instead of {memory.dense_bytes / 1e6:,.1f} MB "
         f"dense ({memory.resident_bytes / memory.dense_bytes:.4f} of it){corrections}"
     )
+
+
+def _peers(console: Console, found: Survey, threads: int | None) -> None:
+    from sparse_serve.bench import layer_peers
+
+    with console.status("measuring vLLM's quantised layers"):
+        times = layer_peers.compare(found, threads)
+    console.print(peers_table(times))
+    for what, reason in times.refused.items():
+        console.print(f"  {what} was left out: {reason}", markup=False, soft_wrap=True)
+
+
+def peers_table(times: PeerTimes) -> Table:
+    """A line per number of tokens and peer; where sparse is slower its speedup is red."""
+    title = "these layers as vLLM's quantised ones, without corrections"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("tokens", "instead", "layers", "its ms", "sparse ms", "speedup"):
+        table.add_column(name, justify="left" if name == "instead" else "right")
+    for step in times.steps:
+        ratio = step.peer_s / step.sparse_s
+        shown = f"[red]{ratio:.2f}x[/red]" if ratio < 1 else f"{ratio:.2f}x"
+        milliseconds = [f"{seconds * 1e3:,.2f}" for seconds in (step.peer_s, step.sparse_s)]
+        table.add_row(str(step.tokens), step.peer, str(step.layers), *milliseconds, shown)
+    return table
 
 
 def _times(times: list[StepTime]) -> Table:

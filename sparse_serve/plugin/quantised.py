@@ -7,7 +7,7 @@ Legend: T = tokens, O = out features, I = in features, G = groups of a row, W = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,8 @@ from maskgen.core.values import INT8, to_codes
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.measure import Linear
 
-GROUP = 128
-"""Weights that share a scale in W4A16: the usual number of GPTQ's and AWQ's checkpoints."""
+GROUPS = (128, 64, 32)
+"""How many weights may share a scale in W4A16, the usual number of GPTQ's and AWQ's checkpoints first."""
 
 _CODE, _SCALE = "codes", "scale"
 
@@ -58,23 +58,25 @@ def w8a8(weight_OI: Tensor) -> QuantisedLayer:
 
 
 def w4a16(weight_OI: Tensor) -> QuantisedLayer:
-    """int4 weights with a scale for `GROUP` of a row; activations as they are. Raises `KernelError` for a layer that
-    vLLM does not take, and where it would round activations to int8 as well (AMX, unless VLLM_CPU_INT4_W4A8=0)."""
-    from vllm import envs
+    """int4 weights with a scale for the longest of `GROUPS` that is whole; activations as they are.
+
+    Raises `KernelError` for a layer that vLLM does not take, and where it rounds activations (`rounds_activations`).
+    """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
 
     shape, dtype = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype
-    config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, GROUP, zero_points=False)
+    group = common_group([weight_OI.shape[1]])
+    config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, group or GROUPS[0], zero_points=False)
     fits, reason = CPUWNA16LinearKernel.can_implement(config)
-    if not fits or weight_OI.shape[1] % GROUP or dtype is not torch.bfloat16:
-        wanted = f"bfloat16 and inputs in groups of {GROUP}"
+    if not fits or group is None or dtype is not torch.bfloat16:
+        wanted = f"bfloat16 and inputs in groups of one of {GROUPS}"
         raise KernelError(f"vLLM's W4A16 has no layer of {list(weight_OI.shape)} in {dtype}: {reason or wanted}")
-    if envs.VLLM_CPU_INT4_W4A8 and torch.cpu._is_amx_tile_supported():
+    if rounds_activations():
         raise KernelError("vLLM has W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0 has it time W4A16")
-    octets_OH, scale_OG = int4.to_int4(weight_OI, GROUP)
-    words_OW = _words(int4.unpack_nibbles(octets_OH))
+    octets_OH, scale_OG = int4.to_int4(weight_OI, group)
+    words_OW = to_words(int4.unpack_nibbles(octets_OH))
     layer = _layer(words_OW, scale_OG.to(dtype))
     layer.codes.input_dim = layer.codes.packed_dim = 1
     layer.scale.output_dim = 0
@@ -84,11 +86,23 @@ def w4a16(weight_OI: Tensor) -> QuantisedLayer:
     return QuantisedLayer(lambda: _runs(kernel, deepcopy(layer)), nbytes)
 
 
+def common_group(in_features: Collection[int]) -> int | None:
+    """The first of `GROUPS` that is whole in layers of so many inputs; None if none is."""
+    return next((group for group in GROUPS if not any(inputs % group for inputs in in_features)), None)
+
+
+def rounds_activations() -> bool:
+    """Whether vLLM rounds activations to int8 with int4 weights here: with AMX, unless VLLM_CPU_INT4_W4A8=0."""
+    from vllm import envs
+
+    return bool(envs.VLLM_CPU_INT4_W4A8 and torch.cpu._is_amx_tile_supported())
+
+
 PEERS: dict[str, Callable[[Tensor], QuantisedLayer]] = {"vllm W8A8": w8a8, "vllm W4A16": w4a16}
 """What makes them, by name."""
 
 
-def _words(codes_OI: Tensor) -> Tensor:
+def to_words(codes_OI: Tensor) -> Tensor:
     """Codes from -8 to 7 as int32 `[O, W]`: 8 is added to each, and the first of eight has the lowest bits."""
     nibbles_OW8 = (codes_OI.to(torch.int64) + 8).unflatten(1, (-1, 8))
     words_OW = (nibbles_OW8 << torch.arange(0, 32, 4)).sum(2)

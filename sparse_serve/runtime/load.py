@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -65,21 +66,62 @@ def temporary(prefix: str) -> Iterator[Path]:
             shutil.rmtree(path)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that has just come up: its address, its process, how long that took, and the files of what it says."""
+
+    url: str
+    pid: int
+    start_s: float
+    out: Path
+    log: Path
+
+    def said(self) -> str:
+        """All that it has printed and logged so far."""
+        return "".join(file.read_text("utf-8", "replace") for file in (self.out, self.log))
+
+
 @contextmanager
 def serving(model_dir: Path, flags: Sequence[str], work_dir: Path) -> Iterator[str]:
     """The address of a `sparse-serve serve` of `model_dir`; it is gone afterwards. Raises `BenchError` with its log."""
+    with started(f"the server of {model_dir}", serve_command(model_dir, flags), work_dir) as server:
+        yield server.url
+
+
+def serve_command(model_dir: Path, flags: Sequence[str]) -> list[str]:
+    """Of a `sparse-serve serve` that logs all it has to say, at ports of its own choice."""
     command = [sys.executable, "-m", "sparse_serve.cli.main", "serve", str(model_dir), "--verbose", "--no-convert"]
-    command += ["--http-port=0", "--grpc-port=0"]
-    out, log = work_dir / "server.out", work_dir / "server.log"
+    return [*command, "--http-port=0", "--grpc-port=0", *flags]
+
+
+@contextmanager
+def started(
+    what: str,
+    command: Sequence[str],
+    work_dir: Path,
+    name: str = "server",
+    environ: Mapping[str, str] | None = None,
+    address: Callable[[str], str | None] | None = None,
+) -> Iterator[Server]:
+    """Run the server `command` with `environ` on top of this process's environment; it is gone afterwards.
+
+    It is up when `address` of what it has printed is not None, by default the line that ours prints. `what` and `name`
+    name it in errors and its files. Raises `BenchError` with its log.
+    """
+    find = address or http_address
+    out, log = work_dir / f"{name}.out", work_dir / f"{name}.log"
+    began_s = time.monotonic()
     with out.open("wb") as out_file, log.open("wb") as log_file:
         # a session of its own: a Ctrl-C reaches us, and we tell the server
-        server = subprocess.Popen([*command, *flags], stdout=out_file, stderr=log_file, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=out_file, stderr=log_file, start_new_session=True, env={**os.environ, **(environ or {})}
+        )
     try:
-        while not (url := http_address(out.read_text("utf-8", "replace"))):
+        while not (url := find(out.read_text("utf-8", "replace"))):
             if server.poll() is not None:
-                raise BenchError(f"the server of {model_dir} ended with {server.returncode}; {_end_of(log)}")
+                raise BenchError(f"{what} ended with {server.returncode}; {_end_of(log)}")
             time.sleep(0.1)
-        yield url
+        yield Server(url, server.pid, time.monotonic() - began_s, out, log)
     finally:
         _stop(server)
 

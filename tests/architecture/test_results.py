@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.architecture.source import ROOT
-from tests.bench import record
+from tests.bench import record, schema, served_table
 from tests.bench.quality import ROWS, WHAT
 from tests.bench.quality_table import markdown
 
@@ -75,6 +75,12 @@ def test_tables_of_amx_are_the_results() -> None:
         assert {
             (shape, CANDIDATES[values]): cells.split(" | ") for shape, values, cells in AMX_ROW.findall(table)
         } == found
+
+
+def test_tables_of_served_peers_are_the_results() -> None:
+    for page in (ROOT / README, *sorted((ROOT / "docs").glob("*.md"))):
+        for name, table in served_table.BLOCK.findall(page.read_text("utf-8")):
+            assert table == served_table.markdown(schema.read(schema.RESULTS / name)), f"{page.name}: {name}"
 
 
 def _range(numbers: list[float]) -> str:

@@ -3,7 +3,7 @@
 The points are the dense model, sparse checkpoints made from it (`--points NAME=DIR ...`, each also with int8 values),
 and what a user would pick instead: the dense model with integer weights (`tests.bench.peers`). Every one is scored by
 the same `maskgen eval` against the dense model, on the same windows. With `--speed` each one that vLLM serves here
-(`tests.bench.served_peers`) is also served in turn with the dense model, as `sparse-serve bench serve` does.
+(`sparse_serve.bench.quantised_model`) is also served in turn with the dense model, as `sparse-serve bench serve` does.
 
 Every point has a result file of its own and is not measured again while its weights, texts and windows are the same, so
 the chart can be made in pieces and added to. `--table` prints what there is; `--plot FILE.svg` draws it.
@@ -24,7 +24,7 @@ from maskgen.core.digest import digest_files, digest_json, digest_weights
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
 from sparse_serve.bench import serve
-from tests.bench import frontier_chart, peers, quality, record, served_peers
+from tests.bench import frontier_chart, peers, quality, record
 
 WHAT = "frontier"
 DENSE = "dense bfloat16"
@@ -155,7 +155,7 @@ def _speed_keys(args: argparse.Namespace, points: Mapping[str, Path]) -> dict[st
     keys = {name: _key(facts, {"weights": digest_weights(path)}) for name, path in points.items()}
     for name in args.peers:
         scheme = peers.PEERS[name]
-        if served_peers.is_served(args.model, scheme):
+        if peers.is_served(args.model, scheme):
             keys[name] = _key(facts, {"served": [scheme.bits, scheme.group]})
     return keys
 
@@ -166,7 +166,7 @@ def _measure_speed(args: argparse.Namespace, name: str, path: Path | None, key: 
     if path is None:
         path = args.work / f"served-{key[7:15]}"
         if not path.exists():
-            served_peers.write(args.model, path, peers.PEERS[name])
+            peers.write_served(args.model, path, peers.PEERS[name])
     request = serve.ServeRequest(
         dense=args.model,
         sparse=path,

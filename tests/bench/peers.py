@@ -32,28 +32,13 @@ from maskgen.hf.planning import Plan, plan_of
 from maskgen.methods.oneshot.sparsegpt import SparseGPT
 from maskgen.numerics.statistics import Gram, damped_cholesky
 from maskgen.sweep.observe import advance, observe
+from sparse_serve.bench import quantised_model
+from sparse_serve.bench.quantised_model import Scheme, rounded, scales
 
-SCALE_BYTES = 2
 _BATCH = 8
 _DAMP = 0.01
 _LAZY = 128
 """Columns after which the rest of the weight is changed."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Codes of `bits` bits, with a scale for each `group` inputs of a row (None: one for the row); rounded to the
-    nearest, or by GPTQ."""
-
-    bits: int
-    group: int | None = None
-    gptq: bool = False
-
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Of one layer: its codes and scales. A row's last group may be a part of one."""
-        groups = 1 if self.group is None else -(-in_features // self.group)
-        return out_features * (in_features * self.bits // 8 + groups * SCALE_BYTES)
-
 
 PEERS = {
     "int8 per row": Scheme(8),
@@ -72,23 +57,6 @@ class Calibration:
     samples: int = 64
     window_tokens: int = 512
     seed: int = 0
-
-
-def scales(weight_OI: Tensor, scheme: Scheme) -> Tensor:
-    """The scale of every entry, float32 `[O, I]`: that of its group, as 16 bits hold it; 1 for a group of zeros."""
-    in_features = weight_OI.shape[1]
-    parts = weight_OI.abs().split(scheme.group or in_features, dim=1)
-    largest_OG = torch.stack([part.amax(1) for part in parts], dim=1)
-    step_OG = (largest_OG / (2 ** (scheme.bits - 1) - 1)).to(torch.bfloat16).float()
-    step_OG = torch.where(step_OG > 0, step_OG, 1.0)
-    widths_G = torch.tensor([part.shape[1] for part in parts])
-    return step_OG.repeat_interleave(widths_G, dim=1)
-
-
-def rounded(weight_OI: Tensor, scale_OI: Tensor, bits: int) -> Tensor:
-    """The values of the nearest codes."""
-    limit = 2 ** (bits - 1)
-    return (weight_OI / scale_OI).round().clamp(-limit, limit - 1) * scale_OI
 
 
 def gptq(weight_OI: Tensor, stats: Gram, scheme: Scheme) -> Tensor:
@@ -132,6 +100,16 @@ def linears(model_dir: Path, loaded: nn.Module | None = None) -> Plan:
 def stored_bytes(model_dir: Path, scheme: Scheme) -> int:
     """What these layers take with `scheme`."""
     return sum(scheme.stored_bytes(*linear.weight.shape) for linear in _each(linears(model_dir)))
+
+
+def is_served(model_dir: Path, scheme: Scheme) -> bool:
+    """Whether vLLM serves such a model: groups have to be whole in every layer."""
+    return scheme.group is None or all(linear.in_features % scheme.group == 0 for linear in _each(linears(model_dir)))
+
+
+def write_served(model_dir: Path, out: Path, scheme: Scheme) -> None:
+    """Write `out`, the same model in the format that vLLM serves, to be timed."""
+    quantised_model.write(model_dir, out, scheme, {name for targets in linears(model_dir).targets for name in targets})
 
 
 @torch.no_grad()

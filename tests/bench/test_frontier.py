@@ -18,7 +18,7 @@ from maskgen.core.files import read_json
 from maskgen.numerics.statistics import Gram
 from sparse_serve.bench import serve
 from tests import models
-from tests.bench import frontier, frontier_chart, peers, quality, record, served_peers
+from tests.bench import frontier, frontier_chart, peers, quality, record
 
 ModelDir = Callable[..., Path]
 DENSE, MASKED, CODES = frontier.DENSE, "magnitude", f"magnitude, {frontier.INT8}"
@@ -78,9 +78,9 @@ def test_gptq_is_rounding_where_inputs_have_nothing_in_common() -> None:
 @pytest.mark.parametrize("name", ["int8 per row", "int4 g64, rounded"])
 def test_what_is_served_has_the_codes_that_are_scored(name: str, model_dir: ModelDir, tmp_path: Path) -> None:
     dense, scheme = model_dir("llama", dtype=torch.bfloat16, intermediate_size=128), peers.PEERS[name]
-    assert served_peers.is_served(dense, scheme) and not served_peers.is_served(dense, peers.Scheme(4, 128))
+    assert peers.is_served(dense, scheme) and not peers.is_served(dense, peers.Scheme(4, 128))
     peers.write(dense, tmp_path / "scored", scheme, peers.Calibration([]))
-    served_peers.write(dense, tmp_path / "served", scheme)
+    peers.write_served(dense, tmp_path / "served", scheme)
     scored = load_file(tmp_path / "scored" / "model.safetensors")
     served = load_file(tmp_path / "served" / "model.safetensors")
     layers = {name.removesuffix("_scale") for name in served if name.endswith(".weight_scale")}

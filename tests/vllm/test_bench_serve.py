@@ -1,7 +1,11 @@
-"""`sparse-serve bench serve` from flags to tables and JSON, on a small model."""
+"""`sparse-serve bench serve` from flags to tables and JSON, on a small model.
+
+One peer is served by default; SPARSE_SERVE_TEST_PEERS=1 has all of them, compiled.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_serve.cli.field import PEERS
+from tests.bench import schema
 from tests.vllm.serving import make_checkpoint
 
 
@@ -31,3 +37,36 @@ def test_a_sparse_model_is_served_against_its_dense_base(tmp_path: Path) -> None
         assert all(value > 0 for value in measured["figures"].values())
     assert [row["ratios"] for row in written["results"]] == [[row["ratio"]] for row in written["results"]]
     assert str(tmp_path) not in json.dumps(written)
+
+
+@pytest.mark.timeout(1200)
+def test_a_sparse_model_is_served_beside_what_others_would_pick(tmp_path: Path) -> None:
+    sparse, every = make_checkpoint(tmp_path), os.environ.get("SPARSE_SERVE_TEST_PEERS") == "1"
+    peers = PEERS if every else ("w8a8", "llama.cpp:q4_0")
+    flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(sparse), "--json", str(tmp_path / "bench.json")]
+    flags += ["--peers", *peers, "--keep-peers", str(tmp_path / "kept"), "--rounds", "1", "--clients", "1,2"]
+    flags += ["--requests", "1", "--input-tokens", "16,32", "--output-tokens", "16", "--threads", "1"]
+    command = [sys.executable, "-m", "sparse_serve.cli.main", "bench", "serve", *flags]
+    command += [] if every else ["--", "--enforce-eager"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
+    assert ran.returncode == 0, ran.stderr
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert set(schema.lacks(written)) <= {"commit"} and str(tmp_path) not in json.dumps(written)
+    names = [server["name"] for server in written["servers"]]
+    missing = {name for name in peers if ":" in name and importlib.util.find_spec("xllamacpp") is None}
+    assert written["refused"].keys() == missing, ran.stderr
+    assert len(names) == 1 + len(peers) - len(missing) and names[0] == "2:4 bf16"
+    for server in written["servers"]:
+        by_vllm = not server["name"].startswith("llama.cpp")
+        assert server["code"] == ("compiled" if every else "eager") if by_vllm else "built for" in server["code"]
+        assert server["start_s"] > 0 and server["resident_bytes"] > server["weight_bytes"] / 2
+    assert [(row["metric"], row["clients"], row["input_tokens"]) for row in written["results"]] == [
+        ("decode_tokens_per_s", 1, 16),
+        ("decode_tokens_per_s", 2, 16),
+        ("ttft_ms", 1, 16),
+        ("ttft_ms", 1, 32),
+    ]
+    for row in written["results"]:
+        assert row["medians"].keys() == set(names) and all(value > 0 for value in row["medians"].values())
+        assert row["ratios"]["2:4 bf16"].keys() == set(names[1:])
+    assert all(name in ran.stdout for name in names)

@@ -17,10 +17,12 @@ from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledC
 from maskgen.core.errors import FormatError
 from maskgen.core.packed import PackedTensor
 from maskgen.core.quality import QUALITY_FILE, Quality
+from sparse_serve.bench import layer_peers
 from sparse_serve.bench.corrections import with_correction
-from sparse_serve.bench.survey import kinds_of, memory_of, rows_of
+from sparse_serve.bench.survey import Survey, kinds_of, memory_of, rows_of
 from sparse_serve.cli.doctor import dense_lines, memory_line
 from sparse_serve.kernels import reference
+from sparse_serve.plugin import quantised
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.tuning.decision import BucketChoice
 from sparse_serve.tuning.dispatch import Plan
@@ -51,7 +53,7 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     known = figures(cache)
     assert len(known) == 4, "query, key and value are one layer in vLLM, gate and up another"
 
-    told = command("doctor", sparse, "--dtype", "float32")
+    told = command("doctor", sparse, "--dtype", "float32", "--peers")
     not_worth_it = "slower than dense with" in told.stdout or "could not be measured" in told.stdout
     assert told.returncode == (1 if not_worth_it else 0), told.stderr
     for layer in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
@@ -61,12 +63,39 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
     first, *others = (f"  {line}\n" for line in quality.lines())
     assert "".join([f"  quality: {first.lstrip()}", *others]) in told.stdout and len(others) > 1
     assert "memory of these layers" in told.stdout and "sparse ms" in told.stdout
+    assert told.stdout.count(f"vllm W8A8  {4 * models.LAYERS:>8}") == 3, "all layers, at three numbers of tokens"
+    assert told.stdout.count("vllm W4A16, ") == 4 and "in torch.float32: bfloat16 and inputs in groups" in told.stdout
 
     with serve(sparse, kernel="auto") as llm:
         stats = llm.collective_rpc("sparse_stats")[0]
     assert figures(cache) == known, "nothing was left to measure"
     if set(stats["kernels"]) != {"reference"}:  # where the native kernel cannot be used
         assert len(stats["choices"]) == 4 * len(BUCKETS)
+
+
+def test_layers_beside_quantised_ones_of_the_same_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.save("llama", tmp_path / "dense", **SHAPE | {"intermediate_size": 208})
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    checkpoint = SparseCheckpoint.open(tmp_path / "sparse")
+    names = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in ("up", "down")]
+    kinds = kinds_of(checkpoint, {name: [name] for name in names}, "bfloat16")
+    survey = Survey(checkpoint, kinds, [Choice(kind, Plan.of("reference")) for kind in kinds], {})
+    monkeypatch.setattr(layer_peers, "BUDGET_S", 0.0)
+    monkeypatch.setattr(quantised, "rounds_activations", lambda: False)
+    times = layer_peers.compare(survey, threads=1)
+    assert [(step.tokens, step.peer, step.layers) for step in times.steps] == [
+        (tokens, peer, layers)
+        for tokens in layer_peers.TOKENS
+        for peer, layers in (("vllm W8A8", 4), ("vllm W4A16", 2))
+    ]
+    assert list(times.refused) == ["vllm W4A16, 128x208"] and "groups of one of" in times.refused["vllm W4A16, 128x208"]
+    assert all(step.sparse_s > 0 and step.peer_s > 0 for step in times.steps)
+    for tokens in layer_peers.TOKENS:
+        both, one = (step.sparse_s for step in times.steps if step.tokens == tokens)
+        assert one < both, "only layers that the peer has count"
+    on_gpu = replace(survey, kinds={replace(kind, device_type="cuda"): names for kind, names in kinds.items()})
+    with pytest.raises(SettingsError, match="--peers: vLLM's quantised layers are timed on a CPU, and this is cuda"):
+        layer_peers.compare(on_gpu)
 
 
 def test_what_vllm_cannot_serve_is_said_in_one_line_with_what_to_do(tmp_path: Path) -> None:

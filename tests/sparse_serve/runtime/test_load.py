@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sparse_serve.runtime import load, processes
 from sparse_serve.runtime.errors import BenchError
-from sparse_serve.runtime.load import Load, incomplete, serving
+from sparse_serve.runtime.load import Load, incomplete, serving, started
 from tests.sparse_serve.bench.test_serve import REPORT
 
 LOAD = Load(clients=2, requests=3, input_tokens=16, output_tokens=8)
@@ -59,6 +60,27 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("ready: a model\\n\\n  HTTP  http://127.0.0.1:1\\n", flush=True)
 time.sleep(600)
 """
+
+
+def test_a_server_with_its_own_environment_and_sign_of_being_up(tmp_path: Path) -> None:
+    code = "import os, sys, time; sys.stderr.write('logged'); print(os.environ['WHO'], flush=True); time.sleep(600)"
+    asked: list[str] = []
+
+    def address(said: str) -> str | None:
+        asked.append(said)
+        return "http://there" if said == "me\n" else None
+
+    with started("it", [sys.executable, "-c", code], tmp_path, "one", {"WHO": "me"}, address) as server:
+        assert (server.url, server.out.name, server.log.name) == ("http://there", "one.out", "one.log")
+        assert 0 < server.start_s < 60 and asked[-1] == "me\n"
+        pid = server.pid
+    assert server.said() == "me\nlogged" and not psutil.pid_exists(pid)
+    failing = [sys.executable, "-c", "raise SystemExit('no room')"]
+    with (
+        pytest.raises(BenchError, match=r"^it ended with 1; the end of .*two\.log:\n  no room$"),
+        started("it", failing, tmp_path, "two", address=address),
+    ):
+        pytest.fail("it started")
 
 
 @pytest.mark.parametrize("error", [BenchError, KeyboardInterrupt])

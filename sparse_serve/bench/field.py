@@ -1,0 +1,277 @@
+"""A sparse model served beside what a user would pick instead: stock vLLM in bf16, W8A8 and W4A16, and llama.cpp.
+
+    result = run(FieldRequest(dense="DENSE", sparse=("SPARSE",), peers=("bf16", "w8a8")))
+    compare(result)                     # `bench.field_report`
+
+All servers (`bench.peers`) are started once, one after the other, and stay; in a round each is put under every load in
+its turn while the others have nothing to do, and the turns begin with another one in every round. Ratios are taken
+within a round. How much the idle servers computed meanwhile, and whether the host was quiet, is in the record.
+
+The load is vLLM's `vllm bench serve`. A load is so many clients with the first of `input_tokens`; with the others, and
+where no load has a single client, one client asks for two tokens, for the time to the first. Decoding speed is the
+number of clients divided by the time per output token, the first left out: the median over requests of what lies
+between the first piece of text and the last, for all servers alike, as llama.cpp says how many tokens a piece has in
+another way than vLLM.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.errors import SparseError
+from maskgen.core.files import read_json
+from sparse_serve.bench import peers, serve
+from sparse_serve.bench.peers import Conditions, Contender
+from sparse_serve.bench.resident import processor_s, resident_bytes
+from sparse_serve.gate.evidence import HostReading
+from sparse_serve.gate.footprint import weight_bytes
+from sparse_serve.gate.host import HostWatch
+from sparse_serve.gate.speed import to_run
+from sparse_serve.runtime import environment, machine, processes
+from sparse_serve.runtime.errors import BenchError, SettingsError
+from sparse_serve.runtime.load import Load, RunLoad, Server, bench_serve, load_generator, started, temporary
+from sparse_serve.runtime.request import Request
+
+SLACK_TOKENS = 64
+"""Room beside prompt and answer, as a prompt has a few tokens more or less than asked for."""
+
+_TTFT_TOKENS = 2
+_START_BYTES = 1 << 31
+"""What a start takes beside twice the weights, roughly; below it, servers would push each other out of memory."""
+
+Positive = serve.Positive
+
+
+class FieldRequest(Request):
+    """Whom to serve, under which loads. Raises `SettingsError` for a value out of range.
+
+    `sparse` are checkpoints of the model `dense`; `peers` are names of `peers.PEERS`. `threads` is for every server
+    alike (None: all cores). What peers are made into is kept in `keep_peers`, or removed. `vllm_flags` go to every
+    server with vLLM in it.
+    """
+
+    dense: Path
+    sparse: tuple[Path, ...] = Field(min_length=1)
+    peers: tuple[str, ...] = ("bf16", "w8a8", "w4a16")
+    clients: tuple[Positive, ...] = (1, 4, 8)
+    requests: Positive = 4
+    input_tokens: tuple[Positive, ...] = Field(default=(128, 1024), min_length=1)
+    output_tokens: Annotated[int, Field(ge=2)] = 128
+    rounds: Positive = 3
+    threads: Positive | None = None
+    keep_peers: Path | None = None
+    vllm_flags: tuple[str, ...] = ()
+
+    @property
+    def context_tokens(self) -> int:
+        """What a server has to have room for in a request."""
+        return max(self.input_tokens) + self.output_tokens + SLACK_TOKENS
+
+    def loads(self) -> list[Load]:
+        """Every load of a turn, in order."""
+        first, *others = self.input_tokens
+        loads = [Load(clients, self.requests, first, self.output_tokens) for clients in self.clients]
+        alone = others if 1 in self.clients else [first, *others]
+        return loads + [Load(1, self.requests, tokens, _TTFT_TOKENS) for tokens in alone]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A server that came up: seconds to that, bytes that it then held (None: not known), how its model runs
+    (`compiled`, `eager`, or what instructions it was built for)."""
+
+    name: str
+    is_ours: bool
+    start_s: float
+    resident_bytes: int | None
+    weight_bytes: int
+    code: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One server under one load: milliseconds to the first token and per token after it, medians over requests.
+
+    `idle_share` is what all other servers computed meanwhile, in cores.
+    """
+
+    name: str
+    round: int
+    load: Load
+    ttft_ms: float
+    tpot_ms: float
+    idle_share: float
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is long enough to tell how fast tokens follow each other."""
+        return self.load.output_tokens > _TTFT_TOKENS
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of all clients together."""
+        return self.load.clients * 1e3 / self.tpot_ms
+
+
+@dataclass
+class Result:
+    """Who took part, who did not and why, every turn, and what each round's host was like."""
+
+    entries: list[Entry] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    hosts: list[HostReading] = field(default_factory=list)
+
+
+def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text: None) -> Result:
+    """Start every server and put them under load in turns; takes minutes.
+
+    A peer that cannot be had, does not start or does not answer is left out with its reason, and the rest go on. Raises
+    `BenchError` when one of ours fails, and `SettingsError` for models that are not forms of one, or do not fit.
+    """
+    check(request)
+    with environment.restored(), temporary("sparse-serve-bench-") as work_dir, ExitStack() as stack:
+        processes.lead()  # servers end with this process however it ends
+        runner = _Runner(request, work_dir, stack, on_progress)
+        runner.start_all()
+        with load_generator(work_dir) as generator:
+            for number in range(request.rounds):
+                runner.round(number, generator)
+    return runner.result
+
+
+def check(request: FieldRequest) -> None:
+    """Raise `SettingsError` for names and lengths that cannot be, and what `serve.check` does for models."""
+    unknown = [name for name in request.peers if name not in peers.PEERS]
+    if unknown:
+        raise SettingsError(f"--peers {unknown[0]}: no such peer; known are {', '.join(peers.PEERS)}")
+    for path in request.sparse:
+        serve.check(request.dense, path)
+    most = read_json(request.dense / "config.json").get("max_position_embeddings")
+    if most is not None and request.context_tokens > most:
+        asked = f"{max(request.input_tokens)} with --output-tokens {request.output_tokens} and {SLACK_TOKENS} to spare"
+        raise SettingsError(f"--input-tokens {asked} is more than the {most} tokens of {request.dense}; take fewer")
+
+
+def code_of(said: str) -> str:
+    """How a model runs, from what its server printed and logged."""
+    for word, code in (("enforce_eager=True", "eager"), ("enforce_eager=False", "compiled")):
+        if word in said:
+            return code
+    built = next((line for line in said.splitlines() if line.startswith("built for ")), "unknown")
+    present = [part.partition("=")[0] for part in built.removeprefix("built for ").split("|") if "= 1" in part]
+    return " ".join(["built for", *(name.rpartition(":")[2].strip() for name in present)]) if present else built
+
+
+class _Runner:
+    """The servers that are up, and what was found of them so far."""
+
+    def __init__(
+        self, request: FieldRequest, work_dir: Path, stack: ExitStack, on_progress: Callable[[str], None]
+    ) -> None:
+        self.result = Result()
+        self._request, self._work_dir, self._stack, self._tell = request, work_dir, stack, on_progress
+        self._up: dict[str, Server] = {}
+
+    def start_all(self) -> None:
+        """Ours first; each peer is made when it is its turn."""
+        request = self._request
+        folder = request.keep_peers or self._work_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = request.threads or len(machine.usable_cores())
+        slots = max(request.clients)
+        conditions = Conditions(threads, slots, request.context_tokens, request.vllm_flags, folder)
+        for contender in peers.ours(request.sparse, conditions):
+            self._start(contender)
+        layers = SparseCheckpoint.open(request.sparse[0], verify_bits=False).config.targets
+        for name in dict.fromkeys(request.peers):
+            try:
+                self._tell(f"making {name}")
+                self._start(peers.peer(name, request.dense, layers, conditions))
+            except SparseError as error:
+                self._refuse(name, error)
+
+    def round(self, number: int, generator: RunLoad) -> None:
+        """Every server that is up under every load, the first another one than in the round before."""
+        names, watch = list(self._up), HostWatch()
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            watch.probe()
+            try:
+                turns = [self._turn(name, number, at, load, generator) for at, load in enumerate(self._request.loads())]
+            except BenchError as error:
+                if self._is_ours(name):
+                    raise
+                self._refuse(name, error)
+                self.result.turns = [turn for turn in self.result.turns if turn.name != name]
+                del self._up[name]
+                continue
+            self.result.turns += turns
+            shown = ", ".join(f"{turn.decode_tokens_per_s:.1f}" for turn in turns if turn.decodes)
+            self._tell(f"round {number + 1}: {name}, tokens/s decoding: {shown}")
+        self.result.hosts.append(watch.read())
+
+    def _start(self, contender: Contender) -> None:
+        name, model = contender.name, contender.model
+        size = model.stat().st_size if model.is_file() else weight_bytes(model)
+        free = machine.available_bytes()
+        if 2 * size + _START_BYTES > free:
+            raise BenchError(
+                f"{free / 1e9:.1f} GB of memory are free beside the servers that run, too few for {name}; serve fewer"
+            )
+        self._tell(f"starting {name}")
+        server = self._stack.enter_context(
+            started(
+                name,
+                contender.command,
+                self._work_dir,
+                f"server-{len(self._up)}",
+                contender.environ,
+                contender.address,
+            )
+        )
+        self._up[name] = server
+        entry = Entry(
+            name, contender.is_ours, server.start_s, resident_bytes(server.pid, model), size, code_of(server.said())
+        )
+        self.result.entries.append(entry)
+        self._tell(f"{name} is up after {server.start_s:.0f} s, {entry.code}")
+
+    def _turn(self, name: str, number: int, at: int, load: Load, generator: RunLoad) -> Turn:
+        idle = [server.pid for other, server in self._up.items() if other != name]
+        began_s, before_s = time.monotonic(), processor_s(idle)
+        seed = number * len(self._request.loads()) + at  # of a round's load: the same prompts for all
+        report = bench_serve(self._up[name].url, self._request.dense, load, seed, self._work_dir, None, generator)
+        share = (processor_s(idle) - before_s) / (time.monotonic() - began_s)
+        return turn_of(name, number, load, report, share)
+
+    def _is_ours(self, name: str) -> bool:
+        return any(entry.is_ours for entry in self.result.entries if entry.name == name)
+
+    def _refuse(self, name: str, error: SparseError) -> None:
+        self.result.refused[name] = reason_of(error)
+        self._tell(f"without {name}: {error}")
+
+
+def reason_of(error: SparseError) -> str:
+    """An error in one line. Of one that has the end of a log: what went wrong, and the log's last line."""
+    first, *others = str(error).splitlines()
+    return f"{first.partition('; the end of ')[0]}: {others[-1].strip()}" if others else first
+
+
+def turn_of(name: str, number: int, load: Load, report: Mapping[str, Any], idle_share: float) -> Turn:
+    """The figures of a report with its lists."""
+    measured = to_run(name, report, load)
+    gaps = load.output_tokens - 1
+    per_token = [(e2e - ttft) / gaps for e2e, ttft in zip(measured.e2e_ms, measured.ttft_ms, strict=True)]
+    return Turn(
+        name, number, load, statistics.median(measured.ttft_ms), statistics.median(per_token), round(idle_share, 4)
+    )

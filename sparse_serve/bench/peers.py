@@ -1,0 +1,203 @@
+"""Who takes part when a sparse model is served beside what a user would pick instead.
+
+Ours are sparse checkpoints, each under `sparse-serve serve`. A peer is the dense model in another program or form:
+
+    bf16            stock vLLM, as it is
+    w8a8            stock vLLM, int8 weights and activations (`bench.quantised_model`)
+    w4a16           stock vLLM, int4 weights in the longest groups that are whole in every layer
+    llama.cpp:q8_0  llama.cpp, 8 bits (`bench.gguf_model`)
+    llama.cpp:q4_0  llama.cpp, 4 bits
+
+Integer weights replace those of the layers that are sparse in ours. Stock vLLM runs without this package's plugin, and
+with the settings that `sparse-serve serve` gives vLLM on a CPU: by itself it would compute on all cores but one there.
+All have the same threads, room for the same requests, and read a prompt again that they have seen before.
+
+A peer that cannot be had here raises `UnsupportedError`, whose text is the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskgen.core.checkpoint import SparseCheckpoint, read_headers
+from maskgen.core.digest import digest_json, digest_weights
+from maskgen.core.files import read_json
+from maskgen.core.values import FLOAT
+from sparse_serve.bench import gguf_model, quantised_model
+from sparse_serve.bench.quantised_model import Scheme
+from sparse_serve.engine.vllm_defaults import set_cpu
+from sparse_serve.plugin import quantised
+from sparse_serve.runtime import machine
+from sparse_serve.runtime.errors import UnsupportedError
+from sparse_serve.runtime.load import serve_command
+
+_BLOCK_TOKENS = 128
+"""Tokens of a block of vLLM's KV cache on a CPU; requests have whole ones."""
+
+_KV_BYTES = 2
+"""Of a number in the KV cache, which is bfloat16 or float16."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all servers have in common: `threads` to compute with, `slots` requests at a time of up to `context` tokens,
+    `vllm_flags` for those with vLLM, and `folder`, where peers' models are kept."""
+
+    threads: int
+    slots: int
+    context: int
+    vllm_flags: Sequence[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server to start: what runs, on which model, in which environment.
+
+    `address` finds out whether it is up (`load.started`); None: it prints its address as ours does.
+    """
+
+    name: str
+    is_ours: bool
+    model: Path
+    command: Sequence[str]
+    environ: Mapping[str, str] = field(default_factory=dict)
+    address: Callable[[str], str | None] | None = None
+
+
+def ours(sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
+    """Our server on each checkpoint, named after pattern and values; names that are alike have the directory's too."""
+    configs = [SparseCheckpoint.open(path, verify_bits=False).config for path in sparse]
+    names = [f"{config.pattern} {'bf16' if config.values == FLOAT else config.values}" for config in configs]
+    return [
+        Contender(
+            name if names.count(name) == 1 else f"{name} ({path.resolve().name})",
+            True,
+            path,
+            serve_command(path, _vllm_flags(path, conditions)),
+            _vllm_environ(conditions),
+        )
+        for name, path in zip(names, sparse, strict=True)
+    ]
+
+
+def peer(name: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    """One of `PEERS` on the dense model, made first if need be; `layers` are those that get integer weights.
+
+    Raises `UnsupportedError` with the reason why it cannot be had.
+    """
+    return PEERS[name](dense, layers, conditions)
+
+
+def _dense(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    return _stock("vLLM bf16", dense, conditions)
+
+
+def _w8a8(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    return _stock("vLLM W8A8", _quantised(dense, layers, Scheme(8), conditions), conditions)
+
+
+def _w4a16(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    if quantised.rounds_activations():
+        raise UnsupportedError("vLLM has W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0 has it serve W4A16")
+    headers = read_headers(dense)
+    inputs = {headers[f"{layer}.weight"].shape[1] for layer in layers}
+    group = quantised.common_group(inputs)
+    if group is None:
+        raise UnsupportedError(f"layers of {sorted(inputs)} inputs; vLLM's int4 wants groups of {quantised.GROUPS}")
+    model = _quantised(dense, layers, Scheme(4, group), conditions)
+    return _stock(f"vLLM W4A16 g{group}", model, conditions)
+
+
+def _llama_cpp(kind: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UnsupportedError("xllamacpp, which has llama.cpp's server, is not installed; pip install xllamacpp")
+    gguf_model.check_installed()
+    key = digest_json([digest_weights(dense), kind])[7:15]
+    file = conditions.folder / f"{dense.resolve().name}-{kind}-{key}.gguf"
+    if not file.exists():
+        gguf_model.write(dense, file, kind)
+    numbers = (conditions.threads, conditions.slots, conditions.context)
+    command = [sys.executable, "-m", "sparse_serve.cli.llama_cpp", str(file), *map(str, numbers)]
+    return Contender(f"llama.cpp {kind.upper()}", False, file, command)
+
+
+def _q8_0(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    return _llama_cpp("q8_0", dense, layers, conditions)
+
+
+def _q4_0(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    return _llama_cpp("q4_0", dense, layers, conditions)
+
+
+PEERS: dict[str, Callable[[Path, Sequence[str], Conditions], Contender]] = {
+    "bf16": _dense,
+    "w8a8": _w8a8,
+    "w4a16": _w4a16,
+    "llama.cpp:q8_0": _q8_0,
+    "llama.cpp:q4_0": _q4_0,
+}
+"""What makes them, by the name that a user gives."""
+
+
+def _quantised(dense: Path, layers: Sequence[str], scheme: Scheme, conditions: Conditions) -> Path:
+    """The directory of the model with these codes, made unless it is there."""
+    key = digest_json([digest_weights(dense), sorted(layers), vars(scheme)])[7:15]
+    out = conditions.folder / f"{dense.resolve().name}-int{scheme.bits}-{key}"
+    if not out.exists():
+        quantised_model.write(dense, out, scheme, layers)
+    return out
+
+
+def _stock(name: str, model: Path, conditions: Conditions) -> Contender:
+    url = f"http://127.0.0.1:{_free_port()}"
+    command = [sys.executable, "-m", "sparse_serve.cli.vllm", "serve", str(model), "--host=127.0.0.1"]
+    command += [f"--port={url.rpartition(':')[2]}", *_vllm_flags(model, conditions)]
+    environ = _vllm_environ(conditions) | {"VLLM_PLUGINS": "", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    if not torch.cuda.is_available():
+        set_cpu(environ, 1, False, machine.usable_cores())
+    return Contender(name, False, model, command, environ, lambda said: url if is_healthy(url) else None)
+
+
+def _vllm_flags(model: Path, conditions: Conditions) -> list[str]:
+    blocks = (conditions.slots + 1) * -(-conditions.context // _BLOCK_TOKENS)
+    kv_bytes = blocks * _BLOCK_TOKENS * kv_bytes_per_token(read_json(model / "config.json"))
+    room = [f"--max-model-len={conditions.context}", f"--kv-cache-memory-bytes={kv_bytes}"]
+    return ["--dtype=bfloat16", "--no-enable-prefix-caching", *room, *conditions.vllm_flags]
+
+
+def _vllm_environ(conditions: Conditions) -> dict[str, str]:
+    # an empty text has vLLM go by its flag instead, which takes other amounts than whole GiB
+    return {"OMP_NUM_THREADS": str(conditions.threads), "VLLM_CPU_KVCACHE_SPACE": ""}
+
+
+def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
+    """What a token's keys and values take in all layers of a model with this `config.json`."""
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    return int(2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width * _KV_BYTES)
+
+
+def is_healthy(url: str) -> bool:
+    """Whether a server answers there that it is ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])

@@ -1,0 +1,244 @@
+"""Servers in turns, without vLLM: who goes on, what is computed of reports, tables and the record."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparse_serve.bench import field as race
+from sparse_serve.bench import peers
+from sparse_serve.bench.field import FieldRequest, Result, Turn, code_of, reason_of, turn_of
+from sparse_serve.bench.field_report import DECODE, TTFT, compare, record
+from sparse_serve.bench.peers import Conditions, Contender
+from sparse_serve.cli import field as shown
+from sparse_serve.cli import main as cli
+from sparse_serve.gate.evidence import HostReading
+from sparse_serve.runtime.errors import BenchError, SettingsError, UnsupportedError
+from sparse_serve.runtime.load import Load
+from tests import models
+from tests.bench import schema
+
+SERVER = """
+import sys, time
+print("enforce_eager=False", file=sys.stderr, flush=True)
+if sys.argv[1] == "fails": sys.exit("ValueError: no such layer")
+print("\\n  HTTP  http://127.0.0.1:1\\n", flush=True)
+time.sleep(600)
+"""
+SMALL: dict[str, Any] = {"clients": (1, 2), "requests": 2, "input_tokens": (8, 16), "output_tokens": 9, "rounds": 2}
+
+
+def report(load: Load, ttft_s: float, gap_s: float) -> dict[str, Any]:
+    return {
+        "ttfts": [ttft_s] * load.prompts,
+        "itls": [[gap_s] * (load.output_tokens - 1)] * load.prompts,
+        "duration": 1.0,
+        "completed": load.prompts,
+    }
+
+
+def test_loads_of_a_turn() -> None:
+    request = FieldRequest(dense=Path("d"), sparse=(Path("s"),), **SMALL)
+    assert request.loads() == [Load(1, 2, 8, 9), Load(2, 2, 8, 9), Load(1, 2, 16, 2)]
+    assert request.context_tokens == 16 + 9 + race.SLACK_TOKENS
+    many = FieldRequest(dense=Path("d"), sparse=(Path("s"),), **SMALL | {"clients": (4,)})
+    assert many.loads() == [Load(4, 2, 8, 9), Load(1, 2, 8, 2), Load(1, 2, 16, 2)], "one client waits for first tokens"
+
+
+def test_figures_of_a_turn_do_not_depend_on_how_tokens_are_cut_into_pieces() -> None:
+    load = Load(2, 1, 8, 5)
+    whole = report(load, 0.5, 0.1)
+    with_an_end = whole | {"itls": [[0.1, 0.1, 0.1, 0.1, 0.001]] * 2}
+    two_at_a_time = whole | {"itls": [[0.1, 0.3]] * 2}
+    for found in (whole, with_an_end, two_at_a_time):
+        turn = turn_of("a", 0, load, found, 0.0)
+        assert (turn.ttft_ms, turn.tpot_ms) == (pytest.approx(500), pytest.approx(100))
+        assert turn.decode_tokens_per_s == pytest.approx(20) and turn.decodes
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("config: enforce_eager=True, ...", "eager"),
+        ("config: enforce_eager=False, ...", "compiled"),
+        ("built for CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | OPENMP = 1 | \n  HTTP", "built for SSE3 AVX2 OPENMP"),
+        ("", "unknown"),
+    ],
+)
+def test_how_a_model_runs_is_read_from_what_its_server_said(said: str, code: str) -> None:
+    assert code_of(said) == code
+
+
+def test_a_reason_is_one_line() -> None:
+    assert reason_of(UnsupportedError("no gguf")) == "no gguf"
+    log = "vLLM W8A8 ended with 1; the end of /tmp/x/server.log:\n  first\n  RuntimeError: last"
+    assert reason_of(BenchError(log)) == "vLLM W8A8 ended with 1: RuntimeError: last"
+
+
+@dataclass
+class Servers:
+    """Stubs in the place of servers, and what loads they were under: (server, clients, tokens), in order."""
+
+    folder: Path
+    sizes: dict[str, float]
+    """Seconds per token, by server."""
+    fails: Callable[[str, int], bool] = lambda name, asked: False
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    urls: dict[str, str] = field(default_factory=dict)
+
+    def contender(self, name: str, is_ours: bool, mode: str = "works") -> Contender:
+        url = f"http://{name}"
+        self.urls[url] = name
+        command = [sys.executable, "-c", SERVER, mode]
+        return Contender(name, is_ours, self.folder, command, {}, lambda said: url if "HTTP" in said else None)
+
+    def ours(self, sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
+        assert (conditions.threads, conditions.slots) == (2, 2)
+        return [self.contender("2:4", True)]
+
+    def peer(self, name: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+        if name == "w4a16":
+            raise UnsupportedError("not here")
+        return self.contender(name, False, "fails" if name == "llama.cpp:q8_0" else "works")
+
+    def load(self, url: str, tokenizer: Path, load: Load, seed: int, *more: Any) -> dict[str, Any]:
+        name = self.urls[url]
+        self.asked.append((name, load.clients, load.input_tokens))
+        if self.fails(name, len(self.asked)):
+            raise BenchError(f"vllm bench serve on {url}: it is gone")
+        return report(load, 10 * self.sizes[name], self.sizes[name])
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Servers:
+    models.save("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    made = Servers(tmp_path / "dense", {"2:4": 0.1, "bf16": 0.2, "w8a8": 0.05})
+
+    @contextlib.contextmanager
+    def generator(work_dir: Path) -> Iterator[None]:
+        yield None
+
+    monkeypatch.setattr(peers, "ours", made.ours)
+    monkeypatch.setattr(peers, "peer", made.peer)
+    monkeypatch.setattr(race, "bench_serve", made.load)
+    monkeypatch.setattr(race, "load_generator", generator)
+    monkeypatch.setattr(race, "_START_BYTES", 0)
+    return made
+
+
+def request_of(tmp_path: Path, *names: str) -> FieldRequest:
+    more = {"peers": names, "threads": 2, "keep_peers": tmp_path / "kept", **SMALL}
+    return FieldRequest(dense=tmp_path / "dense", sparse=(tmp_path / "sparse",), **more)
+
+
+def test_who_cannot_be_had_is_left_out_with_its_reason_and_the_rest_go_on(servers: Servers, tmp_path: Path) -> None:
+    told: list[str] = []
+    request = request_of(tmp_path, "bf16", "w4a16", "llama.cpp:q8_0", "w8a8")
+    result = race.run(request, told.append)
+    assert [entry.name for entry in result.entries] == ["2:4", "bf16", "w8a8"]
+    assert result.refused == {
+        "w4a16": "not here",
+        "llama.cpp:q8_0": "llama.cpp:q8_0 ended with 1: ValueError: no such layer",
+    }
+    assert any("ValueError: no such layer" in line for line in told)
+    turns = [(1, 8), (2, 8), (1, 16)]
+    orders = [["2:4", "bf16", "w8a8"], ["bf16", "w8a8", "2:4"]]
+    assert servers.asked == [(name, *turn) for order in orders for name in order for turn in turns]
+    assert all(entry.code == "compiled" and entry.start_s > 0 for entry in result.entries)
+    assert len(result.hosts) == 2 and max(turn.idle_share for turn in result.turns) < 1
+
+    rows = compare(result)
+    assert [(row.metric, row.clients, row.input_tokens) for row in rows] == [
+        (DECODE, 1, 8),
+        (DECODE, 2, 8),
+        (TTFT, 1, 8),
+        (TTFT, 1, 16),
+    ]
+    assert rows[1].medians == {name: pytest.approx(2 / size) for name, size in servers.sizes.items()}
+    for row in rows:
+        assert row.ratios["2:4"]["bf16"] == pytest.approx([2.0] * 2)
+        assert row.ratios["2:4"]["w8a8"] == pytest.approx([0.5] * 2)
+
+    written = json.loads(json.dumps(record(request, result)))
+    wrong = {"commit"} if written["commit"] is None or "dirty" in written["commit"] else set()
+    assert set(schema.lacks(written)) == wrong
+    assert written["inputs"].keys() == {"dense", "sparse 1"} and str(tmp_path) not in json.dumps(written)
+    assert written["refused"] == result.refused and len(written["turns"]) == 18
+
+    console = Console(record=True, width=200, file=io.StringIO())
+    shown.show(result, rows, console)
+    text = console.export_text(clear=False)
+    assert "without w4a16: not here" in text and "2:4" in text
+    assert "\x1b[31m0.50x" in console.export_text(styles=True) and "2.00x" in text
+
+
+def test_a_peer_that_breaks_later_is_left_out_whole(servers: Servers, tmp_path: Path) -> None:
+    servers.fails = lambda name, asked: name == "bf16" and asked > 9
+    result = race.run(request_of(tmp_path, "bf16", "w8a8"))
+    assert result.refused == {"bf16": "vllm bench serve on http://bf16: it is gone"}
+    assert {turn.name for turn in result.turns} == {"2:4", "w8a8"}
+    assert compare(result)[0].ratios == {"2:4": {"w8a8": pytest.approx([0.5] * 2)}}
+
+
+def test_without_ours_there_is_nothing_to_compare(servers: Servers, tmp_path: Path) -> None:
+    servers.fails = lambda name, asked: name == "2:4"
+    with pytest.raises(BenchError, match="it is gone"):
+        race.run(request_of(tmp_path, "bf16"))
+
+
+def test_a_server_that_would_not_fit_is_not_started(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race.machine, "available_bytes", lambda: 10**5)
+    with pytest.raises(BenchError, match=r"0\.0 GB of memory are free beside the servers that run, too few for 2:4"):
+        race.run(request_of(tmp_path, "bf16"))
+
+
+def test_what_cannot_be_measured_is_said_before_anything_starts(servers: Servers, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--peers awq: no such peer; known are bf16, w8a8, w4a16, llama"):
+        race.run(request_of(tmp_path, "awq"))
+    long = request_of(tmp_path, "bf16").model_copy(update={"input_tokens": (8, 100)})
+    with pytest.raises(
+        SettingsError, match="--input-tokens 100 with --output-tokens 9 and 64 to spare is more than the 128"
+    ):
+        race.run(long)
+    assert servers.asked == []
+
+
+def test_rounds_that_only_one_was_in_do_not_count() -> None:
+    def turn(name: str, number: int, tpot_ms: float) -> Turn:
+        return Turn(name, number, Load(1, 1, 8, 9), 1.0, tpot_ms, 0.0)
+
+    turns = [turn("2:4", 0, 10.0), turn("2:4", 1, 20.0), turn("bf16", 1, 60.0)]
+    entries = [race.Entry(name, name == "2:4", 1.0, None, 1, "eager") for name in ("2:4", "bf16")]
+    found = Result(entries, {}, turns, [HostReading(0.0, 0.5, (1.0,))])
+    assert compare(found)[0].ratios == {"2:4": {"bf16": [pytest.approx(3.0)]}}
+    console = Console(record=True, width=200, file=io.StringIO())
+    shown.show(found, compare(found), console)
+    assert "round 1 was disturbed: other processes used 50 % of the processors" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparse", "b", "c"], "--sparse b c: only with --peers"),
+        (["--sparse", "b", "--input-tokens", "8,16"], "--input-tokens 8 16: only with --peers"),
+        (["--sparse", "b", "--threads", "2"], "--threads 2: only with --peers"),
+        (["--sparse", "b", "--keep-peers", "k"], "--keep-peers k: only with --peers"),
+        (["--sparse", "b", "--peers", "bf16", "--dtype", "float32"], "--dtype float32: peers compute in bfloat16"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "serve", "--dense", "a", *flags]) == 2
+    assert f"sparse-serve: error: {message}" in capsys.readouterr().err

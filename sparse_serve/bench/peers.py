@@ -85,7 +85,7 @@ def ours(sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
             True,
             path,
             serve_command(path, _vllm_flags(path, conditions)),
-            _vllm_environ(conditions),
+            _threads(conditions),
         )
         for name, path in zip(names, sparse, strict=True)
     ]
@@ -163,22 +163,24 @@ def _stock(name: str, model: Path, conditions: Conditions) -> Contender:
     url = f"http://127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "sparse_serve.cli.vllm", "serve", str(model), "--host=127.0.0.1"]
     command += [f"--port={url.rpartition(':')[2]}", *_vllm_flags(model, conditions)]
-    environ = _vllm_environ(conditions) | {"VLLM_PLUGINS": "", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    environ = _threads(conditions) | {"VLLM_PLUGINS": "", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     if not torch.cuda.is_available():
-        set_cpu(environ, 1, False, machine.usable_cores())
+        set_cpu(environ, 1, False, machine.usable_cores(), _kv_bytes(model, conditions))
     return Contender(name, False, model, command, environ, lambda said: url if is_healthy(url) else None)
 
 
+def _threads(conditions: Conditions) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(conditions.threads)}
+
+
 def _vllm_flags(model: Path, conditions: Conditions) -> list[str]:
-    blocks = (conditions.slots + 1) * -(-conditions.context // _BLOCK_TOKENS)
-    kv_bytes = blocks * _BLOCK_TOKENS * kv_bytes_per_token(read_json(model / "config.json"))
-    room = [f"--max-model-len={conditions.context}", f"--kv-cache-memory-bytes={kv_bytes}"]
+    room = [f"--max-model-len={conditions.context}", f"--kv-cache-memory-bytes={_kv_bytes(model, conditions)}"]
     return ["--dtype=bfloat16", "--no-enable-prefix-caching", *room, *conditions.vllm_flags]
 
 
-def _vllm_environ(conditions: Conditions) -> dict[str, str]:
-    # an empty text has vLLM go by its flag instead, which takes other amounts than whole GiB
-    return {"OMP_NUM_THREADS": str(conditions.threads), "VLLM_CPU_KVCACHE_SPACE": ""}
+def _kv_bytes(model: Path, conditions: Conditions) -> int:
+    blocks = (conditions.slots + 1) * -(-conditions.context // _BLOCK_TOKENS)
+    return blocks * _BLOCK_TOKENS * kv_bytes_per_token(read_json(model / "config.json"))
 
 
 def kv_bytes_per_token(config: Mapping[str, Any]) -> int:

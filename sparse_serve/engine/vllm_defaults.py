@@ -6,7 +6,8 @@ No vLLM import here; `Namespace` is what vLLM's parser returns.
 
 Most defaults are for machines without a GPU; each answers a way in which vLLM 0.32 fails there or is needlessly slow:
 
-- it wants 92 % of the memory for its KV cache unless `VLLM_CPU_KVCACHE_SPACE` names an amount (whole GiB);
+- it wants 92 % of the memory for its KV cache unless `VLLM_CPU_KVCACHE_SPACE` (whole GiB) or the flag
+  `--kv-cache-memory-bytes` names an amount;
 - `--enforce-eager` where nothing can be compiled, as the engine would die of it; dynamo then only costs (20 s in the
   first request that asks for log-probabilities). Where a model can be compiled it is: `plugin.compiled_code` makes vLLM
   find the code again at the next start;
@@ -250,9 +251,13 @@ def set_common(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("VLLM_MAX_N_SEQUENCES", str(_MAX_SEQUENCES))
 
 
-def set_cpu(environ: MutableMapping[str, str], ranks: int, eager: bool, cores: Sequence[int]) -> None:
-    """Defaults for the CPU backend. `ranks`: tensor-parallel size; `cores`: ids we may run on."""
-    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_kv_cache_gib(machine.available_bytes())))
+def set_cpu(
+    environ: MutableMapping[str, str], ranks: int, eager: bool, cores: Sequence[int], kv_cache_bytes: int | None = None
+) -> None:
+    """Defaults for the CPU backend. `ranks`: tensor-parallel size; `cores`: ids we may run on; `kv_cache_bytes`: what
+    vLLM's flag says, which the variable would overrule."""
+    if kv_cache_bytes is None:
+        environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_kv_cache_gib(machine.available_bytes())))
     if eager:
         environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if ranks == 1:

@@ -52,7 +52,13 @@ def parse(command: Sequence[str], drain_s: float) -> Namespace:
         if args.enforce_eager is None:
             args.enforce_eager = obstacle is not None
         vllm_defaults.check_cpu(args, obstacle)
-        vllm_defaults.set_cpu(os.environ, args.tensor_parallel_size, args.enforce_eager, machine.usable_cores())
+        vllm_defaults.set_cpu(
+            os.environ,
+            args.tensor_parallel_size,
+            args.enforce_eager,
+            machine.usable_cores(),
+            args.kv_cache_memory_bytes,
+        )
     try:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:

@@ -17,6 +17,9 @@ from sparse_serve.bench.quantised_model import Scheme
 from sparse_serve.plugin.quantised import GROUPS, common_group, to_words
 from tests import models
 
+LIBRARY = pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")
+"""Of tests that import compressed-tensors, which has torch's compiler import what torch itself has given up."""
+
 
 @given(st.lists(st.integers(1, 40).map(lambda blocks: 32 * blocks), min_size=1, max_size=6))
 def test_the_group_is_the_longest_that_is_whole_everywhere(inputs: list[int]) -> None:
@@ -26,6 +29,7 @@ def test_the_group_is_the_longest_that_is_whole_everywhere(inputs: list[int]) ->
     assert common_group([*inputs, 33]) is None
 
 
+@LIBRARY
 @given(st.integers(1, 5), st.integers(1, 4), st.data())
 def test_words_are_unpacked_by_the_library(rows: int, words: int, data: st.DataObject) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -36,6 +40,7 @@ def test_words_are_unpacked_by_the_library(rows: int, words: int, data: st.DataO
     assert torch.equal(unpack_from_int32(packed_OW, 4, codes_OI.shape), codes_OI)
 
 
+@LIBRARY
 @pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 32)])
 def test_a_section_is_one_of_the_library(scheme: Scheme, tmp_path: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig

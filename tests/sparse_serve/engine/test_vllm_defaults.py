@@ -69,6 +69,9 @@ def test_one_rank_stays_in_the_engine_process_and_several_share_the_cores() -> N
     too_many: dict[str, str] = {}
     vllm_defaults.set_cpu(too_many, ranks=3, eager=False, cores=[0, 1])
     assert too_many.keys() == {"VLLM_CPU_KVCACHE_SPACE"}
+    by_flag: dict[str, str] = {}
+    vllm_defaults.set_cpu(by_flag, ranks=3, eager=False, cores=[0, 1], kv_cache_bytes=1 << 20)
+    assert not by_flag, "the variable would overrule the flag"
 
 
 @pytest.mark.parametrize(("available_gib", "cache_gib"), [(0.5, 1), (4, 1), (12, 3), (500, 4)])

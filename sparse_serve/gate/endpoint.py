@@ -64,6 +64,10 @@ class Endpoint:
             self._model = name
         return self._model
 
+    def check_answers(self) -> None:
+        """Raise `GateError` if nobody answers at the address, whatever the answer is."""
+        self._send("GET", "/v1/models")
+
     def is_same(self, other: Endpoint) -> bool:
         """Whether the other asks the same server for the same model."""
         return (self.url, self.model) == (other.url, other.model)
@@ -145,10 +149,7 @@ class Endpoint:
         return choices[0]
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        try:
-            answer = self._client.request(method, path, json=body)
-        except httpx.HTTPError as error:
-            raise GateError(f"{self.url}{path}: {type(error).__name__}: {error}") from None
+        answer = self._send(method, path, body)
         if answer.status_code != httpx.codes.OK:
             kind = _RefusedError if answer.status_code in _REFUSALS else GateError
             raise kind(f"{self.url}{path}: status {answer.status_code}: {clip(answer.text)}")
@@ -159,3 +160,9 @@ class Endpoint:
         if not isinstance(value, dict):
             raise GateError(f"{self.url}{path}: its answer is {clip(value)}; expected an object")
         return value
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise GateError(f"{self.url}{path}: {type(error).__name__}: {error}") from None

@@ -138,6 +138,10 @@ def _servers(
     """Both targets as running servers: a directory is served for as long as this lasts."""
     processes.lead()  # servers end with this process however it ends
     wants_tokenizers = (todo.config.speed is not None and todo.imported is None) or bool(todo.lm_eval_tasks)
+    for target in todo.targets.values():
+        if target.config.url is not None:  # before minutes are spent on a server for the other one
+            with Endpoint(target.config.url, target.config.name) as endpoint:
+                endpoint.check_answers()
     known: Mapping[str, Path] = tokenizers(todo.base, todo.candidate) if wants_tokenizers else {}
     with contextlib.ExitStack() as stack:
         found: dict[str, speed.Served] = {}

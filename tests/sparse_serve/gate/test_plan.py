@@ -1,7 +1,9 @@
 """What the gate refuses before it spends minutes on measuring, and the exit status of what goes wrong later."""
 
 import argparse
+import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,21 @@ def test_wrong_flags_are_refused_at_once(
 def test_a_request_checks_itself(pair: dict[str, Path], changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=f"^`{next(iter(changes))}` "):
         GateRequest(**pair, **changes)
+
+
+def test_a_server_that_is_not_there_is_found_before_the_other_target_s_is_started(
+    pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        asked = {"version": 1, "base": {"model": str(pair["dense"])}, "candidate": {"url": address, "name": "model"}}
+        (tmp_path / "gate.yaml").write_text(json.dumps(asked | {"quality": {"texts": [str(pair["data"])]}}))
+        monkeypatch.setattr(runner, "serving", lambda *args: pytest.fail("a server was started"))
+        assert main(["gate", "run", str(tmp_path / "gate.yaml"), "--out", str(tmp_path / "out")]) == 3
+    assert f"{address}/v1/models: ConnectError: " in capsys.readouterr().err
+    (result,) = report_file.load(tmp_path / "out/report.json")["results"]
+    assert result["check"] == "measurement"
 
 
 def test_the_environment_is_left_as_it_was(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

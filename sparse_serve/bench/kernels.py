@@ -4,8 +4,8 @@
 
 For each shape and number of tokens these candidates take turns (`tuning.timing`): torch's dense linear, the dense
 linear that vLLM would run, vLLM's dense layers with quantised weights (`plugin.quantised`), and every kernel that
-supports the layer, with values in the activations' dtype and in 8 and 4 bits. Weights are random. A speedup below 1
-means that dense is faster.
+supports the layer, with values in the activations' dtype and in 8 and 4 bits; those that round activations, too.
+Weights are random. A speedup below 1 means that dense is faster.
 
 With one token a layer is bound by reading its weight. So a plain read of the compressed bytes is timed too, and each
 candidate's time is compared with how long reading its own weight would take at that speed (`of_byte_limit`; 1 is the
@@ -162,7 +162,7 @@ def _candidates(
         candidates[name] = Candidate([layer.copy() for _ in range(_copies(layer.nbytes))], layer.nbytes)
     for name in names(folder):
         for values, group in STORED:
-            spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values, group)
+            spec = LinearSpec(out_features, in_features, PATTERN, dtype, "cpu", values, group, activations=INT8)
             try:
                 kernel = choose(spec, name)
             except KernelError as error:

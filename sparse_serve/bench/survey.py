@@ -43,12 +43,13 @@ Track = Callable[[list[LinearSpec]], Iterable[LinearSpec]]
 class SurveyRequest(Request):
     """Which checkpoint, and how it will be served. Raises `SettingsError` for a value out of range.
 
-    `dtype=None` is the checkpoint's. `threads` are what is measured with, by default torch's number of now; figures of
-    one number say nothing of another.
+    `dtype=None` is the checkpoint's. `activations` are `int8` where kernels may round them to that. `threads` are what
+    is measured with, by default torch's number of now; figures of one number say nothing of another.
     """
 
     checkpoint: Path
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    activations: Literal["float", "int8"] = "float"
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -116,7 +117,7 @@ def tune(request: SurveyRequest, track: Track = iter) -> Survey:
     """Measure every kind of layer anew, and keep the result where a server finds it."""
     checkpoint = SparseCheckpoint.open(request.checkpoint, verify_bits=False)
     layers = _served_layers(checkpoint)
-    kinds = kinds_of(checkpoint, layers.sparse, request.dtype)
+    kinds = kinds_of(checkpoint, layers.sparse, request.dtype, request.activations)
     with torch_threads(request.threads):
         return Survey(checkpoint, kinds, _choices(kinds, Ask.AGAIN, track), layers.dense)
 
@@ -130,7 +131,7 @@ def examine(request: SurveyRequest, track: Track = iter) -> Survey:
     """
     checkpoint = SparseCheckpoint.open(request.checkpoint)
     layers = _served_layers(checkpoint)
-    kinds = kinds_of(checkpoint, layers.sparse, request.dtype)
+    kinds = kinds_of(checkpoint, layers.sparse, request.dtype, request.activations)
     with torch_threads(request.threads):
         choices = _choices(kinds, Ask.ALWAYS, track)
         memory = memory_of(checkpoint, kinds, choices)
@@ -146,7 +147,9 @@ def _served_layers(checkpoint: SparseCheckpoint) -> ServedLayers:
     return served_layers(checkpoint)
 
 
-def kinds_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtype: str | None) -> Kinds:
+def kinds_of(
+    checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtype: str | None, activations: str = FLOAT
+) -> Kinds:
     """The kinds of vLLM's sparse `layers` (by name, the checkpoint's layers in each), on a single rank."""
     config, kinds = checkpoint.config, Kinds()
     served = getattr(torch, dtype) if dtype else checkpoint.weight_dtype(config.targets[0])
@@ -158,7 +161,7 @@ def kinds_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]], dtyp
         if group is not None:
             kept = config.pattern.kept_columns(columns)
             group = group_of(kept, scale_shape(rows, kept, group))  # as a kernel has it: a short row is one group
-        spec = LinearSpec(rows, columns, config.pattern, served, device, config.values, group)
+        spec = LinearSpec(rows, columns, config.pattern, served, device, config.values, group, activations)
         kinds.setdefault(spec, {})[name] = parts
     return kinds
 

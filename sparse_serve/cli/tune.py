@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sparse-serve tune`, and of `sparse-serve doctor`."""
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="a sparse checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help="as it will be served (default: the checkpoint's)")
+    parser.add_argument(
+        "--activations",
+        choices=("float", "int8"),
+        default="float",
+        help='as it will be served; int8: with "activations": "int8" in --additional-config (default: float)',
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="as many as the server has (default: all cores)")
 
 
@@ -67,8 +73,26 @@ def show(found: Survey) -> None:
     console.print(table)
     if len(found.measured) < len(found.choices):
         console.print("  -: could not be measured")
+    if (error := rounding_error(found)) is not None:
+        console.print(
+            f"  activations are rounded to int8: normally distributed inputs change by {error:.1%} of their size, "
+            "inputs with outliers by more; [bold]sparse-serve gate[/bold] shows what your text loses"
+        )
     for name, reason in reasons.items():
         console.print(f"  {name} was left out: {reason}", markup=False)
+
+
+def rounding_error(found: Survey) -> float | None:
+    """How far rounding moves normally distributed inputs of the first layer whose kernel rounds them, as a part of
+    their Euclidean norm; None if no kernel does."""
+    from sparse_serve.tuning.samples import random_input
+
+    for choice in found.choices:
+        x_TI = random_input(choice.spec, 1)
+        moved = (choice.plan.multiplied(1, x_TI) - x_TI.double()).norm() / x_TI.double().norm()
+        if moved > 0:
+            return float(moved)
+    return None
 
 
 def _cell(bucket: BucketChoice, named: bool) -> str:

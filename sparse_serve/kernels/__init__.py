@@ -6,6 +6,10 @@ A kernel is one file of this folder; its name is the file's name. It offers thre
     prepare(packed) -> dict[str, Tensor]      its own layout of the weight, built once at load; never stored on disk
     linear(x_TI, tensors, bias_O) -> y_TO     y = x W^T + b, as a torch custom op with a fake implementation
 
+and one that rounds its inputs a fourth, by which it can be checked as strictly as any other:
+
+    multiplied(x_TI) -> x_TI                  the inputs that it multiplies, in float64
+
 Whatever layout a kernel wants (index nibbles, swizzles, a vendor's blob), it is given the stored form: values and
 bitmask, and where the values are codes (`spec.values` says so) float32 scales: one a row, or of int4 codes, of which
 two share a byte, one for each `spec.group` kept values of a row. A kernel that supports a
@@ -18,7 +22,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -29,11 +33,15 @@ import sparse_serve.kernels as _folder
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import load, names
-from maskgen.core.values import FLOAT
+from maskgen.core.values import FLOAT, INT8
 from sparse_serve.runtime.errors import KernelError
 
 CAPABILITY = (8, 0)
 """The first NVIDIA GPUs with sparse tensor cores."""
+
+
+ACTIVATIONS = (FLOAT, INT8)
+"""What kernels may make of activations: leave them as they are, or round them to int8."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class LinearSpec:
     """What a kernel must know of a layer to support it or not: shape per rank, pattern, activation dtype and device.
 
     `values` is how the weight's values are stored: `float` (then in `dtype`), `int8`, `fp8_e4m3`, or `int4`, of which
-    `group` share a scale (None: those of a row, as for all others).
+    `group` share a scale (None: those of a row, as for all others). `activations` is `int8` where a kernel may round
+    them to that, with a scale for each token.
     """
 
     out_features: int
@@ -51,6 +60,11 @@ class LinearSpec:
     device_type: str
     values: str = FLOAT
     group: int | None = None
+    activations: str = FLOAT
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise KernelError(f"activations are {self.activations!r}, expected one of {list(ACTIVATIONS)}")
 
 
 def unsupported_values(spec: LinearSpec, *kinds: str) -> str | None:
@@ -93,6 +107,12 @@ def choose(spec: LinearSpec, name: str) -> Kernel:
     if reason is not None:
         raise no_kernel(spec, {name: reason})
     return kernel
+
+
+def multiplied(kernel: Kernel, x_TI: Tensor) -> Tensor:
+    """The inputs `[..., I]` that a kernel multiplies, in float64: x, unless it rounds."""
+    rounds: Callable[[Tensor], Tensor] | None = getattr(kernel, "multiplied", None)
+    return x_TI.double() if rounds is None else rounds(x_TI)
 
 
 def every_reason(*cases: tuple[bool, str]) -> str | None:

@@ -41,7 +41,7 @@ from maskgen.core.errors import FormatError
 from maskgen.core.int4 import check_even, scale_shape
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import CODE_DTYPES, FLOAT, INT4, per_byte
-from sparse_serve.kernels import LinearSpec
+from sparse_serve.kernels import ACTIVATIONS, LinearSpec
 from sparse_serve.plugin.correction import LayerCorrection
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime import environment
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
 
 OPTIONS_KEY = "sparse_nm"
-"""Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`."""
+"""Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`. Also
+`"activations": "int8"`, which lets kernels round them."""
 
 _PLANS_KEY = "sparse_nm_plans"
 
@@ -73,7 +74,7 @@ class SparseNMLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.stored = tuple(stored)
         self.vllm_config = get_current_vllm_config()
-        self.wanted = _kernel_option(self.vllm_config.additional_config)
+        self.wanted, self.activations = _options(self.vllm_config.additional_config)
         self.choice: Choice | None = None
         self.bound: Bound | None = None
         self.kernel_names: tuple[str, ...] = ()
@@ -145,7 +146,10 @@ class SparseNMLinearMethod(LinearMethodBase):
         packed = PackedTensor(stored["values"], stored["bitmask"], self.config.pattern, stored.get("scale"))
         packed.verify(self.prefix)
         device = packed.values.device.type
-        spec = LinearSpec(*packed.shape, packed.pattern, self.dtype, device, packed.kind, packed.group)
+        rows, columns = packed.shape
+        spec = LinearSpec(
+            rows, columns, packed.pattern, self.dtype, device, packed.kind, packed.group, self.activations
+        )
         choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
         if environment.kernel_parity_folder() is not None:
@@ -198,9 +202,15 @@ def _add_to_compile_key(vllm_config: Any, prefix: str, choice: Choice) -> None:
         vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, str(choice.plan)])
 
 
-def _kernel_option(additional_config: Any) -> str:
+def _options(additional_config: Any) -> tuple[str, str]:
+    """The kernel, and what kernels may make of activations."""
     options = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
-    unknown = sorted(set(options) - {"kernel"})
-    if unknown:
-        raise FormatError(f"--additional-config {OPTIONS_KEY}: unknown keys {unknown}, expected only 'kernel'")
-    return str(options.get("kernel", AUTO))
+    known = {"kernel": AUTO, "activations": FLOAT}
+    if not isinstance(options, dict) or not set(options) <= set(known):
+        raise FormatError(f"--additional-config {OPTIONS_KEY} is {options}, expected an object with {list(known)}")
+    kernel, activations = ({**known, **options}[name] for name in known)
+    if activations not in ACTIVATIONS:
+        raise FormatError(
+            f"--additional-config {OPTIONS_KEY}: activations is {activations!r}, expected one of {list(ACTIVATIONS)}"
+        )
+    return str(kernel), activations

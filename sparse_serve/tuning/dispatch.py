@@ -22,7 +22,7 @@ from torch import Tensor
 import sparse_serve.kernels as folder
 from maskgen.core.packed import PackedTensor
 from maskgen.core.registry import load
-from sparse_serve.kernels import Kernel
+from sparse_serve.kernels import Kernel, multiplied
 from sparse_serve.runtime.errors import KernelError
 
 ANY = "*"
@@ -74,6 +74,10 @@ class Plan:
     def kernel_for(self, tokens: int) -> str:
         """The name of the kernel that serves so many tokens."""
         return next(step.kernel for step in self.steps if step.tokens is None or tokens <= step.tokens)
+
+    def multiplied(self, tokens: int, x_TI: Tensor) -> Tensor:
+        """The inputs that the kernel for so many tokens multiplies, in float64."""
+        return multiplied(_kernel(self.kernel_for(tokens)), x_TI)
 
     def prepare(self, packed: PackedTensor) -> dict[str, Tensor]:
         """The layouts of its kernels, tensors named `KERNEL__NAME`."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from maskgen.core.errors import clip
 from maskgen.core.packed import PackedTensor
-from sparse_serve.kernels import Kernel, LinearSpec
+from sparse_serve.kernels import Kernel, LinearSpec, multiplied
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.samples import dense_tile, random_dense_weight, random_input, random_weight
@@ -103,7 +103,7 @@ def _run(
     candidates = _candidates(spec, packed, kernels, dense, result.failed)
     sparse = {name: candidates[name] for name in kernels if name in candidates}
     for count in tokens:
-        _exclude_wrong(spec, packed, sparse, count, result.failed)
+        _exclude_wrong(spec, packed, kernels, sparse, count, result.failed)
         times = _take_turns(spec, candidates, count, result.failed)
         peers = [times.pop(name) for name in labels(dense) if name in times]
         if not peers:
@@ -148,14 +148,18 @@ def _take_turns(
 
 
 def _exclude_wrong(
-    spec: LinearSpec, packed: PackedTensor, kernels: Mapping[str, list[Linear]], tokens: int, failed: dict[str, str]
+    spec: LinearSpec,
+    packed: PackedTensor,
+    kernels: Mapping[str, Kernel],
+    made: Mapping[str, list[Linear]],
+    tokens: int,
+    failed: dict[str, str],
 ) -> None:
     """Compare what kernels compute with the product of the rows that the weight repeats, in float32."""
     x_TI, tile_OI = random_input(spec, tokens), dense_tile(spec, packed)
-    tile_TO = x_TI.float() @ tile_OI.T
 
-    def check(linear: Linear) -> None:
-        y_TO = linear(x_TI)
+    def check(name: str, linear: Linear) -> None:
+        y_TO, tile_TO = linear(x_TI), multiplied(kernels[name], x_TI).float() @ tile_OI.T
         if y_TO.shape != (tokens, spec.out_features):
             raise ValueError(f"its answer is {list(y_TO.shape)}, expected {[tokens, spec.out_features]}")
         wrong = [(part.float() - tile_TO[:, : part.shape[1]]).abs().max() for part in y_TO.split(len(tile_OI), dim=1)]
@@ -163,9 +167,9 @@ def _exclude_wrong(
         if not worst <= TOLERANCE[spec.dtype]:  # NaN is above it
             raise ValueError(f"its answer differs by {worst:.2g} of the largest output, with {tokens} tokens")
 
-    for name, copies in kernels.items():
+    for name, copies in made.items():
         if name not in failed:
-            _trying(name, failed, partial(check, copies[0]))
+            _trying(name, failed, partial(check, name, copies[0]))
 
 
 def _candidates(

@@ -12,7 +12,8 @@ to that dtype, too:
     |y - exact|  <=  gamma |w| |x|  +  u |exact|  (+ u |w| |x| for codes),     gamma = K e / (1 - K e)
 
 with e = 2^-23, u half a unit of the dtype, and |w| |x| the product of Euclidean norms, which is no less than the sum of
-the products' magnitudes (Cauchy and Schwarz). More than that is no rounding: a wrong weight, index or tile.
+the products' magnitudes (Cauchy and Schwarz). More than that is no rounding: a wrong weight, index or tile. Of a kernel
+that rounds its inputs, the exact product is that of the rounded ones, which it says (`kernels.multiplied`).
 
 Where the wrong outputs come from is found with inputs that are zero but for a few columns.
 
@@ -79,7 +80,12 @@ def compare(
     counts = sorted({count for before, last in pairwise([0, *limits]) for count in (before + 1, last)})
     with torch.inference_mode():
         outputs = {count: bound.linear(x_TI[:count], tensors, bias_O, spec.out_features) for count in counts}
-        found = _worst(spec, packed, x_TI, bias_O, outputs)
+        found: dict[int, _Worst] = {}
+        for kernel in choice.plan.kernels:
+            served = {count: y_TO for count, y_TO in outputs.items() if choice.plan.kernel_for(count) == kernel}
+            if served:
+                exact_x = choice.plan.multiplied(next(iter(served)), x_TI)
+                found |= _worst(spec, packed, exact_x, bias_O, served)
         results = []
         for before, last in pairwise([0, *limits]):
             at = max({before + 1, last}, key=lambda count: found[count].ratio)
@@ -90,20 +96,20 @@ def compare(
                 def linear(x_TI: Tensor) -> Tensor:
                     return bound.linear(x_TI, tensors, None, spec.out_features)
 
-                columns = _columns(spec, packed, linear, worst.wrong_T, rows)
+                exact_inputs = partial(choice.plan.multiplied, at)
+                columns = _columns(spec, packed, linear, exact_inputs, worst.wrong_T, rows)
             kernel = choice.plan.kernel_for(at)
             results.append(KernelParity(layer, kernel, before + 1, last, at, worst.error, worst.allowed, rows, columns))
     return results
 
 
 def _worst(
-    spec: LinearSpec, packed: PackedTensor, x_TI: Tensor, bias_O: Tensor | None, outputs: Mapping[int, Tensor]
+    spec: LinearSpec, packed: PackedTensor, exact_x: Tensor, bias_O: Tensor | None, outputs: Mapping[int, Tensor]
 ) -> dict[int, _Worst]:
     """The worst output of every call, by its number of tokens; exact products are made some rows at a time."""
-    none = partial(torch.zeros, dtype=torch.bool, device=x_TI.device)
+    none = partial(torch.zeros, dtype=torch.bool, device=exact_x.device)
     found = {count: _Worst(none(spec.out_features), none(count)) for count in outputs}
-    step = max(1, _TILE_BYTES // (8 * max(x_TI.shape)))
-    exact_x = x_TI.double()
+    step = max(1, _TILE_BYTES // (8 * max(exact_x.shape)))
     for first in range(0, spec.out_features, step):
         rows = slice(first, min(first + step, spec.out_features))
         bias = None if bias_O is None else bias_O[rows].double()
@@ -132,7 +138,12 @@ def _dense(packed: PackedTensor, rows: slice) -> Tensor:
 
 
 def _columns(
-    spec: LinearSpec, packed: PackedTensor, linear: Linear, wrong_T: Tensor, rows: tuple[int, int]
+    spec: LinearSpec,
+    packed: PackedTensor,
+    linear: Linear,
+    exact_inputs: Callable[[Tensor], Tensor],
+    wrong_T: Tensor,
+    rows: tuple[int, int],
 ) -> tuple[int, int] | None:
     """The first and last input that alone lead to wrong outputs among `rows`; None if none does.
 
@@ -149,7 +160,7 @@ def _columns(
         block_T = torch.full_like(wrong_T, -1, dtype=torch.long)
         block_T[slots] = torch.arange(first, first + len(slots), device=x_TI.device)
         probe_TI = x_TI * (block_I == block_T[:, None])
-        exact_TO, allowed_TO = _exact(spec, probe_TI.double(), weight_OI)
+        exact_TO, allowed_TO = _exact(spec, exact_inputs(probe_TI), weight_OI)
         difference = (linear(probe_TI)[:, chosen].double() - exact_TO).abs().nan_to_num(nan=torch.inf)
         ratios.append((difference / allowed_TO).amax(1)[slots])
     ratio_B = torch.cat(ratios)[:blocks]

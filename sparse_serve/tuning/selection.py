@@ -32,6 +32,7 @@ import torch
 import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.registry import names
+from maskgen.core.values import FLOAT
 from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
 from sparse_serve.runtime import cache, machine
 from sparse_serve.runtime.errors import KernelError
@@ -108,7 +109,8 @@ class Choice:
     def __str__(self) -> str:
         spec = self.spec
         what = f"{spec.out_features}x{spec.in_features} {spec.pattern} {str(spec.dtype).removeprefix('torch.')}"
-        values = "" if spec.values == "float" else f" {spec.values} values"
+        values = "" if spec.values == FLOAT else f" {spec.values} values"
+        values += "" if spec.activations == FLOAT else f", {spec.activations} activations allowed,"
         found = ", ".join(f"{bucket.tokens}: {bucket.kernel} {bucket.speedup:.2f}x" for bucket in self.buckets)
         why = "; ".join(f"{name}: {reason}" for name, reason in self.unsupported.items())
         return (

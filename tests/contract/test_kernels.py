@@ -1,7 +1,7 @@
 """Every file of `kernels/` keeps the contract: right numbers, no silent fallback, a custom op torch.compile accepts.
 
-The oracle is a dense matmul in float64 on fresh random weights. A kernel that refuses this machine is reported as
-skipped, with its reason.
+The oracle is a dense matmul in float64 on fresh random weights, of the inputs that the kernel says it multiplies. A
+kernel that refuses this machine is reported as skipped, with its reason.
 """
 
 import pytest
@@ -14,8 +14,8 @@ from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
-from maskgen.core.values import FLOAT, INT4, KINDS
-from sparse_serve.kernels import Kernel, LinearSpec, choose, supported
+from maskgen.core.values import FLOAT, INT4, INT8, KINDS
+from sparse_serve.kernels import Kernel, LinearSpec, choose, multiplied, supported
 from sparse_serve.runtime.errors import KernelError
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
@@ -37,7 +37,7 @@ def packed_weight(
 
 def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = None) -> Kernel:
     dtype = dtype or packed.values.dtype
-    spec = LinearSpec(*packed.shape, packed.pattern, dtype, packed.values.device.type, packed.kind, packed.group)
+    spec = LinearSpec(*packed.shape, packed.pattern, dtype, packed.values.device.type, packed.kind, packed.group, INT8)
     try:
         return choose(spec, name)
     except KernelError as error:
@@ -45,7 +45,7 @@ def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype | None = 
 
 
 def patterns_or_skip(name: str, dtype: torch.dtype, values: str) -> list[NMPattern]:
-    specs = {pattern: LinearSpec(64, 64, pattern, dtype, "cpu", values) for pattern in PATTERNS}
+    specs = {pattern: LinearSpec(64, 64, pattern, dtype, "cpu", values, activations=INT8) for pattern in PATTERNS}
     taken = [pattern for pattern, spec in specs.items() if name in supported(spec)[0]]
     if not taken:
         pytest.skip(f"{name}: {supported(specs[PATTERNS[0]])[1][name]}")
@@ -68,10 +68,11 @@ def test_equals_dense_in_float64(name: str, dtype: torch.dtype, values: str, dat
     bias_O = torch.randn(rows, dtype=dtype) if data.draw(st.booleans()) else None
     x_TI = torch.randn(*leading, columns, dtype=dtype)
     y_TO = kernel.linear(x_TI, kernel.prepare(packed), bias_O)
-    expected = x_TI.double() @ packed.unpack().double().T + (0 if bias_O is None else bias_O.double())
+    inputs_TI = multiplied(kernel, x_TI)
+    expected = inputs_TI @ packed.unpack().double().T + (0 if bias_O is None else bias_O.double())
     assert y_TO.dtype == dtype
     assert y_TO.shape == (*leading, rows)
-    scale = (x_TI.double().abs() @ packed.unpack().double().abs().T) + 1.0
+    scale = (inputs_TI.abs() @ packed.unpack().double().abs().T) + 1.0
     assert ((y_TO.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
 
 

@@ -48,6 +48,15 @@ inline int64_t best_isa() {
 #endif
 }
 
+// Whether it has what vnni.cpp is compiled for.
+inline bool has_vnni() {
+#if defined(__x86_64__)
+  return best_isa() >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
 // Empty, or why code for the instruction set `wanted` (-1: the best) must not run on a processor whose best is `best`.
 inline std::string isa_refusal(int64_t wanted, int64_t best) {
   if (wanted >= -1 && wanted <= best) return "";

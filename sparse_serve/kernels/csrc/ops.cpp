@@ -2,8 +2,10 @@
 //
 //     sparse_serve_cpu::pack(values, bitmask, scale?) -> uint8 [bytes]     the blocks of layout.h; scale of int4 only
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
+//     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?) -> y   the same, with x rounded to int8
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
+//     sparse_serve_cpu::vnni() -> bool     whether it has what linear_int8 needs
 //
 // `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
 // say what was given and what was expected.
@@ -36,6 +38,8 @@ using torch::stable::Tensor;
 constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
 
 int64_t isa() { return best_isa(); }
+
+bool vnni_here() { return has_vnni(); }
 
 Run runner(int64_t wanted) {
   const int64_t best = best_isa();
@@ -147,10 +151,9 @@ Tensor tiles_of(const Linear& op, const Tensor& blocks) {
 }
 #endif
 
-Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
-              const std::optional<Tensor>& bias, int64_t wanted) {
-  const Tensor x = torch::stable::contiguous(input);
-  const Run run = runner(wanted);
+// What the operators are given, as `Linear`; y is still to be set.
+Linear checked(const Tensor& x, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(form.dim() == 3, "form is ", text(form), ", expected [rows, 0, columns]");
   const int64_t rows = form.size(0), columns = form.size(2);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
@@ -164,14 +167,35 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
   if (scale) check_per_row(*scale, "scale", ScalarType::Float, rows);
   STD_TORCH_CHECK(scale || kind != Values::kInt8, "scale is missing, expected Float [", rows, "]: values are Char");
   STD_TORCH_CHECK(!scale || kind != Values::kInt4, "scale is given, expected none: those of Byte values are in the blocks");
+  return {static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, columns ? x.numel() / columns : 0, rows, columns,
+          x.const_data_ptr(), nullptr, scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+          bias ? bias->const_data_ptr() : nullptr, of_x};
+}
+
+// y for it, [..., rows].
+Tensor outputs(const Tensor& x, Linear& op) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = rows;
+  shape.back() = op.rows;
   Tensor y = torch::stable::new_empty(x, shape);
-  const int64_t tokens = columns ? x.numel() / columns : 0;
-  if (tokens == 0 || rows == 0) return y;
-  Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, tokens, rows, columns, x.const_data_ptr(),
-            y.mutable_data_ptr(), scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
-            bias ? bias->const_data_ptr() : nullptr, of_x};
+  op.y = y.mutable_data_ptr();
+  return y;
+}
+
+void run_threads(Run run, const Linear& op, int64_t worth_a_thread) {
+  const int64_t worth = ceil_div(op.tokens * op.columns * op.rows, worth_a_thread);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(op, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    run_shares(run, op, tile, first, last, threads);
+  });
+}
+
+Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
+              const std::optional<Tensor>& bias, int64_t wanted) {
+  const Tensor x = torch::stable::contiguous(input);
+  const Run run = runner(wanted);
+  Linear op = checked(x, blocks, form, scale, bias);
+  Tensor y = outputs(x, op);
+  if (op.tokens == 0 || op.rows == 0) return y;
 #if SPARSE24_AMX
   std::optional<Tensor> tiles;
   if (run == amx::run && amx::takes(op)) {
@@ -179,11 +203,32 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
     op.tiles = static_cast<const uint8_t*>(tiles->const_data_ptr());
   }
 #endif
-  const int64_t worth = ceil_div(tokens * columns * rows, op.tiles ? kWorthAThreadOfTiles : kWorthAThread);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth), tile = tile_of(op, threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    run_shares(run, op, tile, first, last, threads);
-  });
+  run_threads(run, op, op.tiles ? kWorthAThreadOfTiles : kWorthAThread);
+  return y;
+}
+
+Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias) {
+  constexpr int64_t kInputsAThread = 1 << 15;
+  STD_TORCH_CHECK(has_vnni(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
+  const Tensor x = torch::stable::contiguous(input);
+  Linear op = checked(x, blocks, form, scale, bias);
+  STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
+                  ", expected Char or Byte: what meets int8 inputs are codes");
+  STD_TORCH_CHECK(op.columns <= kMostColumns, "the weight has ", op.columns, " columns, expected at most ", kMostColumns,
+                  ": sums of more do not fit into 32 bits");
+  Tensor y = outputs(x, op);
+  if (op.tokens == 0 || op.rows == 0) return y;
+#if defined(__x86_64__)
+  op.rounded.stride = op.tokens * kColumns;
+  const Tensor codes = torch::stable::new_empty(blocks, {op.rounded.stride * column_blocks(op.columns) + 4 * op.tokens});
+  uint8_t* start = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  float* scales = reinterpret_cast<float*>(start + op.rounded.stride * column_blocks(op.columns));
+  op.rounded.codes = start, op.rounded.scale = scales;
+  torch::stable::parallel_for(0, op.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
+                              [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, start, scales); });
+  run_threads(vnni::run, op, kWorthAThread);
+#endif
   return y;
 }
 
@@ -207,17 +252,23 @@ int64_t read(const Tensor& bytes) {
 
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
+  m.def("vnni() -> bool");
   m.def("read(Tensor bytes) -> int");
   m.def("pack(Tensor values, Tensor bitmask, Tensor? scale=None) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
   m.impl("read", TORCH_BOX(&read));
   m.impl("pack", TORCH_BOX(&pack_weight));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("vnni", TORCH_BOX(&vnni_here));
+}
 
 }  // namespace sparse24

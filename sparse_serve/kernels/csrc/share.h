@@ -8,15 +8,16 @@
 namespace sparse24 {
 
 // What a unit of some tokens costs. Reading its weights takes as long as the products of 8 tokens, so a tile of fewer is
-// no cheaper. For AMX, reading them and making them dense takes as long as the products of some 48.
+// no cheaper. For AMX, reading them and making them dense takes as long as the products of some 48. Rounded inputs share
+// superblocks likewise: what they cost more is little.
 inline int64_t work_of(const Linear& op, int64_t tokens) {
   constexpr int64_t kReading = 8, kExpanding = 48;
   return op.tiles ? kExpanding + tokens : std::max(kReading, tokens);
 }
 
-// With tiles the weights of a unit are made dense for all of its tokens, so it has as many as let the longest share end
+// With tiles the weights of a unit are made dense (with rounded inputs: made ready) for all of its tokens, so it has as many as let the longest share end
 // soonest: all, if superblocks alone can be dealt out.
-inline int64_t tile_of_tiles(const Linear& op, int64_t threads) {
+inline int64_t tile_of_most(const Linear& op, int64_t threads) {
   const int64_t supers = superblocks(op.rows), most = std::min(ceil_div(op.tokens, kLanes), 2 * threads);
   int64_t best = op.tokens, least = INT64_MAX;
   for (int64_t count = 1; count <= most; ++count) {
@@ -33,7 +34,7 @@ inline int64_t tile_of_tiles(const Linear& op, int64_t threads) {
 inline int64_t tile_of(const Linear& op, int64_t threads) {
   constexpr int64_t kSome = 32, kUnits = 8;
   const int64_t tokens = op.tokens, rows = op.rows;
-  if (op.tiles) return tile_of_tiles(op, threads);
+  if (op.tiles || op.rounded.codes) return tile_of_most(op, threads);
   const int64_t supers = superblocks(rows), most = ceil_div(supers, threads) * kSuper * threads;
   for (int64_t tile : {int64_t{kMany}, kSome}) {
     if (tokens >= 2 * kMany && ceil_div(tokens, tile) * supers >= kUnits * threads) return tile;
@@ -66,6 +67,7 @@ inline Linear tokens_of(Linear op, int64_t first, int64_t count) {
   op.x = static_cast<const uint8_t*>(op.x) + first * op.columns * bytes;
   op.y = static_cast<uint8_t*>(op.y) + first * op.rows * bytes;
   if (op.tiles) op.tiles += first / kLanes * tile_bytes(op.columns);
+  if (op.rounded.codes) op.rounded.codes += first * kColumns, op.rounded.scale += first;
   op.tokens = std::min(count, op.tokens - first);
   return op;
 }

@@ -92,13 +92,32 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
     op.tiles = tiles.data()->bytes;
   }
 #endif
+  std::vector<Line> codes;
+  std::vector<float> steps(tokens);
+#if defined(__x86_64__)
+  if (run == vnni::run) {
+    op.rounded.stride = tokens * kColumns;
+    codes.resize(column_blocks(columns) * op.rounded.stride / sizeof(Line));
+    for (int64_t half : {tokens / 2, tokens}) {  // by two threads
+      vnni::round_tokens(op, half == tokens ? tokens / 2 : 0, half, codes.data()->bytes, steps.data());
+    }
+    op.rounded.codes = codes.data()->bytes, op.rounded.scale = steps.data();
+  }
+#endif
   const int64_t tile = tile_of(op, threads);
   for (int64_t share = 0; share < threads; ++share) run_shares(run, op, tile, share, share + 1, threads);
   for (int64_t token = 0; token < tokens; ++token) {
     for (int64_t row = 0; row < rows; ++row) {
       double expected = biased ? bias.at(row) : 0, size = 1;
       for (int64_t column = 0; column < columns; ++column) {
-        const double product = double(x.at(token * columns + column)) * dense[row * columns + column];
+        double input = x.at(token * columns + column);
+        if (!codes.empty()) {
+          const int64_t at = column / kColumns * op.rounded.stride + token * kColumns + column % kColumns;
+          const double rounded = (codes.data()->bytes[at] - 128) * double(steps[token]);
+          if (std::fabs(rounded - input) > 0.5001 * steps[token]) return 1;
+          input = rounded;
+        }
+        const double product = input * dense[row * columns + column];
         expected += product;
         size += std::fabs(product);
       }
@@ -125,11 +144,11 @@ void visit(const Linear& op, int64_t first, int64_t last) {
 
 // Every product is one share's; and of many tokens and rows no share is a quarter larger than the mean, nor for AMX by
 // more than a superblock, for which weights are made dense once.
-int check_shares(int64_t tokens, int64_t rows, int64_t threads, bool tiled) {
+int check_shares(int64_t tokens, int64_t rows, int64_t threads, bool tiled, bool rounded) {
   std::vector<float> x(tokens * 8), y(tokens * rows);
   std::vector<uint8_t> tiles(ceil_div(tokens, kLanes) * tile_bytes(8));
   const Linear op{nullptr, Values::kFloat32, tokens, rows, 8, x.data(), y.data(), nullptr, y.data(), Floats::kFloat32,
-                  tiled ? tiles.data() : nullptr};
+                  tiled ? tiles.data() : nullptr, {rounded ? tiles.data() : nullptr, x.data(), 0}};
   const int64_t tile = tile_of(op, threads), supers = superblocks(rows);
   visits.assign(tokens * supers, 0);
   double all = 0, most = 0;
@@ -172,6 +191,7 @@ int main() {
 #if defined(__x86_64__)
       {"avx2", avx2::run, best_isa() >= 1},
       {"avx512", avx512::run, best_isa() >= 2},
+      {"vnni", vnni::run, has_vnni()},
 #endif
 #if SPARSE24_AMX
       {"amx", amx::run, best_isa() >= 3},
@@ -181,7 +201,7 @@ int main() {
   for (int64_t tokens : {1, 7, 31, 32, 63, 64, 127, 128, 129, 135, 160, 200, 257}) {
     for (int64_t rows : {16, 300, 512, 576, 1153, 4096}) {
       for (int64_t threads : {1, 2, 3, 5, 16, 32}) {
-        for (bool tiled : {false, true}) wrong += check_shares(tokens, rows, threads, tiled), ++checked;
+        for (int way : {0, 1, 2}) wrong += check_shares(tokens, rows, threads, way == 1, way == 2), ++checked;
       }
     }
   }
@@ -189,6 +209,9 @@ int main() {
     if (!isa.here) continue;
     std::printf("%s ", isa.name);
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8, Values::kInt4}) {
+#if defined(__x86_64__)
+      if (isa.run == vnni::run && kind != Values::kInt8 && kind != Values::kInt4) continue;
+#endif
       for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
         for (int64_t tokens : {1, 2, 3, 5, 16, 17, 33, 64, 82}) {
           for (int64_t rows : {1, 16, 37, 300}) {
@@ -198,7 +221,7 @@ int main() {
             }
           }
         }
-        for (int64_t tokens : {1, 6, 65}) {  // more than one group of superblocks, for few tokens and for many
+        for (int64_t tokens : {1, 6, 65, 300}) {  // more than one group of superblocks, for few tokens and for many
           const int64_t columns = tokens >= 64 && io == Floats::kBFloat16 ? 1032 : 136;
           wrong += check(isa.run, isa.name, kind, io, tokens, 1153, columns, tokens == 1 ? 3 : 1, tokens != 6), ++checked;
         }

@@ -1,0 +1,246 @@
+// int8 activations: AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which makes the controls.
+//
+//     for each superblock, for each tile of tokens:
+//         for each 128 columns:
+//             for each two blocks of 16 rows:        made ready: of each 8 columns 16 times 4 values, and 4 controls
+//                 for each 12 tokens:                their sums in registers
+//                     for each 8 columns:            per token and block 1 byte shuffle and 1 product of 64 bytes
+//
+// The 8 inputs of two groups lie in every lane, and a control says which four of them a row keeps. A dense kernel needs
+// two products for what is one shuffle and one product here, and shuffles have a port of their own.
+//
+// Products are of unsigned inputs and signed weights, so an input's code is stored with 128 added; `offset` is what
+// that adds to a row's sum. Sums are whole numbers, so neither tokens, threads nor tiles change a result.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "layout.h"  // before the pragma: what it declares is for every processor
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma")
+#endif
+#include "activations.h"
+
+namespace sparse24 {
+namespace {
+
+constexpr int kTile = 128;           // tokens of a tile
+constexpr int kSome = 12;            // of them whose sums of two blocks fit into registers
+constexpr int kSteps = kGroups / 2;  // of 8 columns
+constexpr int kZero = 128;           // the code of 0
+constexpr int kFar = 8, kNear = 4;
+
+// A block made ready.
+struct Ready {
+  alignas(64) uint8_t values[kSteps][64];    // [step][row][left, right, left, right]
+  alignas(64) uint8_t controls[kSteps][64];  // of each value, which of the 8 columns it belongs to
+  alignas(64) int32_t offset[kLanes];        // kZero times the sum of a row's values
+  alignas(64) float scales[kLanes];          // int4 only
+};
+
+// By code, with 8 added for the right value, and 16 for the second group: the column.
+struct ColumnTable {
+  alignas(64) uint8_t at[64];
+  constexpr ColumnTable() : at() {
+    constexpr int kKept[2][8] = {{0, 0, 0, 1, 1, 2, 0, 0}, {1, 2, 3, 2, 3, 3, 0, 0}};
+    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(kKept[i / 8 % 2][i % 8] + (i & 16 ? 4 : 0));
+  }
+};
+constexpr ColumnTable kColumnTable;
+
+// The number of a nibble, whatever else is in its byte.
+struct NibbleTable {
+  alignas(64) int8_t at[64];
+  constexpr NibbleTable() : at() {
+    for (int i = 0; i < 64; ++i) at[i] = static_cast<int8_t>(i % 16 < 8 ? i % 16 : i % 16 - 16);
+  }
+};
+constexpr NibbleTable kNibbleTable;
+
+// Which bits become the four bytes of a row, of two rows in a quadword.
+INLINE __m512i bits(int a, int b, int c, int d) {
+  const uint32_t low = a | b << 8 | c << 16 | d << 24;
+  return _mm512_set1_epi64(static_cast<int64_t>(low | static_cast<uint64_t>(low + 0x20202020u) << 32));
+}
+
+INLINE __m512i product(__m512i sum, __m512i inputs, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(inputs), "v"(weights));  // GCC 12 copies sums of the intrinsic
+  return sum;
+}
+
+template <Values kValues>
+__attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
+  constexpr int kBytes = block_bytes(kValues);
+  const __m512i columns = _mm512_load_si512(kColumnTable.at), numbers = _mm512_load_si512(kNibbleTable.at);
+  const __m512i places = _mm512_set1_epi32(0x18100800), code = _mm512_set1_epi8(7), zero = _mm512_set1_epi8(-kZero);
+  const __m512i rows = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512i offset = _mm512_setzero_si512();
+  for (int line = 0; line < kBytes; line += 64) {
+    __builtin_prefetch(block + kFar * kBytes + line, 0, 2);
+    __builtin_prefetch(block + kNear * kBytes + line);
+  }
+  for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
+    const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int step = quarter * 4 + i;
+      const __m512i two = _mm512_multishift_epi64_epi8(bits(8 * i, 8 * i, 8 * i + 4, 8 * i + 4), codes);
+      const __m512i index = _mm512_ternarylogic_epi32(two, code, places, 0xea);
+      _mm512_store_si512(out.controls[step], _mm512_permutexvar_epi8(index, columns));
+      __m512i kept;
+      if constexpr (kValues == Values::kInt4) {
+        const int at = 8 * (i % 2);  // in 4 nibbles of left values, then 4 of right ones
+        const __m512i eight = _mm512_loadu_si512(block + kCodeBytes + step / 2 * 64);
+        kept = _mm512_multishift_epi64_epi8(bits(at, 16 + at, at + 4, 20 + at), eight);
+        kept = _mm512_permutexvar_epi8(kept, numbers);
+      } else {
+        kept = _mm512_permutexvar_epi16(rows, _mm512_loadu_si512(block + kCodeBytes + step * 64));
+      }
+      _mm512_store_si512(out.values[step], kept);
+      offset = product(offset, zero, kept);
+    }
+  }
+  _mm512_store_si512(out.offset, offset);
+  if constexpr (kValues == Values::kInt4) {
+    _mm512_store_si512(out.scales, _mm512_loadu_si512(block + kCodeBytes + kSteps / 2 * 64));
+  }
+}
+
+// kCount tokens by 16 rows, 128 columns; codes [token][128], sums [token][row].
+template <Values kValues, int kCount>
+__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, int32_t* sums) {
+  constexpr bool kScaled = kValues == Values::kInt4;
+  __m512i acc[kCount];
+#pragma GCC unroll 24
+  for (int m = 0; m < kCount; ++m) acc[m] = kScaled ? _mm512_setzero_si512() : _mm512_load_si512(sums + m * kLanes);
+#pragma GCC unroll 1
+  for (int step = 0; step < kSteps; ++step, codes += 8) {
+    const __m512i values = _mm512_load_si512(ready.values[step]), controls = _mm512_load_si512(ready.controls[step]);
+#pragma GCC unroll 24
+    for (int m = 0; m < kCount; ++m) {
+      int64_t eight;
+      __builtin_memcpy(&eight, codes + m * kColumns, 8);
+      acc[m] = product(acc[m], _mm512_shuffle_epi8(_mm512_set1_epi64(eight), controls), values);
+    }
+  }
+#pragma GCC unroll 24
+  for (int m = 0; m < kCount; ++m, sums += kLanes) {
+    if constexpr (kScaled) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], _mm512_load_si512(ready.offset)));
+      _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_load_ps(ready.scales), _mm512_load_ps(sums)));
+    } else {
+      _mm512_store_si512(sums, acc[m]);
+    }
+  }
+}
+
+template <Values kValues>
+void multiply_all(const Ready& ready, const uint8_t* codes, int tokens, int32_t* sums) {
+  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, sums += count * kLanes) {
+#define COUNT(n)                             \
+  if (tokens >= (count = n)) {               \
+    multiply<kValues, n>(ready, codes, sums); \
+    continue;                                \
+  }
+    COUNT(24) COUNT(16) COUNT(12) COUNT(8) COUNT(4) COUNT(2) COUNT(1)
+#undef COUNT
+  }
+}
+
+// What a tile of tokens makes of a superblock.
+struct Scratch {
+  alignas(64) int32_t sums[kSuper][kTile * kLanes];  // of int4 values they are float32
+  alignas(64) int32_t offset[kSuper][kLanes];
+  Ready ready;
+};
+
+template <Values kValues>
+void sum_up(const Linear& op, int64_t super, int64_t token, int tokens, Scratch& own) {
+  constexpr int kBytes = block_bytes(kValues);
+  const int64_t parts = column_blocks(op.columns);
+  const int count = blocks_of(op.rows, super);
+  const uint8_t* data = op.blocks + super * kSuper * parts * kBytes;
+  for (int b = 0; b < count; ++b) __builtin_memset(own.sums[b], 0, tokens * kLanes * 4);
+  __builtin_memset(own.offset, 0, sizeof(own.offset));
+  for (int64_t part = 0; part < parts; ++part) {
+    const uint8_t* codes = op.rounded.codes + part * op.rounded.stride + token * kColumns;
+    for (int b = 0; b < count; ++b, data += kBytes) {
+      make_ready<kValues>(data, own.ready);
+      for (int row = 0; row < kLanes; ++row) own.offset[b][row] += own.ready.offset[row];
+      multiply_all<kValues>(own.ready, codes, tokens, own.sums[b]);
+    }
+  }
+}
+
+template <Values kValues>
+void run_values(const Linear& op, int64_t first, int64_t last) {
+  static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
+  if (!own) own = std::make_unique<Scratch>();
+  for (int64_t super = first; super < last; ++super) {
+    for (int64_t token = 0; token < op.tokens; token += kTile) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kTile, op.tokens - token));
+      sum_up<kValues>(op, super, token, tokens, *own);
+      for (int b = 0; b < blocks_of(op.rows, super); ++b) {
+        float* sums = reinterpret_cast<float*>(own->sums[b]);
+        for (int m = 0; m < tokens; ++m) {
+          __m512 sum = _mm512_load_ps(sums + m * kLanes);
+          if constexpr (kValues != Values::kInt4) {
+            const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_load_si512(own->offset[b]));
+            sum = _mm512_cvtepi32_ps(whole);
+          }
+          _mm512_store_ps(sums + m * kLanes, _mm512_mul_ps(sum, _mm512_set1_ps(op.rounded.scale[token + m])));
+        }
+        write_outputs(op, sums, (super * kSuper + b) * kLanes, token, tokens);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void vnni::run(const Linear& op, int64_t first, int64_t last) {
+  op.values == Values::kInt4 ? run_values<Values::kInt4>(op, first, last) : run_values<Values::kInt8>(op, first, last);
+}
+
+// The largest magnitude becomes 127, as in vLLM's dynamic quantisation of activations. A token with an input that is not
+// finite has no scale (NaN), which all its outputs show; one whose inputs are all next to nothing counts as zero.
+void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* codes, float* scale) {
+  constexpr float kNothing = 1e-30f;
+  alignas(64) float x[kColumns];
+  for (int64_t token = first; token < last; ++token) {
+    __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
+    for (int64_t column = 0; column < op.columns; column += kColumns) {
+      read_inputs(op, token, column, x);
+      for (int i = 0; i < kColumns; i += kLanes) {
+        const __m512i size = _mm512_and_si512(_mm512_load_si512(x + i), _mm512_set1_epi32(0x7fffffff));
+        most = _mm512_max_epi32(most, size);
+      }
+    }
+    const float largest = of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
+    const bool finite = largest <= std::numeric_limits<float>::max(), counts = finite && largest > kNothing;
+    const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
+    scale[token] = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
+    for (int64_t column = 0; column < op.columns; column += kColumns) {
+      uint8_t* to = codes + column / kColumns * op.rounded.stride + token * kColumns;
+      read_inputs(op, token, column, x);
+      for (int i = 0; i < kColumns; i += kLanes) {
+        const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(kZero));
+        _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(code));
+      }
+    }
+  }
+}
+
+}  // namespace sparse24
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -60,12 +60,12 @@ struct Scales {
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last, Scales scales = {});
 
-// Activations rounded to int8 with a scale for each token: of each 128 columns the codes [token][128], 128 added to each,
-// `stride` bytes in all. No codes: they are not rounded.
+// Activations rounded to int8: of each 128 columns the codes [token][128], 128 added to each, and a scale for each token.
+// No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;
-  int64_t stride = 0;
+  int64_t tokens = 0;
 };
 
 // y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all of one kind.
@@ -95,9 +95,6 @@ bool takes(const Linear&);  // whether it has a way of its own for the layer, an
 void pack_tokens(const Linear&, int64_t first, int64_t last, uint8_t* out);  // tokens from 16 * first on; out is for all
 void run(const Linear&, int64_t first, int64_t last);
 }  // namespace amx
-
-// Sums of codes up to 255 times 128 fit into 32 bits with so many.
-constexpr int64_t kMostColumns = 1 << 17;
 
 // For activations rounded before, by all threads, and int8 or int4 values.
 namespace vnni {

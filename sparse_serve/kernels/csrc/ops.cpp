@@ -215,18 +215,16 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
                   ", expected Char or Byte: what meets int8 inputs are codes");
-  STD_TORCH_CHECK(op.columns <= kMostColumns, "the weight has ", op.columns, " columns, expected at most ", kMostColumns,
-                  ": sums of more do not fit into 32 bits");
   Tensor y = outputs(x, op);
   if (op.tokens == 0 || op.rows == 0) return y;
 #if defined(__x86_64__)
-  op.rounded.stride = op.tokens * kColumns;
-  const Tensor codes = torch::stable::new_empty(blocks, {op.rounded.stride * column_blocks(op.columns) + 4 * op.tokens});
-  uint8_t* start = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  float* scales = reinterpret_cast<float*>(start + op.rounded.stride * column_blocks(op.columns));
-  op.rounded.codes = start, op.rounded.scale = scales;
+  const int64_t scaled = op.tokens * column_blocks(op.columns);  // times 128 columns of a token
+  const Tensor rounded = torch::stable::new_empty(blocks, {scaled * (kColumns + int64_t{sizeof(float)})});
+  uint8_t* codes = static_cast<uint8_t*>(rounded.mutable_data_ptr());
+  float* scales = reinterpret_cast<float*>(codes + scaled * kColumns);
+  op.rounded = {codes, scales, op.tokens};
   torch::stable::parallel_for(0, op.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
-                              [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, start, scales); });
+                              [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, codes, scales); });
   run_threads(vnni::run, op, kWorthAThread);
 #endif
   return y;

@@ -15,8 +15,8 @@ inline int64_t work_of(const Linear& op, int64_t tokens) {
   return op.tiles ? kExpanding + tokens : std::max(kReading, tokens);
 }
 
-// With tiles the weights of a unit are made dense (with rounded inputs: made ready) for all of its tokens, so it has as many as let the longest share end
-// soonest: all, if superblocks alone can be dealt out.
+// With tiles, and with rounded inputs, weights are made ready for all tokens of a unit, so it has as many as let the
+// longest share end soonest: all, if superblocks alone can be dealt out.
 inline int64_t tile_of_most(const Linear& op, int64_t threads) {
   const int64_t supers = superblocks(op.rows), most = std::min(ceil_div(op.tokens, kLanes), 2 * threads);
   int64_t best = op.tokens, least = INT64_MAX;

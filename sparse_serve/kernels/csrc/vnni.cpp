@@ -1,16 +1,17 @@
 // int8 activations: AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which makes the controls.
 //
 //     for each superblock, for each tile of tokens:
-//         for each 128 columns:
-//             for each two blocks of 16 rows:        made ready: of each 8 columns 16 times 4 values, and 4 controls
-//                 for each 12 tokens:                their sums in registers
-//                     for each 8 columns:            per token and block 1 byte shuffle and 1 product of 64 bytes
+//         for each 128 columns, for each block of 16 rows:
+//             make it ready                          of each 8 columns, per row 4 values and 4 controls
+//             for each 24 tokens:                    their sums of codes in registers
+//                 for each 8 columns:                per token 1 byte shuffle and 1 product of 64 bytes
 //
 // The 8 inputs of two groups lie in every lane, and a control says which four of them a row keeps. A dense kernel needs
 // two products for what is one shuffle and one product here, and shuffles have a port of their own.
 //
 // Products are of unsigned inputs and signed weights, so an input's code is stored with 128 added; `offset` is what
-// that adds to a row's sum. Sums are whole numbers, so neither tokens, threads nor tiles change a result.
+// that adds to a row's sum. Inputs have a scale for each 128 columns, so an outlier costs only its neighbours digits.
+// Codes are summed as whole numbers, and sums of 128 columns in float32, always in the same order.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -31,10 +32,9 @@ namespace sparse24 {
 namespace {
 
 constexpr int kTile = 128;           // tokens of a tile
-constexpr int kSome = 12;            // of them whose sums of two blocks fit into registers
 constexpr int kSteps = kGroups / 2;  // of 8 columns
 constexpr int kZero = 128;           // the code of 0
-constexpr int kFar = 8, kNear = 4;
+constexpr int kFar = 8, kNear = 4;   // blocks that are asked for, into L2 and into L1, before they are needed
 
 // A block made ready.
 struct Ready {
@@ -113,13 +113,12 @@ __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
   }
 }
 
-// kCount tokens by 16 rows, 128 columns; codes [token][128], sums [token][row].
+// kCount tokens by 16 rows, 128 columns; codes [token][128], a scale for each token, sums [token][row].
 template <Values kValues, int kCount>
-__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, int32_t* sums) {
-  constexpr bool kScaled = kValues == Values::kInt4;
+__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, float* sums) {
   __m512i acc[kCount];
 #pragma GCC unroll 24
-  for (int m = 0; m < kCount; ++m) acc[m] = kScaled ? _mm512_setzero_si512() : _mm512_load_si512(sums + m * kLanes);
+  for (int m = 0; m < kCount; ++m) acc[m] = _mm512_setzero_si512();
 #pragma GCC unroll 1
   for (int step = 0; step < kSteps; ++step, codes += 8) {
     const __m512i values = _mm512_load_si512(ready.values[step]), controls = _mm512_load_si512(ready.controls[step]);
@@ -132,73 +131,49 @@ __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes
   }
 #pragma GCC unroll 24
   for (int m = 0; m < kCount; ++m, sums += kLanes) {
-    if constexpr (kScaled) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], _mm512_load_si512(ready.offset)));
-      _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_load_ps(ready.scales), _mm512_load_ps(sums)));
-    } else {
-      _mm512_store_si512(sums, acc[m]);
-    }
+    __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], _mm512_load_si512(ready.offset)));
+    if constexpr (kValues == Values::kInt4) sum = _mm512_mul_ps(sum, _mm512_load_ps(ready.scales));
+    _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[m]), _mm512_load_ps(sums)));
   }
 }
 
 template <Values kValues>
-void multiply_all(const Ready& ready, const uint8_t* codes, int tokens, int32_t* sums) {
-  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, sums += count * kLanes) {
-#define COUNT(n)                             \
-  if (tokens >= (count = n)) {               \
-    multiply<kValues, n>(ready, codes, sums); \
-    continue;                                \
+void multiply_all(const Ready& ready, const uint8_t* codes, const float* scale, int tokens, float* sums) {
+  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, scale += count, sums += count * kLanes) {
+#define COUNT(n)                                    \
+  if (tokens >= (count = n)) {                      \
+    multiply<kValues, n>(ready, codes, scale, sums); \
+    continue;                                       \
   }
     COUNT(24) COUNT(16) COUNT(12) COUNT(8) COUNT(4) COUNT(2) COUNT(1)
 #undef COUNT
   }
 }
 
-// What a tile of tokens makes of a superblock.
-struct Scratch {
-  alignas(64) int32_t sums[kSuper][kTile * kLanes];  // of int4 values they are float32
-  alignas(64) int32_t offset[kSuper][kLanes];
-  Ready ready;
-};
-
-template <Values kValues>
-void sum_up(const Linear& op, int64_t super, int64_t token, int tokens, Scratch& own) {
-  constexpr int kBytes = block_bytes(kValues);
-  const int64_t parts = column_blocks(op.columns);
-  const int count = blocks_of(op.rows, super);
-  const uint8_t* data = op.blocks + super * kSuper * parts * kBytes;
-  for (int b = 0; b < count; ++b) __builtin_memset(own.sums[b], 0, tokens * kLanes * 4);
-  __builtin_memset(own.offset, 0, sizeof(own.offset));
-  for (int64_t part = 0; part < parts; ++part) {
-    const uint8_t* codes = op.rounded.codes + part * op.rounded.stride + token * kColumns;
-    for (int b = 0; b < count; ++b, data += kBytes) {
-      make_ready<kValues>(data, own.ready);
-      for (int row = 0; row < kLanes; ++row) own.offset[b][row] += own.ready.offset[row];
-      multiply_all<kValues>(own.ready, codes, tokens, own.sums[b]);
-    }
-  }
-}
-
 template <Values kValues>
 void run_values(const Linear& op, int64_t first, int64_t last) {
+  struct Scratch {
+    alignas(64) float sums[kSuper][kTile * kLanes];
+    Ready ready;
+  };
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own = std::make_unique<Scratch>();
+  const int64_t parts = column_blocks(op.columns);
   for (int64_t super = first; super < last; ++super) {
+    const int count = blocks_of(op.rows, super);
     for (int64_t token = 0; token < op.tokens; token += kTile) {
       const int tokens = static_cast<int>(std::min<int64_t>(kTile, op.tokens - token));
-      sum_up<kValues>(op, super, token, tokens, *own);
-      for (int b = 0; b < blocks_of(op.rows, super); ++b) {
-        float* sums = reinterpret_cast<float*>(own->sums[b]);
-        for (int m = 0; m < tokens; ++m) {
-          __m512 sum = _mm512_load_ps(sums + m * kLanes);
-          if constexpr (kValues != Values::kInt4) {
-            const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_load_si512(own->offset[b]));
-            sum = _mm512_cvtepi32_ps(whole);
-          }
-          _mm512_store_ps(sums + m * kLanes, _mm512_mul_ps(sum, _mm512_set1_ps(op.rounded.scale[token + m])));
+      const uint8_t* data = op.blocks + super * kSuper * parts * block_bytes(kValues);
+      for (int b = 0; b < count; ++b) __builtin_memset(own->sums[b], 0, tokens * kLanes * sizeof(float));
+      for (int64_t part = 0; part < parts; ++part) {
+        const uint8_t* codes = op.rounded.codes + (part * op.rounded.tokens + token) * kColumns;
+        const float* scale = op.rounded.scale + part * op.rounded.tokens + token;
+        for (int b = 0; b < count; ++b, data += block_bytes(kValues)) {
+          make_ready<kValues>(data, own->ready);
+          multiply_all<kValues>(own->ready, codes, scale, tokens, own->sums[b]);
         }
-        write_outputs(op, sums, (super * kSuper + b) * kLanes, token, tokens);
       }
+      for (int b = 0; b < count; ++b) write_outputs(op, own->sums[b], (super * kSuper + b) * kLanes, token, tokens);
     }
   }
 }
@@ -209,31 +184,28 @@ void vnni::run(const Linear& op, int64_t first, int64_t last) {
   op.values == Values::kInt4 ? run_values<Values::kInt4>(op, first, last) : run_values<Values::kInt8>(op, first, last);
 }
 
-// The largest magnitude becomes 127, as in vLLM's dynamic quantisation of activations. A token with an input that is not
-// finite has no scale (NaN), which all its outputs show; one whose inputs are all next to nothing counts as zero.
+// Of each 128 columns of a token the largest magnitude becomes 127. Where an input is not finite the scale is NaN, which
+// all outputs of the token show; where all are next to nothing they count as zero.
 void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* codes, float* scale) {
   constexpr float kNothing = 1e-30f;
   alignas(64) float x[kColumns];
   for (int64_t token = first; token < last; ++token) {
-    __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
     for (int64_t column = 0; column < op.columns; column += kColumns) {
+      const int64_t at = column / kColumns * op.rounded.tokens + token;
+      __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
       read_inputs(op, token, column, x);
       for (int i = 0; i < kColumns; i += kLanes) {
         const __m512i size = _mm512_and_si512(_mm512_load_si512(x + i), _mm512_set1_epi32(0x7fffffff));
         most = _mm512_max_epi32(most, size);
       }
-    }
-    const float largest = of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
-    const bool finite = largest <= std::numeric_limits<float>::max(), counts = finite && largest > kNothing;
-    const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
-    scale[token] = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
-    for (int64_t column = 0; column < op.columns; column += kColumns) {
-      uint8_t* to = codes + column / kColumns * op.rounded.stride + token * kColumns;
-      read_inputs(op, token, column, x);
+      const float largest = of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
+      const bool finite = largest <= std::numeric_limits<float>::max(), counts = finite && largest > kNothing;
+      const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
+      scale[at] = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
       for (int i = 0; i < kColumns; i += kLanes) {
         const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
         const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(kZero));
-        _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(code));
+        _mm_store_si128(reinterpret_cast<__m128i*>(codes + at * kColumns + i), _mm512_cvtepi32_epi8(code));
       }
     }
   }

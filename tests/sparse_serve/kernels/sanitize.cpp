@@ -93,11 +93,11 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   }
 #endif
   std::vector<Line> codes;
-  std::vector<float> steps(tokens);
+  std::vector<float> steps(tokens * column_blocks(columns));
 #if defined(__x86_64__)
   if (run == vnni::run) {
-    op.rounded.stride = tokens * kColumns;
-    codes.resize(column_blocks(columns) * op.rounded.stride / sizeof(Line));
+    op.rounded.tokens = tokens;
+    codes.resize(steps.size() * kColumns / sizeof(Line));
     for (int64_t half : {tokens / 2, tokens}) {  // by two threads
       vnni::round_tokens(op, half == tokens ? tokens / 2 : 0, half, codes.data()->bytes, steps.data());
     }
@@ -112,9 +112,9 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
       for (int64_t column = 0; column < columns; ++column) {
         double input = x.at(token * columns + column);
         if (!codes.empty()) {
-          const int64_t at = column / kColumns * op.rounded.stride + token * kColumns + column % kColumns;
-          const double rounded = (codes.data()->bytes[at] - 128) * double(steps[token]);
-          if (std::fabs(rounded - input) > 0.5001 * steps[token]) return 1;
+          const int64_t at = column / kColumns * tokens + token;
+          const double rounded = (codes.data()->bytes[at * kColumns + column % kColumns] - 128) * double(steps[at]);
+          if (std::fabs(rounded - input) > 0.5001 * steps[at]) return 1;
           input = rounded;
         }
         const double product = input * dense[row * columns + column];

@@ -6,16 +6,20 @@ Each start covers one kind of values and one form of correction, on one rank or 
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
+from maskgen.core.pattern import NMPattern
 from maskgen.hf import loader
+from sparse_serve.kernels import LinearSpec, cpu_int8
 from tests import models
 from tests.vllm.offline import SHAPE, greedy, prompt_logprobs, serve, transformers_oracle
 
@@ -81,6 +85,37 @@ def test_int4_values(group: int | None, ranks: int, tmp_path: Path, monkeypatch:
     with serve(tmp_path / "sparse", "float32", tensor_parallel_size=ranks) as llm:
         assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=2e-4)
         assert greedy(llm) == tokens
+
+
+@pytest.mark.parametrize(("values", "group"), [("int8", None), ("int4", 64)])
+def test_activations_rounded_to_int8(values: str, group: int | None, tmp_path: Path) -> None:
+    """What transformers computes with the inputs that the kernel says it multiplies, and not what it does without."""
+    loader.register()
+    models.save("llama", tmp_path / "dense", hidden_size=256, intermediate_size=256, dtype=torch.float32)
+    sparse = tmp_path / "sparse"
+    models.save_corrected(tmp_path / "dense", sparse, None, values, group)
+    spec = LinearSpec(256, 256, NMPattern(2, 4), torch.float32, "cpu", values, group, "int8")
+    if (reason := cpu_int8.unsupported_reason(spec)) is not None:
+        with pytest.raises(Exception, match=re.escape(reason)), serve(sparse, kernel="cpu_int8", activations="int8"):
+            pass
+        return
+    exact = torch.tensor(transformers_oracle(sparse)[1])
+
+    def round_inputs(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        is_sparse = isinstance(module, torch.nn.Linear) and module.out_features != models.VOCABULARY
+        return (cpu_int8.multiplied(inputs[0]).to(inputs[0].dtype),) if is_sparse else None
+
+    hook = register_module_forward_pre_hook(round_inputs)
+    try:
+        rounded = torch.tensor(transformers_oracle(sparse)[1])
+    finally:
+        hook.remove()
+    with serve(sparse, kernel="cpu_int8", activations="int8") as llm:
+        served = torch.tensor(prompt_logprobs(llm))
+        (stats,) = llm.collective_rpc("sparse_stats")
+    assert stats["kernels"] == {"cpu_int8": 4 * models.LAYERS}
+    effect = (rounded - exact).abs().max()
+    assert effect > 1e-4 and (served - rounded).abs().max() < effect / 5, "a tie may be rounded the other way"
 
 
 @pytest.mark.parametrize(

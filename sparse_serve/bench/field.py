@@ -249,7 +249,9 @@ class _Runner:
         idle = [server.pid for other, server in self._up.items() if other != name]
         began_s, before_s = time.monotonic(), processor_s(idle)
         seed = number * len(self._request.loads()) + at  # of a round's load: the same prompts for all
-        report = bench_serve(self._up[name].url, self._request.dense, load, seed, self._work_dir, None, generator)
+        server = self._up[name]
+        model = peers.served_name(server.url)
+        report = bench_serve(server.url, self._request.dense, load, seed, self._work_dir, model, generator)
         share = (processor_s(idle) - before_s) / (time.monotonic() - began_s)
         return turn_of(name, number, load, report, share)
 

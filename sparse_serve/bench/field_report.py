@@ -34,10 +34,10 @@ class Row:
 
     @property
     def title(self) -> str:
-        """For the head of a column."""
+        """For the head of a narrow column."""
         if self.metric == DECODE:
-            return f"{self.clients} client{'s' * (self.clients > 1)}, tokens/s"
-        return f"{self.input_tokens} tokens, ms to first"
+            return f"tokens/s\n{self.clients} client{'s' * (self.clients > 1)}"
+        return f"ms first\nof {self.input_tokens}"
 
 
 def compare(result: Result) -> list[Row]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def write(model_dir: Path, out: Path, kind: str) -> None:
     config = read_json(model_dir / "config.json")
     tokenizer = _tokenizer(model_dir)
     check(config)
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file
     types = {"q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
     with temporary_sibling(out) as part:
         writer = GGUFWriter(part, "llama")

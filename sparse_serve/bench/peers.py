@@ -18,6 +18,7 @@ A peer that cannot be had here raises `UnsupportedError`, whose text is the reas
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import sys
 import urllib.error
@@ -38,7 +39,7 @@ from sparse_serve.bench.quantised_model import Scheme
 from sparse_serve.engine.vllm_defaults import set_cpu
 from sparse_serve.plugin import quantised
 from sparse_serve.runtime import machine
-from sparse_serve.runtime.errors import UnsupportedError
+from sparse_serve.runtime.errors import BenchError, UnsupportedError
 from sparse_serve.runtime.load import serve_command
 
 _BLOCK_TOKENS = 128
@@ -197,6 +198,15 @@ def is_healthy(url: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+def served_name(url: str) -> str:
+    """The first model that a server names, to ask it for. Raises `BenchError` for an answer that has none."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BenchError(f"{url}/v1/models names no model: {error!r}") from None
 
 
 def _free_port() -> int:

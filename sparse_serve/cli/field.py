@@ -58,16 +58,17 @@ def show(result: Result, rows: Sequence[Row], console: Console) -> None:
 
 
 def figures_table(result: Result, rows: Sequence[Row]) -> Table:
-    """A line per server: medians over rounds, what it holds, how long it took to start."""
+    """A line per server: medians over rounds, memory that it holds, how long it took to start, how its model runs."""
     shown = Table(title="served, each in its turn", box=box.SIMPLE_HEAD)
     shown.add_column("", no_wrap=True)
-    for title in (*(row.title for row in rows), "MB resident", "s to start", "model"):
-        shown.add_column(title, justify="left" if title == "model" else "right")
+    for title in (*(row.title for row in rows), "MB", "start\ns", "model"):
+        shown.add_column(title, justify="left" if title == "model" else "right", no_wrap=title != "model")
     for entry in result.entries:
         if all(entry.name in row.medians for row in rows):
             medians = [f"{row.medians[entry.name]:.1f}" for row in rows]
             held = "" if entry.resident_bytes is None else f"{entry.resident_bytes / 1e6:,.0f}"
-            shown.add_row(entry.name, *medians, held, f"{entry.start_s:.0f}", entry.code)
+            code = "native" if entry.code.startswith("built for") else entry.code
+            shown.add_row(entry.name, *medians, held, f"{entry.start_s:.0f}", code)
     return shown
 
 
@@ -77,7 +78,7 @@ def ratios_table(rows: Sequence[Row]) -> Table:
     for title in ("ours", "over"):
         shown.add_column(title, no_wrap=True)
     for row in rows:
-        shown.add_column(row.title, justify="right")
+        shown.add_column(row.title, justify="right", no_wrap=True)
     for name, peers in rows[0].ratios.items() if rows else ():
         for peer in peers:
             cells = [_ratio(row.ratios[name][peer]) for row in rows]

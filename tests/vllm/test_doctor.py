@@ -74,7 +74,7 @@ def test_what_is_tuned_is_what_doctor_tells_and_the_engine_uses(
 
 
 def test_layers_beside_quantised_ones_of_the_same_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models.save("llama", tmp_path / "dense", **SHAPE | {"intermediate_size": 208})
+    models.save("llama", tmp_path / "dense", **SHAPE | {"intermediate_size": 224})
     models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
     checkpoint = SparseCheckpoint.open(tmp_path / "sparse")
     names = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in ("up", "down")]
@@ -82,13 +82,14 @@ def test_layers_beside_quantised_ones_of_the_same_shapes(tmp_path: Path, monkeyp
     survey = Survey(checkpoint, kinds, [Choice(kind, Plan.of("reference")) for kind in kinds], {})
     monkeypatch.setattr(layer_peers, "BUDGET_S", 0.0)
     monkeypatch.setattr(quantised, "rounds_activations", lambda: False)
+    monkeypatch.setattr(quantised, "GROUPS", (128,))
     times = layer_peers.compare(survey, threads=1)
     assert [(step.tokens, step.peer, step.layers) for step in times.steps] == [
         (tokens, peer, layers)
         for tokens in layer_peers.TOKENS
         for peer, layers in (("vllm W8A8", 4), ("vllm W4A16", 2))
     ]
-    assert list(times.refused) == ["vllm W4A16, 128x208"] and "groups of one of" in times.refused["vllm W4A16, 128x208"]
+    assert list(times.refused) == ["vllm W4A16, 128x224"] and "groups of one of" in times.refused["vllm W4A16, 128x224"]
     assert all(step.sparse_s > 0 and step.peer_s > 0 for step in times.steps)
     for tokens in layer_peers.TOKENS:
         both, one = (step.sparse_s for step in times.steps if step.tokens == tokens)

@@ -111,8 +111,11 @@ class Servers:
             raise UnsupportedError("not here")
         return self.contender(name, False, "fails" if name == "llama.cpp:q8_0" else "works")
 
-    def load(self, url: str, tokenizer: Path, load: Load, seed: int, *more: Any) -> dict[str, Any]:
+    def load(
+        self, url: str, tokenizer: Path, load: Load, seed: int, work_dir: Path, model: str, generator: Any
+    ) -> dict[str, Any]:
         name = self.urls[url]
+        assert model == f"model of {url}"
         self.asked.append((name, load.clients, load.input_tokens))
         if self.fails(name, len(self.asked)):
             raise BenchError(f"vllm bench serve on {url}: it is gone")
@@ -132,6 +135,7 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Servers:
     monkeypatch.setattr(peers, "ours", made.ours)
     monkeypatch.setattr(peers, "peer", made.peer)
     monkeypatch.setattr(race, "bench_serve", made.load)
+    monkeypatch.setattr(peers, "served_name", lambda url: f"model of {url}")
     monkeypatch.setattr(race, "load_generator", generator)
     monkeypatch.setattr(race, "_START_BYTES", 0)
     return made

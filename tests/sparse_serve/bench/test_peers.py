@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from sparse_serve.bench import gguf_model, peers
 from sparse_serve.bench.peers import PEERS, Conditions, Contender
 from sparse_serve.cli import field as cli
 from sparse_serve.plugin import quantised
-from sparse_serve.runtime.errors import UnsupportedError
+from sparse_serve.runtime.errors import BenchError, UnsupportedError
 from tests import models
 
 LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
@@ -114,5 +116,28 @@ def test_room_for_keys_and_values_is_that_of_all_requests(dense: Path) -> None:
     assert peers.kv_bytes_per_token(wide) == 2 * 2 * 8 * 128 * 2
 
 
-def test_a_server_that_is_not_there_is_not_healthy() -> None:
-    assert not peers.is_healthy(f"http://127.0.0.1:{peers._free_port()}")
+def test_a_server_that_is_not_there_is_not_healthy_and_names_nothing() -> None:
+    url = f"http://127.0.0.1:{peers._free_port()}"
+    assert not peers.is_healthy(url)
+    with pytest.raises(BenchError, match=r"/v1/models names no model: .*refused"):
+        peers.served_name(url)
+
+
+class LikeLlamaCpp(BaseHTTPRequestHandler):
+    """Names its model without `root`, which vLLM's load generator would look for."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"status": "ok"}' if self.path == "/health" else b'{"data": [{"id": "/a/model.gguf"}]}')
+
+    def log_message(self, format: str, *words: object) -> None:
+        pass
+
+
+def test_a_server_is_asked_for_the_model_that_it_names() -> None:
+    with HTTPServer(("127.0.0.1", 0), LikeLlamaCpp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert peers.is_healthy(url) and peers.served_name(url) == "/a/model.gguf"
+        server.shutdown()

@@ -1,8 +1,10 @@
-"""Makes `docs/reference/` of the code that it describes: `make reference`, or `python docs/generate.py`.
+"""Makes `docs/reference/` of the code that it describes, and the tables of README and the manual of the records that
+they are about: `make reference`, or `python docs/generate.py`.
 
 Flags come from the parsers, settings from their pydantic model, metrics from their registry, errors from their classes
-and the table of statuses, recipes and `gate.yaml` from the files that are shipped. The pages are committed, so that
-they can be read where the repository is; a test makes them again and compares.
+and the table of statuses, recipes and `gate.yaml` from the files that are shipped; tables and README's picture from
+`tests/bench/results`. All of it is committed, so that it can be read where the repository is; tests make it again and
+compare.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from sparse_serve.runtime import errors as serve_errors
 from sparse_serve.server.metrics import Metrics
 from sparse_serve.server.settings import ENV_PREFIX, Settings
 
-OUT_DIR = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+OUT_DIR = ROOT / "docs" / "reference"
 _NOTE = "<!-- made by docs/generate.py; change what it is made of, then `make reference` -->\n\n"
 
 _MAKER = """Exit status: 0 done, 2 something that you can mend (one line says what), 130 interrupted, 1 nobody reads the
@@ -216,12 +219,27 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     )
 
 
+def with_tables() -> dict[Path, str]:
+    """README and every page of the manual that has tables of measurements: file -> its text with these made anew."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from tests.bench import tables
+
+    pages = {file: file.read_text("utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    return {file: tables.filled(text) for file, text in pages.items() if tables.names(text)}
+
+
 def main() -> int:
-    """Write the pages."""
+    """Write all of it."""
     OUT_DIR.mkdir(exist_ok=True)
-    for name, text in generate().items():
-        (OUT_DIR / name).write_text(text, "utf-8")
-        sys.stdout.write(f"docs/reference/{name}\n")
+    pages = {OUT_DIR / name: text for name, text in generate().items()} | with_tables()
+    for file, text in pages.items():
+        file.write_text(text, "utf-8")
+        sys.stdout.write(f"{file.relative_to(ROOT)}\n")
+    from tests.bench import plots
+
+    plots.PLOTS[plots.KERNELS](ROOT / "docs" / plots.KERNELS)
+    sys.stdout.write(f"docs/{plots.KERNELS}\n")
     return 0
 
 

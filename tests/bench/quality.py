@@ -125,7 +125,8 @@ def main() -> None:
 
 def _measure_dense(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     if not _known(args, key := _dense_key(facts)):
-        record.save(WHAT, args.label, {"key": key, "row": "dense", "seed": None, **facts, **score(args, args.model)})
+        result = {"key": key, "row": "dense", "seed": None, **facts, **score(args, args.model)}
+        record.save(WHAT, args.label, result, ["row", "seed", *facts])
 
 
 def _dense_key(facts: dict[str, Any]) -> str:
@@ -158,7 +159,7 @@ def _measure(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, Any
         **(_cost(out) or {"tokens": _calibration_tokens(wanted), **cost}),
         **score(args, out, args.model),
     }
-    record.save(WHAT, args.label, result)
+    record.save(WHAT, args.label, result, ["row", "seed", *facts])
 
 
 def _base(args: argparse.Namespace, row: Row, seed: int) -> Path:
@@ -208,8 +209,7 @@ def _directory(args: argparse.Namespace, row: Row, seed: int, facts: dict[str, A
 
 
 def _row(name: str) -> Row:
-    (row,) = (row for row in ROWS if row.name == name)
-    return row
+    return next(row for row in ROWS if row.name == name)
 
 
 def score(args: argparse.Namespace, directory: Path, dense: Path | None = None) -> dict[str, Any]:

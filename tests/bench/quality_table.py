@@ -56,6 +56,7 @@ def gaps(results: Sequence[dict[str, Any]], name: str, text: str) -> list[float]
 
 def plot(results: Sequence[dict[str, Any]], order: Sequence[str], path: Path) -> None:
     """Mean gap over all texts of every row, as a bar chart with a dot for every seed and text."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     texts = list(results[0]["perplexity"])
@@ -71,7 +72,8 @@ def plot(results: Sequence[dict[str, Any]], order: Sequence[str], path: Path) ->
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_xlabel("gap in perplexity: 0 is dense, 1 is SparseGPT\nbar: mean of texts; dots: every text and seed")
-    figure.savefig(path)
+    with rc_context({"svg.hashsalt": "quality"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _cost(mine: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,17 +1,19 @@
-"""Every result file follows the schema, but for those that are older and listed with what they lack."""
+"""Every record follows the schema, but for those that are older and listed with what they lack."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.bench import record, schema
+from tests.bench import record, schema, superseded
 
-FILES = sorted(schema.RESULTS.glob("*.json"))
 COMPLETE: dict[str, Any] = {
     "created": "2026-11-27T08:00:00+00:00",
     "commit": "a" * 40,
@@ -25,25 +27,59 @@ COMPLETE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_result_is_complete_or_says_what_it_lacks(file: Path) -> None:
-    assert schema.lacks(schema.read(file)) == schema.legacy().get(file.name, [])
+CURRENT, SUPERSEDED = schema.current(), schema.superseded()
+EVERY = CURRENT | {name: old.record for name, old in SUPERSEDED.items()}
 
 
-def test_no_file_is_listed_that_is_gone_or_complete() -> None:
-    assert set(schema.legacy()) <= {file.name for file in FILES}
+@pytest.mark.parametrize("name", EVERY)
+def test_a_record_is_complete_or_says_what_it_lacks(name: str) -> None:
+    known = [what for what in schema.legacy().get(name, []) if what != schema.NOT_IN_HISTORY]
+    assert schema.lacks(EVERY[name]) == known
+
+
+def test_no_record_is_listed_that_is_gone_or_complete() -> None:
+    assert set(schema.legacy()) <= set(EVERY)
     assert all(schema.legacy().values())
 
 
-def test_what_is_superseded_is_there() -> None:
-    names = {file.name for file in FILES}
-    for file in FILES:
-        assert set(schema.read(file).get("supersedes", ())) <= names - {file.name}, file.name
+def test_commits_are_in_the_history() -> None:
+    """So that what was measured can be checked out: no commit of a branch that was rewritten since."""
+    history = schema.history()
+    if history is None:
+        pytest.skip("a shallow clone, or no git: there is no history to look commits up in")
+    unknown = {
+        name for name, value in EVERY.items() if "commit" not in schema.lacks(value) and value["commit"] not in history
+    }
+    assert unknown == {name for name, lacking in schema.legacy().items() if schema.NOT_IN_HISTORY in lacking}
+
+
+def test_a_shallow_clone_has_no_history(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "whole")
+    for message in ("one", "two"):
+        git("-C", "whole", "commit", "--allow-empty", "--message", message)
+    git("clone", "--depth", "1", f"file://{tmp_path / 'whole'}", "part")
+    assert len(schema.history(tmp_path / "whole") or ()) == 2
+    assert schema.history(tmp_path / "part") is None
+
+
+def test_what_has_been_superseded_is_a_line() -> None:
+    """And no file; what took its place is there, as a file or as a line in its turn."""
+    for name, value in CURRENT.items():
+        for old in value.get("supersedes", ()):
+            assert name in SUPERSEDED[old].by, f"python -m tests.bench.superseded {old} --by {name}"
+    for name, old in SUPERSEDED.items():
+        assert old.by and set(old.by) <= set(EVERY) - {name}, name
 
 
 def test_figures_are_allowed_beside_it() -> None:
     assert schema.lacks(COMPLETE) == []
-    assert schema.lacks({**COMPLETE, "inputs": {}, "supersedes": ["quality--demo.json"]}) == []
+    assert (
+        schema.lacks({**COMPLETE, "inputs": {}, "supersedes": ["quality--demo--x86_64-2core--20261126-124136"]}) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,10 +101,56 @@ def test_what_is_wrong_is_found(key: str, wrong: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", '{"a": NaN}', '{"a": 1, "a": 2}', "{"])
-def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text(text, "utf-8")
+def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        schema.read(tmp_path / "result.json")
+        schema.parse(text, "result.json")
+    (tmp_path / "a--b--c--20261127-080000.json").write_text(text, "utf-8")
+    with pytest.raises(ValueError):
+        schema.current(tmp_path)
+    with pytest.raises(ValueError):
+        superseded.move(["a--b--c--20261127-080000"], ["a--b--c--20261127-090000"], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a--b--c--20261127-080000.json"]
+
+
+def test_a_line_of_another_subject_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a--b--c.jsonl").write_text('{"name": "a--b--d--1", "superseded_by": ["x"], "record": {}}\n', "utf-8")
+    with pytest.raises(ValueError, match="expected name, superseded_by and record of a--b--c"):
+        schema.superseded(tmp_path)
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+@given(
+    st.dictionaries(
+        st.text(), st.recursive(_SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+    ),
+    st.booleans(),
+)
+def test_a_line_has_what_the_file_had_numbers_as_they_are_spelt(value: dict[str, Any], is_ascii: bool) -> None:
+    def spelt(text: str) -> object:
+        return json.loads(text, parse_float=str, parse_int=str)
+
+    text = json.dumps(value, indent=1, ensure_ascii=is_ascii)
+    line = superseded.compact(text)
+    assert spelt(line) == spelt(text)
+    assert "\n" not in line
+
+
+def test_a_record_takes_the_place_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def save(**figures: object) -> str:
+        return record.save("quality", "demo", figures, ["row", "windows"]).stem
+
+    first, other = save(row="admm", windows=64, ppl=2.50), save(row="admm", windows=8)
+    second = save(row="admm", windows=64, ppl=2.25)
+    found = schema.current(tmp_path)
+    assert set(found) == {other, second}
+    assert found[second]["supersedes"] == [first]
+    assert "supersedes" not in found[other]
+    (old,) = schema.superseded(tmp_path).items()
+    assert (old[0], old[1].by, old[1].record["ppl"]) == (first, (second,), 2.5)
 
 
 def test_what_is_saved_follows_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

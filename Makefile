@@ -183,8 +183,9 @@ wheel: $(RELEASE) ## build dist/: an sdist and, from it, a wheel with the CPU ke
 version: $(RELEASE) ## begin a release: the version, and its section of CHANGELOG.md, to be committed [VERSION=X.Y.Z]
 	@exec "$$BIN/python" deploy/release/publish.py version "$(VERSION)"
 
-release: $(RELEASE) ## all of a release in dist/, from a clean tree: as `wheel`, and notes, lock, bill of materials, digests
-	@"$$BIN/python" deploy/release/publish.py ready
+release: $(RELEASE) ## all of a release in dist/, from a clean tree: as `wheel`, and notes, lock, bill of materials, digests [VERSION=X.Y.Z: commit `version` first]
+	@[[ -z "$(VERSION)" ]] || "$$BIN/python" deploy/release/publish.py version "$(VERSION)" --commit
+	"$$BIN/python" deploy/release/publish.py ready
 	folder=$$(mktemp -d)
 	trap 'rm -rf "$$folder"' EXIT
 	$(MAKE) --no-print-directory wheel CHECKED="$$folder"

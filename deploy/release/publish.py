@@ -1,10 +1,11 @@
 """The steps of a release that are not building: `make version`, `make release`.
 
-    version X.Y.Z     the one version in pyproject.toml, and a section of CHANGELOG.md made of what is unreleased
+    version X.Y.Z     the one version in pyproject.toml, and a section of CHANGELOG.md made of what is unreleased;
+                      with --commit, in a clean tree, committed
     ready             may this tree be released? clean, and with a section of its version
     bundle PYTHON     beside the wheel: notes, the lock, the bill of materials of an environment, digests
 
-Nothing is uploaded or tagged.
+`make release VERSION=X.Y.Z` does all of it. Nothing is uploaded or tagged.
 """
 
 from __future__ import annotations
@@ -66,11 +67,41 @@ def current_version() -> str:
 def unready(status: str, changelog: str, version: str) -> str:
     """Why this is no release, in one line; "" if it is one. `status` is what `git status --porcelain` says."""
     if status:
-        changed = [line[3:] for line in status.splitlines()]
-        return f"the tree is not clean ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}); commit first"
+        return unclean(status)
     if not sections(changelog).get(version):
-        return f"CHANGELOG.md has no section [{version}]; make version VERSION={version} writes it, then commit"
+        return f"CHANGELOG.md has no section [{version}]; make release VERSION={version} writes and commits it"
     return ""
+
+
+def unclean(status: str) -> str:
+    """What `git status --porcelain` says, in one line; "" of a clean tree."""
+    changed = [line[3:] for line in status.splitlines()]
+    more = ", ..." if len(changed) > 3 else ""
+    return f"the tree is not clean ({', '.join(changed[:3])}{more}); commit first" if changed else ""
+
+
+def begin(version: str, commits: bool, root: Path = ROOT) -> None:
+    """Write a version and its section of the changelog. Raises `SystemExit` where that cannot be.
+
+    With `commits` the tree has to be clean before, and both files are committed.
+    """
+    project, changelog = root / PROJECT.name, root / CHANGELOG.name
+    if commits and (reason := unclean(_git(root, "status", "--porcelain"))):
+        raise SystemExit(f"error: {reason}")
+    section = with_section(changelog.read_text("utf-8"), version, datetime.date.today())
+    changelog.write_text(section, "utf-8")
+    before = project.read_text("utf-8")
+    if with_version(before, version) != before:  # else make would take the file for new, and install all of it again
+        project.write_text(with_version(before, version), "utf-8")
+    if commits:
+        _git(root, "commit", "--quiet", "--message", version, "--", project.name, changelog.name)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: git {arguments[0]}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 def bundle(python: Path, out: Path) -> list[Path]:
@@ -118,21 +149,20 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description="Steps of a release.")
     steps = parser.add_subparsers(dest="step", required=True)
-    steps.add_parser("version").add_argument("version")
+    first = steps.add_parser("version")
+    first.add_argument("version")
+    first.add_argument("--commit", action="store_true")
     steps.add_parser("ready")
     last = steps.add_parser("bundle")
     last.add_argument("python", type=Path)
     last.add_argument("--out", type=Path, default=ROOT / "dist")
     args = parser.parse_args()
     if args.step == "version":
-        changelog = with_section(CHANGELOG.read_text("utf-8"), args.version, datetime.date.today())
-        CHANGELOG.write_text(changelog, "utf-8")
-        if args.version != current_version():  # else make would take the file for new, and install all of it again
-            PROJECT.write_text(with_version(PROJECT.read_text("utf-8"), args.version), "utf-8")
-        print(f"pyproject.toml and CHANGELOG.md are those of {args.version}; look at them, commit, make release")
+        begin(args.version, args.commit)
+        then = "committed" if args.commit else "look at them, commit, make release"
+        print(f"pyproject.toml and CHANGELOG.md are those of {args.version}; {then}")
     elif args.step == "ready":
-        git = ["git", "status", "--porcelain"]
-        status = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        status = _git(ROOT, "status", "--porcelain")
         if reason := unready(status, CHANGELOG.read_text("utf-8"), current_version()):
             raise SystemExit(f"error: this is no release: {reason}")
     else:

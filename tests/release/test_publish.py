@@ -60,6 +60,26 @@ def test_only_a_clean_tree_with_a_section_is_a_release() -> None:
     assert "not clean (a.py, b.py)" in dirty
 
 
+def test_a_version_is_committed_in_a_clean_tree_only(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True).stdout.decode()
+
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.1.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
+    git("init")
+    for key, value in (("user.name", "a"), ("user.email", "a@example.com")):
+        git("config", key, value)
+    git("add", ".")
+    with pytest.raises(SystemExit, match=r"not clean \(CHANGELOG.md, pyproject.toml\)"):
+        publish.begin("0.2.0", True, tmp_path)
+    git("commit", "--message", "all")
+    publish.begin("0.2.0", True, tmp_path)
+    assert git("log", "-1", "--format=%s").strip() == "0.2.0"
+    assert git("status", "--porcelain") == ""
+    assert publish.sections((tmp_path / "CHANGELOG.md").read_text())["0.2.0"] == "### Added\n- Something."
+    assert 'version = "0.2.0"' in (tmp_path / "pyproject.toml").read_text()
+
+
 def test_the_version_is_in_one_place() -> None:
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     changed = publish.with_version(project, "9.8.7")

@@ -37,6 +37,10 @@ def test_a_record_is_complete_or_says_what_it_lacks(name: str) -> None:
     assert schema.lacks(EVERY[name]) == known
 
 
+def test_nothing_but_records_lies_there() -> None:
+    assert {file.suffix for file in schema.RESULTS.iterdir()} <= {".json", ".jsonl"}
+
+
 def test_no_record_is_listed_that_is_gone_or_complete() -> None:
     assert set(schema.legacy()) <= set(EVERY)
     assert all(schema.legacy().values())

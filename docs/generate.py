@@ -38,7 +38,7 @@ output any more.
 _SERVER = """# sparse-serve
 
 Exit status: 0 fine, 2 wrong usage or input, 130 interrupted, 141 nobody reads the output any more; 1 if the engine died
-(`serve`), a gate did not pass, or a dense model would be faster somewhere (`doctor`).
+(`serve`), a gate failed (its others are 3 and 4), or a dense model would be faster somewhere (`doctor`).
 
 `serve` has [settings](settings.md), too, and takes every flag of `vllm serve`.
 """

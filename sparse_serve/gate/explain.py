@@ -38,7 +38,8 @@ NEXT = {
         Verdict.FAIL,
     ): "The candidate is another model than the base; allow it (max_kl, max_flips) if wanted.",
     ("divergence", Verdict.INCONCLUSIVE): "Give more text, or more windows of it (max_windows).",
-    ("parity", Verdict.FAIL): "Find the layer: sparse-serve doctor checks the masks, dtype float32 rules out rounding.",
+    ("parity", Verdict.FAIL): "Find the layer: sparse-serve doctor checks the masks, dtype float32 rules out rounding. "
+    "Where the target rounds activations to int8 by its flags, allow more: quality.parity_tolerance.",
     (
         "kernels",
         Verdict.FAIL,

@@ -50,7 +50,7 @@ class LinearSpec:
 
     `values` is how the weight's values are stored: `float` (then in `dtype`), `int8`, `fp8_e4m3`, or `int4`, of which
     `group` share a scale (None: those of a row, as for all others). `activations` is `int8` where a kernel may round
-    them to that, with a scale for each token.
+    them to that.
     """
 
     out_features: int
@@ -107,6 +107,11 @@ def choose(spec: LinearSpec, name: str) -> Kernel:
     if reason is not None:
         raise no_kernel(spec, {name: reason})
     return kernel
+
+
+def rounds_inputs(kernel: Kernel) -> bool:
+    """Whether a kernel multiplies other inputs than it is given."""
+    return hasattr(kernel, "multiplied")
 
 
 def multiplied(kernel: Kernel, x_TI: Tensor) -> Tensor:

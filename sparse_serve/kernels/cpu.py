@@ -27,9 +27,9 @@ is another (`amx.cpp`): a few blocks at a time are made dense in the nearest cac
 all, while the blocks before are multiplied. It costs as many products as a dense layer, and reads half the bytes. It is
 for bfloat16 activations with int8 values, and with bfloat16 values from five tokens on; the rest goes AVX-512's way.
 
-The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI is
-not used, since it would have activations rounded to int8. Linux gives tiles to a process that asks; where it refuses,
-AVX-512 it is.
+The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI, for
+which activations have to be rounded to int8, is `cpu_int8`'s. Linux gives tiles to a process that asks; where it
+refuses, AVX-512 it is.
 
 int4 values have their scale in each block: its 64 kept values are never of two groups. Codes become bfloat16 numbers by
 one permute of a table of 16, for two values at once. They have no tiles of their own, so with AMX too they go AVX-512's
@@ -120,6 +120,7 @@ def _problem() -> str | None:
     try:
         torch.ops.load_library(spec.origin)
         torch.library.register_fake("sparse_serve_cpu::linear", _fake)
+        torch.library.register_fake("sparse_serve_cpu::linear_int8", _fake)
     except (OSError, RuntimeError) as error:
         return f"the native library {spec.origin} cannot be used here: {error}"
     return None

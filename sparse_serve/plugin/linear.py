@@ -206,8 +206,9 @@ def _options(additional_config: Any) -> tuple[str, str]:
     """The kernel, and what kernels may make of activations."""
     options = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
     known = {"kernel": AUTO, "activations": FLOAT}
-    if not isinstance(options, dict) or not set(options) <= set(known):
-        raise FormatError(f"--additional-config {OPTIONS_KEY} is {options}, expected an object with {list(known)}")
+    if not isinstance(options, dict) or (unknown := sorted(set(options) - set(known))):
+        what = f": unknown keys {unknown}" if isinstance(options, dict) else f" is {options!r}"
+        raise FormatError(f"--additional-config {OPTIONS_KEY}{what}, expected an object with some of {list(known)}")
     kernel, activations = ({**known, **options}[name] for name in known)
     if activations not in ACTIVATIONS:
         raise FormatError(

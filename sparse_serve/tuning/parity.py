@@ -84,7 +84,7 @@ def compare(
         for kernel in choice.plan.kernels:
             served = {count: y_TO for count, y_TO in outputs.items() if choice.plan.kernel_for(count) == kernel}
             if served:
-                exact_x = choice.plan.multiplied(next(iter(served)), x_TI)
+                exact_x = choice.plan.multiplied(max(served), x_TI[: max(served)])
                 found |= _worst(spec, packed, exact_x, bias_O, served)
         results = []
         for before, last in pairwise([0, *limits]):

@@ -20,7 +20,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -33,7 +33,7 @@ import sparse_serve.kernels as _kernels
 from maskgen.core.digest import digest_files, digest_json
 from maskgen.core.registry import names
 from maskgen.core.values import FLOAT
-from sparse_serve.kernels import LinearSpec, choose, no_kernel, supported
+from sparse_serve.kernels import LinearSpec, choose, no_kernel, rounds_inputs, supported
 from sparse_serve.runtime import cache, machine
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.decision import LAYOUTS, SLACK, BucketChoice, decide, plan_of
@@ -143,7 +143,8 @@ def choice_for(
     if not fast and ask is Ask.IF_UNKNOWN:
         return Choice(spec, Plan.of(FALLBACK), unsupported=unsupported)
     candidates = fast or kernels
-    facts = _facts(spec, [*candidates, *labels(dense)])
+    rounded = any(map(rounds_inputs, candidates.values()))
+    facts = _facts(spec if rounded else replace(spec, activations=FLOAT), [*candidates, *labels(dense)])
     tokens = buckets_of(spec.device_type)
     measured = None if ask is Ask.AGAIN else _recall(facts)
     if measured is None:

@@ -77,9 +77,10 @@ def test_equals_dense_in_float64(name: str, dtype: torch.dtype, values: str, dat
 
 
 @pytest.mark.parametrize("name", names(folder))
-def test_inputs_that_are_not_contiguous(name: str) -> None:
-    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32)
-    kernel = kernel_or_skip(name, packed)
+@pytest.mark.parametrize("values", [FLOAT, INT8])
+def test_inputs_that_are_not_contiguous(name: str, values: str) -> None:
+    packed = packed_weight(16, 32, NMPattern(2, 4), torch.float32, values)
+    kernel = kernel_or_skip(name, packed, torch.float32)
     x_IT = torch.randn(32, 6)
     tensors = kernel.prepare(packed)
     torch.testing.assert_close(kernel.linear(x_IT.T, tensors, None), kernel.linear(x_IT.T.contiguous(), tensors, None))
@@ -111,9 +112,10 @@ def test_is_a_custom_op_that_torch_can_trace(name: str, values: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-def test_repeated_runs_are_bit_identical(name: str) -> None:
-    packed = packed_weight(48, 64, NMPattern(2, 4), torch.float32)
-    kernel = kernel_or_skip(name, packed)
+@pytest.mark.parametrize("values", [FLOAT, INT8])
+def test_repeated_runs_are_bit_identical(name: str, values: str) -> None:
+    packed = packed_weight(48, 64, NMPattern(2, 4), torch.float32, values)
+    kernel = kernel_or_skip(name, packed, torch.float32)
     tensors, x_TI = kernel.prepare(packed), torch.randn(9, 64)
     first = kernel.linear(x_TI, tensors, None)
     assert all(torch.equal(first, kernel.linear(x_TI, tensors, None)) for _ in range(3))

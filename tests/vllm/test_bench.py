@@ -28,7 +28,11 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     one, three = written["results"]
     shapes = [(row["out_features"], row["in_features"], row["tokens"]) for row in (one, three)]
     assert shapes == [(512, 1024, 1), (512, 1024, 3)]
-    known = {f"{kernel}{values}" for kernel in ("cpu", "reference") for values in ("", " int8", " int4", " fp8_e4m3")}
+    known = {
+        f"{kernel}{values}"
+        for kernel in ("cpu", "cpu_int8", "reference")
+        for values in ("", " int8", " int4", " fp8_e4m3")
+    }
     kernels = known & set(one["speedup"])
     assert {"cpu", "cpu int8", "cpu int4", "reference"} <= kernels == set(one["speedup"])
     dense = {"dense torch", "dense vllm", "vllm W8A8"}

@@ -178,3 +178,20 @@ def test_a_dense_model_is_served_untouched(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "sparse")
     with serve(masked) as llm:
         assert llm.collective_rpc("sparse_stats")[0]["sparse_layers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "cpu"}, r"unknown keys \['kernels'\], expected an object with some of"),
+        ({"activations": "int4"}, r"activations is 'int4', expected one of \['float', 'int8'\]"),
+        ("cpu", r"is 'cpu', expected an object"),
+    ],
+)
+def test_wrong_options_are_refused(options: object, message: str) -> None:
+    from sparse_serve.plugin.linear import _options
+
+    assert _options({"sparse_nm": {"activations": "int8"}}) == ("auto", "int8")
+    assert _options({"other": 1}) == _options(None) == ("auto", "float")
+    with pytest.raises(FormatError, match=message):
+        _options({"sparse_nm": options})

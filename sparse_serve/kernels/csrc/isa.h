@@ -51,7 +51,10 @@ inline int64_t best_isa() {
 // Whether it has what vnni.cpp is compiled for.
 inline bool has_vnni() {
 #if defined(__x86_64__)
-  return best_isa() >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  __builtin_cpu_init();
+  return best_isa() >= 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 #else
   return false;
 #endif

@@ -8,8 +8,8 @@
 namespace sparse24 {
 
 // What a unit of some tokens costs. Reading its weights takes as long as the products of 8 tokens, so a tile of fewer is
-// no cheaper. For AMX, reading them and making them dense takes as long as the products of some 48. Rounded inputs share
-// superblocks likewise: what they cost more is little.
+// no cheaper. For AMX, reading them and making them dense takes as long as the products of some 48. With
+// rounded inputs it takes as long as those of some 4, which the least of 8 stands for.
 inline int64_t work_of(const Linear& op, int64_t tokens) {
   constexpr int64_t kReading = 8, kExpanding = 48;
   return op.tiles ? kExpanding + tokens : std::max(kReading, tokens);

@@ -33,6 +33,7 @@ def packed_weight(rows: int, columns: int, values: str = INT8, group: int | None
     return PackedTensor.pack(torch.randn(rows, columns), mask_OI, PATTERN).quantised(values, group)
 
 
+@needs_vnni
 def test_activations_are_rounded_only_where_that_is_allowed() -> None:
     reason = supported(replace(SPEC, activations="float"))[1]["cpu_int8"]
     assert reason.startswith('activations are not to be rounded to int8 ("activations": "int8" allows it)')

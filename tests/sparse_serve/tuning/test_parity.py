@@ -25,8 +25,10 @@ Change = Callable[[Tensor, Tensor], Tensor]
 """From x `[T, I]` and the right y `[T, O]` to another one."""
 
 
-def spec_of(dtype: torch.dtype = torch.bfloat16, values: str = "float", outputs: int = 96) -> LinearSpec:
-    return LinearSpec(outputs, 512, NMPattern(2, 4), dtype, "cpu", values)
+def spec_of(
+    dtype: torch.dtype = torch.bfloat16, values: str = "float", outputs: int = 96, activations: str = "float"
+) -> LinearSpec:
+    return LinearSpec(outputs, 512, NMPattern(2, 4), dtype, "cpu", values, activations=activations)
 
 
 def measured(spec: LinearSpec, change: Change, bias: Tensor | None = None) -> list[KernelParity]:
@@ -41,11 +43,11 @@ def measured(spec: LinearSpec, change: Change, bias: Tensor | None = None) -> li
     return compare("layer", choice, Bound("*=reference", kernel), choice.plan.prepare(packed), packed, bias)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "cpu_int8"])
 @pytest.mark.parametrize("values", ["float", "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_kernel_is_right_up_to_rounding(name: str, values: str, dtype: torch.dtype) -> None:
-    spec = spec_of(dtype, values)
+    spec = spec_of(dtype, values, activations="int8")
     kernels, refused = supported(spec)
     if name not in kernels:
         pytest.skip(refused[name])

@@ -6,7 +6,9 @@ Names of peers and tables are here; what measures is in `sparse_serve.bench.fiel
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,8 @@ def main(args: argparse.Namespace) -> int:
     check_writable(args.json)
     request = from_flags(field.FieldRequest, args)
     progress = Console(stderr=True)
+    # stock vLLM's engine does not notice when whoever started it is gone: a SIGTERM has to end servers on its way
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False))
     if args.json:  # files first, as nobody may read what is printed
         write_json(args.json, field_report.record(request, result))

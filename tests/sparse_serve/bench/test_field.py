@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from sparse_serve.bench.peers import Conditions, Contender
 from sparse_serve.cli import field as shown
 from sparse_serve.cli import main as cli
 from sparse_serve.gate.evidence import HostReading
+from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError, UnsupportedError
 from sparse_serve.runtime.load import Load
 from tests import models
@@ -254,3 +257,23 @@ def test_rounds_that_only_one_was_in_do_not_count() -> None:
 def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "serve", "--dense", "a", *flags]) == 2
     assert f"sparse-serve: error: {message}" in capsys.readouterr().err
+
+
+def test_a_sigterm_ends_every_server_that_was_started(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_end(*words: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return servers.load(*words)
+
+    monkeypatch.setattr(race, "bench_serve", told_to_end)
+    before, handler = processes.descendants(os.getpid()), signal.getsignal(signal.SIGTERM)
+    flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--peers", "bf16"]
+    flags += ["--clients", "1,2", "--output-tokens", "9", "--input-tokens", "8", "--threads", "2"]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", "serve", *flags])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert processes.descendants(os.getpid()) <= before

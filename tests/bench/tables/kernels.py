@@ -16,6 +16,17 @@ COMMIT = "2f5c746"
 TOKENS = ("1", "4", "16", "32", "64", "256", "1024")
 _HEAD = ("tokens: 1", *TOKENS[1:])
 _AMX = {"cpu": "bfloat16, in tiles", "cpu int8": "int8", "cpu avx512": "bfloat16, by AVX-512"}
+_QUANTISED = {
+    "dense torch": "torch, bfloat16",
+    "dense vllm": "vLLM, bfloat16",
+    "vllm W8A8": "vLLM W8A8",
+    "vllm W4A16": "vLLM W4A16",
+    "cpu": "2:4, bfloat16 values",
+    "cpu int8": "2:4, int8 values",
+    "cpu int4": "2:4, int4 values",
+    "cpu_int8 int8": "2:4, int8 values, int8 activations",
+    "cpu_int8 int4": "2:4, int4 values, int8 activations",
+}
 _DENSE_PEERS = ("own dense", "torch dense", "vllm dense", "vllm dense float32", "read of the 2:4 bytes")
 
 Speedups = dict[tuple[str, str, str], dict[int, list[float]]]
@@ -66,6 +77,24 @@ def amx() -> str:
     return markdown(("out x in", "values", *_HEAD), ordered, texts=2)
 
 
+def quantised() -> str:
+    """Milliseconds of every candidate, and how many times faster the last is than the fastest dense one."""
+    (run,) = record.load("kernels", "cpu-bfloat16-2threads-quantised")
+    by_shape: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in run["results"]:
+        by_shape[f"{result['out_features']} x {result['in_features']}"].append(result)
+    rows = []
+    for shape, results in by_shape.items():
+        for name, label in _QUANTISED.items():
+            rows.append([shape, label, *(f"{1e3 * result['median_s'][name]:.2f}" for result in results)])
+        for name in ("cpu_int8 int8", "cpu_int8 int4"):
+            dense = [min(result["speedup_over"].values(), key=lambda over: over[name])[name] for result in results]
+            label = f"{_QUANTISED[name]}: times faster than the fastest dense layer"
+            rows.append([shape, label, *(f"**{ratio:.2f}**" for ratio in dense)])
+    tokens = [str(result["tokens"]) for result in run["results"][: len(run["results"]) // len(by_shape)]]
+    return markdown(("out x in", "layer", f"tokens: {tokens[0]}", *tokens[1:]), rows, texts=2)
+
+
 def own_dense() -> str:
     """Time of each candidate by that of 2:4, one token; lowest and highest of the runs."""
     found: dict[tuple[int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -114,6 +143,7 @@ TABLES = {
     f"kernels at {COMMIT}": partial(cpu, ("bfloat16", "float32", "float16")),
     f"small layers at {COMMIT}": small,
     "kernels with AMX": amx,
+    "kernels beside quantised dense layers": quantised,
     "a dense kernel of the same care": own_dense,
     "kernels on an H200": gpu,
 }

@@ -251,6 +251,7 @@ def test_rounds_that_only_one_was_in_do_not_count() -> None:
         (["--sparse", "b", "--input-tokens", "8,16"], "--input-tokens 8 16: only with --peers"),
         (["--sparse", "b", "--threads", "2"], "--threads 2: only with --peers"),
         (["--sparse", "b", "--keep-peers", "k"], "--keep-peers k: only with --peers"),
+        (["--sparse", "b", "--int8-activations"], "--int8-activations: only with --peers"),
         (["--sparse", "b", "--peers", "bf16", "--dtype", "float32"], "--dtype float32: peers compute in bfloat16"),
     ],
 )

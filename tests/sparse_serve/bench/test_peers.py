@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def test_ours_are_named_after_their_values(dense: Path, conditions: Conditions, 
     quantise(tmp_path / "a", tmp_path / "c", "int8")
     found = peers.ours([tmp_path / "a", tmp_path / "b", tmp_path / "c"], conditions)
     assert [contender.name for contender in found] == ["2:4 bf16 (a)", "2:4 bf16 (b)", "2:4 int8"]
+    rounded = peers.ours([tmp_path / "a", tmp_path / "c"], replace(conditions, int8_activations=True))
+    assert [contender.name for contender in rounded] == ["2:4 bf16", "2:4 int8", "2:4 int8, int8 activations"]
+    asked = ['"activations": "int8"' in words(contender) for contender in rounded]
+    assert asked == [False, False, True], "only codes can be multiplied with them"
 
 
 @pytest.mark.parametrize("name", ["w8a8", "llama.cpp:q4_0"])

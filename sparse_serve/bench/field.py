@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
@@ -37,7 +38,7 @@ from sparse_serve.gate.footprint import weight_bytes
 from sparse_serve.gate.host import HostWatch
 from sparse_serve.gate.speed import to_run
 from sparse_serve.runtime import environment, machine, processes
-from sparse_serve.runtime.errors import BenchError, SettingsError
+from sparse_serve.runtime.errors import BenchError, GateError, SettingsError
 from sparse_serve.runtime.load import Load, RunLoad, Server, bench_serve, load_generator, started, temporary
 from sparse_serve.runtime.request import Request
 
@@ -145,7 +146,7 @@ def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text:
     """
     check(request)
     with environment.restored(), temporary("sparse-serve-bench-") as work_dir, ExitStack() as stack:
-        processes.lead()  # servers end with this process however it ends
+        processes.lead()  # ours, and the generator of load, end with this process however it ends
         runner = _Runner(request, work_dir, stack, on_progress)
         runner.start_all()
         with load_generator(work_dir) as generator:
@@ -156,6 +157,8 @@ def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text:
 
 def check(request: FieldRequest) -> None:
     """Raise `SettingsError` for names and lengths that cannot be, and what `serve.check` does for models."""
+    if torch.cuda.is_available():
+        raise SettingsError("--peers: servers beside each other on one GPU would not get its memory; only on CPUs")
     unknown = [name for name in request.peers if name not in peers.PEERS]
     if unknown:
         raise SettingsError(f"--peers {unknown[0]}: no such peer; known are {', '.join(peers.PEERS)}")
@@ -186,6 +189,7 @@ class _Runner:
         self.result = Result()
         self._request, self._work_dir, self._stack, self._tell = request, work_dir, stack, on_progress
         self._up: dict[str, Server] = {}
+        self._stops: dict[str, ExitStack] = {}  # of every server that was started
 
     def start_all(self) -> None:
         """Ours first; each peer is made when it is its turn."""
@@ -213,12 +217,13 @@ class _Runner:
             watch.probe()
             try:
                 turns = [self._turn(name, number, at, load, generator) for at, load in enumerate(self._request.loads())]
-            except BenchError as error:
+            except (BenchError, GateError) as error:
                 if self._is_ours(name):
                     raise
                 self._refuse(name, error)
                 self.result.turns = [turn for turn in self.result.turns if turn.name != name]
                 del self._up[name]
+                self._stops[name].close()  # what it still computes would disturb the others
                 continue
             self.result.turns += turns
             shown = ", ".join(f"{turn.decode_tokens_per_s:.1f}" for turn in turns if turn.decodes)
@@ -234,17 +239,11 @@ class _Runner:
                 f"{free / 1e9:.1f} GB of memory are free beside the servers that run, too few for {name}; serve fewer"
             )
         self._tell(f"starting {name}")
-        server = self._stack.enter_context(
-            started(
-                name,
-                contender.command,
-                self._work_dir,
-                f"server-{len(self._up)}",
-                contender.environ,
-                contender.address,
-            )
+        file = f"server-{len(self._stops)}"
+        stop = self._stops[name] = self._stack.enter_context(ExitStack())
+        server = self._up[name] = stop.enter_context(
+            started(name, contender.command, self._work_dir, file, contender.environ, contender.address)
         )
-        self._up[name] = server
         entry = Entry(
             name, contender.is_ours, server.start_s, resident_bytes(server.pid, model), size, code_of(server.said())
         )

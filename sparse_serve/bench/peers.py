@@ -17,11 +17,11 @@ A peer that cannot be had here raises `UnsupportedError`, whose text is the reas
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import socket
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +44,9 @@ from sparse_serve.runtime.load import serve_command
 
 _BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's KV cache on a CPU; requests have whole ones."""
+
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""For servers of this machine, whatever proxy the environment names."""
 
 _ROUNDED = '{"sparse_nm": {"activations": "int8"}}'
 
@@ -84,9 +87,13 @@ def ours(sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
     """Our server on each checkpoint, named after pattern and values; names that are alike have the directory's too."""
     configs = [SparseCheckpoint.open(path, verify_bits=False).config for path in sparse]
     names = [f"{config.pattern} {'bf16' if config.values == FLOAT else config.values}" for config in configs]
+    named = [
+        name if names.count(name) == 1 else f"{name} ({path.resolve().name})"
+        for name, path in zip(names, sparse, strict=True)
+    ]
     found = []
-    for path, config, name in zip(sparse, configs, names, strict=True):
-        name = name if names.count(name) == 1 else f"{name} ({path.resolve().name})"
+    for number, (path, config, name) in enumerate(zip(sparse, configs, named, strict=True), 1):
+        name = name if named.count(name) == 1 else f"{name}, {number}"
         flags = _vllm_flags(path, conditions)
         found.append(Contender(name, True, path, serve_command(path, flags), _threads(conditions)))
         if conditions.int8_activations and config.values in (INT8, INT4):
@@ -189,6 +196,7 @@ def _kv_bytes(model: Path, conditions: Conditions) -> int:
 
 def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
     """What a token's keys and values take in all layers of a model with this `config.json`."""
+    config = config.get("text_config") or config
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     return int(2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width * _KV_BYTES)
@@ -197,18 +205,18 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
 def is_healthy(url: str) -> bool:
     """Whether a server answers there that it is ready."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+        with _NO_PROXY.open(f"{url}/health", timeout=2) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
 def served_name(url: str) -> str:
     """The first model that a server names, to ask it for. Raises `BenchError` for an answer that has none."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        with _NO_PROXY.open(f"{url}/v1/models", timeout=30) as answer:
             return str(json.load(answer)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
         raise BenchError(f"{url}/v1/models names no model: {error!r}") from None
 
 

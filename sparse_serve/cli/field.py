@@ -39,8 +39,9 @@ def main(args: argparse.Namespace) -> int:
     check_writable(args.json)
     request = from_flags(field.FieldRequest, args)
     progress = Console(stderr=True)
-    # stock vLLM's engine does not notice when whoever started it is gone: a SIGTERM has to end servers on its way
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # stock vLLM's engine does not notice when whoever started it is gone: these have to end servers on their way
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))
     result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False))
     if args.json:  # files first, as nobody may read what is printed
         write_json(args.json, field_report.record(request, result))

@@ -6,7 +6,7 @@ https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. On other systems ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,23 +16,27 @@ _MOUNT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class _Files:
-    """Names of a version: the folder below the mount, and in it the limit, what is used of it, and the line of
-    `memory.stat` with the cached pages of files that the kernel gives up first."""
+    """Names of a version: the folder below the mount, and in it the limit, what is used of it, and the lines of
+    `memory.stat` with cached pages of files, with the share that can be had back: the kernel gives up those first that
+    were read once, and of the others half is left to whoever reads them."""
 
     folder: str
     limit: str
     used: str
-    cached: str
+    cached: Mapping[str, float]
 
 
-_V2 = _Files("", "memory.max", "memory.current", "inactive_file")
-_V1 = _Files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Files("", "memory.max", "memory.current", {"inactive_file": 1.0, "active_file": 0.5})
+_V1 = _Files(
+    "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", {"total_inactive_file": 1.0, "total_active_file": 0.5}
+)
 
 
 def free_bytes() -> int | None:
     """The least that is left in the control group of this process and those around it; None if none has a limit.
 
-    Cached pages of files that are not in use count as free, as they do in what Linux calls available.
+    Cached pages of files count as free, half of those that were read more than once, much as in what Linux calls
+    available.
     """
     left = [free for line in _read(_OWN).splitlines() for free in _left(line)]
     return min(left, default=None)
@@ -58,11 +62,12 @@ def _left(line: str) -> Iterator[int]:
 
 
 def _cached_bytes(folder: Path, files: _Files) -> int:
+    found = 0.0
     for line in _read(folder / "memory.stat").splitlines():
         name, _, count = line.partition(" ")
-        if name == files.cached and count.strip().isdecimal():
-            return int(count)
-    return 0
+        if name in files.cached and count.strip().isdecimal():
+            found += files.cached[name] * int(count)
+    return int(found)
 
 
 def _read(file: Path) -> str:

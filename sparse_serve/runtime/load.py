@@ -28,6 +28,9 @@ from sparse_serve.runtime.errors import BenchError
 
 logger = logging.getLogger(__name__)
 
+_START_S = 3600
+"""The longest that a start may take: a model of 70 billion weights is read and compiled in less."""
+
 _STOP_S = 60.0
 _READY_S = 30
 """How long the load generator asks a server that does not answer: it was up before, and is dead by then."""
@@ -120,6 +123,8 @@ def started(
         while not (url := find(out.read_text("utf-8", "replace"))):
             if server.poll() is not None:
                 raise BenchError(f"{what} ended with {server.returncode}; {_end_of(log)}")
+            if time.monotonic() - began_s > _START_S:
+                raise BenchError(f"{what} was not up after {_START_S} s; {_end_of(log)}")
             time.sleep(0.1)
         yield Server(url, server.pid, time.monotonic() - began_s, out, log)
     finally:

@@ -75,6 +75,11 @@ def test_ours_are_named_after_their_values(dense: Path, conditions: Conditions, 
     quantise(tmp_path / "a", tmp_path / "c", "int8")
     found = peers.ours([tmp_path / "a", tmp_path / "b", tmp_path / "c"], conditions)
     assert [contender.name for contender in found] == ["2:4 bf16 (a)", "2:4 bf16 (b)", "2:4 int8"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "a").rename(tmp_path / "x/b")
+    alike = peers.ours([tmp_path / "x/b", tmp_path / "b"], conditions)
+    assert [contender.name for contender in alike] == ["2:4 bf16 (b), 1", "2:4 bf16 (b), 2"]
+    (tmp_path / "x/b").rename(tmp_path / "a")
     rounded = peers.ours([tmp_path / "a", tmp_path / "c"], replace(conditions, int8_activations=True))
     assert [contender.name for contender in rounded] == ["2:4 bf16", "2:4 int8", "2:4 int8, int8 activations"]
     asked = ['"activations": "int8"' in words(contender) for contender in rounded]

@@ -42,6 +42,8 @@ def test_version_2_in_a_container(kernel: Kernel) -> None:
     kernel.own.write_text("0::/\n")
     kernel.group("", memory_max=8 * GIB, memory_current=3 * GIB, memory_stat=f"anon 5\nfile 9\ninactive_file {GIB}")
     assert control_group.free_bytes() == 6 * GIB
+    kernel.group("", memory_stat=f"inactive_file {GIB}\nactive_file {GIB}")
+    assert control_group.free_bytes() == 6 * GIB + GIB // 2, "what was read twice is given up, too, if later"
 
 
 def test_version_2_takes_the_tightest_of_the_groups_around(kernel: Kernel) -> None:

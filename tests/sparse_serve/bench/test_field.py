@@ -199,10 +199,17 @@ def test_who_cannot_be_had_is_left_out_with_its_reason_and_the_rest_go_on(server
 
 
 def test_a_peer_that_breaks_later_is_left_out_whole(servers: Servers, tmp_path: Path) -> None:
-    servers.fails = lambda name, asked: name == "bf16" and asked > 9
+    running: list[int] = []
+
+    def fails(name: str, asked: int) -> bool:
+        running.append(len(processes.descendants(os.getpid())))
+        return name == "bf16" and asked > 9
+
+    servers.fails = fails
     result = race.run(request_of(tmp_path, "bf16", "w8a8"))
     assert result.refused == {"bf16": "vllm bench serve on http://bf16: it is gone"}
     assert {turn.name for turn in result.turns} == {"2:4", "w8a8"}
+    assert running[-1] == running[0] - 1, "it does not go on beside the others"
     assert compare(result)[0].ratios == {"2:4": {"w8a8": pytest.approx([0.5] * 2)}}
 
 
@@ -260,21 +267,24 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: p
     assert f"sparse-serve: error: {message}" in capsys.readouterr().err
 
 
-def test_a_sigterm_ends_every_server_that_was_started(
-    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_every_server_that_was_started(
+    end: signal.Signals, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told_to_end(*words: Any) -> dict[str, Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), end)
         return servers.load(*words)
 
     monkeypatch.setattr(race, "bench_serve", told_to_end)
-    before, handler = processes.descendants(os.getpid()), signal.getsignal(signal.SIGTERM)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = processes.descendants(os.getpid())
     flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--peers", "bf16"]
     flags += ["--clients", "1,2", "--output-tokens", "9", "--input-tokens", "8", "--threads", "2"]
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main(["bench", "serve", *flags])
     finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert ended.value.code == 128 + signal.SIGTERM
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + end
     assert processes.descendants(os.getpid()) <= before

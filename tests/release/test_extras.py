@@ -45,7 +45,7 @@ def test_maskgen_needs_the_base_and_its_own_extras() -> None:
 
 
 def test_sparse_serve_needs_the_server_extra_and_its_own() -> None:
-    assert imported("sparse_serve") <= required("server", "report", "smg")
+    assert imported("sparse_serve") <= required("server", "report", "smg", "llama-cpp")
 
 
 def test_each_way_to_serve_brings_the_server() -> None:

@@ -132,7 +132,9 @@ def _w4a16(dense: Path, layers: Sequence[str], conditions: Conditions) -> Conten
 
 def _llama_cpp(kind: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
     if importlib.util.find_spec("xllamacpp") is None:
-        raise UnsupportedError("xllamacpp, which has llama.cpp's server, is not installed; pip install 'sparse-serve[llama-cpp]'")
+        raise UnsupportedError(
+            "xllamacpp, which has llama.cpp's server, is not installed; pip install 'sparse-serve[llama-cpp]'"
+        )
     gguf_model.check_installed()
     key = digest_json([digest_weights(dense), kind])[7:15]
     file = conditions.folder / f"{dense.resolve().name}-{kind}-{key}.gguf"

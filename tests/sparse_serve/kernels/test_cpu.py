@@ -243,6 +243,7 @@ def test_it_takes_what_a_cpu_serves() -> None:
     assert cpu.isa() in cpu.ISAS
 
 
+@pytest.mark.timeout(900)  # minutes of compiling and checking, where others want the processor too
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     """The same sources under the sanitizers, in a program whose buffers end where tensors would."""
     program = tmp_path / "sanitize"

@@ -19,6 +19,7 @@ from maskgen.api.converting import ConvertResult, PermuteResult
 from maskgen.api.events import Event, HeldOut, Listener, Planned, Scored, Stage, SweepProgress, TrainingStep
 from maskgen.api.pruning import AlreadyFinished, LearnResult, PruneResult
 from maskgen.cli.kept import print_kept, print_planned
+from maskgen.core.settings import NOT_RECORDED
 from maskgen.core.values import INT4
 from maskgen.export.compress import CompressReport
 from maskgen.export.inspect import InspectReport
@@ -286,6 +287,10 @@ def print_inspect(report: InspectReport) -> None:
         say(f"  all {report.digests} shards have the digests that the manifest states")
     elif report.compressed:
         say("  no digests: written in an earlier version of the format (maskgen convert adds them)")
+    if report.settings:
+        say(f"  config.json and {report.settings - 1} files beside the weights are as they were written")
+    elif report.compressed:
+        say(f"  config.json and the tokenizer are not covered: {NOT_RECORDED}")
     if report.allocation is not None:
         say(f"  {report.allocation.describe()}")
     correction_bytes = sum(layer.correction_bytes for layer in report.layers)

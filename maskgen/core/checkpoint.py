@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core import layout
-from maskgen.core.config import CONFIG_KEY, QUANT_METHOD, WEIGHTS_KEY, SparseConfig, is_shard_name
+from maskgen.core.config import CONFIG_KEY, WEIGHTS_KEY, SparseConfig, is_shard_name, is_sparse_config
 from maskgen.core.digest import digest_file
 from maskgen.core.errors import FormatError, PatternError, clip
 from maskgen.core.files import check_tensor_names, open_tensors, read_json
@@ -130,10 +130,7 @@ def is_sparse_checkpoint(path: Path | str) -> bool:
     """Whether `config.json` says that the directory is a sparse checkpoint. Only `SparseCheckpoint.open` verifies
     it."""
     file = Path(path) / "config.json"
-    if not file.is_file():
-        return False
-    section = read_json(file).get(CONFIG_KEY)
-    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+    return file.is_file() and is_sparse_config(read_json(file))
 
 
 def read_dense_config(model_dir: Path) -> dict[str, Any]:

@@ -19,6 +19,11 @@ _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 ALLOCATION_FILE = "maskgen_budget.json"
 """How a budget was spent on a sparse checkpoint (`maskgen.export.allocation`)."""
 
+SETTINGS_FILE = "maskgen_settings.json"
+"""What a sparse checkpoint was written with besides its weights (`settings`)."""
+
+_OWN_FILES = ("config.json", MISTRAL_CONFIG, QUALITY_FILE, ALLOCATION_FILE, SETTINGS_FILE)
+
 SETTINGS_PATTERNS = tuple("*" + suffix for suffix in _SUFFIXES)
 SNAPSHOT_PATTERNS = ("*.safetensors", *SETTINGS_PATTERNS)
 """Names of the files to download of a model on the hub, as patterns for `huggingface_hub.snapshot_download`; those of
@@ -29,14 +34,15 @@ def companion_files(model_dir: Path) -> list[Path]:
     """The files of `model_dir` to copy beside its weights when they are written in another form, sorted.
 
     `config.json` and the index of the shards are not among them: they are written with the weights. Neither is what was
-    measured of the model or says how a budget was spent on it, which is not true of what it becomes.
+    measured of the model, says how a budget was spent on it or what it was written with, which is not true of what it
+    becomes.
     """
     return sorted(
         path
         for path in model_dir.iterdir()
         if path.is_file()
         and path.suffix in _SUFFIXES
-        and path.name not in ("config.json", MISTRAL_CONFIG, QUALITY_FILE, ALLOCATION_FILE)
+        and path.name not in _OWN_FILES
         and not path.name.endswith(".index.json")
     )
 

@@ -196,11 +196,17 @@ def dense_hf_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_shards(hf_config: Mapping[str, Any], shards: Mapping[str, str]) -> Mapping[str, Any]:
     """`config.json` with the digests of the shards beside it, if it is that of a sparse checkpoint."""
-    section = hf_config.get(CONFIG_KEY)
-    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+    if not is_sparse_config(hf_config):
         return hf_config
+    section = hf_config[CONFIG_KEY]
     version = max(section["format_version"], FORMAT_VERSION)
     return {**hf_config, CONFIG_KEY: {**section, "format_version": version, "shards": dict(shards)}}
+
+
+def is_sparse_config(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` says that it is that of a sparse checkpoint."""
+    section = hf_config.get(CONFIG_KEY)
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
 def is_shard_name(name: Any) -> bool:

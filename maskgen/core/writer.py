@@ -21,11 +21,13 @@ from typing import Any
 from torch import Tensor
 
 from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME
-from maskgen.core.config import with_shards
+from maskgen.core.companions import SETTINGS_FILE
+from maskgen.core.config import is_sparse_config, with_shards
 from maskgen.core.digest import digest_file
 from maskgen.core.errors import OutputExistsError
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained
 from maskgen.core.files import fsync_path, save_tensors
+from maskgen.core.settings import SettingsRecord
 
 SHARD_BYTES = 5_000_000_000
 """Default shard size, as `save_pretrained` uses."""
@@ -35,7 +37,8 @@ class CheckpointWriter:
     """Context manager: `add` tensors, and on a clean exit `out_dir` exists, whole.
 
     `config` becomes `config.json`, and that of a sparse checkpoint gets the digests of the shards. `files` are copied
-    beside it (tokenizer and the like), `extra` maps file names to JSON values, or to paths of files to copy. Raises
+    beside it (tokenizer and the like), `extra` maps file names to JSON values, or to paths of files to copy. A sparse
+    checkpoint gets the record of all these (`settings`), too. Raises
     `OutputExistsError` if `out_dir` exists or another process is writing it, and `StorageError` (a full disk) that
     leaves no output.
     """
@@ -141,12 +144,17 @@ class CheckpointWriter:
         for name, value in self._json.items():
             if isinstance(value, Path):
                 shutil.copyfile(value, self._partial / name)
-                continue
-            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            (self._partial / name).write_text(text, "utf-8")
+            else:
+                self._write_json(name, value)
+        if is_sparse_config(self._config):
+            self._write_json(SETTINGS_FILE, SettingsRecord.of(self._partial, self._config).to_dict())
         for path in self._partial.iterdir():
             fsync_path(path)
         fsync_path(self._partial)
         self._check_free()
         self._partial.rename(self.out_dir)
         fsync_path(self.out_dir.parent)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (self._partial / name).write_text(text, "utf-8")

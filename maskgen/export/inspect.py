@@ -20,6 +20,7 @@ from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, is_sparse_c
 from maskgen.core.layout import suffixes
 from maskgen.core.pattern import NMPattern
 from maskgen.core.quality import Quality, known_quality
+from maskgen.core.settings import check_settings
 from maskgen.core.values import FLOAT
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf.dense import KeptDense, Rules, kept_in_checkpoint
@@ -54,7 +55,8 @@ class InspectReport:
     weights are stored: `float`, `int8`, `fp8_e4m3`, or `int4`, of which `group` share a scale (None: those of a row).
     `quality` is what was measured when the model was made, if that is known, and `allocation` how a budget was spent.
     `correction` is the form of the corrections as the manifest states it, None without any. `digests` is how many
-    shards were found to have the digest that the manifest states; 0 where it states none.
+    shards were found to have the digest that the manifest states; 0 where it states none. `settings` is how many files,
+    `config.json` among them, were found to be as they were written; 0 where there is no record of them.
     """
 
     path: str
@@ -68,6 +70,7 @@ class InspectReport:
     allocation: Allocation | None = None
     correction: Mapping[str, Any] | None = None
     digests: int = 0
+    settings: int = 0
     group: int | None = None
 
     @property
@@ -85,13 +88,15 @@ def inspect(path: Path, pattern: NMPattern | None = None) -> InspectReport:
     """Read every weight matrix of a model directory and report on it.
 
     `pattern` is what the layers of a dense directory are compared with (default 2:4); a sparse checkpoint has its own.
-    Raises `FormatError` for a damaged directory, and for a shard whose digest is not that of the manifest.
+    Raises `FormatError` for a damaged directory, for a shard whose digest is not that of the manifest, and for a key of
+    `config.json` or a file beside it that is not as it was written.
     """
     if is_sparse_checkpoint(path):
         checkpoint = SparseCheckpoint.open(path)
         if checkpoint.config.shards is not None:
             checkpoint.verify_digests()
-        return _inspect_sparse(checkpoint)
+        record = check_settings(path)
+        return replace(_inspect_sparse(checkpoint), settings=0 if record is None else 1 + len(record.files))
     pattern = pattern or NMPattern(2, 4)
     layers, other_bytes = [], 0
     for name, tensor in iterate_tensors(read_headers(path)):

@@ -2,10 +2,11 @@
 
 Without a checkpoint it is the installation that is looked at: versions, and whether each kernel runs and is right.
 
-Every bit of the masks is read and counted, as a server does at its start, and the shards are compared with their
-digests. vLLM's model is built without weights: does it have every sparse layer, and why are the others dense? Then, for
-each kind of layer: which kernel serves it at which number of tokens, and why others cannot; the memory that takes; and
-the time of all sparse layers of a step against the same layers dense.
+Every bit of the masks is read and counted, as a server does at its start, the shards are compared with their digests,
+and `config.json` and the tokenizer with the record of what was written. vLLM's model is built without weights: does it
+have every sparse layer, and why are the others dense? Then, for each kind of layer: which kernel serves it at which
+number of tokens, and why others cannot; the memory that takes; and the time of all sparse layers of a step against the
+same layers dense.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sparse_serve.cli.request import from_flags
 from sparse_serve.runtime.errors import SettingsError
 
 if TYPE_CHECKING:
+    from maskgen.core.settings import SettingsRecord
     from sparse_serve.bench.layer_peers import PeerTimes
     from sparse_serve.bench.survey import Memory, StepTime, Survey
 
@@ -49,15 +51,17 @@ def main(args: argparse.Namespace) -> int:
             raise SettingsError("--peers: there are no layers to time without a checkpoint; name its directory")
         return _installation()
     from maskgen.core.checkpoint import SparseCheckpoint
+    from maskgen.core.settings import check_settings
     from sparse_serve.bench import survey
 
     checkpoint = SparseCheckpoint.open(args.checkpoint, verify_bits=False)
     if checkpoint.config.shards is not None:
         checkpoint.verify_digests()
+    record = check_settings(args.checkpoint)
     found = survey.examine(from_flags(survey.SurveyRequest, args), tune.progress)
     assert found.memory is not None
     console = Console(highlight=False)
-    _describe(console, found)
+    _describe(console, found, record)
     tune.show(found)
     console.print(f"\n{memory_line(found.memory)}")
     if found.measured:
@@ -90,8 +94,9 @@ def _installation() -> int:
     return 1 if problems else 0
 
 
-def _describe(console: Console, found: Survey) -> None:
+def _describe(console: Console, found: Survey, record: SettingsRecord | None) -> None:
     from maskgen.core.quality import UNKNOWN, known_quality
+    from maskgen.core.settings import NOT_RECORDED
     from sparse_serve.runtime.machine import device_name
 
     config, spec = found.checkpoint.config, next(iter(found.kinds))
@@ -104,6 +109,10 @@ def _describe(console: Console, found: Survey) -> None:
     )
     shards = config.shards
     console.print(f"  shards have their digests: {len(shards)}" if shards else "  no digests, as in format version 2")
+    if record is None:
+        console.print(f"  config.json and the tokenizer are not covered: {NOT_RECORDED}", soft_wrap=True)
+    else:
+        console.print(f"  config.json and {len(record.files)} files beside the weights are as they were written")
     for line in dense_lines(found.dense):
         console.print(f"  dense: {line}")
     dtype = str(spec.dtype).removeprefix("torch.")

@@ -256,7 +256,9 @@ def example(info: EngineInfo) -> tuple[str, dict[str, object]]:
 
 
 def warnings(info: EngineInfo) -> list[str]:
-    """What is slower than a dense model would be, a line each: layers on the last-resort kernel, and as measured."""
+    """What may not be as it was meant, a line each: files that were changed, and what is slower than a dense model
+    would be, layers on the last-resort kernel, and as measured."""
+    changed = [f"{change}; --verify-digests refuses that" for change in info.changes]
     lines = []
     if unaided := info.kernels.get(_REFERENCE, 0):
         lines.append(f"{unaided} of {info.sparse_layers} sparse layers run on the slow kernel `{_REFERENCE}`")
@@ -267,7 +269,7 @@ def warnings(info: EngineInfo) -> list[str]:
             f"slower than dense for {_tokens(slower)} tokens in a step, at worst {worst.speedup:.2f}x (a layer of "
             f"{worst.out_features}x{worst.in_features}, {worst.tokens} tokens)"
         )
-    return [f"{line}; `sparse-serve doctor` says more" for line in lines]
+    return changed + [f"{line}; `sparse-serve doctor` says more" for line in lines]
 
 
 def _tokens(choices: Sequence[KernelChoice]) -> str:

@@ -37,7 +37,8 @@ class EngineInfo:
     would take dense; both are 0 for a dense model. `chat`: whether there is a chat template, which chat requests need.
     `embeds`: whether the model makes embeddings, and generates no text.
     `quality` is what was measured of the model when it was pruned, if that is known. The rest is a sparse checkpoint's
-    manifest: its pattern, how values are stored, and the digests of its masks, its recipe and the dense model.
+    manifest: its pattern, how values are stored, and the digests of its masks, its recipe and the dense model;
+    and `changes`, what became of its tokenizer and other files since it was written, a line for each.
     `startup_s`: the seconds that each part of the start took, in order.
     """
 
@@ -59,6 +60,7 @@ class EngineInfo:
     mask_digest: str = ""
     recipe_digest: str = ""
     base_digest: str = ""
+    changes: tuple[str, ...] = ()
     startup_s: Mapping[str, float] = field(default_factory=dict)
 
 

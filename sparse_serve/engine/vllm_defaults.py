@@ -17,6 +17,7 @@ Most defaults are for machines without a GPU; each answers a way in which vLLM 0
 - with several ranks, its automatic binding of threads needs one NUMA node per rank: share the cores out instead.
 """
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,12 @@ from maskgen.core.config import QUANT_METHOD, is_shard_name
 from maskgen.core.failures import machine_failure
 from maskgen.core.files import read_json
 from maskgen.core.foreign import may_be_foreign
+from maskgen.core.settings import NOT_RECORDED, check_settings
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 _MAX_KV_CACHE_GIB = 4
@@ -227,10 +231,15 @@ def check_cpu(args: Namespace, obstacle: str | None) -> None:
 
 
 def check_digests(model: str) -> None:
-    """Compare a checkpoint with the digests in its manifest. Raises `FormatError`, `SettingsError` for a dense one."""
+    """Compare a checkpoint with the digests in its manifest, and what is beside it with the record of that.
+
+    Raises `FormatError`, `SettingsError` for a dense one. Where there is no record, this is logged.
+    """
     if not is_sparse_checkpoint(model):
         raise SettingsError(f"--verify-digests: {model} is not a sparse checkpoint, and no other has digests")
     SparseCheckpoint.open(model, verify_bits=False).verify_digests()
+    if check_settings(model) is None:
+        logger.warning("%s: config.json and the tokenizer are not covered: %s", model, NOT_RECORDED)
 
 
 def expect_all_weights(args: Namespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.settings import changed_companions
 from sparse_serve.engine import (
     DEFAULT_MAX_TOKENS,
     Chunk,
@@ -162,6 +163,7 @@ def with_manifest(info: EngineInfo, checkpoint: SparseCheckpoint, served: Collec
         mask_digest=config.mask_digest,
         recipe_digest=config.recipe_digest,
         base_digest=config.base_digest,
+        changes=changed_companions(checkpoint.path),
     )
 
 

@@ -31,6 +31,7 @@ from maskgen.core.checkpoint import WEIGHT_SUFFIX, SparseCheckpoint, read_header
 from maskgen.core.config import QUANT_METHOD, SparseConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
+from maskgen.core.settings import changed_companions, check_recorded_config
 from sparse_serve.plugin.linear import SparseNMLinearMethod
 from sparse_serve.runtime import environment
 from sparse_serve.runtime.startup_error import record_startup_error
@@ -201,6 +202,9 @@ def _check_only_multiplied(prefix: str) -> None:
 def verify(directory: str) -> None:
     """Verify a checkpoint, every bit of its masks included. Raises `FormatError`.
 
+    `config.json` has to be as it was written, where there is a record of that: with another number in it the model
+    would answer, and wrongly. A tokenizer or a chat template may have been changed on purpose: that is logged.
+
     Name, size and time of the files that were verified last stay in the environment, so that a checkpoint is read once
     by a server that checks early, and not by each of several API servers.
     """
@@ -209,6 +213,9 @@ def verify(directory: str) -> None:
     digest = digest_json({"directory": str(Path(directory).resolve()), "files": facts})
     if environment.verified_files() != digest:
         SparseCheckpoint.open(directory)
+        check_recorded_config(directory)
+        for line in changed_companions(directory):
+            logger.warning("%s", line)
         environment.set_verified_files(digest)
 
 

@@ -150,6 +150,13 @@ def test_what_a_doctor_does_not_examine(tmp_path: Path) -> None:
     dense = command("doctor", tmp_path / "dense")
     assert dense.returncode == 2
     assert "a dense model; make it sparse with maskgen run" in dense.stderr
+    file = tmp_path / "sparse" / "config.json"
+    written = file.read_text()
+    file.write_text(json.dumps(json.loads(written) | {"rms_norm_eps": 1e5}))
+    edited = command("doctor", tmp_path / "sparse")
+    assert edited.returncode == 2
+    assert "config.json: rms_norm_eps is 100000.0, and was 1e-0" in edited.stderr
+    file.write_text(written)
     damage_digest(tmp_path / "sparse")
     damaged = command("doctor", tmp_path / "sparse")
     assert damaged.returncode == 2

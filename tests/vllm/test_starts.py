@@ -196,3 +196,16 @@ def test_digests_are_compared_if_asked(sparse: Path, vllm_nursery: Nursery) -> N
     spoil(sparse, "model.layers.1.mlp.down_proj.values", 0.125)
     assert re.search(r"sparse/model.safetensors: digest sha256:\w+, but", refusal(sparse))
     assert "is not a sparse checkpoint, and no other has digests" in refusal(sparse.parent / "dense")
+
+
+def test_another_number_in_the_configuration_is_refused(sparse: Path, refusal: Refusal) -> None:
+    """vLLM would serve it without a word."""
+    edit_config(sparse, lambda config: config.update(rms_norm_eps=1e5))
+    line = refusal(sparse)
+    assert line.startswith(f"{sparse}/config.json: rms_norm_eps is 100000.0, and was 1e-0")
+    assert "maskgen convert" in line
+
+
+def test_a_changed_tokenizer_is_refused_if_asked(sparse: Path, refusal: Refusal) -> None:
+    (sparse / "tokenizer_config.json").write_text("{}")
+    assert "/tokenizer_config.json: changed since" in refusal(sparse, "--verify-digests")

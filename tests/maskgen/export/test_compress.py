@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
+from maskgen.core.companions import SETTINGS_FILE
 from maskgen.core.config import GUARD, WEIGHTS_KEY, SparseConfig
 from maskgen.core.digest import digest_file
 from maskgen.core.errors import FormatError, ModelError, NumericalError, OutputExistsError, PatternError
@@ -97,8 +98,9 @@ def test_what_travels_with_the_weights_and_what_does_not(tmp_path: Path) -> None
     (dense / "folder.json").mkdir()
     compress_masks(dense, magnitude_masks(dense), tmp_path / "sparse")
     decompress(tmp_path / "sparse", tmp_path / "again")
-    for out in (tmp_path / "sparse", tmp_path / "again"):
-        assert sorted(path.name for path in out.iterdir()) == sorted([*COMPANIONS, "config.json", "model.safetensors"])
+    for out, record in ((tmp_path / "sparse", [SETTINGS_FILE]), (tmp_path / "again", [])):
+        written = [*COMPANIONS, "config.json", "model.safetensors", *record]
+        assert sorted(path.name for path in out.iterdir()) == sorted(written)
         assert all((out / name).read_bytes() == (dense / name).read_bytes() for name in COMPANIONS)
 
 

@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from maskgen.core.companions import SETTINGS_FILE
 from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.compress import decompress
 from maskgen.export.inspect import InspectReport, inspect
-from tests.directories import HIDDEN, TARGETS, corrected_dir, dense_dir, edit_config, edit_tensors, read_all, sparse_dir
+from tests.directories import (
+    COMPANIONS,
+    HIDDEN,
+    TARGETS,
+    corrected_dir,
+    dense_dir,
+    edit_config,
+    edit_tensors,
+    read_all,
+    sparse_dir,
+)
 
 
 def follows(report: InspectReport) -> dict[str, bool]:
@@ -176,6 +187,16 @@ def test_digests_are_compared(tmp_path: Path) -> None:
         inspect(sparse)
     edit_config(sparse, version_2)
     assert inspect(sparse).digests == 0
+
+
+def test_settings_are_compared(tmp_path: Path) -> None:
+    sparse = sparse_dir(tmp_path / "sparse")
+    assert inspect(sparse).settings == 1 + len(COMPANIONS)
+    edit_config(sparse, lambda config: config.update(rms_norm_eps=1e5))
+    with pytest.raises(FormatError, match=r"config.json: rms_norm_eps is 100000.0, and was 1e-06"):
+        inspect(sparse)
+    (sparse / SETTINGS_FILE).unlink()
+    assert inspect(sparse).settings == 0
 
 
 def version_2(config: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class FieldRequest(Request):
     `sparse` are checkpoints of the model `dense`; `peers` are names of `peers.PEERS`. `threads` is for every server
     alike (None: all cores). What peers are made into is kept in `keep_peers`, or removed. `vllm_flags` go to every
     server with vLLM in it. With `int8_activations` ours with int8 or int4 values are served a second time, with
-    activations rounded.
+    activations rounded; with `int8_head`, too, those have the output layer in int8.
     """
 
     dense: Path
@@ -76,6 +76,7 @@ class FieldRequest(Request):
     keep_peers: Path | None = None
     vllm_flags: tuple[str, ...] = ()
     int8_activations: bool = False
+    int8_head: bool = False
 
     @property
     def context_tokens(self) -> int:
@@ -162,6 +163,8 @@ def check(request: FieldRequest) -> None:
     unknown = [name for name in request.peers if name not in peers.PEERS]
     if unknown:
         raise SettingsError(f"--peers {unknown[0]}: no such peer; known are {', '.join(peers.PEERS)}")
+    if request.int8_head and not request.int8_activations:
+        raise SettingsError("--int8-head: of those that --int8-activations serves; give that, too")
     for path in request.sparse:
         serve.check(request.dense, path)
     most = read_json(request.dense / "config.json").get("max_position_embeddings")
@@ -199,7 +202,7 @@ class _Runner:
         threads = request.threads or len(machine.usable_cores())
         slots = max(request.clients)
         room = (slots, request.context_tokens)
-        conditions = Conditions(threads, *room, request.vllm_flags, folder, request.int8_activations)
+        conditions = Conditions(threads, *room, request.vllm_flags, folder, request.int8_activations, request.int8_head)
         for contender in peers.ours(request.sparse, conditions):
             self._start(contender)
         layers = SparseCheckpoint.open(request.sparse[0], verify_bits=False).config.targets

@@ -48,7 +48,7 @@ _BLOCK_TOKENS = 128
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """For servers of this machine, whatever proxy the environment names."""
 
-_ROUNDED = '{"sparse_nm": {"activations": "int8"}}'
+_ROUNDED = {"activations": "int8"}
 
 _KV_BYTES = 2
 """Of a number in the KV cache, which is bfloat16 or float16."""
@@ -58,7 +58,8 @@ _KV_BYTES = 2
 class Conditions:
     """What all servers have in common: `threads` to compute with, `slots` requests at a time of up to `context` tokens,
     `vllm_flags` for those with vLLM, and `folder`, where peers' models are kept. With `int8_activations` ours with
-    values of 8 or 4 bits are there a second time, with activations rounded."""
+    values of 8 or 4 bits are there a second time, with activations rounded; with `int8_head` the output layer is in
+    int8 then, too."""
 
     threads: int
     slots: int
@@ -66,6 +67,7 @@ class Conditions:
     vllm_flags: Sequence[str]
     folder: Path
     int8_activations: bool = False
+    int8_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ def ours(sparse: Sequence[Path], conditions: Conditions) -> list[Contender]:
         flags = _vllm_flags(path, conditions)
         found.append(Contender(name, True, path, serve_command(path, flags), _threads(conditions)))
         if conditions.int8_activations and config.values in (INT8, INT4):
-            command = serve_command(path, [*flags, f"--additional-config={_ROUNDED}"])
-            found.append(Contender(f"{name}, int8 activations", True, path, command, _threads(conditions)))
+            rounded = _ROUNDED | ({"lm_head": "int8"} if conditions.int8_head else {})
+            name = f"{name}, int8 activations" + (" and output layer" if conditions.int8_head else "")
+            command = serve_command(path, [*flags, f"--additional-config={json.dumps({'sparse_nm': rounded})}"])
+            found.append(Contender(name, True, path, command, _threads(conditions)))
     return found
 
 

@@ -97,6 +97,7 @@ def _check_pair(args: argparse.Namespace) -> None:
         "--threads": args.threads is not None,
         "--keep-peers": args.keep_peers is not None,
         "--int8-activations": args.int8_activations,
+        "--int8-head": args.int8_head,
     }
     for flag, is_given in extra.items():
         if is_given:
@@ -198,6 +199,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--keep-peers", type=Path, metavar="DIR", help=keep)
     rounded = "with --peers: ours with int8 or int4 values are served a second time, with activations rounded to int8"
     add("--int8-activations", action="store_true", help=rounded)
+    head = "with --int8-activations: those that are served a second time have the output layer (lm_head) in int8, too"
+    add("--int8-head", action="store_true", help=head)
     add("vllm_flags", nargs="*", metavar="VLLM_FLAG", help="any flag of `vllm serve`, after --")
     _add_json(parser)
 

@@ -32,7 +32,10 @@ from maskgen.core.config import QUANT_METHOD, SparseConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import FormatError
 from maskgen.core.settings import changed_companions, check_recorded_config
+from maskgen.core.values import FLOAT
+from sparse_serve.plugin.head import Int8HeadMethod, head_method
 from sparse_serve.plugin.linear import SparseNMLinearMethod
+from sparse_serve.plugin.options import OPTIONS_KEY, read_options
 from sparse_serve.runtime import environment
 from sparse_serve.runtime.startup_error import record_startup_error
 
@@ -74,6 +77,7 @@ class SparseNMConfig(AnyDevice):
         self.ignored = set(config.ignored)
         self.dense: set[str] | None = None  # what has a `weight` in the files, if these can be looked at
         self.attached: set[str] = set()
+        self.head: Int8HeadMethod | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseNMConfig:
@@ -109,9 +113,13 @@ class SparseNMConfig(AnyDevice):
 
     @record_startup_error()
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
-        """Packed, dense, or (for anything but a linear layer, such as the experts of a mixture) vLLM's default."""
+        """Packed, dense, or (for anything but a linear layer, such as the experts of a mixture) vLLM's default, but for
+        an output layer that is wanted in int8."""
         if not isinstance(layer, LinearBase):
-            return None
+            options = read_options(get_current_vllm_config().additional_config)
+            head = head_method(layer, prefix, options)
+            self.head = head or self.head
+            return head
         names = self._stored_names(prefix)
         packed = [name for name in names if name in self.targets]
         if len(packed) == len(names):
@@ -136,7 +144,17 @@ class SparseNMConfig(AnyDevice):
     def get_checkpoint_weight_mapper(self) -> Any:
         """No renaming. vLLM asks when it has built the model and begins to load: the time to miss a layer."""
         self.check_all_attached()
+        self._check_head()
         return super().get_checkpoint_weight_mapper()
+
+    def _check_head(self) -> None:
+        """Raise `FormatError` if the output layer is wanted in int8, and the model has none of its own here."""
+        options = read_options(get_current_vllm_config().additional_config)
+        if options.lm_head != FLOAT and self.head is None and get_pp_group().is_last_rank:
+            raise FormatError(
+                f"--additional-config {OPTIONS_KEY}: lm_head {options.lm_head!r}, but vLLM's class of this model has "
+                "no output layer of its own: it multiplies by the embedding, or does not generate; leave lm_head out"
+            )
 
     def check_all_attached(self) -> None:
         """Raise `FormatError` if the model has no layer for some target of this rank."""

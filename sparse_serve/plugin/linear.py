@@ -41,23 +41,20 @@ from maskgen.core.errors import FormatError
 from maskgen.core.int4 import check_even, scale_shape
 from maskgen.core.packed import PackedTensor
 from maskgen.core.values import CODE_DTYPES, FLOAT, INT4, per_byte
-from sparse_serve.kernels import ACTIVATIONS, LinearSpec
+from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.correction import LayerCorrection
 from sparse_serve.plugin.dense import dense_layers
+from sparse_serve.plugin.options import read_options
 from sparse_serve.runtime import environment
 from sparse_serve.runtime.startup_error import record_startup_error
 from sparse_serve.tuning import parity, parity_file
 from sparse_serve.tuning.dispatch import Bound
-from sparse_serve.tuning.selection import AUTO, Choice, choice_for
+from sparse_serve.tuning.selection import Choice, choice_for
 
 if TYPE_CHECKING:
     from sparse_serve.plugin.config import SparseNMConfig
 
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
-
-OPTIONS_KEY = "sparse_nm"
-"""Key of our options in vLLM's `--additional-config`: `{"sparse_nm": {"kernel": "reference"}}`. Also
-`"activations": "int8"`, which lets kernels round them."""
 
 _PLANS_KEY = "sparse_nm_plans"
 
@@ -74,7 +71,7 @@ class SparseNMLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.stored = tuple(stored)
         self.vllm_config = get_current_vllm_config()
-        self.wanted, self.activations = _options(self.vllm_config.additional_config)
+        self.options = read_options(self.vllm_config.additional_config)
         self.choice: Choice | None = None
         self.bound: Bound | None = None
         self.kernel_names: tuple[str, ...] = ()
@@ -148,9 +145,9 @@ class SparseNMLinearMethod(LinearMethodBase):
         device = packed.values.device.type
         rows, columns = packed.shape
         spec = LinearSpec(
-            rows, columns, packed.pattern, self.dtype, device, packed.kind, packed.group, self.activations
+            rows, columns, packed.pattern, self.dtype, device, packed.kind, packed.group, self.options.activations
         )
-        choice = choice_for(spec, self.wanted, dense_layers(spec.device_type))
+        choice = choice_for(spec, self.options.kernel, dense_layers(spec.device_type))
         tensors, self.bound = choice.plan.prepare(packed), choice.plan.bind()
         if environment.kernel_parity_folder() is not None:
             bias = getattr(layer, "bias", None)
@@ -200,18 +197,3 @@ def _add_to_compile_key(vllm_config: Any, prefix: str, choice: Choice) -> None:
     if isinstance(vllm_config.additional_config, dict):
         before = vllm_config.additional_config.get(_PLANS_KEY)
         vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, str(choice.plan)])
-
-
-def _options(additional_config: Any) -> tuple[str, str]:
-    """The kernel, and what kernels may make of activations."""
-    options = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
-    known = {"kernel": AUTO, "activations": FLOAT}
-    if not isinstance(options, dict) or (unknown := sorted(set(options) - set(known))):
-        what = f": unknown keys {unknown}" if isinstance(options, dict) else f" is {options!r}"
-        raise FormatError(f"--additional-config {OPTIONS_KEY}{what}, expected an object with some of {list(known)}")
-    kernel, activations = ({**known, **options}[name] for name in known)
-    if activations not in ACTIVATIONS:
-        raise FormatError(
-            f"--additional-config {OPTIONS_KEY}: activations is {activations!r}, expected one of {list(ACTIVATIONS)}"
-        )
-    return str(kernel), activations

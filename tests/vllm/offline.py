@@ -45,7 +45,12 @@ def make_sparse(kind: str, root: Path, pattern: str = "2:4", dense_layer: str | 
 
 @contextmanager
 def serve(
-    path: Path, dtype: str = "float32", kernel: str = "cpu", activations: str = "float", **options: Any
+    path: Path,
+    dtype: str = "float32",
+    kernel: str = "cpu",
+    activations: str = "float",
+    lm_head: str = "float",
+    **options: Any,
 ) -> Iterator[Any]:
     """A vLLM engine that is really gone afterwards. `kernel`: "auto" measures which is best, which takes a second."""
     from vllm import LLM
@@ -58,7 +63,7 @@ def serve(
         max_model_len=64,
         num_gpu_blocks_override=64,
         worker_extension_cls="sparse_serve.plugin.worker.WorkerExtension",
-        additional_config={"sparse_nm": {"kernel": kernel, "activations": activations}},
+        additional_config={"sparse_nm": {"kernel": kernel, "activations": activations, "lm_head": lm_head}},
         load_format="sparse_nm" if is_sparse_checkpoint(path) else "auto",  # as our server has it
         **options,
     )

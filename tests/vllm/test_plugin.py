@@ -186,12 +186,15 @@ def test_a_dense_model_is_served_untouched(tmp_path: Path) -> None:
         ({"kernels": "cpu"}, r"unknown keys \['kernels'\], expected an object with some of"),
         ({"activations": "int4"}, r"activations is 'int4', expected one of \['float', 'int8'\]"),
         ("cpu", r"is 'cpu', expected an object"),
+        ({"lm_head": "int4"}, r"lm_head is 'int4', expected one of \['float', 'int8'\]"),
+        ({"lm_head": []}, r"lm_head is \[\], expected one of"),
     ],
 )
 def test_wrong_options_are_refused(options: object, message: str) -> None:
-    from sparse_serve.plugin.linear import _options
+    from sparse_serve.plugin.options import Options, read_options
 
-    assert _options({"sparse_nm": {"activations": "int8"}}) == ("auto", "int8")
-    assert _options({"other": 1}) == _options(None) == ("auto", "float")
+    wanted = {"activations": "int8", "lm_head": "int8"}
+    assert read_options({"sparse_nm": wanted}) == Options("auto", "int8", "int8")
+    assert read_options({"other": 1}) == read_options(None) == Options("auto", "float", "float")
     with pytest.raises(FormatError, match=message):
-        _options({"sparse_nm": options})
+        read_options({"sparse_nm": options})

@@ -84,6 +84,9 @@ def test_ours_are_named_after_their_values(dense: Path, conditions: Conditions, 
     assert [contender.name for contender in rounded] == ["2:4 bf16", "2:4 int8", "2:4 int8, int8 activations"]
     asked = ['"activations": "int8"' in words(contender) for contender in rounded]
     assert asked == [False, False, True], "only codes can be multiplied with them"
+    head = peers.ours([tmp_path / "c"], replace(conditions, int8_activations=True, int8_head=True))
+    assert [contender.name for contender in head] == ["2:4 int8", "2:4 int8, int8 activations and output layer"]
+    assert ['"lm_head": "int8"' in words(contender) for contender in head] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["w8a8", "llama.cpp:q4_0"])

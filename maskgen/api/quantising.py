@@ -3,7 +3,8 @@
 With text, codes are chosen as a sweep chooses them that prunes (`[values] kind = "int4"` of a recipe): block by block
 and with error feedback, for the outputs that the float values give. The checkpoint is written out dense for it, zeros
 included, and its masks are the prior of `admm`, which changes kept values only as far as the codes before them lack
-something. Both copies are in OUT.work, from which a stopped run continues, until the result is written.
+something. A low-rank correction is in the dense weights then, and `admm` finds one of that rank again, which makes up
+for the codes, too. Both copies are in OUT.work, from which a stopped run continues, until the result is written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from maskgen.api.events import Listener, silent
 from maskgen.api.pruning import prune
 from maskgen.api.requests import DEFAULT_GROUP, CompressRequest, PruneRequest, QuantiseRequest
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.correction import LowRankCorrection
 from maskgen.core.digest import digest_file, digest_json, digest_weights
 from maskgen.core.errors import DataError, RequestError
 from maskgen.core.failures import explained
@@ -51,8 +53,9 @@ class QuantiseResult:
 def quantise(request: QuantiseRequest, progress: Listener = silent) -> QuantiseResult:
     """Write a sparse checkpoint with float values again with 8-bit or 4-bit values; masks stay, and corrections.
 
-    Raises `FormatError` when the values are quantised already, `OutputExistsError`; and with text what `prune` does,
-    and `RequestError` for values that are not int4 and for a checkpoint with corrections.
+    With text, low-rank corrections are solved for again together with the codes. Raises `FormatError` when the values
+    are quantised already, `OutputExistsError`; and with text what `prune` does, and `RequestError` for values that are
+    not int4 and for a checkpoint with corrections of another form.
     """
     group = group_of(request)
     if request.data and request.values != INT4:
@@ -66,7 +69,7 @@ def quantise(request: QuantiseRequest, progress: Listener = silent) -> QuantiseR
                 request.out, quantise_module.quantise(request.model, request.out, request.values, group), had_quality
             )
         swept = _swept(request, group, progress)
-        written = quantise_module.quantise(request.model, request.out, INT4, group, SparseCheckpoint.open(swept).packed)
+        written = quantise_module.quantise(request.model, request.out, INT4, group, SparseCheckpoint.open(swept).layer)
         against_float = read_quality(swept)
         finish(work_dir(request.out), keep=False)
     return QuantiseResult(request.out, written, had_quality, against_float)
@@ -88,10 +91,10 @@ def group_of(request: CompressRequest | QuantiseRequest) -> int | None:
 def _swept(request: QuantiseRequest, group: int | None, progress: Listener) -> Path:
     """The checkpoint's layers with codes, as a checkpoint in OUT.work."""
     checkpoint = quantise_module.check(request.model, INT4)
-    if checkpoint.config.correction is not None:
+    if not isinstance(checkpoint.config.correction, LowRankCorrection | None):
         raise RequestError(
-            f"`data`: the layers of {request.model} have corrections, which codes would have to be chosen beside; "
-            "leave it out, or quantise before a correction is added"
+            f"`data`: the layers of {request.model} have corrections that are not low-rank, which codes cannot be "
+            "chosen beside; leave it out, or quantise before a correction is added"
         )
     work = work_dir(request.out)
     dense, masks, swept = work / "dense", work / "masks.safetensors", work / "swept"
@@ -121,10 +124,11 @@ def _sweep(
     progress: Listener,
 ) -> None:
     """Sweep the checkpoint, written out as `dense`, under its own `masks`."""
-    stay = planning.dense_names(dense, checkpoint.config.targets)
+    stay, correction = planning.dense_names(dense, checkpoint.config.targets), checkpoint.config.correction
     overrides = {
         "pattern": str(checkpoint.config.pattern), "ignore": list(stay), "method.mask": "prior",
         "values.kind": INT4, "values.group": request.group or DEFAULT_GROUP,
+        "method.rank": correction.rank if isinstance(correction, LowRankCorrection) else 0,
     }  # fmt: skip
     prune(
         PruneRequest(

@@ -88,7 +88,7 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         recipe, plan = _fitting(start, recipe, method, plan, allocation)
     elif start is not None:
         start.check_form(recipe.pattern, _learned(recipe).correction, _targets(plan))
-    if isinstance(method := recipe.build_method(), LocalMethod) and method.correction is not None:
+    if isinstance(method := recipe.build_method(), LocalMethod | LearnedMethod) and method.correction is not None:
         _check_fits(method.correction, recipe.method.name, plan)
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)

@@ -17,7 +17,7 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.companions import check_companions, companion_files
 from maskgen.core.config import sparse_hf_config
 from maskgen.core.errors import FormatError, clip
-from maskgen.core.packed import PackedTensor, StoredLayer
+from maskgen.core.packed import StoredLayer
 from maskgen.core.values import CODE_DTYPES, FLOAT
 from maskgen.core.writer import SHARD_BYTES, CheckpointWriter
 from maskgen.export.allocation import Allocation, read_allocation, stored_allocation
@@ -29,13 +29,14 @@ def quantise(
     out_dir: Path,
     values: str,
     group: int | None = None,
-    coded: Callable[[str], PackedTensor] | None = None,
+    coded: Callable[[str], StoredLayer] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> CompressReport:
     """Write a sparse checkpoint with float values again with codes (`int8`, `fp8_e4m3`, or `int4`, of which `group`
-    share a scale): each value rounded to the nearest, or the layers with codes that `coded` gives by name.
+    share a scale): each value rounded to the nearest, or the layers with codes that `coded` gives by name, with their
+    corrections.
 
-    Masks, corrections and every other tensor stay as they are. Raises `FormatError` if the values are quantised
+    Masks and every other tensor stay as they are. Raises `FormatError` if the values are quantised
     already: a second rounding would only add error.
     """
     checkpoint = check(sparse_dir, values)
@@ -50,8 +51,9 @@ def quantise(
                 writer.add(name, checkpoint.tensor(name))
                 continue
             layer = checkpoint.layer(module)
-            packed = layer.packed.quantised(values, group) if coded is None else coded(module)
-            stored = StoredLayer(packed, layer.correction)
+            stored = StoredLayer(layer.packed.quantised(values, group), layer.correction)
+            if coded is not None:
+                stored = coded(module)
             sizes["dense"] += layer.packed.dense_nbytes(layer.packed.values.dtype)
             sizes["packed"] += stored.nbytes
             for suffix, tensor in layout.tensors(stored).items():

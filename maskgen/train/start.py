@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import SparseCheckpoint, iterate_tensors, read_headers
-from maskgen.core.correction import CorrectionConfig, PooledCorrection
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
 from maskgen.core.mask import MaskSet
 from maskgen.core.packed import Correction
@@ -68,6 +68,8 @@ class Start:
                     f"use adaptive_sparse_slorb with method.slorb_segment={form.segment} and "
                     f"method.slorb_pool={form.pool}"
                 )
+            elif isinstance(form, LowRankCorrection):
+                advice = f"use adaptive_sparse or best-effort with method.rank={form.rank}, or {advice}"
             raise RecipeError(
                 f"{where}: its layers have a correction, with which this method and these options do not go on; "
                 f"{advice}"

@@ -12,6 +12,10 @@ the mean of what its run lost, S_ij = (1/k) sum_{p in run j} W_ip (1 - m_ip), so
 S trains with W; X is fixed (sums, no storage) or trained. The release's "sum" start, k times that, is worse than no
 correction at all.
 
+With a `rank`, the correction is a low-rank one instead, S [O, R] and X [R, I] both trained: that of the checkpoint
+that training starts from (`admm` with a rank, `eora`), its columns of S scaled to the size of its rows of X, as one rate
+moves both; or S = 0 beside a random X, where the checkpoint has none.
+
 Memory per prunable weight: 17 bytes (float32 weight, gradient, two moments, the mask), the teacher beside it.
 
 Ours: pruned positions decay towards zero (the release's integer mask turned the sign round); the mask rests in the last
@@ -19,9 +23,10 @@ Ours: pruned positions decay towards zero (the release's integer mask turned the
 start from the weights and masks of a prior instead of the dense weights and their largest (`weights = "prior"`), which
 is far better after few steps, and may stay with the prior's masks (`mask = "prior"`); the two go together or alone.
 
-Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025.
+Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025. Trained
+low-rank matrices beside sparse weights: Mozaffari et al., "SLoPe", ICLR 2025 (arXiv 2405.16325).
 
-Legend: O = out features, I = in features, K = runs of inputs (SLoRB).
+Legend: O = out features, I = in features, K = runs of inputs (SLoRB), R = rank.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen.core.correction import CorrectionConfig, PooledCorrection
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import RecipeError
 from maskgen.methods import Correction, Solution
 from maskgen.methods.learned import Layers, LearnedLinear, LearnedMethod, StepContext, TargetLayer
@@ -61,7 +66,7 @@ class AdaptiveLinear(LearnedLinear):
     kept_OI: Tensor
     weight: nn.Parameter
 
-    def __init__(self, target: TargetLayer, method: AdaptiveSparse) -> None:
+    def __init__(self, target: TargetLayer, method: AdaptiveSparse, generator: torch.Generator) -> None:
         super().__init__(target)
         self.method = method
         self.weight.requires_grad_(True)
@@ -70,28 +75,32 @@ class AdaptiveLinear(LearnedLinear):
         self.register_buffer("kept_OI", kept_OI.to(self.weight.device, copy=True))
         self.out: nn.Parameter | None = None
         self.pool: nn.Parameter | None = None
-        segment = method.slorb_segment
-        if segment == 0:
+        if method.correction is None:
             return
+        if target.correction is not None:
+            start = _balanced(target.correction) if method.rank else target.correction
+        else:
+            start = self._low_rank_start(generator) if method.rank else self._slorb_start()
+        self.out = nn.Parameter(start.out.to(self.weight, copy=True))
+        self.pool = None if start.pool is None else nn.Parameter(start.pool.to(self.weight, copy=True))
+
+    def _slorb_start(self) -> Correction:
+        """S and X of the module docstring."""
+        weight_OI, segment = self.weight.detach(), self.method.slorb_segment
         if self.in_features % segment:
             raise RecipeError(
                 f"method.slorb_segment {segment}: does not divide the {self.in_features} inputs of {self.name}; "
                 f"choose a divisor, such as {math.gcd(segment, self.in_features)}"
             )
-        self._add_correction(target.correction)
+        out_OK = (weight_OI * ~self.kept_OI).unflatten(1, (-1, segment)).mean(2)
+        if self.method.slorb_pool == "fixed":
+            return Correction(out_OK)
+        return Correction(out_OK, torch.eye(self.in_features // segment).repeat_interleave(segment, dim=1))
 
-    def _add_correction(self, given: Correction | None) -> None:
-        """Make S and X: those of the checkpoint that training goes on from, or the start of the module docstring."""
-        weight_OI, segment = self.weight.detach(), self.method.slorb_segment
-        if given is not None:
-            self.out = nn.Parameter(given.out.to(weight_OI))
-            self.pool = None if given.pool is None else nn.Parameter(given.pool.to(weight_OI))
-            return
-        lost_OI = weight_OI * ~self.kept_OI
-        self.out = nn.Parameter(lost_OI.unflatten(1, (-1, segment)).mean(2))
-        if self.method.slorb_pool == "trained":
-            runs_K = torch.eye(self.in_features // segment, dtype=weight_OI.dtype, device=weight_OI.device)
-            self.pool = nn.Parameter(runs_K.repeat_interleave(segment, dim=1))
+    def _low_rank_start(self, generator: torch.Generator) -> Correction:
+        """S = 0, and an X that keeps the size of inputs."""
+        pool_RI = torch.randn(self.method.rank, self.in_features, generator=generator) / math.sqrt(self.in_features)
+        return Correction(torch.zeros(self.out_features, self.method.rank), pool_RI)
 
     def pruned(self) -> tuple[Tensor, float]:
         """The current mask, and lambda in the current step."""
@@ -139,7 +148,8 @@ class AdaptiveSparse(LearnedMethod):
 
     The mask stays the same in the last `settle` of the steps (a fraction). `weights` says which ones training starts
     from: the dense model's, under masks of the largest, or the prior's, under its masks. `mask` says whether masks then
-    follow the weights, or stay those of the prior. `slorb_segment` is k, or 0 for no SLoRB.
+    follow the weights, or stay those of the prior. `slorb_segment` is k, or 0 for no SLoRB; `rank` is R, or 0 for no
+    low-rank correction.
     """
 
     trains_weights: ClassVar[bool] = True
@@ -154,9 +164,10 @@ class AdaptiveSparse(LearnedMethod):
     weight_decay: float = 0.05
     slorb_segment: int = 0
     slorb_pool: str = "fixed"
+    rank: int = 0
 
     def __post_init__(self) -> None:
-        self.require_not_negative("masked_decay", "weight_decay")
+        self.require_not_negative("masked_decay", "weight_decay", "rank")
         self.require_not_negative("ramp", "settle", most=1)
         self.require_one_of(
             weights=("dense", "prior"),
@@ -168,6 +179,11 @@ class AdaptiveSparse(LearnedMethod):
             raise RecipeError(f"method.refresh_every {self.refresh_every}: expected 1 or more steps")
         if self.slorb_segment < 0:
             raise RecipeError(f"method.slorb_segment {self.slorb_segment}: expected inputs per run, or 0 for no SLoRB")
+        if self.slorb_segment and self.rank:
+            raise RecipeError(
+                f"method.rank {self.rank}: a layer has one correction, and method.slorb_segment {self.slorb_segment} "
+                "asks for SLoRB's; set one of them to 0"
+            )
 
     @property
     def uses_prior(self) -> bool:
@@ -181,12 +197,14 @@ class AdaptiveSparse(LearnedMethod):
 
     @property
     def correction(self) -> CorrectionConfig | None:
-        """That of SLoRB."""
+        """That of SLoRB, or a low-rank one."""
+        if self.rank:
+            return LowRankCorrection(self.rank)
         return PooledCorrection(self.slorb_segment, self.slorb_pool) if self.slorb_segment else None
 
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:
         """A layer that trains its own weights under a mask."""
-        return AdaptiveLinear(target, self)
+        return AdaptiveLinear(target, self, generator)
 
     def optimizer(self, layers: Layers, others: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """`AnnealedAdamW` of everything."""
@@ -205,6 +223,14 @@ class AdaptiveSparse(LearnedMethod):
             return
         for layer in _layers(layers):
             layer.kept_OI.copy_(layer.magnitude_mask())
+
+
+def _balanced(correction: Correction) -> Correction:
+    """The same product, every column of S as long as its row of X."""
+    assert correction.pool is not None, "a low-rank correction stores both"
+    out_R, pool_R = correction.out.norm(dim=0), correction.pool.norm(dim=1)
+    scale_R = (pool_R / out_R).sqrt().where((out_R > 0) & (pool_R > 0), 1.0)
+    return Correction(correction.out * scale_R, correction.pool / scale_R[:, None])
 
 
 def _layers(layers: Layers) -> list[AdaptiveLinear]:

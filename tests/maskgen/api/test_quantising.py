@@ -12,8 +12,10 @@ import torch
 
 import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.errors import DataError, FormatError, OutputExistsError, RequestError, StorageError
 from maskgen.export import quantise as quantise_module
+from tests import models
 from tests.directories import read_all
 
 ModelDir = Callable[..., Path]
@@ -83,15 +85,27 @@ def test_what_cannot_be(places: Path, text_file: Path) -> None:
     maskgen.quantise(request(places, None))
     with pytest.raises(FormatError, match="values int4 cannot become"):
         maskgen.quantise(request(places, text_file, model=places / "out", out=places / "again"))
-    short = {"calibration.window_tokens": 32, "calibration.samples": 4, "method.rank": 4}
-    maskgen.run(
-        maskgen.LearnRequest(
-            recipe="eora", prior=places / "sparse", data=text_file, overrides=short, out=places / "corrected"
-        )
-    )
-    with pytest.raises(RequestError, match="have corrections"):
+    models.save_corrected(places / "dense", places / "corrected", PooledCorrection(16, "fixed"))
+    with pytest.raises(RequestError, match="have corrections that are not low-rank"):
         maskgen.quantise(request(places, text_file, model=places / "corrected", out=places / "again"))
     assert not (places / "again").exists() and not (places / "again.work").exists()
+
+
+def test_a_low_rank_correction_is_found_again_beside_the_codes(places: Path, text_file: Path) -> None:
+    short = {"calibration.window_tokens": 32, "calibration.samples": 16, "method.rank": 8}
+    maskgen.prune(
+        maskgen.PruneRequest(
+            recipe="admm-lowrank", model=places / "dense", data=text_file, overrides=short, out=places / "both"
+        )
+    )
+    shutil.rmtree(places / "sparse")
+    (places / "both").rename(places / "sparse")
+    maskgen.quantise(request(places, text_file))
+    maskgen.quantise(request(places, None, out=places / "nearest"))
+    before, after = SparseCheckpoint.open(places / "sparse"), SparseCheckpoint.open(places / "out")
+    assert after.config.correction == LowRankCorrection(8) and after.config.values == "int4"
+    assert after.config.mask_digest == before.config.mask_digest
+    assert divergence(places, "out", text_file) < divergence(places, "nearest", text_file)
 
 
 def test_a_run_that_was_stopped_goes_on(places: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
-from maskgen.core.correction import PooledCorrection
+from maskgen.core.correction import LowRankCorrection, PooledCorrection
 from maskgen.core.digest import digest_weights
 from maskgen.export.compress import decompress
 from maskgen.hf import model
@@ -138,6 +138,29 @@ def test_a_correction_is_trained_further(
     assert looks(out)[0]["heldout_nll"] == pytest.approx(expected, rel=1e-4)
     code, _, errors = run(capsys, *words("adaptive_sparse", start, text_file, tmp_path / "no"), "--teacher", dense)
     assert code == 2 and f"method.slorb_segment=16 and method.slorb_pool={pool}" in errors
+
+
+def test_a_low_rank_correction_is_trained_further(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, start, out = model_dir(), tmp_path / "start", tmp_path / "out"
+    models.save_corrected(dense, start, LowRankCorrection(4))
+    argv = [*words("adaptive_sparse", start, text_file, out), "--teacher", dense]
+    assert run(capsys, *argv, *STILL, "--set", "method.rank=4")[::2] == (0, "")
+    before, after = SparseCheckpoint.open(start), SparseCheckpoint.open(out)
+    assert after.config.correction == before.config.correction
+    for name in before.config.targets:
+        ours, theirs = after.layer(name), before.layer(name)
+        torch.testing.assert_close(ours.dense(torch.float32), theirs.dense(torch.float32), rtol=0, atol=1e-5)
+    assert looks(out)[0]["heldout_nll"] == pytest.approx(
+        measured(start, dense, text_file, settled("adaptive_sparse")), rel=1e-4
+    )
+    again = [*words("adaptive_sparse", start, text_file, tmp_path / "no"), "--teacher", dense]
+    for options in ((), ("--set", "method.rank=8")):
+        code, _, errors = run(capsys, *again, *options)
+        assert code == 2 and "method.rank=4" in errors
+    code, _, errors = run(capsys, *again, "--set", "method.rank=4", "--set", "method.slorb_segment=16")
+    assert code == 2 and "method.rank 4: a layer has one correction" in errors
 
 
 def test_a_new_correction_starts_at_nothing(

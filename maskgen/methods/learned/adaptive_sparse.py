@@ -13,8 +13,8 @@ S trains with W; X is fixed (sums, no storage) or trained. The release's "sum" s
 correction at all.
 
 With a `rank`, the correction is a low-rank one instead, S [O, R] and X [R, I] both trained: that of the checkpoint
-that training starts from (`admm` with a rank, `eora`), its columns of S scaled to the size of its rows of X, as one rate
-moves both; or S = 0 beside a random X, where the checkpoint has none.
+that training starts from (`admm` with a rank, `eora`), its columns of S scaled to the size of its rows of X, as one
+rate moves both; or S = 0 beside a random X, where the checkpoint has none.
 
 Memory per prunable weight: 17 bytes (float32 weight, gradient, two moments, the mask), the teacher beside it.
 

@@ -30,7 +30,8 @@ def low_rank(error_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tensor, Te
     """B `[O, R]`, whose columns are orthonormal, and A `[R, I]`, both float64, in the order of what they repair.
 
     With more outputs than inputs, E = Q R is factorised first and M made of R `[I, I]`. All is done in float64: M
-    squares E, so in float32 what is small in E would be lost. Raises `NumericalError` for a moment that is not finite.
+    squares E, so in float32 what is small in E would be lost. Raises `NumericalError` for a moment that is not finite,
+    or whose eigenvectors are not found.
     """
     error_NI, basis_ON = error_OI.double(), None
     if error_OI.shape[0] > error_OI.shape[1]:
@@ -41,7 +42,13 @@ def low_rank(error_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tensor, Te
             f"the second moment of {error_OI.shape[1]} input features is not finite; look for NaN or infinity in "
             "the calibration inputs"
         )
-    vectors_NN = torch.linalg.eigh((moment_NN + moment_NN.T) / 2).eigenvectors  # eigenvalues ascend
+    try:
+        vectors_NN = torch.linalg.eigh((moment_NN + moment_NN.T) / 2).eigenvectors  # eigenvalues ascend
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError(
+            f"no eigenvectors of what is to be repaired beside {error_OI.shape[1]} input features: {error}; give more "
+            "or other calibration text, or leave this layer dense (ignore)"
+        ) from None
     out_NR = vectors_NN[:, -rank:].flip(1)
     return out_NR if basis_ON is None else basis_ON @ out_NR, out_NR.T @ error_NI
 

@@ -60,7 +60,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.overrides import apply
-from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_uncorrected
+from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_prior, check_uncorrected
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
 """Length of windows by section, for models that read as much. docs/results.md has what was tried."""
@@ -144,12 +144,8 @@ class Recipe(Strict):
                 raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
         if self.prior is not None:
             prior = self.prior.build()
-            if isinstance(prior, LearnedMethod):
-                raise RecipeError(f"prior.name: {self.prior.name} is learned itself; expected a one-shot method")
-            if not isinstance(prior, LocalMethod) or prior.uses_prior:
-                raise RecipeError(f"prior.name: {self.prior.name} with these options starts from a mask itself")
+            check_prior(self.prior.name, prior, self.method.name, method, self.budget)
             prior.check_pattern(self.pattern)
-            self._check_corrected_prior(prior, method)
         if self.values is not None:
             self.values.check(self.method.name, method, self.budget)
         if self.budget is not None:
@@ -157,18 +153,6 @@ class Recipe(Strict):
         if self.budget is not None and isinstance(method, LearnedMethod):
             self.budget.check_learned(self.method.name, method.result is Result.SPARSE and self.prior is not None)
         return self
-
-    def _check_corrected_prior(self, prior: LocalMethod, method: Method) -> None:
-        """`RecipeError` for a prior with a correction, unless the method trains on from it, without a budget."""
-        if self.budget is not None:
-            check_uncorrected(prior, "[budget]", "budgets count masks and values alone")
-        goes_on = isinstance(method, LearnedMethod) and method.uses_prior_weights
-        if prior.correction is None or (goes_on and method.correction == prior.correction):
-            return
-        advice = "leave prior.rank out"
-        if goes_on and "rank" in self.method.options:
-            advice = f"set method.rank={prior.correction.to_dict().get('rank')}, or {advice}"
-        raise RecipeError(f"[prior]: makes a correction that {self.method.name} with these options drops; {advice}")
 
     def for_context(self, limit: int | None) -> Recipe:
         """This recipe with `window_tokens` settled for a model that reads at most `limit` tokens (None: any number).

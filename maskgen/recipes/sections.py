@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from maskgen.core.correction import CorrectionConfig
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection
 from maskgen.core.errors import RecipeError
 from maskgen.core.layout import LayerForm
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import LocalMethod, Method
+from maskgen.methods.learned import LearnedMethod
 
 
 class Strict(BaseModel):
@@ -103,6 +104,24 @@ def check_uncorrected(method: Method, section: str, reason: str) -> None:
     """`RecipeError` for a one-shot method that makes a correction, where the `section` of a recipe allows none."""
     if isinstance(method, LocalMethod) and method.correction is not None:
         raise RecipeError(f"{section}: no method with a correction (rank): {reason}; leave one of them out")
+
+
+def check_prior(name: str, prior: Method, follower_name: str, follower: Method, budget: Budget | None) -> None:
+    """`RecipeError` unless `follower` can start from what `prior` makes. Both are given with their names."""
+    if isinstance(prior, LearnedMethod):
+        raise RecipeError(f"prior.name: {name} is learned itself; expected a one-shot method")
+    if not isinstance(prior, LocalMethod) or prior.uses_prior:
+        raise RecipeError(f"prior.name: {name} with these options starts from a mask itself")
+    if budget is not None:
+        check_uncorrected(prior, "[budget]", "budgets count masks and values alone")
+    form = prior.correction
+    goes_on = isinstance(follower, LearnedMethod) and follower.uses_prior_weights
+    if form is None or (isinstance(follower, LearnedMethod) and goes_on and follower.correction == form):
+        return
+    advice = "leave prior.rank out"
+    if goes_on and hasattr(follower, "rank") and isinstance(form, LowRankCorrection):
+        advice = f"set method.rank={form.rank}, or {advice}"
+    raise RecipeError(f"[prior]: makes a correction that {follower_name} with these options drops; {advice}")
 
 
 class Budget(Strict):

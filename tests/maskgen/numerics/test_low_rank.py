@@ -57,3 +57,12 @@ def test_moments_that_are_not_finite() -> None:
     moment_II[3, 3] = torch.nan
     with pytest.raises(NumericalError, match="second moment of 40 input features is not finite"):
         low_rank(error_OI, moment_II, 4)
+
+
+def test_eigenvectors_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(NumericalError, match=r"no eigenvectors .* 6 input features: failed to converge; give more"):
+        low_rank(torch.ones(4, 6), torch.eye(6), 2)

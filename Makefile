@@ -60,6 +60,9 @@ BIN := $(abspath $(VENV))/bin
 GPU_TRITON := 3.6.0
 # A GPU machine may have a Python with torch, and nothing that would have to be installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+# VERSION is a name that environments have for something else: what is released is said on the command line.
+GIVEN_VERSION = [[ -z '$(VERSION)' || '$(origin VERSION)' == 'command line' ]] || { \
+  echo "error: VERSION=$(VERSION) comes from the environment; unset it, or say it: make $@ VERSION=$(VERSION)" >&2; exit 2; }
 export PYTHON MODEL RECIPE DATA EVAL POINTS CACHE DEMO BIN
 
 .PHONY: help serve test quick check docs reference compiled gpu quality frontier gate smoke manifests proto architectures symbols wheel version release lock demo install clean
@@ -181,13 +184,18 @@ wheel: $(RELEASE) ## build dist/: an sdist and, from it, a wheel with the CPU ke
 	"$$BIN/python" -m tests.release.wheel check "$$folder"
 
 version: $(RELEASE) ## begin a release: the version, and its section of CHANGELOG.md, to be committed [VERSION=X.Y.Z]
-	@exec "$$BIN/python" deploy/release/publish.py version "$(VERSION)"
+	@$(GIVEN_VERSION)
+	exec "$$BIN/python" deploy/release/publish.py version "$(VERSION)"
 
 release: $(RELEASE) ## all of a release in dist/, from a clean tree: as `wheel`, and notes, lock, bill of materials, digests [VERSION=X.Y.Z: commit `version` first]
-	@[[ -z "$(VERSION)" ]] || "$$BIN/python" deploy/release/publish.py version "$(VERSION)" --commit
+	@$(GIVEN_VERSION)
+	folder=$$(mktemp -d) made=
+	trap 'status=$$?; rm -rf "$$folder"; ((status == 0)) || [[ -z $$made ]] || "$$BIN/python" deploy/release/publish.py undo "$$made"' EXIT
+	if [[ -n "$(VERSION)" ]]; then
+	  "$$BIN/python" deploy/release/publish.py version "$(VERSION)" --commit
+	  made=$$(git rev-parse HEAD)
+	fi
 	"$$BIN/python" deploy/release/publish.py ready
-	folder=$$(mktemp -d)
-	trap 'rm -rf "$$folder"' EXIT
 	$(MAKE) --no-print-directory wheel CHECKED="$$folder"
 	"$$BIN/python" deploy/release/publish.py bundle "$$folder/environment/bin/python" --out dist
 

@@ -14,6 +14,15 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does. A process that has used torch's threads must not fork, which the tests of vLLM do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Repositories that tests make are nobody's: none of the signatures, hooks and names of whoever runs them.
+GIT = {"commit.gpgsign": "false", "core.hooksPath": os.devnull, "user.name": "a", "user.email": "a@example.com"}
+for name, value in GIT.items():
+    count = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
+    os.environ |= {
+        f"GIT_CONFIG_KEY_{count}": name,
+        f"GIT_CONFIG_VALUE_{count}": value,
+        "GIT_CONFIG_COUNT": str(count + 1),
+    }
 # How fast a machine makes examples says nothing of what is tested with them.
 settings.register_profile("sparse-serve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sparse-serve")

@@ -2,10 +2,12 @@
 
     version X.Y.Z     the one version in pyproject.toml, and a section of CHANGELOG.md made of what is unreleased;
                       with --commit, in a clean tree, committed
+    undo COMMIT       take that commit back, if nothing came after it: what was released of it did not pass its checks
     ready             may this tree be released? clean, and with a section of its version
     bundle PYTHON     beside the wheel: notes, the lock, the bill of materials of an environment, digests
 
-`make release VERSION=X.Y.Z` does all of it. Nothing is uploaded or tagged.
+`make release VERSION=X.Y.Z` does all of it, and leaves the commit of its version only if all of it ends well. Nothing
+is uploaded or tagged.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ def with_section(changelog: str, version: str, day: datetime.date) -> str:
         raise SystemExit(f"error: VERSION is {version!r}; expected X.Y.Z, or X.Y.Z with a, b or rc and a number")
     found = sections(changelog)
     if version in found:
-        raise SystemExit(f"error: CHANGELOG.md has a section [{version}] already")
+        raise SystemExit(
+            f"error: CHANGELOG.md has a section [{version}] already; if that is what is to be released, make release "
+            "without VERSION"
+        )
     if not found.get("Unreleased"):
         raise SystemExit(f"error: CHANGELOG.md has nothing under {UNRELEASED}: there is nothing to release")
     return changelog.replace(UNRELEASED, f"{UNRELEASED}\n\n## [{version}] - {day.isoformat()}", 1)
@@ -95,6 +100,13 @@ def begin(version: str, commits: bool, root: Path = ROOT) -> None:
         project.write_text(with_version(before, version), "utf-8")
     if commits:
         _git(root, "commit", "--quiet", "--message", version, "--", project.name, changelog.name)
+
+
+def undo(commit: str, root: Path = ROOT) -> None:
+    """Take a commit that `begin` made back; changes in other files stay. Raises `SystemExit` if others came after it."""
+    if _git(root, "rev-parse", "HEAD").strip() != commit:
+        raise SystemExit(f"error: {commit[:12]} is not the last commit any more, and stays; git revert takes it back")
+    _git(root, "reset", "--quiet", "--keep", "HEAD~1")
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -152,6 +164,7 @@ def main() -> None:
     first = steps.add_parser("version")
     first.add_argument("version")
     first.add_argument("--commit", action="store_true")
+    steps.add_parser("undo").add_argument("commit")
     steps.add_parser("ready")
     last = steps.add_parser("bundle")
     last.add_argument("python", type=Path)
@@ -161,6 +174,9 @@ def main() -> None:
         begin(args.version, args.commit)
         then = "committed" if args.commit else "look at them, commit, make release"
         print(f"pyproject.toml and CHANGELOG.md are those of {args.version}; {then}")
+    elif args.step == "undo":
+        undo(args.commit)
+        print("the commit of the version is taken back")
     elif args.step == "ready":
         status = _git(ROOT, "status", "--porcelain")
         if reason := unready(status, CHANGELOG.read_text("utf-8"), current_version()):

@@ -18,17 +18,15 @@ Legend: S = windows, T = tokens of a window.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy_format
 from torch import Tensor
 
+from maskgen.core import npy
 from maskgen.core.digest import digest_tensors
 from maskgen.core.errors import DataError, FormatError, clip
 from maskgen.core.files import check_tensor_names, open_tensors
@@ -46,14 +44,6 @@ CHUNK_IDS = 1 << 22
 _Ids = np.ndarray[Any, np.dtype[np.int32]]
 _ID_TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 _EXPECTED_IDS = "expected a one-dimensional little-endian array of uint16, int32 or int64"
-_NPY_HEADER_BYTES = 1 << 10
-_NPY_HEADER_READERS = {
-    (1, 0): npy_format.read_array_header_1_0,
-    (2, 0): npy_format.read_array_header_2_0,
-    (3, 0): npy_format.read_array_header_2_0,  # differs in how field names are encoded, and ids have none
-}
-_NPY_HEADER_ERRORS = (ValueError, TypeError, LookupError, SyntaxError, RecursionError, MemoryError, TokenError)
-"""What numpy raises for headers that are damaged or hostile."""
 
 
 def read_tokens(source: Path | str, tokenizer: Any) -> Tensor:
@@ -183,7 +173,7 @@ def _checked(arrays: Iterable[np.ndarray[Any, Any]], source: Path | str, vocabul
 def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     """The ids of a `.npy` file, `CHUNK_IDS` at a time; `DataError` if it is damaged or holds anything else."""
     with readable(path), path.open("rb") as file:
-        kind, count, start = _npy_header(path, file.read(_NPY_HEADER_BYTES))
+        kind, count, start = _npy_header(path, file.read(npy.HEADER_BYTES))
         data_bytes = path.stat().st_size - start
         if data_bytes != count * kind.itemsize:
             raise DataError(f"{path}: {data_bytes} bytes of data for {count} ids of {kind}; write it again")
@@ -193,18 +183,14 @@ def _numpy_ids(path: Path) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _npy_header(path: Path, content: bytes) -> tuple[np.dtype[Any], int, int]:
-    """Type and number of the ids of a `.npy` file that begins with `content`, and the byte at which they start.
-
-    numpy reads the header as a literal, which runs nothing; no array is made from it before its size is checked.
-    """
-    file = io.BytesIO(content)
-    try:
-        shape, _, kind = _NPY_HEADER_READERS[npy_format.read_magic(file)](file)
-    except _NPY_HEADER_ERRORS:
+    """Type and number of the ids of a `.npy` file that begins with `content`, and the byte at which they start."""
+    header = npy.read_header(content)
+    if header is None:
         found = clip(content[:64])
     else:
+        kind, shape = header.dtype, header.shape
         if kind.str in ("<u2", "<i4", "<i8") and len(shape) == 1 and shape[0] >= 0:
-            return kind, shape[0], file.tell()
+            return kind, shape[0], header.start
         found = f"{kind.str}, shape {clip(shape)}"
     raise DataError(f"{path}: not a .npy file this release reads ({found}); {_EXPECTED_IDS}")
 

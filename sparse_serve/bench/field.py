@@ -16,13 +16,12 @@ another way than vLLM.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -31,23 +30,27 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
 from sparse_serve.bench import peers, serve
+from sparse_serve.bench.field_result import TTFT_TOKENS, Entry, Result, Turn, code_of, turn_of
 from sparse_serve.bench.peers import Conditions, Contender
 from sparse_serve.bench.resident import processor_s, resident_bytes
-from sparse_serve.gate.evidence import HostReading
 from sparse_serve.gate.footprint import weight_bytes
 from sparse_serve.gate.host import HostWatch
-from sparse_serve.gate.speed import to_run
 from sparse_serve.runtime import environment, machine, processes
 from sparse_serve.runtime.errors import BenchError, GateError, SettingsError
-from sparse_serve.runtime.load import Load, RunLoad, Server, bench_serve, load_generator, started, temporary
+from sparse_serve.runtime.load import (
+    Load,
+    RunLoad,
+    Server,
+    bench_serve,
+    load_generator,
+    reason_of,
+    started,
+    temporary,
+)
 from sparse_serve.runtime.request import Request
 
 SLACK_TOKENS = 64
 """Room beside prompt and answer, as a prompt has a few tokens more or less than asked for."""
-
-_TTFT_TOKENS = 2
-_LEAST_MS = 1.0
-"""From the first piece of an answer to its last; in less, a client has read them in one go."""
 
 _START_BYTES = 1 << 31
 """What a start takes beside twice the weights, roughly; below it, servers would push each other out of memory."""
@@ -88,72 +91,34 @@ class FieldRequest(Request):
         first, *others = self.input_tokens
         loads = [Load(clients, self.requests, first, self.output_tokens) for clients in self.clients]
         alone = others if 1 in self.clients else [first, *others]
-        return loads + [Load(1, self.requests, tokens, _TTFT_TOKENS) for tokens in alone]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A server that came up: seconds to that, bytes that it then held (None: not known), how its model runs
-    (`compiled`, `eager`, or what instructions it was built for)."""
-
-    name: str
-    is_ours: bool
-    start_s: float
-    resident_bytes: int | None
-    weight_bytes: int
-    code: str
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One server under one load: milliseconds to the first token and per token after it, medians over requests.
-
-    `idle_share` is what all other servers computed meanwhile, in cores.
-    """
-
-    name: str
-    round: int
-    load: Load
-    ttft_ms: float
-    tpot_ms: float
-    idle_share: float
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is long enough to tell how fast tokens follow each other."""
-        return self.load.output_tokens > _TTFT_TOKENS
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Of all clients together."""
-        return self.load.clients * 1e3 / self.tpot_ms
-
-
-@dataclass
-class Result:
-    """Who took part, who did not and why, every turn, and what each round's host was like."""
-
-    entries: list[Entry] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
-    hosts: list[HostReading] = field(default_factory=list)
+        return loads + [Load(1, self.requests, tokens, TTFT_TOKENS) for tokens in alone]
 
 
 def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text: None) -> Result:
     """Start every server and put them under load in turns; takes minutes.
 
-    A peer that cannot be had, does not start or does not answer is left out with its reason, and the rest go on. Raises
-    `BenchError` when one of ours fails, and `SettingsError` for models that are not forms of one, or do not fit.
+    A peer that cannot be had, does not start or does not answer is left out with its reason, and the rest go on; so it
+    is with one of ours that fails in its turn, but what it did in whole rounds before counts. The run ends when none of
+    ours is left. Raises `BenchError` when one of ours does not start, or none was in a whole round, and `SettingsError`
+    for models that are not forms of one, or do not fit.
     """
     check(request)
-    with environment.restored(), temporary("sparse-serve-bench-") as work_dir, ExitStack() as stack:
-        processes.lead()  # ours, and the generator of load, end with this process however it ends
-        runner = _Runner(request, work_dir, stack, on_progress)
-        runner.start_all()
-        with load_generator(work_dir) as generator:
-            for number in range(request.rounds):
-                runner.round(number, generator)
-    return runner.result
+    result = Result()
+    try:
+        with environment.restored(), temporary("sparse-serve-bench-") as work_dir, ExitStack() as stack:
+            processes.lead()  # all servers, and the generator of load, end with this process however it ends
+            runner = _Runner(request, result, work_dir, stack, on_progress)
+            runner.start_all()
+            with load_generator(work_dir) as generator:
+                for number in range(request.rounds):
+                    if runner.has_ours:
+                        runner.round(number, generator)
+            if runner.failures:  # past `temporary`, so that their logs stay
+                raise runner.failures[0]
+    except (BenchError, GateError):
+        if not {turn.name for turn in result.turns} & {entry.name for entry in result.entries if entry.is_ours}:
+            raise
+    return result
 
 
 def check(request: FieldRequest) -> None:
@@ -173,31 +138,32 @@ def check(request: FieldRequest) -> None:
         raise SettingsError(f"--input-tokens {asked} is more than the {most} tokens of {request.dense}; take fewer")
 
 
-def code_of(said: str) -> str:
-    """How a model runs, from what its server printed and logged."""
-    for word, code in (("enforce_eager=True", "eager"), ("enforce_eager=False", "compiled")):
-        if word in said:
-            return code
-    built = next((line for line in said.splitlines() if line.startswith("built for ")), "unknown")
-    present = [part.partition("=")[0] for part in built.removeprefix("built for ").split("|") if "= 1" in part]
-    return " ".join(["built for", *(name.rpartition(":")[2].strip() for name in present)]) if present else built
-
-
 class _Runner:
     """The servers that are up, and what was found of them so far."""
 
     def __init__(
-        self, request: FieldRequest, work_dir: Path, stack: ExitStack, on_progress: Callable[[str], None]
+        self,
+        request: FieldRequest,
+        result: Result,
+        work_dir: Path,
+        stack: ExitStack,
+        on_progress: Callable[[str], None],
     ) -> None:
-        self.result = Result()
+        self.result = result
+        self.failures: list[SparseError] = []  # of ours
         self._request, self._work_dir, self._stack, self._tell = request, work_dir, stack, on_progress
         self._up: dict[str, Server] = {}
         self._stops: dict[str, ExitStack] = {}  # of every server that was started
 
+    @property
+    def has_ours(self) -> bool:
+        """Whether one of ours is up, with which others can be compared."""
+        return any(map(self._is_ours, self._up))
+
     def start_all(self) -> None:
         """Ours first; each peer is made when it is its turn."""
         request = self._request
-        folder = request.keep_peers or self._work_dir
+        folder = request.keep_peers or Path(self._stack.enter_context(TemporaryDirectory(prefix="sparse-serve-peers-")))
         folder.mkdir(parents=True, exist_ok=True)
         threads = request.threads or len(machine.usable_cores())
         slots = max(request.clients)
@@ -221,17 +187,24 @@ class _Runner:
             try:
                 turns = [self._turn(name, number, at, load, generator) for at, load in enumerate(self._request.loads())]
             except (BenchError, GateError) as error:
-                if self._is_ours(name):
-                    raise
-                self._refuse(name, error)
-                self.result.turns = [turn for turn in self.result.turns if turn.name != name]
-                del self._up[name]
-                self._stops[name].close()  # what it still computes would disturb the others
+                self._drop(name, number, error)
                 continue
             self.result.turns += turns
             shown = ", ".join(f"{turn.decode_tokens_per_s:.1f}" for turn in turns if turn.decodes)
             self._tell(f"round {number + 1}: {name}, tokens/s decoding: {shown}")
         self.result.hosts.append(watch.read())
+
+    def _drop(self, name: str, number: int, error: BenchError | GateError) -> None:
+        """Go on without a server that has failed in a round."""
+        if self._is_ours(name):
+            self.failures.append(error)
+            self.result.failed[name] = f"round {number + 1}: {reason_of(error)}"
+            self._tell(f"{name} failed in round {number + 1}: {error}")
+        else:
+            self._refuse(name, error)
+            self.result.turns = [turn for turn in self.result.turns if turn.name != name]
+        del self._up[name]
+        self._stops[name].close()  # what it still computes would disturb the others
 
     def _start(self, contender: Contender) -> None:
         name, model = contender.name, contender.model
@@ -269,22 +242,3 @@ class _Runner:
     def _refuse(self, name: str, error: SparseError) -> None:
         self.result.refused[name] = reason_of(error)
         self._tell(f"without {name}: {error}")
-
-
-def reason_of(error: SparseError) -> str:
-    """An error in one line. Of one that has the end of a log: what went wrong, and the log's last line."""
-    first, *others = str(error).splitlines()
-    return f"{first.partition('; the end of ')[0]}: {others[-1].strip()}" if others else first
-
-
-def turn_of(name: str, number: int, load: Load, report: Mapping[str, Any], idle_share: float) -> Turn:
-    """The figures of a report with its lists. Raises `BenchError` where tokens came too fast to tell them apart."""
-    measured = to_run(name, report, load)
-    gaps = load.output_tokens - 1
-    spans = [e2e - ttft for e2e, ttft in zip(measured.e2e_ms, measured.ttft_ms, strict=True)]
-    if load.output_tokens > _TTFT_TOKENS and statistics.median(spans) < _LEAST_MS:
-        raise BenchError(f"{name}: {load.output_tokens} tokens came all at once; ask for more --output-tokens")
-    per_token = [span / gaps for span in spans]
-    return Turn(
-        name, number, load, statistics.median(measured.ttft_ms), statistics.median(per_token), round(idle_share, 4)
-    )

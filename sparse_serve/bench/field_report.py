@@ -9,7 +9,8 @@ from typing import Any
 
 from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
-from sparse_serve.bench.field import FieldRequest, Result, Turn
+from sparse_serve.bench.field import FieldRequest
+from sparse_serve.bench.field_result import Result, Turn
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.gate.host import contamination
 from sparse_serve.runtime.machine import usable_cores, versions
@@ -62,7 +63,7 @@ def _row(metric: str, turns: Sequence[Turn], result: Result) -> Row:
     ratios = {
         entry.name: {peer: _better(metric, found[entry.name], found[peer]) for peer in peers}
         for entry in result.entries
-        if entry.is_ours
+        if entry.is_ours and entry.name in found
     }
     medians = {name: statistics.median(values.values()) for name, values in found.items()}
     return Row(metric, turns[0].load.clients, turns[0].load.input_tokens, medians, ratios)
@@ -88,6 +89,7 @@ def record(request: FieldRequest, result: Result) -> dict[str, Any]:
         **{name: getattr(request, name) for name in names},
         "servers": [asdict(entry) for entry in result.entries],
         "refused": result.refused,
+        "failed": result.failed,
         "results": [asdict(row) for row in compare(result)],
         "disturbed": contamination(result.hosts),
         "hosts": [asdict(host) for host in result.hosts],

@@ -6,8 +6,7 @@
 The load is vLLM's own `vllm bench serve`: random prompts of about the same length, as many requests at a time as there
 are clients. A round serves both models, one after the other, because two servers on one machine would compete for cores
 and caches. The order changes from round to round, and ratios are taken within a round, so that a slow hour affects both
-models alike. Prefix caching is off, as the warm-up repeats a prompt. A run in which a request failed or stopped early
-is an error.
+models alike. Prefix caching is off, as the warm-up repeats a prompt. A request that fails or stops early is an error.
 
 Decoding speed in tokens per second is the number of clients divided by the time per output token; the first token of a
 request, which includes the prompt, does not count.
@@ -30,8 +29,8 @@ from maskgen.core.digest import digest_weights
 from maskgen.core.files import read_json
 from sparse_serve.bench.record import run_metadata
 from sparse_serve.runtime import environment, processes
-from sparse_serve.runtime.errors import SettingsError
-from sparse_serve.runtime.load import Load, bench_serve, serving, summary, temporary
+from sparse_serve.runtime.errors import BenchError, SettingsError
+from sparse_serve.runtime.load import Load, bench_serve, reason_of, serving, summary, temporary
 from sparse_serve.runtime.request import Request
 
 MODELS = ("dense", "sparse")
@@ -102,32 +101,47 @@ class ServeRequest(Request):
     vllm_flags: tuple[str, ...] = ()
 
 
-def run(request: ServeRequest, on_progress: Callable[[str], None] = lambda text: None) -> list[Run]:
+def run(
+    request: ServeRequest,
+    on_progress: Callable[[str], None] = lambda text: None,
+    on_failure: Callable[[BenchError], None] = lambda error: None,
+) -> list[Run]:
     """Serve both models in turn and put them under load; takes minutes.
 
-    Raises `BenchError` when a server or a run fails, `SettingsError` if the two are not a dense and a sparse form of
-    one model. The environment of this process is left as it was.
+    A server or a load that fails ends it: `on_failure` is called, and whole rounds before count. Raises that
+    `BenchError` where there are none, `SettingsError` if the two are not a dense and a sparse form of one model. The
+    environment of this process is left as it was.
     """
     check(request.dense, request.sparse)
+    runs: list[Run] = []
+    try:
+        with environment.restored(), temporary("sparse-serve-bench-") as work_dir:
+            processes.lead()  # servers end with this process however it ends
+            for number in range(request.rounds):
+                runs += _round(request, number, work_dir, on_progress)
+    except BenchError as error:
+        if not runs:
+            raise
+        on_failure(error)
+    return runs
+
+
+def _round(request: ServeRequest, number: int, work_dir: Path, on_progress: Callable[[str], None]) -> list[Run]:
+    """Both models, each under every load; the order changes from round to round."""
     directories = {"dense": request.dense, "sparse": request.sparse}
     flags = ["--dtype", request.dtype, "--no-enable-prefix-caching", *request.vllm_flags]
     loads = [
         Load(clients, request.requests, request.input_tokens, request.output_tokens) for clients in request.clients
     ]
-    runs: list[Run] = []
-    with environment.restored(), temporary("sparse-serve-bench-") as work_dir:
-        processes.lead()  # servers end with this process however it ends
-        for number in range(request.rounds):
-            for model in MODELS if number % 2 == 0 else MODELS[::-1]:
-                on_progress(f"round {number + 1}: starting the {model} server")
-                with serving(directories[model], flags, work_dir) as url:
-                    for load in loads:
-                        vllm = summary(bench_serve(url, directories[model], load, number, work_dir))
-                        runs.append(Run(model, number, load.clients, figures(vllm, load.clients), vllm))
-                        decode = runs[-1].figures["decode_tokens_per_s"]
-                        on_progress(
-                            f"round {number + 1}: {model}, clients: {load.clients}, {decode:.1f} tokens/s decoding"
-                        )
+    runs = []
+    for model in MODELS if number % 2 == 0 else MODELS[::-1]:
+        on_progress(f"round {number + 1}: starting the {model} server")
+        with serving(directories[model], flags, work_dir) as url:
+            for load in loads:
+                vllm = summary(bench_serve(url, directories[model], load, number, work_dir))
+                runs.append(Run(model, number, load.clients, figures(vllm, load.clients), vllm))
+                decode = runs[-1].figures["decode_tokens_per_s"]
+                on_progress(f"round {number + 1}: {model}, clients: {load.clients}, {decode:.1f} tokens/s decoding")
     return runs
 
 
@@ -176,8 +190,11 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     return compared
 
 
-def record(request: ServeRequest, runs: Sequence[Run]) -> dict[str, Any]:
-    """What a result file holds: settings, versions, machine, comparisons and every figure of every run."""
+def record(request: ServeRequest, runs: Sequence[Run], failure: BenchError | None = None) -> dict[str, Any]:
+    """What a result file holds: settings, versions, machine, comparisons and every figure of every run.
+
+    `failure` is why there are fewer rounds than asked for.
+    """
     names = ("dtype", "requests", "input_tokens", "output_tokens", "rounds", "vllm_flags")
     return {
         **run_metadata(),
@@ -185,6 +202,7 @@ def record(request: ServeRequest, runs: Sequence[Run]) -> dict[str, Any]:
         "model": request.dense.resolve().name,
         "config": read_json(request.dense / "config.json"),
         **{name: getattr(request, name) for name in names},
+        **({} if failure is None else {"failed": reason_of(failure)}),
         "results": [
             {
                 "clients": row.clients,

@@ -21,6 +21,7 @@ from sparse_serve.cli.request import from_flags
 if TYPE_CHECKING:
     from sparse_serve.bench.kernels import Result
     from sparse_serve.bench.serve import Comparison
+    from sparse_serve.runtime.errors import BenchError
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -80,10 +81,13 @@ def _serve(args: argparse.Namespace) -> int:
     check_writable(args.json)
     args.sparse, args.input_tokens = args.sparse[0], args.input_tokens[0]
     request = from_flags(serve.ServeRequest, args)
-    runs = serve.run(request, Console(stderr=True).print)
+    failures: list[BenchError] = []
+    runs = serve.run(request, Console(stderr=True).print, failures.append)
     if args.json:
-        write_json(args.json, serve.record(request, runs))
+        write_json(args.json, serve.record(request, runs, *failures))
     Console().print(serve_table(serve.compare(runs)))
+    if failures:  # what was measured before is told first
+        raise failures[0]
     return 0
 
 

@@ -19,8 +19,8 @@ from rich.table import Table
 from sparse_serve.cli.request import from_flags
 
 if TYPE_CHECKING:
-    from sparse_serve.bench.field import Result
     from sparse_serve.bench.field_report import Row
+    from sparse_serve.bench.field_result import Result
 
 PEERS = ("bf16", "w8a8", "w4a16", "llama.cpp:q8_0", "llama.cpp:q4_0")
 """Those of `bench.peers`, for `--help`, which does not wait for torch."""
@@ -29,7 +29,7 @@ _DTYPE = "bfloat16"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, print tables, write what was asked for. Returns 0."""
+    """Measure, print tables, write what was asked for. Returns 0, or 1 if one of ours failed on the way."""
     from maskgen.core.files import check_writable, write_json
     from sparse_serve.bench import field, field_report
     from sparse_serve.runtime.errors import SettingsError
@@ -39,14 +39,14 @@ def main(args: argparse.Namespace) -> int:
     check_writable(args.json)
     request = from_flags(field.FieldRequest, args)
     progress = Console(stderr=True)
-    # stock vLLM's engine does not notice when whoever started it is gone: these have to end servers on their way
+    # servers would end without us, too, but not in order, and our temporary folder would stay
     for end in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(end, lambda number, frame: sys.exit(128 + number))
     result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False))
     if args.json:  # files first, as nobody may read what is printed
         write_json(args.json, field_report.record(request, result))
     show(result, field_report.compare(result), Console(highlight=False))
-    return 0
+    return 1 if result.failed else 0
 
 
 def show(result: Result, rows: Sequence[Row], console: Console) -> None:
@@ -57,6 +57,8 @@ def show(result: Result, rows: Sequence[Row], console: Console) -> None:
     console.print(ratios_table(rows))
     for name, reason in result.refused.items():
         console.print(f"without {name}: {reason}", markup=False, soft_wrap=True)
+    for name, reason in result.failed.items():
+        console.print(f"{name} failed, and counts in the rounds before: {reason}", markup=False, soft_wrap=True)
     for number, disturbance in enumerate(contamination(result.hosts), 1):
         if disturbance:
             console.print(f"round {number} was disturbed: {disturbance}", markup=False, soft_wrap=True)

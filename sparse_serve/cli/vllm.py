@@ -11,6 +11,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from sparse_serve.runtime import processes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the manual says of it; the arguments are read by vLLM."""
@@ -33,7 +35,11 @@ def answer_version() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run vLLM's command line on these arguments. Returns 0; vLLM ends the process where it fails."""
+    """Run vLLM's command line on these arguments. Returns 0; vLLM ends the process where it fails.
+
+    Started by a benchmark, it ends with that, however that ends, and so do vLLM's own processes.
+    """
+    processes.follow(takes_others=True)
     answer_version()
 
     from vllm.entrypoints.cli.main import main as vllm_main

@@ -5,7 +5,7 @@ which its own backend's code has. On a CPU torch's inductor compiles the model, 
 function: the load fails (vLLM 0.32, `compilation/decorators.py`, `_try_load_aot_compiled_fn`), and the model is
 compiled at every start. That function is complete as it is, so the call has nothing to do.
 
-As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor, which a folder of
+Which of the saved folders stay is up to `kept_code`. As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor, which a folder of
 caches may be shared by several of, and this package's kernels, whose tensors it names.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
 
 from maskgen.core.digest import digest_files, digest_json
+from sparse_serve.plugin import kept_code
 from sparse_serve.runtime import machine
 from sparse_serve.tuning.selection import code_files
 
@@ -46,12 +48,12 @@ def register() -> None:
 def _mend() -> None:
     import torch._inductor.config
     from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Saved
-    from vllm.compilation import caching
+    from vllm.compilation import caching, decorators
 
     load: Any = Saved.deserialize_compile_artifacts
     if hasattr(load, "__wrapped__") or torch._inductor.config.freezing:
         return
-    key = caching.aot_compile_hash_factors
+    key, look = caching.aot_compile_hash_factors, decorators._try_load_aot_compiled_fn
 
     @wraps(load.__func__)  # the saved file names this method
     def loaded(cls: type[Any], data: bytes) -> Callable[..., Any]:
@@ -65,8 +67,18 @@ def _mend() -> None:
         ours = [machine.version("sparse-serve"), digest_files(code_files()), machine.features()]
         return [*key(vllm_config), digest_json(ours)]
 
+    @wraps(look)
+    def looked(model: Any, path: str) -> Any:
+        folder = Path(path).parents[1]  # of all ranks
+        try:
+            kept_code.use(folder)
+        except OSError as error:
+            logger.warning("what was compiled before is not tidied up: %s", error)
+        return look(model, path)
+
     Saved.deserialize_compile_artifacts = classmethod(loaded)  # type: ignore[assignment]
     caching.aot_compile_hash_factors = with_ours
+    decorators._try_load_aot_compiled_fn = looked
 
 
 def _nothing(vllm_config: Any) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError
@@ -263,6 +264,12 @@ def incomplete(report: Mapping[str, Any], load: Load) -> str | None:
         f"{completed} of {load.prompts} requests were answered, with {tokens} tokens in all; expected "
         f"{load.output_tokens} from each ({reason})"
     )
+
+
+def reason_of(error: SparseError) -> str:
+    """An error in one line. Of one that has the end of a log: what went wrong, and the log's last line."""
+    first, *others = str(error).splitlines()
+    return f"{first.partition('; the end of ')[0]}: {others[-1].strip()}" if others else first
 
 
 def _end_of(log: Path) -> str:

@@ -10,6 +10,7 @@ model in memory. So the server calls `lead`, and each process below it calls `fo
     spawned processes    call it when they unpickle a `Follow`, which the server puts into vLLM's configuration
     others of vLLM's     call it when they load the plugin
     `sparse-serve serve` calls it first of all, for a benchmark that started it
+    stock vLLM           `sparse-serve vllm` calls it, and takes along what vLLM has started, which does not know of it
 
 Loading the plugin would be too late for the engine, which first waits five minutes for a server to answer it.
 
@@ -69,10 +70,11 @@ def lead() -> None:
     _follow_after_fork()
 
 
-def follow() -> None:
+def follow(takes_others: bool = False) -> None:
     """Make this process end, without ceremony, when the one that called `lead` does; at once if it is gone already.
 
-    Does nothing without a leader, or when called again. Starts a thread.
+    With `takes_others` it kills all processes below it before. Does nothing without a leader, or when called again.
+    Starts a thread.
     """
     leader = environment.leader()
     if leader in (None, os.getpid()) or any(thread.name == _THREAD for thread in threading.enumerate()):
@@ -86,7 +88,7 @@ def follow() -> None:
         return  # a kernel or sandbox without such handles: the engine still ends with a server that is asked to end
     if is_another:  # a leader is older than its followers; this process only has got its id
         os._exit(1)
-    threading.Thread(target=_end_with, args=(handle,), name=_THREAD, daemon=True).start()
+    threading.Thread(target=_end_with, args=(handle, takes_others), name=_THREAD, daemon=True).start()
 
 
 class Follow:
@@ -108,9 +110,11 @@ def _follow_after_fork() -> None:
     os.register_at_fork(after_in_child=follow)
 
 
-def _end_with(handle: int) -> None:
+def _end_with(handle: int, takes_others: bool) -> None:
     """`handle` becomes readable when its process has ended."""
     ended = select.poll()
     ended.register(handle, select.POLLIN)
     ended.poll()
+    while takes_others and (others := descendants(os.getpid())):
+        kill(others)
     os._exit(1)

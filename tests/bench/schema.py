@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 LEGACY = Path(__file__).parent / "legacy.json"
 NOT_IN_HISTORY = "a commit of the history"
@@ -114,11 +115,14 @@ def legacy() -> dict[str, list[str]]:
     return dict(json.loads(LEGACY.read_text("utf-8")))
 
 
-def history(folder: Path = RESULTS) -> frozenset[str] | None:
-    """Every commit that led to the one that is checked out; None in a shallow clone, or where there is no git."""
+def history(root: Path = ROOT) -> frozenset[str] | None:
+    """Every commit that led to the one that is checked out in `root`; None in a shallow clone, where there is no git,
+    or where the repository is another one's, in which a copy of this one lies."""
     try:
-        shallow = _git(folder, "rev-parse", "--is-shallow-repository")
-        return frozenset(_git(folder, "rev-list", "HEAD").split()) if shallow.strip() == "false" else None
+        where, shallow = _git(root, "rev-parse", "--show-toplevel", "--is-shallow-repository").splitlines()
+        if shallow == "true" or not Path(where).samefile(root):
+            return None
+        return frozenset(_git(root, "rev-list", "HEAD").split())
     except (OSError, subprocess.CalledProcessError):
         return None
 

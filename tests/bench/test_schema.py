@@ -57,17 +57,32 @@ def test_commits_are_in_the_history() -> None:
     assert unknown == {name for name, lacking in schema.legacy().items() if schema.NOT_IN_HISTORY in lacking}
 
 
-def test_a_shallow_clone_has_no_history(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init", "whole")
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A repository of two commits."""
+    git(tmp_path, "init", "whole")
     for message in ("one", "two"):
-        git("-C", "whole", "commit", "--allow-empty", "--message", message)
-    git("clone", "--depth", "1", f"file://{tmp_path / 'whole'}", "part")
-    assert len(schema.history(tmp_path / "whole") or ()) == 2
+        git(tmp_path / "whole", "commit", "--allow-empty", "--message", message)
+    return tmp_path / "whole"
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_shallow_clone_has_no_history(whole: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "--depth", "1", f"file://{whole}", "part")
+    assert len(schema.history(whole) or ()) == 2
     assert schema.history(tmp_path / "part") is None
+
+
+def test_a_repository_around_a_copy_is_not_its_history(whole: Path, tmp_path: Path) -> None:
+    (whole / "vendor/sparse-serve").mkdir(parents=True)
+    assert schema.history(whole / "vendor/sparse-serve") is None
+    git(tmp_path, "init", "none")
+    assert schema.history(tmp_path / "none") is None, "no commit yet"
+    (tmp_path / "link").symlink_to(whole)
+    assert len(schema.history(tmp_path / "link") or ()) == 2
 
 
 def test_what_has_been_superseded_is_a_line() -> None:

@@ -12,6 +12,7 @@ from tests.architecture.source import ROOT
 from tests.deploy import expressions
 from tests.deploy.prometheus import FOLDER, RULES, program
 
+HOST = ROOT / "deploy/rolling/prometheus.yml"
 METRICS = (ROOT / "docs/reference/metrics.md").read_text("utf-8")
 
 
@@ -24,6 +25,17 @@ def promtool(*arguments: str) -> str:
 def test_promtool_accepts_rules_and_configuration() -> None:
     assert promtool("check", "rules", *RULES).count("SUCCESS") == len(RULES)
     promtool("check", "config", "--syntax-only", "prometheus.yml")
+    promtool("check", "config", "--syntax-only", str(HOST))
+
+
+def test_the_host_s_prometheus_asks_the_servers_that_the_page_sets_up() -> None:
+    """With the job's name and the rules that compose's has."""
+    host, compose = (yaml.safe_load(file.read_text("utf-8")) for file in (HOST, FOLDER / "prometheus.yml"))
+    page = (ROOT / "docs/rolling.md").read_text("utf-8")
+    (job,), (other,) = host["scrape_configs"], compose["scrape_configs"]
+    assert job["job_name"] == other["job_name"] and host["rule_files"] == compose["rule_files"]
+    ports = re.findall(r"SPARSE_SERVE_HTTP_PORT=(\d+)", page)
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
 
 
 def test_every_alert_fires_and_stays_silent_when_it_should() -> None:

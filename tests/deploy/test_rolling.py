@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import threading
@@ -15,6 +16,7 @@ import pytest
 from maskgen.core.digest import digest_file
 from sparse_serve.client import Client
 from sparse_serve.gate.verdict import Verdict
+from tests import models
 from tests.deploy import scripts
 from tests.deploy.hosts import NAMES, START_S, Host
 from tests.deploy.streams import Streams
@@ -33,6 +35,13 @@ LENGTHS = [SHORT] * 28 + [LONG] * 4
 """Of each API. The long ones last many times longer than a rollout takes until it tells the first server to end, on a
 fast machine as on one that has much else to do."""
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+GATE = """\
+version: 1
+base: {{model: {dense}}}
+candidate: {{model: {sparse}}}
+quality: {{texts: [heldout.txt], window_tokens: 48, max_windows: 16, max_ppl_increase: 100, max_kl: {max_kl}}}
+"""
+"""Half of random weights is cut: how much of them is left decides nothing, but for what `max_kl` says."""
 FEW = 4
 """Clients that ask while a server starts, which would else take minutes on two cores."""
 
@@ -85,3 +94,32 @@ def test_the_sparse_checkpoint_takes_the_dense_one_s_place_and_no_request_is_los
     (running,) = re.findall(r"stopping: waiting for (\d+) running request", host.output("a"))
     assert int(running) > 0, "streams had begun when it was told to end"
     assert not any("cut off" in host.output(name) for name in NAMES)
+
+
+def gate(host: Host, sparse: Path, max_kl: float) -> tuple[int, str]:
+    """Exit status and output of a roll that begins with the gate."""
+    (host.folder / "heldout.txt").write_text(models.TEXT[:6000])
+    (host.folder / "gate.yaml").write_text(GATE.format(dense=host.folder / "dense", sparse=sparse, max_kl=max_kl))
+    return host.roll(sparse, "--gate", host.folder / "gate.yaml", "--report", host.folder / "gate/report.json")
+
+
+@scripts.WITH_DEPLOY_TESTS
+@pytest.mark.timeout(1800)
+def test_the_gate_says_whether_the_servers_are_touched(host: Host) -> None:
+    """FAIL, and both go on with the dense model; PASS, and both serve the sparse one, with no request lost."""
+    sparse, dense = make_checkpoint(host.folder), host.folder / "dense"
+    host.begin(dense)
+    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", [SHORT] * FEW) as streams:
+        streams.wait_for_answers()
+        status, said = gate(host, sparse, 1e-6)
+        assert status == 1 and "not released: the gate ended with status 1" in said, said
+        assert json.loads((host.folder / "gate/report.json").read_text())["verdict"] == "fail"
+        assert {(host.folder / name).resolve() for name in NAMES} == {dense}
+        assert not (host.folder / "log").exists(), "none was told to stop"
+        status, said = gate(host, sparse, 100)
+        assert status == 0, said + host.output("a")[-3000:]
+        streams.wait_for_answers()
+    assert json.loads((host.folder / "gate/report.json").read_text())["verdict"] == "pass"
+    assert {(host.folder / name).resolve() for name in NAMES} == {sparse}
+    assert [answer for answer in streams.answers if answer.lost] == []
+    assert len({answer.text for answer in streams.answers}) == 2, "each from one checkpoint"

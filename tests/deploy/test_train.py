@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,23 @@ def test_a_host_starts_again_so_often_and_then_gives_up(tmp_path: Path) -> None:
     assert ran.returncode == 1
     assert (tmp_path / "log").read_text().count("started") == 3
     assert "host 1: failed; starting again in 5 s (2 of 2)" in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_asks_it_to_end_ends_the_training_for_good(number: signal.Signals, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    told = f"trap 'echo told >> {log}; exit 1' {number.name}"
+    python = program(tmp_path, "python", f"{told}; echo $$ started >> {log}; sleep 30 & wait")
+    environ = {"PATH": os.environ["PATH"], "HEAD": "h0", "NODES": "2", "NODE": "1", "PYTHON": str(python)}
+    running = subprocess.Popen([SCRIPT, *WORDS], env=environ, start_new_session=True)
+    deadline_s = time.monotonic() + 30
+    while not (log.is_file() and "started" in log.read_text()) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    running.send_signal(number)
+    assert running.wait(30) == 128 + number
+    started, told = log.read_text().splitlines()
+    assert told == "told"
+    assert not Path(f"/proc/{started.split()[0]}").exists(), "it ends after what it has started"
 
 
 @pytest.mark.parametrize("missing", ["HEAD", "NODES", "NODE"])

@@ -37,6 +37,7 @@ def blocks() -> tuple[Block, ...]:
         assert len(matches) == len(re.findall("```(?:console|python)", text)), (
             f"{page}: a block is indented or has no end"
         )
+        assert not re.search("```(?:sh|bash|shell)", text), f"{page}: commands stand in a block `console`, behind `$ `"
         for match in matches:
             is_console = match[2] == "console"
             if is_console or page not in _OWN_TESTS:

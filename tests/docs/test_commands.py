@@ -13,27 +13,40 @@ import pytest
 from maskgen.cli.parser import build_parser
 from sparse_serve.cli import main as serve_cli
 from tests.architecture.source import ROOT
+from tests.deploy import scripts
 from tests.docs.pages import Block, blocks, commands
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 VERBS = set(re.findall(r"^([a-z]+):.*?## ", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE)) | {"PIP_EXTRA_INDEX_URL"}
-OTHERS = {"chmod", "curl", "docker", "export", "git", "grpcurl", "helm", "kubectl", "mkdir", "pip", "python3"}
+OTHERS = {
+    "apt-get", "chmod", "cp", "curl", "docker", "export", "git", "grpcurl", "helm", "kubectl", "ln", "mkdir", "nginx",
+    "pip", "printf", "promtool", "python3", "serve", "systemctl", "useradd",
+}  # fmt: skip
+SCRIPTS = {"deploy/train/torchrun.sh", "deploy/train/slurm.sbatch"}
+"""What takes maskgen's words behind its own."""
 
 
 def check(command: str) -> None:
     """Raises AssertionError or SystemExit for a command that its program would refuse."""
     words = shlex.split(command, comments=True)
-    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
-    if program == "maskgen":
+    while "=" in words[0]:  # a variable for the program
+        words = words[1:]
+    program, arguments = words[0].rpartition("bin/")[2], words[1:]
+    if script := SCRIPTS & set(words):
+        (name,) = script
+        assert (ROOT / name).is_file()
+        build_parser().parse_args(words[words.index(name) + 1 :])
+    elif program == "maskgen":
         build_parser().parse_args(arguments)
     elif program == "sparse-serve":
         _check_server(arguments)
     elif program == "make":
         _check_make(arguments)
-    elif program == "python":
-        assert arguments[0] == "-c", command
+    elif program == "python" and arguments[0] == "-c":
         ast.parse(arguments[1])
+    elif program == "python":
+        scripts.load(arguments[0].removeprefix("deploy/")).parser().parse_args(arguments[1:])
     else:
         assert program in OTHERS, command
 
@@ -69,6 +82,8 @@ def test_the_commands_are_legal(block: Block) -> None:
         "make servee",
         "make serve MODLE=x",
         "python -m tests.bench.quality",
+        "python deploy/rolling/roll.py SPARSE --sever a=h:1,h:2",
+        "HEAD=h0 deploy/train/torchrun.sh run maskllm --moddel DENSE",
     ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:

@@ -2,7 +2,7 @@
 
 The pages are read by somebody who has a dense model, a sparse one, texts and two reports of the gate, under the names
 that pages use, and who does not type again what another page has shown. What would take minutes is asked for less of
-(`SMALLER`); nothing else is changed. What starts an engine, or talks to one, is run by the tests in `ELSEWHERE`.
+(`SMALLER`); nothing else is changed. What takes vLLM, a server or more than a machine is in `elsewhere`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import maskgen
 from sparse_serve.gate.verdict import Verdict
 from tests import foreign_files, models
 from tests.architecture.source import ROOT
+from tests.docs import elsewhere
 from tests.docs.pages import blocks
 from tests.sparse_serve.gate.test_report import report
 
@@ -33,27 +34,13 @@ SMALLER = {
     "run maskllm": f"run maskllm {FEW_STEPS}",
     "deploy/train/plan.py": str(ROOT / "deploy/train/plan.py"),
 }
-ELSEWHERE = {
-    "sparse-serve serve": "tests/vllm/test_starts.py",
-    "sparse-serve generate": "tests/vllm/test_server.py",
-    "sparse-serve bench kernels": "tests/vllm/test_bench.py",
-    "sparse-serve bench serve": "tests/vllm/test_bench_serve.py",
-    "sparse-serve doctor": "tests/vllm/test_doctor.py",
-    "sparse-serve tune": "tests/vllm/test_doctor.py",
-    "sparse-serve gate --dense": "tests/vllm/test_gate.py",
-    "sparse-serve gate run": "tests/vllm/test_gate_servers.py",
-    "sparse-serve gate record": "tests/sparse_serve/gate/test_baseline.py",
-    "curl": "tests/vllm/test_server.py",
-}
-"""How commands begin that take an engine, or vLLM's layers for a while, and which tests run them."""
-
 COMMAND_S = 900.0
 
 
 def shown(page: str) -> list[str]:
     """The commands of a page that are run here."""
     found = [block for block in blocks() if block.page == page and not block.why_not]
-    return [command for block in found for command in block.commands if not command.startswith(tuple(ELSEWHERE))]
+    return [command for block in found for command in block.commands if elsewhere.is_run_here(command)]
 
 
 PAGES = sorted({block.page for block in blocks() if shown(block.page)})
@@ -113,8 +100,14 @@ def test_what_a_page_shows_runs(page: str, reader: Reader) -> None:
         reader.type(command)
 
 
-@pytest.mark.parametrize(("start", "test"), ELSEWHERE.items())
-def test_what_is_not_run_here_is_shown_and_tested(start: str, test: str) -> None:
-    every = [command for block in blocks() if not block.why_not for command in block.commands]
+@pytest.mark.parametrize(("start", "test"), (elsewhere.RUN_BY | elsewhere.LIKE).items())
+def test_what_is_run_elsewhere_is_shown_and_tested(start: str, test: str) -> None:
+    every = [elsewhere.plain(command) for block in blocks() if not block.why_not for command in block.commands]
     assert any(command.startswith(start) for command in every)
     assert (ROOT / test).is_file()
+    assert test not in elsewhere.RUN_BY.values() or "elsewhere.run_by" in (ROOT / test).read_text("utf-8")
+
+
+def test_every_reason_not_to_run_a_block_is_listed_with_tests() -> None:
+    assert {block.why_not for block in blocks() if block.why_not} == set(elsewhere.NOT_RUN)
+    assert all((ROOT / test).is_file() for tests in elsewhere.NOT_RUN.values() for test in tests)

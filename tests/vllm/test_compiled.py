@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from sparse_serve.plugin.kept_code import OURS
 from tests import models
 from tests.vllm.offline import NEW_TOKENS, PROMPTS, SHAPE, make_sparse, transformers_oracle
 
@@ -64,6 +65,8 @@ def test_a_compiled_model_says_what_transformers_says_and_is_compiled_once(tmp_p
     assert SAVED in first and LOADED not in first
     assert LOADED in second and SAVED not in second
     assert SAVED in other_kernel and LOADED not in other_kernel, "code of one kernel must not serve another"
+    folders = list((tmp_path / "cache/torch_compile_cache/torch_aot_compile").iterdir())
+    assert len(folders) == 2 and all((folder / OURS).is_file() for folder in folders)
 
 
 @pytest.mark.timeout(900)

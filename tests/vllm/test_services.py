@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 from sparse_serve.api.pb.v1 import chat_pb2, chat_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from sparse_serve.api.pb.v1 import generation_pb2 as pb
 from tests.browser import page
+from tests.docs import elsewhere
 from tests.vllm.serving import (
     PROMPT,
     SPARSE_LAYERS,
@@ -42,6 +46,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield wait_ready(running)
     finally:
         end(running)
+
+
+@pytest.mark.parametrize("shown", elsewhere.run_by("tests/vllm/test_services.py"))
+def test_what_the_manual_asks_a_server_is_answered(server: Running, shown: str) -> None:
+    """With the address and the model's name of this one."""
+    here = {"http://127.0.0.1:8000": server.http, "127.0.0.1:50051": server.grpc_address}
+    here |= {'"NAME"': '"tiny"', '"SPARSE"': '"tiny"', "--model support": "--model tiny"}
+    for there, name in here.items():
+        shown = shown.replace(there, name)
+    if shown.startswith("sparse-serve generate") and "--address" not in shown:
+        shown += f" --address {server.grpc_address}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", shown], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert not shown.startswith("curl") or json.loads(done.stdout)["choices"]
 
 
 def chat(server: Running) -> Any:

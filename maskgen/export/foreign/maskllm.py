@@ -7,8 +7,12 @@ A mask keeps at most two of each group of four: its writer takes them from where
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskgen.core import npy
 from maskgen.core.errors import FormatError, clip
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
@@ -24,8 +29,11 @@ from maskgen.export.foreign import TWO_FOUR, ForeignLayer
 from maskgen.export.foreign.masked import mask_of
 
 _SUFFIX = ".weight.mask"
-_HEADER_BYTES = 1 << 12
-"""More than NumPy's header of a one-dimensional array takes."""
+_UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, LookupError,
+    RuntimeError, OverflowError,
+)  # fmt: skip
+"""What zipfile raises for archives that are damaged, encrypted or compressed in a way that it does not know."""
 
 
 class MaskArchive:
@@ -33,11 +41,8 @@ class MaskArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise FormatError(f"{path}: not a .npz archive of masks: {error}; download it again") from None
+        with self._opened(f"{path}: not a .npz archive of masks") as archive:
+            entries = archive.infolist()
         self.sizes: Mapping[str, int] = {entry.filename: entry.file_size for entry in entries}
         if len(self.sizes) != len(entries):
             raise FormatError(f"{path}: holds two masks of one name; download it again")
@@ -53,23 +58,32 @@ class MaskArchive:
         """Names of the modules that have a mask."""
         return [name.removesuffix(_SUFFIX + ".npy") for name in self.sizes]
 
+    @contextmanager
+    def _opened(self, where: str) -> Iterator[zipfile.ZipFile]:
+        """The archive; what cannot be read of it inside is a `FormatError` that begins with `where`."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except _UNREADABLE as error:
+            raise FormatError(f"{where}: {clip(str(error))}; download the masks again") from None
+
     def mask(self, module: str, shape: tuple[int, int]) -> Tensor:
         """The mask `[O, I]` of a module, True = kept."""
         where, bits = f"{self.path}: {module}", shape[0] * shape[1]
-        if self.sizes[module + _SUFFIX + ".npy"] > bits // 8 + _HEADER_BYTES:
+        if self.sizes[module + _SUFFIX + ".npy"] > bits // 8 + npy.HEADER_BYTES:
             raise FormatError(f"{where}: {self.sizes[module + _SUFFIX + '.npy']} bytes for a mask {list(shape)}")
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                packed = archive[module + _SUFFIX]
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise FormatError(f"{where}: {error}; download the masks again") from None
-        if not isinstance(packed, np.ndarray):
-            raise FormatError(f"{where}: no NumPy array; download the masks again")
-        if packed.dtype != np.uint8 or packed.shape != ((bits + 7) // 8,):
+        with self._opened(where) as archive, archive.open(module + _SUFFIX + ".npy") as file:
+            content = file.read(self.sizes[module + _SUFFIX + ".npy"])
+        header = npy.read_header(content)
+        if header is None:
+            raise FormatError(f"{where}: not a NumPy array; download the masks again")
+        expected = (bits + 7) // 8
+        if header.dtype != np.uint8 or header.shape != (expected,) or len(content) != header.start + expected:
             raise FormatError(
-                f"{where}: {packed.dtype} {list(packed.shape)}, expected uint8 [{(bits + 7) // 8}]: the bits of a mask "
-                f"{list(shape)}; are these the masks of this model?"
+                f"{where}: {header.dtype} {clip(list(header.shape))} in {len(content)} bytes, expected uint8 "
+                f"[{expected}]: the bits of a mask {list(shape)}; are these the masks of this model?"
             )
+        packed = np.frombuffer(content, np.uint8, offset=header.start)
         return torch.from_numpy(np.unpackbits(packed)[:bits].reshape(shape).astype(np.bool_))
 
 

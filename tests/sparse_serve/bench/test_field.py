@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +20,16 @@ from rich.console import Console
 
 from sparse_serve.bench import field as race
 from sparse_serve.bench import peers
-from sparse_serve.bench.field import FieldRequest, Result, Turn, code_of, reason_of, turn_of
+from sparse_serve.bench.field import FieldRequest
 from sparse_serve.bench.field_report import DECODE, TTFT, compare, record
+from sparse_serve.bench.field_result import Entry, Result, Turn, code_of, turn_of
 from sparse_serve.bench.peers import Conditions, Contender
 from sparse_serve.cli import field as shown
 from sparse_serve.cli import main as cli
 from sparse_serve.gate.evidence import HostReading
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError, UnsupportedError
-from sparse_serve.runtime.load import Load
+from sparse_serve.runtime.load import Load, reason_of
 from tests import models
 from tests.bench import schema
 
@@ -213,6 +215,40 @@ def test_a_peer_that_breaks_later_is_left_out_whole(servers: Servers, tmp_path: 
     assert compare(result)[0].ratios == {"2:4": {"w8a8": pytest.approx([0.5] * 2)}}
 
 
+def test_one_of_ours_that_fails_counts_in_the_rounds_before(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other of ours goes on; the log of what failed stays, and what peers were made into does not."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(peers, "ours", lambda *_: [servers.contender(name, True) for name in ("2:4", "other")])
+    servers.sizes["other"] = 0.4
+    servers.fails = lambda name, asked: name == "2:4" and asked > 9
+    flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--peers", "bf16"]
+    flags += ["--clients", "1,2", "--requests", "2", "--input-tokens", "8,16", "--output-tokens", "9", "--rounds", "2"]
+    with _handlers_kept():
+        assert cli.main(["bench", "serve", *flags, "--json", str(tmp_path / "all.json")]) == 1
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["failed"] == {"2:4": "round 2: vllm bench serve on http://2:4: it is gone"}
+    for row in written["results"]:
+        assert [row["ratios"][name]["bf16"] for name in ("2:4", "other")] == [
+            pytest.approx([2.0]),
+            pytest.approx([0.5] * 2),
+        ]
+    said = capsys.readouterr()
+    assert "2:4 failed in round 2: vllm bench serve" in said.err
+    assert "2:4 failed, and counts in the rounds before: round 2: vllm bench" in said.out
+    (kept,) = (tmp_path / "temporary").iterdir()
+    assert (kept / "server-0.log").is_file()
+
+
+def test_the_run_ends_when_none_of_ours_is_left(servers: Servers, tmp_path: Path) -> None:
+    servers.fails = lambda name, asked: name == "2:4" and asked > 6
+    result = race.run(request_of(tmp_path, "bf16").model_copy(update={"rounds": 4}))
+    assert {(turn.name, turn.round) for turn in result.turns} == {("2:4", 0), ("bf16", 0), ("bf16", 1)}
+    assert list(result.failed) == ["2:4"]
+
+
 def test_without_ours_there_is_nothing_to_compare(servers: Servers, tmp_path: Path) -> None:
     servers.fails = lambda name, asked: name == "2:4"
     with pytest.raises(BenchError, match="it is gone"):
@@ -243,7 +279,7 @@ def test_rounds_that_only_one_was_in_do_not_count() -> None:
         return Turn(name, number, Load(1, 1, 8, 9), 1.0, tpot_ms, 0.0)
 
     turns = [turn("2:4", 0, 10.0), turn("2:4", 1, 20.0), turn("bf16", 1, 60.0)]
-    entries = [race.Entry(name, name == "2:4", 1.0, None, 1, "eager") for name in ("2:4", "bf16")]
+    entries = [Entry(name, name == "2:4", 1.0, None, 1, "eager") for name in ("2:4", "bf16")]
     found = Result(entries, {}, turns, [HostReading(0.0, 0.5, (1.0,))])
     assert compare(found)[0].ratios == {"2:4": {"bf16": [pytest.approx(3.0)]}}
     console = Console(record=True, width=200, file=io.StringIO())
@@ -267,6 +303,16 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: p
     assert f"sparse-serve: error: {message}" in capsys.readouterr().err
 
 
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_every_server_that_was_started(
     end: signal.Signals, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,15 +322,10 @@ def test_a_signal_ends_every_server_that_was_started(
         return servers.load(*words)
 
     monkeypatch.setattr(race, "bench_serve", told_to_end)
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     before = processes.descendants(os.getpid())
     flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--peers", "bf16"]
     flags += ["--clients", "1,2", "--output-tokens", "9", "--input-tokens", "8", "--threads", "2"]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["bench", "serve", *flags])
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    with _handlers_kept(), pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "serve", *flags])
     assert ended.value.code == 128 + end
     assert processes.descendants(os.getpid()) <= before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from rich.console import Console
 from maskgen.core.errors import FormatError
 from sparse_serve.bench import serve
 from sparse_serve.bench.serve import METRICS, MODELS, Run, check, compare, figures
+from sparse_serve.cli import main as cli
 from sparse_serve.cli.bench import serve_table
 from sparse_serve.runtime import environment
 from sparse_serve.runtime.errors import BenchError, SettingsError
@@ -106,6 +109,40 @@ def test_the_environment_is_left_as_it_was_when_a_server_does_not_start(
     with pytest.raises(BenchError, match="no server"):
         serve.run(serve.ServeRequest(dense=tmp_path, sparse=tmp_path))
     assert leaders == [os.getpid()] and dict(os.environ) == before
+
+
+@contextlib.contextmanager
+def up(directory: Path, flags: list[str], work_dir: Path) -> Iterator[str]:
+    yield f"http://{directory.name}"
+
+
+@pytest.mark.parametrize(("fails_at", "rounds"), [(0, 0), (3, 0), (4, 1), (9, 2)])
+def test_rounds_before_one_that_fails_count(
+    fails_at: int, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def load(url: str, *words: object) -> dict[str, Any]:
+        asked.append(url)
+        if len(asked) > fails_at:
+            raise BenchError(f"{url}: gone; the end of {tmp_path}/load.log:\n  first\n  last words")
+        return REPORT
+
+    monkeypatch.setattr(serve, "serving", up)
+    monkeypatch.setattr(serve, "bench_serve", load)
+    models.save("llama", tmp_path / "dense")
+    models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--rounds", "3"]
+    file = tmp_path / "figures.json"
+    assert cli.main(["bench", "serve", *flags, "--json", str(file)]) == 1
+    said = capsys.readouterr()
+    assert "gone; the end of" in said.err and "last words" in said.err
+    assert file.exists() == (rounds > 0)
+    if rounds:
+        written = json.loads(file.read_text())
+        assert {run["round"] for run in written["runs"]} == set(range(rounds)) and len(written["runs"]) == 4 * rounds
+        assert written["failed"].endswith(": gone: last words") and str(tmp_path) not in written["failed"]
+        assert f"(rounds: {rounds})" in said.out
 
 
 def test_a_checkpoint_of_maskgen_is_compared_with_its_dense_model(tmp_path: Path) -> None:

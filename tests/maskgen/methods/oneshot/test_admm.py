@@ -184,7 +184,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ADMM(**options)
 
 
-@settings(max_examples=20, deadline=None)
+# how near so many steps come depends on the problem: the same problems each time
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, 0.3, 1.0]), writes=st.booleans())
 def test_asymmetric_weights_put_out_what_the_dense_model_does(seed: int, shift: float, writes: bool) -> None:
     """Against least squares of the dense outputs on each row's support, in float64, with a ridge that is next to

@@ -16,13 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Repositories that tests make are nobody's: none of the signatures, hooks and names of whoever runs them.
 GIT = {"commit.gpgsign": "false", "core.hooksPath": os.devnull, "user.name": "a", "user.email": "a@example.com"}
-for name, value in GIT.items():
-    count = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
-    os.environ |= {
-        f"GIT_CONFIG_KEY_{count}": name,
-        f"GIT_CONFIG_VALUE_{count}": value,
-        "GIT_CONFIG_COUNT": str(count + 1),
-    }
+for count, (name, value) in enumerate(GIT.items(), int(os.environ.get("GIT_CONFIG_COUNT", "0"))):
+    os.environ |= {f"GIT_CONFIG_KEY_{count}": name, f"GIT_CONFIG_VALUE_{count}": value}
+    os.environ["GIT_CONFIG_COUNT"] = str(count + 1)
 # How fast a machine makes examples says nothing of what is tested with them.
 settings.register_profile("sparse-serve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sparse-serve")

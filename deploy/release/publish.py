@@ -103,7 +103,7 @@ def begin(version: str, commits: bool, root: Path = ROOT) -> None:
 
 
 def undo(commit: str, root: Path = ROOT) -> None:
-    """Take a commit that `begin` made back; changes in other files stay. Raises `SystemExit` if others came after it."""
+    """Take a commit that `begin` made back; changes in other files stay. Raises `SystemExit` if others came after."""
     if _git(root, "rev-parse", "HEAD").strip() != commit:
         raise SystemExit(f"error: {commit[:12]} is not the last commit any more, and stays; git revert takes it back")
     _git(root, "reset", "--quiet", "--keep", "HEAD~1")

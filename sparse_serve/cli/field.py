@@ -29,10 +29,10 @@ _DTYPE = "bfloat16"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, print tables, write what was asked for. Returns 0, or 1 if one of ours failed on the way."""
+    """Measure, print tables, write what was asked for. Returns 0; raises `BenchError` last, if one of ours failed."""
     from maskgen.core.files import check_writable, write_json
     from sparse_serve.bench import field, field_report
-    from sparse_serve.runtime.errors import SettingsError
+    from sparse_serve.runtime.errors import BenchError, SettingsError
 
     if args.dtype != _DTYPE:
         raise SettingsError(f"--dtype {args.dtype}: peers compute in {_DTYPE}, so with --peers all do; leave it out")
@@ -46,7 +46,9 @@ def main(args: argparse.Namespace) -> int:
     if args.json:  # files first, as nobody may read what is printed
         write_json(args.json, field_report.record(request, result))
     show(result, field_report.compare(result), Console(highlight=False))
-    return 1 if result.failed else 0
+    if result.failed:
+        raise BenchError("; ".join(f"{name} failed in {why}" for name, why in result.failed.items()))
+    return 0
 
 
 def show(result: Result, rows: Sequence[Row], console: Console) -> None:
@@ -57,8 +59,6 @@ def show(result: Result, rows: Sequence[Row], console: Console) -> None:
     console.print(ratios_table(rows))
     for name, reason in result.refused.items():
         console.print(f"without {name}: {reason}", markup=False, soft_wrap=True)
-    for name, reason in result.failed.items():
-        console.print(f"{name} failed, and counts in the rounds before: {reason}", markup=False, soft_wrap=True)
     for number, disturbance in enumerate(contamination(result.hosts), 1):
         if disturbance:
             console.print(f"round {number} was disturbed: {disturbance}", markup=False, soft_wrap=True)

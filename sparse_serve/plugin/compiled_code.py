@@ -5,8 +5,9 @@ which its own backend's code has. On a CPU torch's inductor compiles the model, 
 function: the load fails (vLLM 0.32, `compilation/decorators.py`, `_try_load_aot_compiled_fn`), and the model is
 compiled at every start. That function is complete as it is, so the call has nothing to do.
 
-Which of the saved folders stay is up to `kept_code`. As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor, which a folder of
-caches may be shared by several of, and this package's kernels, whose tensors it names.
+As nothing was ever loaded, the key of what was saved lacks what such code depends on: the processor, which a folder of
+caches may be shared by several of, and this package's kernels, whose tensors it names. Which of the saved folders stay
+is up to `kept_code`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def _lock(folder: Path) -> int:
         descriptor = os.open(folder / OURS, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         try:
-            if os.path.samestat(os.stat(folder / OURS), os.fstat(descriptor)):
+            if os.path.samestat((folder / OURS).stat(), os.fstat(descriptor)):
                 return descriptor
         except FileNotFoundError:
             pass

@@ -134,7 +134,7 @@ def test_rounds_before_one_that_fails_count(
     models.save_sparse(tmp_path / "dense", tmp_path / "sparse")
     flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--rounds", "3"]
     file = tmp_path / "figures.json"
-    assert cli.main(["bench", "serve", *flags, "--json", str(file)]) == 1
+    assert cli.main(["bench", "serve", *flags, "--json", str(file)]) == 2
     said = capsys.readouterr()
     assert "gone; the end of" in said.err and "last words" in said.err
     assert file.exists() == (rounds > 0)

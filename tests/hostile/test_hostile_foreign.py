@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError, ModelError, NumericalError, SparseError
 from maskgen.core.pattern import NMPattern
 from maskgen.export.convert import convert
+from maskgen.export.foreign.maskllm import MaskArchive
 from tests import foreign_files, models
 from tests.directories import edit_config, edit_tensors
 from tests.foreign_files import npy
@@ -216,6 +221,12 @@ def test_sections(sources: Path, tmp_path: Path, edit: Callable[[dict[str, Any]]
         ({f"{Q}.weight.mask.npy": npy(b"\x37" * 2048, "(2048,)")}, FormatError, f"{Q}: the mask keeps more than 2:4"),
         ({f"{Q}.weight.mask.npy": npy(b"\x80\x04N.", "(1,)", "|O")}, FormatError, r"object \[1\] in .* expected uint8"),
         ({f"{Q}.weight.mask.npy": b"\0" * (1 << 24)}, FormatError, f"{Q}: 16777216 bytes for a mask"),
+        (
+            {f"{Q}.weight.mask.npy": npy(b"\x33" * 2048, "(999999999999999,)")},
+            FormatError,
+            r"uint8 \[999999999999999\] in 2176 bytes, expected uint8",
+        ),
+        ({f"{Q}.weight.mask.npy": npy(b"\x33" * 2048, "(2048,")}, FormatError, f"{Q}: not a NumPy array"),
         ({f"{Q}.weight.mask.npy": b"garbage"}, FormatError, f"{Q}: .*download the masks again"),
         ({"x/../../etc.weight.mask.npy": b""}, ModelError, "no dense weight 'x/../../etc', for which there is a mask"),
         ({f"{Q}.mask.npy": b""}, FormatError, "holds .*expected names such as"),
@@ -230,6 +241,26 @@ def test_archives(
         for name, data in members.items():
             archive.writestr(name, data)
     refused(dense, message, kind, tmp_path / "masks.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@given(at=st.integers(0, 700), byte=st.integers(0, 255), cut=st.integers(0, 40) | st.none())
+def test_a_damaged_archive_has_masks_or_one_error(method: int, at: int, byte: int, cut: int | None) -> None:
+    """Of any compression: every byte of the member's header and data, of the directory behind it, and no end."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        archive.writestr(f"{Q}.weight.mask.npy", npy(b"\x33" * 64, "(64,)"))
+    data = bytearray(content.getvalue())
+    data[at % len(data)] = byte
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        file.write(data[: len(data) - cut] if cut else data)
+        file.flush()
+        try:
+            masks = MaskArchive(Path(file.name))
+            for module in masks.modules:
+                assert masks.mask(module, (4, 128)).shape == (4, 128)
+        except FormatError as error:
+            assert str(error).isprintable() and len(str(error)) < 600
 
 
 def test_archives_that_are_none(sources: Path, tmp_path: Path) -> None:

@@ -22,16 +22,17 @@ from sparse_serve.bench import field as race
 from sparse_serve.bench import peers
 from sparse_serve.bench.field import FieldRequest
 from sparse_serve.bench.field_report import DECODE, TTFT, compare, record
-from sparse_serve.bench.field_result import Entry, Result, Turn, code_of, turn_of
+from sparse_serve.bench.field_result import Entry, Result, Turn
 from sparse_serve.bench.peers import Conditions, Contender
 from sparse_serve.cli import field as shown
 from sparse_serve.cli import main as cli
 from sparse_serve.gate.evidence import HostReading
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.errors import BenchError, SettingsError, UnsupportedError
-from sparse_serve.runtime.load import Load, reason_of
+from sparse_serve.runtime.load import Load
 from tests import models
 from tests.bench import schema
+from tests.sparse_serve.bench.test_field_result import report
 
 SERVER = """
 import sys, time
@@ -43,59 +44,12 @@ time.sleep(600)
 SMALL: dict[str, Any] = {"clients": (1, 2), "requests": 2, "input_tokens": (8, 16), "output_tokens": 9, "rounds": 2}
 
 
-def report(load: Load, ttft_s: float, gap_s: float) -> dict[str, Any]:
-    return {
-        "ttfts": [ttft_s] * load.prompts,
-        "itls": [[gap_s] * (load.output_tokens - 1)] * load.prompts,
-        "duration": 1.0,
-        "completed": load.prompts,
-    }
-
-
 def test_loads_of_a_turn() -> None:
     request = FieldRequest(dense=Path("d"), sparse=(Path("s"),), **SMALL)
     assert request.loads() == [Load(1, 2, 8, 9), Load(2, 2, 8, 9), Load(1, 2, 16, 2)]
     assert request.context_tokens == 16 + 9 + race.SLACK_TOKENS
     many = FieldRequest(dense=Path("d"), sparse=(Path("s"),), **SMALL | {"clients": (4,)})
     assert many.loads() == [Load(4, 2, 8, 9), Load(1, 2, 8, 2), Load(1, 2, 16, 2)], "one client waits for first tokens"
-
-
-def test_figures_of_a_turn_do_not_depend_on_how_tokens_are_cut_into_pieces() -> None:
-    load = Load(2, 1, 8, 5)
-    whole = report(load, 0.5, 0.1)
-    with_an_end = whole | {"itls": [[0.1, 0.1, 0.1, 0.1, 0.001]] * 2}
-    two_at_a_time = whole | {"itls": [[0.1, 0.3]] * 2}
-    for found in (whole, with_an_end, two_at_a_time):
-        turn = turn_of("a", 0, load, found, 0.0)
-        assert (turn.ttft_ms, turn.tpot_ms) == (pytest.approx(500), pytest.approx(100))
-        assert turn.decode_tokens_per_s == pytest.approx(20) and turn.decodes
-
-
-def test_tokens_that_a_client_reads_in_one_go_have_no_speed() -> None:
-    load = Load(1, 2, 8, 5)
-    with pytest.raises(BenchError, match="a: 5 tokens came all at once; ask for more --output-tokens"):
-        turn_of("a", 0, load, report(load, 0.5, 1e-6), 0.0)
-    first = Load(1, 2, 8, 2)
-    assert turn_of("a", 0, first, report(first, 0.5, 1e-6), 0.0).ttft_ms == pytest.approx(500), "only the first counts"
-
-
-@pytest.mark.parametrize(
-    ("said", "code"),
-    [
-        ("config: enforce_eager=True, ...", "eager"),
-        ("config: enforce_eager=False, ...", "compiled"),
-        ("built for CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | OPENMP = 1 | \n  HTTP", "built for SSE3 AVX2 OPENMP"),
-        ("", "unknown"),
-    ],
-)
-def test_how_a_model_runs_is_read_from_what_its_server_said(said: str, code: str) -> None:
-    assert code_of(said) == code
-
-
-def test_a_reason_is_one_line() -> None:
-    assert reason_of(UnsupportedError("no gguf")) == "no gguf"
-    log = "vLLM W8A8 ended with 1; the end of /tmp/x/server.log:\n  first\n  RuntimeError: last"
-    assert reason_of(BenchError(log)) == "vLLM W8A8 ended with 1: RuntimeError: last"
 
 
 @dataclass

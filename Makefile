@@ -13,8 +13,10 @@ EXTRA ?= auto
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 
 MODEL ?=
+# How long `serve` may prune and train, which decides the steps; empty: as long as the recipe takes.
+MINUTES ?=
 # The demo is trained, too, for a few steps, so that a first start stays short; a model of unknown size is only pruned.
-RECIPE ?= $(if $(MODEL),admm,best-effort)
+RECIPE ?= $(if $(MODEL),$(if $(MINUTES),best-effort,admm),best-effort)
 DATA ?=
 EVAL ?=
 POINTS ?=
@@ -24,7 +26,7 @@ VERSION ?=
 CHECKED ?=
 ARGS ?=
 # Values of the recipe that `serve` changes, such as train.steps=300. SET= takes the recipe as it is.
-SET ?= $(if $(MODEL),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14 train.heldout_windows=16,calibration.samples=32))
+SET ?= $(if $(MODEL)$(MINUTES),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14 train.heldout_windows=16,calibration.samples=32))
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -72,7 +74,7 @@ help: ## show this list
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	echo "variables: PYTHON=$$PYTHON  VENV=$(VENV)  EXTRA=$(EXTRA)  CACHE=$$CACHE"
 
-serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=name] [SET="key=value"] [DATA="texts"] [ARGS=flags]
+serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MODEL=dir, hub id or .gguf] [RECIPE=name] [SET="key=value"] [MINUTES=n] [DATA="texts"] [ARGS=flags]
 	@PATH="$$BIN:$$PATH"
 	phase() { local name=$$1 start=$$SECONDS; shift; echo "== $$name"; "$$@" | sed "/^next: /d"; echo "   $$name: $$((SECONDS - start)) s"; }
 	checkpoint=$$MODEL
@@ -85,9 +87,9 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  fi
 	  model=$${MODEL:-$$DEMO/model} data=($${DATA:-"$$DEMO/calibration.txt" $(if $(MODEL),,"$$DEMO/conversations.jsonl")})
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
-	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
+	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) "minutes=$(MINUTES)" | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
-	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) \
+	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) $(addprefix --minutes ,$(MINUTES)) \
 	    --model "$$model" --data "$${data[@]}" --out "$$checkpoint"
 	fi
 	echo '== serve'

@@ -105,8 +105,10 @@ def gate(host: Host, sparse: Path, max_kl: float) -> tuple[int, str]:
 
 @scripts.WITH_DEPLOY_TESTS
 @pytest.mark.timeout(1800)
-def test_the_gate_says_whether_the_servers_are_touched(host: Host) -> None:
+def test_the_gate_says_whether_the_servers_are_touched(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAIL, and both go on with the dense model; PASS, and both serve the sparse one, with no request lost."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # for the gate: two models to compile take minutes
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     sparse, dense = make_checkpoint(host.folder), host.folder / "dense"
     host.begin(dense)
     with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", [SHORT] * FEW) as streams:

@@ -194,31 +194,34 @@ def check_ids(name: str, ids: Iterable[int], info: EngineInfo) -> None:
 
 
 def stream_response(chunk: Chunk) -> pb.GenerateStreamResponse:
-    """One chunk as a message."""
-    return pb.GenerateStreamResponse(
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        finish_reason=_REASONS[chunk.finish_reason],
-        usage=_usage(chunk),
-        logprobs=map(_position, chunk.logprobs),
-        prompt_logprobs=map(_position, chunk.prompt_logprobs),
-        index=chunk.index,
-    )
+    """One chunk as a message. There is one for nearly every token, so it is filled in place, without what is empty."""
+    message = pb.GenerateStreamResponse(text=chunk.text, token_ids=chunk.token_ids)
+    _fill_usage(message.usage, chunk)
+    if chunk.index:
+        message.index = chunk.index
+    if chunk.finish_reason is not None:
+        message.finish_reason = _REASONS[chunk.finish_reason]
+    if chunk.logprobs:
+        message.logprobs.extend(map(_position, chunk.logprobs))
+    if chunk.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_position, chunk.prompt_logprobs))
+    return message
 
 
 def whole_response(chunks: Sequence[Chunk], n: int) -> pb.GenerateResponse:
     """All chunks of a finished request for `n` sequences as one message."""
     sequences = [_sequence([chunk for chunk in chunks if chunk.index == index]) for index in range(n)]
     first = sequences[0]
-    return pb.GenerateResponse(
+    response = pb.GenerateResponse(
         text=first.text,
         token_ids=first.token_ids,
         finish_reason=first.finish_reason,
-        usage=_usage(chunks[-1]),
         logprobs=first.logprobs,
         prompt_logprobs=[_position(entry) for chunk in chunks for entry in chunk.prompt_logprobs],
         sequences=sequences if n > 1 else (),
     )
+    _fill_usage(response.usage, chunks[-1])
+    return response
 
 
 def _sequence(chunks: Sequence[Chunk]) -> pb.Sequence:
@@ -273,14 +276,13 @@ def _quality(quality: Quality) -> pb.Quality:
     )
 
 
-def _usage(chunk: Chunk) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=chunk.prompt_tokens,
-        completion_tokens=chunk.completion_tokens,
-        cached_prompt_tokens=chunk.cached_prompt_tokens,
-        first_token_s=chunk.first_token_s,
-        elapsed_s=chunk.elapsed_s,
-    )
+def _fill_usage(usage: pb.Usage, chunk: Chunk) -> None:
+    usage.prompt_tokens = chunk.prompt_tokens
+    usage.completion_tokens = chunk.completion_tokens
+    usage.first_token_s = chunk.first_token_s
+    usage.elapsed_s = chunk.elapsed_s
+    if chunk.cached_prompt_tokens:
+        usage.cached_prompt_tokens = chunk.cached_prompt_tokens
 
 
 def _position(entry: PositionLogprobs) -> pb.PositionLogprobs:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskgen.core.errors import SparseError
 from maskgen.core.failures import explained
@@ -28,6 +29,7 @@ from sparse_serve.runtime import environment, processes, vllm_version
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
 from sparse_serve.runtime.startup_error import reason
+from sparse_serve.server.handshake import event_loop
 from sparse_serve.server.lifecycle import (
     CutOff,
     Draining,
@@ -40,6 +42,9 @@ from sparse_serve.server.lifecycle import (
     Stopped,
 )
 from sparse_serve.server.settings import Settings
+
+if TYPE_CHECKING:
+    from sparse_serve.engine.vllm_engine import VllmEngine
 
 logger = logging.getLogger(__name__)
 
@@ -88,25 +93,17 @@ def main(args: argparse.Namespace) -> int:
             handler.setFormatter(JsonFormatter("{levelname}{asctime}{name}{message}", style="{"))
     restart.prepare(settings)
     processes.follow()  # a benchmark that started this server, if one did
-    from sparse_serve.engine.vllm_engine import VllmEngine
-
-    # flags of both: without this, vLLM would not hear of them
-    shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
-    flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
     shown = terminal.plain()
-    if args.masks and args.no_convert:
-        raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
-    conversion = None if args.no_convert else Conversion(args.masks, lambda line: shown.note(line))
-    engine = VllmEngine(args.model, flags, settings.drain_s, settings.verify_digests, conversion, settings.preemption)
+    engine = _engine(args, settings, lambda line: shown.note(line))
     stop = restart.StopRequest()
     try:
         if not args.verbose:
             shown = terminal.redirected()
-        compiles = not {"--enforce-eager", "--enable-lora"} & {*flags} and shutil.which("g++") is not None
+        compiles = not {"--enforce-eager", "--enable-lora"} & {*args.others} and shutil.which("g++") is not None
         compiles &= os.environ.get("TORCHDYNAMO_DISABLE") != "1"
         reporter = Reporter(shown, args.model, access(settings), compiles)
-        with explained(), environment.restored():
-            code = asyncio.run(_serve(engine, settings, reporter, stop))
+        with explained(), environment.restored(), event_loop(bool(settings.tls_cert)) as runner:
+            code = runner.run(_serve(engine, settings, reporter, stop))
     except (SparseError, OSError) as error:
         shown.note(f"sparse-serve: error: {error}{_log(shown)}")
         return 2
@@ -121,6 +118,25 @@ def main(args: argparse.Namespace) -> int:
     if code and not stop.is_made:
         restart.if_allowed(settings.restarts, shown)
     return code
+
+
+def _engine(args: argparse.Namespace, settings: Settings, note: Callable[[str], None]) -> "VllmEngine":
+    from sparse_serve.engine.vllm_engine import VllmEngine
+
+    # flags of both: without this, vLLM would not hear of them
+    shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
+    flags = [*args.others, *(f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in shared)]
+    if args.masks and args.no_convert:
+        raise SettingsError(f"--masks {args.masks}: not with --no-convert, as masks are applied by converting")
+    return VllmEngine(
+        args.model,
+        flags,
+        drain_s=settings.drain_s,
+        digests=settings.verify_digests,
+        conversion=None if args.no_convert else Conversion(args.masks, note),
+        preemption=settings.preemption,
+        messages_per_s=settings.messages_per_s,
+    )
 
 
 def _log(shown: Terminal) -> str:

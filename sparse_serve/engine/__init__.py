@@ -183,7 +183,7 @@ class PositionLogprobs:
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """What was generated since the chunk before, of sequence number `index`. The last one of each, and only it, has a
     `finish_reason`.

@@ -43,17 +43,13 @@ from sparse_serve.engine import (
     vllm_requests,
     vllm_turns,
 )
+from sparse_serve.engine.pace import Pace
 from sparse_serve.engine.vllm_flags import parse, resolve
 from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.conversion import Conversion
-from sparse_serve.runtime.errors import (
-    EngineDiedError,
-    EngineStartError,
-    SettingsError,
-    UnknownModelError,
-)
+from sparse_serve.runtime.errors import EngineDiedError, EngineStartError, SettingsError, UnknownModelError
 from sparse_serve.runtime.phases import Phases
 from sparse_serve.runtime.startup_error import collect_startup_error, reason, record_failed_processes
 
@@ -67,7 +63,8 @@ class VllmEngine:
 
     `drain_s`: how long the engine process itself finishes running requests when a signal reaches it directly, as a
     Ctrl-C in a terminal does. `conversion` makes sparse models of other tools ours; without, they are served as they
-    are. With `preemption`, running requests take turns, too. `adapters`, by name, and `chat_serving` are vLLM's own.
+    are. With `preemption`, running requests take turns, too. `messages_per_s`: see `pace`. `adapters`, by name, and
+    `chat_serving` are vLLM's own.
     """
 
     def __init__(
@@ -78,6 +75,7 @@ class VllmEngine:
         digests: bool = False,
         conversion: Conversion | None = None,
         preemption: bool = True,
+        messages_per_s: int = 0,
     ) -> None:
         self.args: Namespace | None = None
         self.client: Any = None
@@ -86,6 +84,7 @@ class VllmEngine:
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
         self._drain_s, self._digests, self._conversion, self._preemption = drain_s, digests, conversion, preemption
+        self._pace = Pace(messages_per_s)
         self._thread: threading.Thread | None = None
         self._stopped = False
         self.progress, self._phases = Progress(), Phases()
@@ -230,7 +229,7 @@ class VllmEngine:
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""
-        return vllm_requests.generate(self.client, request, self._adapter)
+        return vllm_requests.generate(self.client, request, self._adapter, self._pace)
 
     def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. See `Engine.chat`."""

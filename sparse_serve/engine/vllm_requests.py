@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from sparse_serve.engine import Chunk, GenerateRequest, Origin
+from sparse_serve.engine.pace import Pace
 from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, engine_seed, sampling_arguments
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -29,8 +30,11 @@ _CHARACTERS = 40
 """As vLLM has it for prompts: more of them than this for each token that fits cannot fit, whatever they are."""
 
 
-async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str], Any]) -> AsyncGenerator[Chunk, None]:
-    """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names."""
+async def generate(
+    client: Any, request: GenerateRequest, adapter: Callable[[str], Any], pace: Pace
+) -> AsyncGenerator[Chunk, None]:
+    """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names. What the engine makes
+    between two ticks of `pace` is one chunk: vLLM puts it together while nobody takes it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -47,10 +51,13 @@ async def generate(client: Any, request: GenerateRequest, adapter: Callable[[str
         outputs = _generate(
             client, "grpc", source, params, request.origin, lora_request=lora, priority=request.priority
         )
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                for chunk in found.chunks(output):
-                    yield chunk
+        with pace.stream():
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    for chunk in found.chunks(output):
+                        yield chunk
+                    if not output.finished:
+                        await pace.wait()
 
 
 def _generate(

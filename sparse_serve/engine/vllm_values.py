@@ -99,9 +99,9 @@ class Outputs:
 
     def chunks(self, output: Any) -> Iterator[Chunk]:
         """Of one `RequestOutput`: a chunk for every sequence that it has something of."""
-        prompt_ids = output.prompt_token_ids or ()
+        prompt_ids = output.prompt_token_ids or ()  # many, so nothing goes through them for each token
         # every sequence has them, and they are the same
-        prompt_logprobs = () if self.told_prompt else (output.prompt_logprobs or ())[1:]
+        prompt_logprobs = () if self.told_prompt or not output.prompt_logprobs else output.prompt_logprobs[1:]
         elapsed_s = time.monotonic() - self.started_s
         for completion in output.outputs:
             token_ids = tuple(completion.token_ids)
@@ -114,7 +114,8 @@ class Outputs:
                 completion_tokens=self.completion_tokens,
                 finish_reason=None if completion.finish_reason is None else _REASONS[completion.finish_reason],
                 logprobs=_positions(token_ids, completion.logprobs, self.sampling.logprobs),
-                prompt_logprobs=_positions(prompt_ids[1:], prompt_logprobs, self.sampling.prompt_logprobs),
+                prompt_logprobs=prompt_logprobs
+                and _positions(prompt_ids[1:], prompt_logprobs, self.sampling.prompt_logprobs),
                 index=completion.index,
                 cached_prompt_tokens=output.num_cached_tokens or 0,
                 first_token_s=self.first_token_s,

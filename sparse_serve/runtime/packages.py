@@ -19,6 +19,7 @@ SERVER = frozenset(
         "pythonjsonlogger",
         "starlette",
         "uvicorn",
+        "uvloop",
         "yaml",
     }
 )

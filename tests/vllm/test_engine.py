@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_serve.engine import GenerateRequest, Origin, Sampling, vllm_requests
+from sparse_serve.engine import Chunk, GenerateRequest, Origin, Sampling, vllm_requests
+from sparse_serve.engine.pace import Pace
 from sparse_serve.engine.vllm_engine import VllmEngine
 from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.runtime import turns
@@ -158,6 +159,28 @@ async def check_that_one_cancelled_in_the_queue_has_had_no_turn(engine: VllmEngi
     await asyncio.gather(*long)
 
 
+async def check_that_paced_streams_have_the_same_tokens(engine: VllmEngine) -> None:
+    """In fewer chunks: the first at once, and each later one with what was made since the one before."""
+
+    async def answer(number: int) -> list[Chunk]:
+        sampling = Sampling(max_tokens=40, temperature=0, ignore_eos=True, logprobs=0)
+        return [chunk async for chunk in engine.generate(GenerateRequest((5, 9, 17 + number), sampling))]
+
+    def tokens(answers: list[list[Chunk]]) -> list[list[int]]:
+        return [[id_ for chunk in chunks for id_ in chunk.token_ids] for chunks in answers]
+
+    asked = range(8)
+    plain = await asyncio.gather(*map(answer, asked))
+    engine._pace = Pace(100)
+    paced = await asyncio.gather(*map(answer, asked))
+    assert tokens(paced) == tokens(plain)
+    assert sum(map(len, paced)) < 0.7 * sum(map(len, plain))
+    for chunks in paced:
+        assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
+        assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert chunks[-1].completion_tokens == 40 and "".join(chunk.text for chunk in chunks)
+
+
 async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The engine as the gate uses it, and a dense float32 model, which "auto" must not turn into bfloat16.
 
@@ -181,6 +204,7 @@ async def test_scores_are_those_of_transformers(tmp_path: Path, caplog: pytest.L
         assert await ended_before_a_newcomer(engine, others=20) < 10
         await check_that_a_newcomer_does_not_wait_for_the_end_of_those_that_run(engine)
         await check_that_one_cancelled_in_the_queue_has_had_no_turn(engine)
+        await check_that_paced_streams_have_the_same_tokens(engine)
     finally:
         await engine.stop(5.0)
         log.removeHandler(caplog.handler)

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sparse_serve.server.handshake import event_loop
 from tests.sparse_serve.running import Running, running
 from tests.sparse_serve.server.test_protocol import connection, ends
 from tests.sparse_serve.server.test_tls import Authority
@@ -81,3 +82,9 @@ async def test_what_comes_with_the_end_of_a_handshake_is_not_lost(tls: dict[str,
 async def test_the_last_connection_that_is_allowed_speaks(tls: dict[str, str]) -> None:
     async with running(max_connections=1, **tls) as server:
         assert await is_ready(server)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_with_tls_the_event_loop_is_asyncios_own(tls: bool) -> None:
+    with event_loop(tls) as runner:
+        assert type(runner.get_loop()).__module__.startswith("uvloop") is not tls

@@ -39,7 +39,7 @@ GATE = """\
 version: 1
 base: {{model: {dense}}}
 candidate: {{model: {sparse}}}
-quality: {{texts: [heldout.txt], window_tokens: 48, max_windows: 16, max_ppl_increase: 100, max_kl: {max_kl}}}
+quality: {{texts: [heldout.txt], window_tokens: 48, max_windows: 16, max_ppl_increase: 100, max_kl: {max_kl:f}}}
 """
 """Half of random weights is cut: how much of them is left decides nothing, but for what `max_kl` says."""
 FEW = 4

@@ -20,6 +20,7 @@ _SWAPS, _FEW, _SHORT = (
 )
 _LOW_RANK = "low-rank--smollm2-135m--x86_64-2core--20261127-231600"
 _LOW_RANK_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-000330"
+_LOW_RANK_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-033800"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -53,6 +54,11 @@ ROADS = (
     Road("`admm`, the same windows, no training", "33 k", _ADMM),
     Road("then `eora`, rank 20: 0.62 of the bytes, not 0.5625", "33 k", _BUDGET),
     Road("`admm-lowrank`, rank 20: masks, weights and correction together, 0.62", "33 k", _LOW_RANK),
+    Road(
+        "then `best-effort-lowrank` with that as `--prior`, 100 steps, with the demo's texts, 0.62",
+        "0.2 M",
+        _LOW_RANK_TRAINED,
+    ),
     Road("`admm-lowrank --set values.kind=int4`, rank 20: all of these together, 0.255", "33 k", _LOW_RANK_INT4),
     Road("`admm --set values.kind=int4`: masks and 4-bit values in one pass, 0.20 of the bytes", "33 k", _INT4),
     Road("`admm --bytes 0.75`", "33 k", _BUDGET, 1),

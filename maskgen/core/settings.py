@@ -85,16 +85,16 @@ class SettingsRecord:
             )
 
     def changes(self, path: Path) -> list[str]:
-        """What became of companion files, a line for each."""
+        """What became of companion files, a line for each that begins with its name."""
         now = {file.name: digest_file(file) for file in companion_files(path)}
         lines = []
         for name in sorted(self.files.keys() | now.keys()):
             if name not in now:
-                lines.append(f"{path / name}: gone since this checkpoint was written")
+                lines.append(f"{name}: gone since this checkpoint was written")
             elif name in self.files and self.files[name] != now[name]:
-                lines.append(f"{path / name}: changed since this checkpoint was written")
+                lines.append(f"{name}: changed since this checkpoint was written")
             elif name not in self.files and name.startswith(_LOADED):
-                lines.append(f"{path / name}: not there when this checkpoint was written")
+                lines.append(f"{name}: not there when this checkpoint was written")
         return lines
 
 
@@ -108,7 +108,7 @@ def check_settings(path: Path | str) -> SettingsRecord | None:
     if record is not None:
         record.check_config(path)
         if changes := record.changes(path):
-            raise FormatError(f"{changes[0]}; {_AGAIN.format(path)}")
+            raise FormatError(f"{path}/{changes[0]}; {_AGAIN.format(path)}")
     return record
 
 
@@ -120,7 +120,8 @@ def check_recorded_config(path: Path | str) -> None:
 
 
 def changed_companions(path: Path | str) -> tuple[str, ...]:
-    """What became of the files beside the weights since they were written, a line for each; none without a record."""
+    """What became of the files beside the weights since they were written, a line for each that begins with a file's
+    name; none without a record."""
     record = SettingsRecord.read(Path(path))
     return () if record is None else tuple(record.changes(Path(path)))
 

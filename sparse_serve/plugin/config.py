@@ -233,7 +233,7 @@ def verify(directory: str) -> None:
         SparseCheckpoint.open(directory)
         check_recorded_config(directory)
         for line in changed_companions(directory):
-            logger.warning("%s", line)
+            logger.warning("%s/%s", directory, line)
         environment.set_verified_files(digest)
 
 

@@ -160,7 +160,7 @@ def test_a_shard_takes_the_step_of_its_rows() -> None:
     def build(weight_OI: Tensor) -> tuple[AdaptiveLinear, AnnealedAdamW]:
         linear = nn.Linear(IN, 9, bias=False)
         linear.weight = nn.Parameter(whole_OI.clone())
-        layer = AdaptiveLinear(TargetLayer(0, "a", linear, PATTERN), method)
+        layer = AdaptiveLinear(TargetLayer(0, "a", linear, PATTERN), method, torch.Generator())
         layer.weight = nn.Parameter(weight_OI)
         return layer, AnnealedAdamW([layer.weight], {layer.weight: layer.pruned}, 1e-2, weight_decay=0.1)
 

@@ -23,7 +23,7 @@ SEED = 1
 ModelDir = Callable[..., Path]
 
 NURSERY = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 import torch
 from maskgen.cli import parser as cli, verbs
 
@@ -55,6 +55,9 @@ while killed < 4:
     if status == 0:
         break
     killed += 1
+    if os.path.isdir(outs[1]):  # killed when the result was there already, so that nothing is left to go on from
+        for late in (outs[1], outs[1] + ".work"):
+            shutil.rmtree(late, ignore_errors=True)
 else:
     assert attempt([*argv, "--out", outs[1]], None)[0] == 0
 assert killed, "too fast to be killed"

@@ -123,8 +123,8 @@ def test_what_is_slower_than_dense_is_a_line_each() -> None:
 
 
 def test_a_file_that_was_changed_since_it_was_written_is_a_line() -> None:
-    lines = warnings(dataclasses.replace(INFO, kernels={"cpu": 3}, changes=("m/tokenizer.json: changed",)))
-    assert lines == ["m/tokenizer.json: changed; --verify-digests refuses that"]
+    lines = warnings(dataclasses.replace(INFO, kernels={"cpu": 3}, changes=("tokenizer.json: changed",)))
+    assert lines == ["tokenizer.json: changed; --verify-digests refuses that"]
 
 
 REDIRECT = """

@@ -87,7 +87,7 @@ class _Early(asyncio.Protocol):
 def event_loop(tls: bool) -> asyncio.Runner:
     """What runs the server: uvloop, as in `vllm serve`, with which a token costs less than with asyncio's own loop.
 
-    With TLS it is asyncio's: uvloop reads from a connection that is to rest until its handshake, and drops that.
+    With TLS it is asyncio's: on uvloop the handshake of a test timed out; why is not known.
     """
     if tls:
         return asyncio.Runner()

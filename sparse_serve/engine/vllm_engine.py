@@ -281,10 +281,11 @@ class VllmEngine:
                 client.output_handler.cancel()  # or it takes the end of the engine's process for an accident
             await asyncio.to_thread(client.shutdown, timeout=grace_s)
         deadline_s = time.monotonic() + _KILL_AFTER_S
-        while self.is_loading and time.monotonic() < deadline_s:
-            processes.kill(self._started())
-            await asyncio.sleep(0.05)
-        processes.kill(self._started())
+        while (started := self._started()) or self.is_loading:  # a killed process takes a moment to leave
+            processes.kill(started)
+            if time.monotonic() >= deadline_s:
+                return
+            await asyncio.sleep(0.02)
 
     def _started(self) -> set[psutil.Process]:
         return processes.descendants(os.getpid()) - self._others

@@ -122,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace, settings: Settings, note: Callable[[str], None]) -> "VllmEngine":
     from sparse_serve.engine.vllm_engine import VllmEngine
+    from sparse_serve.engine.vllm_weights import WeightChecks
 
     # flags of both: without this, vLLM would not hear of them
     shared = ("max_logprobs", "max_num_queued_reqs", "max_num_queued_tokens")
@@ -132,7 +133,7 @@ def _engine(args: argparse.Namespace, settings: Settings, note: Callable[[str], 
         args.model,
         flags,
         drain_s=settings.drain_s,
-        digests=settings.verify_digests,
+        weight_checks=WeightChecks(settings.verify_digests, settings.allow_zero_weights),
         conversion=None if args.no_convert else Conversion(args.masks, note),
         preemption=settings.preemption,
         messages_per_s=settings.messages_per_s,

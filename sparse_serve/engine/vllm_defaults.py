@@ -24,14 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME, SparseCheckpoint, check_directory, is_sparse_checkpoint
+from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME, check_directory, is_sparse_checkpoint
 from maskgen.core.companions import SETTINGS_PATTERNS, SNAPSHOT_PATTERNS
 from maskgen.core.compiler import has_cpp_compiler
 from maskgen.core.config import QUANT_METHOD, is_shard_name
 from maskgen.core.failures import machine_failure
 from maskgen.core.files import read_json
 from maskgen.core.foreign import may_be_foreign
-from maskgen.core.settings import NOT_RECORDED, check_settings
 from sparse_serve.runtime import machine
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import SettingsError
@@ -228,18 +227,6 @@ def check_cpu(args: Namespace, obstacle: str | None) -> None:
             f"--pipeline-parallel-size {args.pipeline_parallel_size}: vLLM's CPU backend would die in the first "
             "request, with any model; use --tensor-parallel-size"
         )
-
-
-def check_digests(model: str) -> None:
-    """Compare a checkpoint with the digests in its manifest, and what is beside it with the record of that.
-
-    Raises `FormatError`, `SettingsError` for a dense one. Where there is no record, this is logged.
-    """
-    if not is_sparse_checkpoint(model):
-        raise SettingsError(f"--verify-digests: {model} is not a sparse checkpoint, and no other has digests")
-    SparseCheckpoint.open(model, verify_bits=False).verify_digests()
-    if check_settings(model) is None:
-        logger.warning("%s: config.json and the tokenizer are not covered: %s", model, NOT_RECORDED)
 
 
 def expect_all_weights(args: Namespace) -> None:

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import os
 import threading
 import time
@@ -47,6 +46,7 @@ from sparse_serve.engine.pace import Pace
 from sparse_serve.engine.vllm_flags import parse, resolve
 from sparse_serve.engine.vllm_progress import StepLogger
 from sparse_serve.engine.vllm_values import engine_info, takes_chat, with_manifest
+from sparse_serve.engine.vllm_weights import USUAL, WeightChecks
 from sparse_serve.runtime import processes
 from sparse_serve.runtime.conversion import Conversion
 from sparse_serve.runtime.errors import EngineDiedError, EngineStartError, SettingsError, UnknownModelError
@@ -72,7 +72,7 @@ class VllmEngine:
         model: str,
         flags: Sequence[str] = (),
         drain_s: float = 0.0,
-        digests: bool = False,
+        weight_checks: WeightChecks = USUAL,
         conversion: Conversion | None = None,
         preemption: bool = True,
         messages_per_s: int = 0,
@@ -83,7 +83,8 @@ class VllmEngine:
         self.chat_serving: Any = None
         vllm_defaults.check_model(model)
         self._command = [model, *flags]
-        self._drain_s, self._digests, self._conversion, self._preemption = drain_s, digests, conversion, preemption
+        self._drain_s, self._weight_checks = drain_s, weight_checks
+        self._conversion, self._preemption = conversion, preemption
         self._pace = Pace(messages_per_s)
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -138,14 +139,10 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from sparse_serve.engine import vllm_detokenizer
-        from sparse_serve.plugin.config import verify
         from sparse_serve.plugin.served import unknown_architecture
 
         vllm_detokenizer.install()
-        if is_sparse_checkpoint(self.args.model):
-            verify(self.args.model)
-        if self._digests:
-            vllm_defaults.check_digests(self.args.model)
+        self._weight_checks.check_files(self.args.model)
         self._phases.end("verification")
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
@@ -179,11 +176,7 @@ class VllmEngine:
                 "embeddings (--runner pooling --convert embed)"
             )
         ranks = await self.client.collective_rpc("sparse_stats")
-        if broken := sorted({name for rank in ranks for name in rank["not_finite"]}):
-            raise EngineStartError(
-                f"{len(broken)} parameters of {self.args.model} hold NaN or infinity, such as {broken[0]}; download or "
-                "make the model again"
-            )
+        self._weight_checks.check_loaded(self.args.model, ranks)
         for phase in ("workers", "weights"):
             if ends_s := [rank["ends_s"][phase] for rank in ranks if rank["ends_s"]]:
                 self._phases.end(phase, max(ends_s))
@@ -201,14 +194,12 @@ class VllmEngine:
 
     async def _warm_up(self) -> None:
         """One step through the whole model: what cannot serve fails here, and not in the first client's hands."""
-        embeds = self.client.model_config.runner_type == "pooling"
-        numbers = await (self.embed([0, 1]) if embeds else self.score([0, 1]))
-        if wrong := next((number for number in numbers if not math.isfinite(number)), None):
-            raise EngineStartError(
-                f"{'an embedding has' if embeds else 'the log-probability of a first token is'} {wrong}: this model "
-                "cannot be served in "
-                f"{self.client.model_config.dtype}; try --dtype float32, or make the model again"
-            )
+        model = self.client.model_config
+        if model.runner_type == "pooling":
+            numbers, even = await self.embed([0, 1]), None
+        else:
+            numbers, even = await self.score([*range(min(4, model.max_model_len - 1))]), 1 / model.get_vocab_size()
+        self._weight_checks.check_answer(numbers, even, str(model.dtype))
 
     @property
     def models(self) -> tuple[str, ...]:

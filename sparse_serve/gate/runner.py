@@ -209,11 +209,14 @@ def judge(evidence: Evidence, limits: Limits) -> list[CheckResult]:
 
 def _vllm_engine(dtype: str, context_tokens: int, more: tuple[str, ...]) -> MakeEngine:
     from sparse_serve.engine.vllm_engine import VllmEngine
+    from sparse_serve.engine.vllm_weights import WeightChecks
 
     flags = ["--dtype", dtype, "--max-model-len", str(context_tokens), "--disable-log-stats", *more]
 
     def make(model_dir: Path) -> Engine:
         # A report is kept and passed on: it names the model, not where it lay on this machine.
-        return VllmEngine(str(model_dir), [*flags, "--served-model-name", model_dir.resolve().name])
+        command = [*flags, "--served-model-name", model_dir.resolve().name]
+        # What it answers is measured: nothing needs to be guessed from its weights.
+        return VllmEngine(str(model_dir), command, weight_checks=WeightChecks(allow_zeros=True))
 
     return make

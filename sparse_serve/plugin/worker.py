@@ -13,15 +13,17 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+_MULTIPLYING_NORMS = ("RMSNorm", "LayerNorm")
+
 
 class SparseStats(TypedDict):
     """Layers and bytes of one rank. `dense_equivalent_bytes`: the same weights stored dense in the served dtype.
 
-    `not_finite` are the parameters that hold NaN or infinity, by vLLM's names. `sparse_names` are the checkpoint's
-    layers that are served sparse, several for one of vLLM's where it fuses them. `kernels` counts layers; two kernels
-    that share a layer are joined by `+`. `choices` are the fields of `sparse_serve.engine.KernelChoice`, for each kind
-    of layer and bucket of tokens that was measured. `ends_s`: when (`time.monotonic`) the worker was up, and when it
-    had its weights; nothing without a sparse layer.
+    `not_finite` are the parameters that hold NaN or infinity, `zero_norms` those of norms that multiply by zero, by
+    vLLM's names. `sparse_names` are the checkpoint's layers that are served sparse, several for one of vLLM's where it
+    fuses them. `kernels` counts layers; two kernels that share a layer are joined by `+`. `choices` are the fields of
+    `sparse_serve.engine.KernelChoice`, for each kind of layer and bucket of tokens that was measured. `ends_s`: when
+    (`time.monotonic`) the worker was up, and when it had its weights; nothing without a sparse layer.
     """
 
     sparse_layers: int
@@ -30,6 +32,7 @@ class SparseStats(TypedDict):
     choices: list[dict[str, Any]]
     sparse_names: list[str]
     not_finite: list[str]
+    zero_norms: list[str]
     sparse_weight_bytes: int
     dense_equivalent_bytes: int
     ends_s: dict[str, float]
@@ -54,6 +57,7 @@ class WorkerExtension:
             choices=[],
             sparse_names=[],
             not_finite=_not_finite(model),
+            zero_norms=_zero_norms(model),
             sparse_weight_bytes=0,
             dense_equivalent_bytes=0,
             ends_s={},
@@ -93,4 +97,15 @@ def _not_finite(model: nn.Module) -> list[str]:
         name
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and parameter.itemsize >= 2 and not torch.isfinite(parameter).all()
+    ]
+
+
+def _zero_norms(model: nn.Module) -> list[str]:
+    """Weights of norms that make everything zero. Norms of other classes may be stored as their distance from 1."""
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module).__name__ in _MULTIPLYING_NORMS
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and not weight.any()
     ]

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     verify_digests: bool = Field(
         False, description="read the whole checkpoint at the start and compare it with the digests in its manifest"
     )
+    allow_zero_weights: bool = Field(
+        False, description="serve a model though a whole matrix of it, or a norm, is zeros, or all its logits are equal"
+    )
     access_log: bool = Field(False, description="log a line for each request: its id, client, code and time")
     log_json: bool = Field(False, description="log in JSON, a line each; lines of vLLM itself stay as they are")
     drain_s: float = Field(

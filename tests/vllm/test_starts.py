@@ -160,10 +160,48 @@ def test_a_norm_that_is_no_number_is_named(sparse: Path) -> None:
     assert re.search("error: 1 parameters of .*sparse hold NaN or infinity, such as model.norm.weight; download", line)
 
 
-def last_line(model: Path) -> str:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "model.layers.1.mlp.down_proj.values",
+            "sparse/model.safetensors: model.layers.1.mlp.down_proj.values holds nothing but zeros; download or make",
+        ),
+        (
+            "model.embed_tokens.weight",
+            "sparse/model.safetensors: model.embed_tokens.weight holds nothing but zeros; download or make",
+        ),
+        (
+            "model.layers.1.input_layernorm.weight",
+            "1 norms of .*sparse hold nothing but zeros, such as model.layers.1.input_layernorm.weight; download or",
+        ),
+    ],
+)
+def test_zeros_in_place_of_weights_are_named(sparse: Path, name: str, reason: str) -> None:
+    """What a download that broke off may leave behind; `values` have their bitmask."""
+    make_zero(sparse, name)
+    assert re.search(reason, last_line(sparse))
+
+
+def test_a_dense_weight_of_zeros_is_named_unless_it_is_meant(sparse: Path) -> None:
+    dense = sparse.parent / "dense"
+    make_zero(dense, "lm_head.weight")
+    assert "dense/model.safetensors: lm_head.weight holds nothing but zeros" in last_line(dense)
+    # the flag lets it pass: the start gets as far as vLLM's own checks
+    flags = ("--allow-zero-weights", "--num-gpu-blocks-override=1")
+    assert "No available memory for the cache blocks" in last_line(dense, *flags)
+
+
+def make_zero(model: Path, name: str) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].zero_()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def last_line(model: Path, *flags: str) -> str:
     """What a failed start says last, started as users do: a forked engine would pass the signal that ends it on to the
     server."""
-    argv = ["-m", "sparse_serve.cli.main", "serve", model, "--http-port=0", "--grpc-port=0"]
+    argv = ["-m", "sparse_serve.cli.main", "serve", model, *flags, "--http-port=0", "--grpc-port=0"]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
     assert done.returncode == 2
     return done.stderr.splitlines()[-1]

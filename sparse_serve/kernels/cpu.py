@@ -72,7 +72,7 @@ def unsupported_reason(spec: LinearSpec) -> str | None:
         (spec.device_type != "cpu", f"device {spec.device_type} is not cpu"),
         (spec.pattern != _PATTERN, f"pattern {spec.pattern} is not 2:4"),
         (spec.dtype not in _DTYPES, f"dtype {spec.dtype} is not one of {list(_DTYPES)}"),
-    ) or (_problem() or _too_old())
+    ) or (library_problem() or _too_old())
 
 
 def _too_old() -> str | None:
@@ -109,8 +109,8 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 
 
 @cache
-def _problem() -> str | None:
-    """Load the library, once; or why that cannot be done."""
+def library_problem() -> str | None:
+    """None, once the native library is loaded; or why that cannot be done."""
     spec = find_spec(LIBRARY)
     if spec is None or spec.origin is None:
         return (

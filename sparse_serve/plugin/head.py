@@ -2,13 +2,8 @@
 
 Every token that is decoded reads all of it, and beside 2:4 layers with 4-bit values the output layer of a small model
 with a large vocabulary is most of what is read. Weights are rounded to the nearest of 255 steps, with a scale for each
-row, and multiplied by vLLM's W8A8 layer. That rounds the input of a token to 255 steps, too, which alone would cost ten
-times what the weights' rounding does. So a token goes through it twice, in one call:
-
-    y = W8A8(x) + W8A8(x - r(x)),    r(x) = s round(x / s),  s = max |x| / 127
-
-which leaves 255 steps to what the first 255 left over. With few tokens reading the weight is what takes the time, and
-it is read once.
+row. Inputs keep 16 bits (`kernels/csrc/dense_int8.cpp`): rounding them to int8, too, would cost ten times what the
+weights' rounding does, and with few tokens reading the weight is what takes the time.
 
 The weight that was loaded stays beside the codes, as an embedding that is tied to it needs it.
 
@@ -24,11 +19,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from maskgen.core.errors import FormatError
-from maskgen.core.values import INT8
-from sparse_serve.plugin import quantised
+from maskgen.core.values import INT8, to_codes
+from sparse_serve.kernels import cpu, cpu_int8
 from sparse_serve.plugin.options import OPTIONS_KEY, Options
 from sparse_serve.runtime.startup_error import record_startup_error
-from sparse_serve.tuning.measure import Linear
 
 logger = init_logger("vllm.sparse_serve")  # vLLM prints only loggers below its own name
 
@@ -38,34 +32,31 @@ class Int8HeadMethod(UnquantizedEmbeddingMethod):
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        self.product: Linear | None = None
+        self.tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
     @record_startup_error()
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Round the weight. Raises `FormatError` on any device but a CPU."""
+        """Round the weight. Raises `FormatError` where products of bytes cannot be had."""
         weight_OI = layer.get_parameter("weight").data
-        if weight_OI.device.type != "cpu":
-            raise FormatError(
-                f"--additional-config {OPTIONS_KEY}: lm_head {INT8!r} is for CPUs, and {self.prefix} is on "
-                f"{weight_OI.device.type}; leave it out"
-            )
-        self.product = quantised.w8a8(weight_OI).copy()
+        if problem := _problem(weight_OI.device.type, self.prefix):
+            raise FormatError(f"--additional-config {OPTIONS_KEY}: lm_head {INT8!r} {problem}; leave it out")
+        codes_OI, scale_O = to_codes(weight_OI, INT8)
+        form = codes_OI.new_empty((weight_OI.shape[0], 0, weight_OI.shape[1]))
+        self.tensors = torch.ops.sparse_serve_cpu.pack_int8(codes_OI.contiguous()), form, scale_O.contiguous()
         logger.info_once("sparse_nm: %s %s in int8", self.prefix, str(list(weight_OI.shape)))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[T, I] -> [T, O]`."""
-        assert self.product is not None
-        left_over = (x - _rounded(x)).to(x.dtype)
-        y_TO, more_TO = self.product(torch.cat([x, left_over])).chunk(2)
-        y_TO = y_TO + more_TO + 0 * left_over.sum(1, keepdim=True)  # a code has no NaN
-        return y_TO if bias is None else y_TO + bias
+        assert self.tensors is not None
+        y_TO: Tensor = torch.ops.sparse_serve_cpu.dense_int8(x, *self.tensors, bias)
+        return y_TO
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """What the codes of `[T, I]` stand for, in float32."""
-    wide = x.float()
-    step_T1 = wide.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (wide / step_T1).round() * step_T1
+def _problem(device_type: str, prefix: str) -> str | None:
+    if device_type != "cpu":
+        return f"is for CPUs, and {prefix} is on {device_type}"
+    lacking = cpu.library_problem() or cpu_int8.missing_instructions()
+    return f"cannot be had here: {lacking}" if lacking else None
 
 
 def head_method(layer: Module, prefix: str, options: Options) -> Int8HeadMethod | None:

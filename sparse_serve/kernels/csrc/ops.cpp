@@ -1,4 +1,4 @@
-// The torch operators of the CPU kernel, on torch's stable ABI (one build serves every torch from 2.11 on):
+// The torch operators of 2:4 weights on a CPU, on torch's stable ABI (one build serves every torch from 2.11 on):
 //
 //     sparse_serve_cpu::pack(values, bitmask, scale?) -> uint8 [bytes]     the blocks of layout.h; scale of int4 only
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
@@ -12,27 +12,19 @@
 //
 // `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell; uint8 is
 // that of int4 codes, of which two share a byte.
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "isa.h"
 #include "share.h"
+#include "tensors.h"
 
 namespace sparse24 {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Products below which a second thread costs more than it brings; and with tiles.
 constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
@@ -56,14 +48,6 @@ Run runner(int64_t wanted) {
   return portable::run;
 }
 
-// A tensor in an error: `Float [3, 256]`, as C++ names the type.
-std::string text(const Tensor& tensor) {
-  std::string sizes;
-  for (int64_t size : tensor.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-  const char* strided = tensor.is_contiguous() ? "" : ", not contiguous";
-  return std::string(torch::headeronly::toString(tensor.scalar_type())) + " [" + sizes + "]" + strided;
-}
-
 Values values_of(ScalarType type) {
   if (type == ScalarType::BFloat16) return Values::kBFloat16;
   if (type == ScalarType::Float) return Values::kFloat32;
@@ -71,29 +55,6 @@ Values values_of(ScalarType type) {
   if (type == ScalarType::Byte) return Values::kInt4;
   STD_TORCH_CHECK(type == ScalarType::Char, "values are ", type, ", expected BFloat16, Half, Float, Char or Byte");
   return Values::kInt8;
-}
-
-Floats floats_of(ScalarType type) {
-  if (type == ScalarType::BFloat16) return Floats::kBFloat16;
-  if (type == ScalarType::Half) return Floats::kFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Float, "x is ", type, ", expected BFloat16, Half or Float");
-  return Floats::kFloat32;
-}
-
-// `tensor`, called `name`, is of `type` and contiguous with `rows` numbers.
-void check_per_row(const Tensor& tensor, const char* name, ScalarType type, int64_t rows) {
-  STD_TORCH_CHECK(tensor.numel() == rows && tensor.scalar_type() == type && tensor.is_contiguous(), name, " is ",
-                  text(tensor), ", expected contiguous ", type, " [", rows, "]");
-}
-
-// 2 MiB pages: with 4 KiB ones a sequential read is a quarter slower. Advice only, so failure is fine. Not for less than
-// such a page: every range with advice of its own counts against the 65,530 that a process may have.
-void advise_huge_pages(void* start, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, from = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(start) + bytes) / page * page;
-  if (bytes >= 2 << 20) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
 }
 
 // The scales of int4 values: one a row, or one for each 64 or 128 that a row keeps.
@@ -170,15 +131,6 @@ Linear checked(const Tensor& x, const Tensor& blocks, const Tensor& form, const 
   return {static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, columns ? x.numel() / columns : 0, rows, columns,
           x.const_data_ptr(), nullptr, scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
           bias ? bias->const_data_ptr() : nullptr, of_x};
-}
-
-// y for it, [..., rows].
-Tensor outputs(const Tensor& x, Linear& op) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = op.rows;
-  Tensor y = torch::stable::new_empty(x, shape);
-  op.y = y.mutable_data_ptr();
-  return y;
 }
 
 void run_threads(Run run, const Linear& op, int64_t worth_a_thread) {

@@ -6,6 +6,8 @@
 //             for each 24 tokens:                    their sums of codes in registers
 //                 for each 8 columns:                per token 1 byte shuffle and 1 product of 64 bytes
 //
+// For up to three tokens what is made ready goes straight into their products.
+//
 // The 8 inputs of two groups lie in every lane, and a control says which four of them a row keeps. A dense kernel needs
 // two products for what is one shuffle and one product here, and shuffles have a port of their own.
 //
@@ -74,13 +76,47 @@ INLINE __m512i product(__m512i sum, __m512i inputs, __m512i weights) {
   return sum;
 }
 
+// Values and controls of the i-th of a quarter's four steps.
+template <Values kValues>
+INLINE void expand(const uint8_t* block, int quarter, int i, __m512i codes, __m512i& kept, __m512i& control) {
+  const __m512i columns = _mm512_load_si512(kColumnTable.at), numbers = _mm512_load_si512(kNibbleTable.at);
+  const __m512i places = _mm512_set1_epi32(0x18100800), code = _mm512_set1_epi8(7);
+  const __m512i rows = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const int step = quarter * 4 + i;
+  const __m512i two = _mm512_multishift_epi64_epi8(bits(8 * i, 8 * i, 8 * i + 4, 8 * i + 4), codes);
+  control = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(two, code, places, 0xea), columns);
+  if constexpr (kValues == Values::kInt4) {
+    const int at = 8 * (i % 2);  // in 4 nibbles of left values, then 4 of right ones
+    const __m512i eight = _mm512_loadu_si512(block + kCodeBytes + step / 2 * 64);
+    kept = _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(bits(at, 16 + at, at + 4, 20 + at), eight), numbers);
+  } else {
+    kept = _mm512_permutexvar_epi16(rows, _mm512_loadu_si512(block + kCodeBytes + step * 64));
+  }
+}
+
+// Of the 8 inputs from there on, for each row the four that it keeps.
+INLINE __m512i picked(const uint8_t* inputs, __m512i control) {
+  int64_t eight;
+  __builtin_memcpy(&eight, inputs, 8);
+  return _mm512_shuffle_epi8(_mm512_set1_epi64(eight), control);
+}
+
+// Sums of codes of kCount tokens, added to those of the columns before.
+template <Values kValues, int kCount>
+INLINE void write_sums(const __m512i* acc, __m512i offset, const float* scales, const float* scale, float* sums) {
+#pragma GCC unroll 24
+  for (int m = 0; m < kCount; ++m, sums += kLanes) {
+    __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], offset));
+    if constexpr (kValues == Values::kInt4) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales));
+    _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[m]), _mm512_load_ps(sums)));
+  }
+}
+
 template <Values kValues>
 __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
   constexpr int kBytes = block_bytes(kValues);
-  const __m512i columns = _mm512_load_si512(kColumnTable.at), numbers = _mm512_load_si512(kNibbleTable.at);
-  const __m512i places = _mm512_set1_epi32(0x18100800), code = _mm512_set1_epi8(7), zero = _mm512_set1_epi8(-kZero);
-  const __m512i rows = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i zero = _mm512_set1_epi8(-kZero);
   __m512i offset = _mm512_setzero_si512();
   for (int line = 0; line < kBytes; line += 64) {
     __builtin_prefetch(block + kFar * kBytes + line, 0, 2);
@@ -90,20 +126,10 @@ __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
     const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const int step = quarter * 4 + i;
-      const __m512i two = _mm512_multishift_epi64_epi8(bits(8 * i, 8 * i, 8 * i + 4, 8 * i + 4), codes);
-      const __m512i index = _mm512_ternarylogic_epi32(two, code, places, 0xea);
-      _mm512_store_si512(out.controls[step], _mm512_permutexvar_epi8(index, columns));
-      __m512i kept;
-      if constexpr (kValues == Values::kInt4) {
-        const int at = 8 * (i % 2);  // in 4 nibbles of left values, then 4 of right ones
-        const __m512i eight = _mm512_loadu_si512(block + kCodeBytes + step / 2 * 64);
-        kept = _mm512_multishift_epi64_epi8(bits(at, 16 + at, at + 4, 20 + at), eight);
-        kept = _mm512_permutexvar_epi8(kept, numbers);
-      } else {
-        kept = _mm512_permutexvar_epi16(rows, _mm512_loadu_si512(block + kCodeBytes + step * 64));
-      }
-      _mm512_store_si512(out.values[step], kept);
+      __m512i kept, control;
+      expand<kValues>(block, quarter, i, codes, kept, control);
+      _mm512_store_si512(out.controls[quarter * 4 + i], control);
+      _mm512_store_si512(out.values[quarter * 4 + i], kept);
       offset = product(offset, zero, kept);
     }
   }
@@ -111,6 +137,27 @@ __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
   if constexpr (kValues == Values::kInt4) {
     _mm512_store_si512(out.scales, _mm512_loadu_si512(block + kCodeBytes + kSteps / 2 * 64));
   }
+}
+
+// The same for so few tokens that what is made ready is better not stored.
+template <Values kValues, int kCount>
+__attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* inputs, const float* scale, float* sums) {
+  const __m512i zero = _mm512_set1_epi8(-kZero);
+  __m512i acc[kCount], offset = _mm512_setzero_si512();
+  for (auto& sum : acc) sum = offset;
+  for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
+    const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, inputs += 8) {
+      __m512i kept, control;
+      expand<kValues>(block, quarter, i, codes, kept, control);
+      offset = product(offset, zero, kept);
+#pragma GCC unroll 3
+      for (int m = 0; m < kCount; ++m) acc[m] = product(acc[m], picked(inputs + m * kColumns, control), kept);
+    }
+  }
+  const float* scales = reinterpret_cast<const float*>(block + kCodeBytes + kSteps / 2 * 64);
+  write_sums<kValues, kCount>(acc, offset, scales, scale, sums);
 }
 
 // kCount tokens by 16 rows, 128 columns; codes [token][128], a scale for each token, sums [token][row].
@@ -124,17 +171,10 @@ __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes
     const __m512i values = _mm512_load_si512(ready.values[step]), controls = _mm512_load_si512(ready.controls[step]);
 #pragma GCC unroll 24
     for (int m = 0; m < kCount; ++m) {
-      int64_t eight;
-      __builtin_memcpy(&eight, codes + m * kColumns, 8);
-      acc[m] = product(acc[m], _mm512_shuffle_epi8(_mm512_set1_epi64(eight), controls), values);
+      acc[m] = product(acc[m], picked(codes + m * kColumns, controls), values);
     }
   }
-#pragma GCC unroll 24
-  for (int m = 0; m < kCount; ++m, sums += kLanes) {
-    __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], _mm512_load_si512(ready.offset)));
-    if constexpr (kValues == Values::kInt4) sum = _mm512_mul_ps(sum, _mm512_load_ps(ready.scales));
-    _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[m]), _mm512_load_ps(sums)));
-  }
+  write_sums<kValues, kCount>(acc, _mm512_load_si512(ready.offset), ready.scales, scale, sums);
 }
 
 template <Values kValues>
@@ -169,8 +209,13 @@ void run_values(const Linear& op, int64_t first, int64_t last) {
         const uint8_t* codes = op.rounded.codes + (part * op.rounded.tokens + token) * kColumns;
         const float* scale = op.rounded.scale + part * op.rounded.tokens + token;
         for (int b = 0; b < count; ++b, data += block_bytes(kValues)) {
-          make_ready<kValues>(data, own->ready);
-          multiply_all<kValues>(own->ready, codes, scale, tokens, own->sums[b]);
+          float* sums = own->sums[b];
+          switch (tokens) {
+            case 1: multiply_few<kValues, 1>(data, codes, scale, sums); break;
+            case 2: multiply_few<kValues, 2>(data, codes, scale, sums); break;
+            case 3: multiply_few<kValues, 3>(data, codes, scale, sums); break;
+            default: make_ready<kValues>(data, own->ready), multiply_all<kValues>(own->ready, codes, scale, tokens, sums);
+          }
         }
       }
       for (int b = 0; b < count; ++b) write_outputs(op, own->sums[b], (super * kSuper + b) * kLanes, token, tokens);

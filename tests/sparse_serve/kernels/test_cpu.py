@@ -186,9 +186,9 @@ def test_a_library_that_cannot_be_loaded_is_a_reason_not_a_crash(tmp_path: Path)
     bad.write_bytes(b"not a library")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "find_spec", lambda name: type("Spec", (), {"origin": str(bad)}))
-        assert "cannot be used here" in (cpu._problem.__wrapped__() or "")
+        assert "cannot be used here" in (cpu.library_problem.__wrapped__() or "")
         patch.setattr(cpu, "find_spec", lambda name: None)
-        assert "was not built" in (cpu._problem.__wrapped__() or "")
+        assert "was not built" in (cpu.library_problem.__wrapped__() or "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

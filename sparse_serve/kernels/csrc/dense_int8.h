@@ -1,0 +1,30 @@
+// A dense int8 weight, as dense_int8.cpp keeps it, and inputs of 16 bits.
+#pragma once
+#include "layout.h"
+
+namespace sparse24::dense_int8 {
+
+// Sums of 255 times 127 are whole numbers of 32 bits up to here.
+constexpr int64_t kMostColumns = 1 << 16;
+
+// Inputs as digits, with what is needed to make numbers of their sums; of each token `digit_bytes`, two and one.
+struct Digits {
+  int8_t* digits;
+  int32_t* offset;
+  float* step;
+};
+
+inline int64_t quads(int64_t columns) { return ceil_div(columns, 4); }
+inline int64_t weight_bytes(int64_t rows, int64_t columns) { return row_blocks(rows) * quads(columns) * 4 * kLanes; }
+inline int64_t digit_bytes(int64_t columns) { return quads(columns) * 8; }  // of a token
+
+// Blocks [first, last) of 16 rows, from codes [rows, columns]; `blocks` is for all.
+void pack(const int8_t* codes, int64_t rows, int64_t columns, uint8_t* blocks, int64_t first, int64_t last);
+
+// All tokens. Where an input is not finite the step is NaN, which all outputs of the token show.
+void split_tokens(const Linear&, const Digits& out);
+
+// Blocks [first, last) of 16 rows of y, on the calling thread. Of `Linear`, blocks are this file's, and values are not read.
+void run(const Linear&, const Digits&, int64_t first, int64_t last);
+
+}  // namespace sparse24::dense_int8

@@ -1,0 +1,87 @@
+// The torch operators of dense int8 weights for a few tokens:
+//
+//     sparse_serve_cpu::pack_int8(codes) -> uint8 [bytes]                     the blocks of dense_int8.cpp
+//     sparse_serve_cpu::dense_int8(x, blocks, form, scale, bias?) -> y        inputs keep 16 bits
+//
+// `form` is an empty int8 tensor [rows, 0, columns]. Both want a processor with what `vnni()` asks for.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "dense_int8.h"
+#include "isa.h"
+#include "tensors.h"
+
+namespace sparse24 {
+namespace {
+
+void check_processor() {
+  STD_TORCH_CHECK(has_vnni(), "this processor lacks AVX-512 with VNNI and VBMI, which dense_int8 is written for");
+}
+
+Tensor pack_int8(const Tensor& codes) {
+  check_processor();
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Char && codes.is_contiguous(), "codes are ",
+                  text(codes), ", expected contiguous Char [rows, columns]");
+  const int64_t rows = codes.size(0), columns = codes.size(1);
+  Tensor out = torch::stable::new_empty(codes, {dense_int8::weight_bytes(rows, columns)}, ScalarType::Byte);
+#if defined(__x86_64__)
+  uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
+  advise_huge_pages(blocks, out.numel());
+  const int8_t* from = static_cast<const int8_t*>(codes.const_data_ptr());
+  torch::stable::parallel_for(0, row_blocks(rows), 1, [&](int64_t first, int64_t last) {
+    dense_int8::pack(from, rows, columns, blocks, first, last);
+  });
+#endif
+  return out;
+}
+
+Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor& form, const Tensor& scale,
+                         const std::optional<Tensor>& bias) {
+  constexpr int64_t kBlocksAThread = 8;
+  check_processor();
+  STD_TORCH_CHECK(form.dim() == 3 && form.scalar_type() == ScalarType::Char, "form is ", text(form),
+                  ", expected Char [rows, 0, columns]");
+  const Tensor x = torch::stable::contiguous(input);
+  const int64_t rows = form.size(0), columns = form.size(2), bytes = dense_int8::weight_bytes(rows, columns);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
+                  "]: the weight is [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(columns <= dense_int8::kMostColumns, "the weight has ", columns, " columns, expected ",
+                  dense_int8::kMostColumns, " at most: sums of more could overflow");
+  STD_TORCH_CHECK(blocks.numel() == bytes && blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
+                  "blocks are ", text(blocks), ", expected contiguous Byte [", bytes, "] for a form of ", text(form));
+  check_per_row(scale, "scale", ScalarType::Float, rows);
+  const Floats of_x = floats_of(x.scalar_type());
+  if (bias) check_per_row(*bias, "bias", x.scalar_type(), rows);
+  Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), Values::kInt8, columns ? x.numel() / columns : 0, rows,
+            columns, x.const_data_ptr(), nullptr, static_cast<const float*>(scale.const_data_ptr()),
+            bias ? bias->const_data_ptr() : nullptr, of_x};
+  Tensor y = outputs(x, op);
+  if (op.tokens == 0 || op.rows == 0) return y;
+#if defined(__x86_64__)
+  const int64_t numbers = 3 * int64_t{sizeof(float)}, each = dense_int8::digit_bytes(columns);
+  const Tensor scratch = torch::stable::new_empty(blocks, {op.tokens * (numbers + each)});
+  uint8_t* start = static_cast<uint8_t*>(scratch.mutable_data_ptr());
+  const dense_int8::Digits digits{reinterpret_cast<int8_t*>(start + op.tokens * numbers), reinterpret_cast<int32_t*>(start),
+                                  reinterpret_cast<float*>(start) + 2 * op.tokens};
+  dense_int8::split_tokens(op, digits);
+  torch::stable::parallel_for(0, row_blocks(rows), kBlocksAThread, [&](int64_t first, int64_t last) {
+    dense_int8::run(op, digits, first, last);
+  });
+#endif
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_serve_cpu, m) {
+  m.def("pack_int8(Tensor codes) -> Tensor");
+  m.def("dense_int8(Tensor x, Tensor blocks, Tensor form, Tensor scale, Tensor? bias) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
+  m.impl("pack_int8", TORCH_BOX(&pack_int8));
+  m.impl("dense_int8", TORCH_BOX(&linear_dense_int8));
+}
+
+}  // namespace sparse24

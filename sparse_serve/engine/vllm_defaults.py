@@ -18,6 +18,7 @@ Most defaults are for machines without a GPU; each answers a way in which vLLM 0
 """
 
 import logging
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -260,6 +261,12 @@ def set_cpu(
         environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     elif len(cores) >= ranks:
         environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_out(cores, ranks))
+
+
+def keep_variables(keep: bool) -> None:
+    """Whether vLLM keeps the values of its environment variables, of which it reads some for every step and request."""
+    if (envs := sys.modules.get("vllm.envs")) is not None:
+        (envs.enable_envs_cache if keep else envs.disable_envs_cache)()
 
 
 def share_out(cores: Sequence[int], ranks: int) -> str:

@@ -86,6 +86,7 @@ class VllmEngine:
         self._drain_s, self._weight_checks = drain_s, weight_checks
         self._conversion, self._preemption = conversion, preemption
         self._pace = Pace(messages_per_s)
+        self._sampling_defaults: Mapping[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._stopped = False
         self.progress, self._phases = Progress(), Phases()
@@ -114,6 +115,7 @@ class VllmEngine:
                 info = await self._describe()
                 await self._warm_up()
                 self._phases.end("first token")
+                vllm_defaults.keep_variables(True)
                 return replace(info, startup_s=self._phases.seconds)
             except BaseException as error:
                 await self.stop(0.0)
@@ -177,6 +179,7 @@ class VllmEngine:
             )
         ranks = await self.client.collective_rpc("sparse_stats")
         self._weight_checks.check_loaded(self.args.model, ranks)
+        self._sampling_defaults = model.get_diff_sampling_param()  # reads a file
         for phase in ("workers", "weights"):
             if ends_s := [rank["ends_s"][phase] for rank in ranks if rank["ends_s"]]:
                 self._phases.end(phase, max(ends_s))
@@ -220,7 +223,7 @@ class VllmEngine:
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""
-        return vllm_requests.generate(self.client, request, self._adapter, self._pace)
+        return vllm_requests.generate(self.client, request, self._adapter, self._pace, self._sampling_defaults)
 
     def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. See `Engine.chat`."""
@@ -266,6 +269,7 @@ class VllmEngine:
         if self._stopped:
             return
         self._stopped = True
+        vllm_defaults.keep_variables(False)
         client, self.client = self.client, None
         if client is not None:
             if client.output_handler is not None and not client.get_num_unfinished_requests():

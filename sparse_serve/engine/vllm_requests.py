@@ -31,18 +31,18 @@ _CHARACTERS = 40
 
 
 async def generate(
-    client: Any, request: GenerateRequest, adapter: Callable[[str], Any], pace: Pace
+    client: Any, request: GenerateRequest, adapter: Callable[[str], Any], pace: Pace, defaults: Mapping[str, Any]
 ) -> AsyncGenerator[Chunk, None]:
-    """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names. What the engine makes
-    between two ticks of `pace` is one chunk: vLLM puts it together while nobody takes it."""
+    """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names, `defaults` are what
+    the model's own settings say of sampling. What the engine makes between two ticks of `pace` is one chunk: vLLM puts
+    it together while nobody takes it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     prompt = request.prompt
     source = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
-    model = client.model_config
     sampling, found = request.sampling, Outputs(request.sampling)
-    arguments = sampling_arguments(sampling, model.get_diff_sampling_param(), model.max_model_len)
+    arguments = sampling_arguments(sampling, defaults, client.model_config.max_model_len)
     with _translated():
         if sampling.constraint is not None:
             arguments["structured_outputs"] = StructuredOutputsParams(**constraint_arguments(sampling.constraint))

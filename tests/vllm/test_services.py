@@ -41,7 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     )
     flags = [f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize"]
     flags += ["--access-log", "--log-json", "--served-model-name=tiny"]
-    running = launch(make_checkpoint(folder), folder, *flags)
+    checkpoint = make_checkpoint(folder)
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    running = launch(checkpoint, folder, *flags)
     try:
         yield wait_ready(running)
     finally:
@@ -103,6 +105,18 @@ def test_what_a_chat_template_refuses_is_the_clients_fault(server: Running) -> N
     with pytest.raises(grpc.RpcError, match="who is odd") as caught:
         chat(server).Chat(chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="odd", content="a")]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_what_the_models_own_settings_say_of_sampling_holds_on_both_apis(server: Running) -> None:
+    """They are read at the start, not for every request."""
+    (server.directory / "sparse" / "generation_config.json").unlink(missing_ok=True)
+    over_grpc, penalised, plain = (
+        list(server.stub.Generate(grpc_request(24, **more)).token_ids)
+        for more in ({}, {"repetition_penalty": 1.5}, {"repetition_penalty": 1.0})
+    )
+    body = http_request(24, return_token_ids=True)
+    assert over_grpc == penalised != plain
+    assert json.loads(server.get("/v1/completions", body))["choices"][0]["token_ids"] == over_grpc
 
 
 def test_several_sequences_are_those_of_their_seeds(server: Running) -> None:

@@ -104,8 +104,8 @@ def test_nothing_names_a_private_place() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_is_free(package: str) -> None:
     program = (
-        "import sys, time; began = time.perf_counter(); "
-        f"import {package}; took_s = time.perf_counter() - began; "
+        "import sys, time; began = time.process_time(); "
+        f"import {package}; took_s = time.process_time() - began; "
         "heavy = {'torch', 'vllm', 'transformers', 'grpc', 'numpy'} & set(sys.modules); "
         "assert not heavy, heavy; assert took_s < 1, took_s"
     )

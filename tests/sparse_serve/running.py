@@ -116,7 +116,7 @@ class Running:
 
     async def until(self, condition) -> None:
         """Wait until `condition()`; the test's timeout is the limit."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 
@@ -130,18 +130,18 @@ async def running(engine: FakeEngine | None = None, ready: bool = True, **settin
     server = Server(engine, options, [ops, landing, grpc_v1, ECHO], registry, events.append)
     task = asyncio.create_task(server.run())
     wanted = Ready if ready else Listening
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(isinstance(event, wanted) for event in events) and not task.done():
             await asyncio.sleep(0.005)
     if task.done():
         task.result()
     (listening,) = [event for event in events if isinstance(event, Listening)]
     async with (
-        httpx.AsyncClient(base_url=f"http://{listening.http}", timeout=10) as http,
+        httpx.AsyncClient(base_url=f"http://{listening.http}", timeout=60) as http,
         grpc.aio.insecure_channel(listening.grpc) as channel,
     ):
         try:
             yield Running(server, engine, registry, task, http, channel, events)
         finally:  # a server that is left alone keeps threads of gRPC, for which the process waits
             server.stop()
-            await asyncio.wait_for(task, 15)
+            await asyncio.wait_for(task, 60)

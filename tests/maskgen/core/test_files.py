@@ -87,10 +87,10 @@ def test_a_duplicate_among_many_keys_is_found_in_linear_time(tmp_path: Path) -> 
     path = tmp_path / "config.json"
     keys = [f'"{number}":0' for number in range(100_000)]
     path.write_text("{" + ",".join([*keys, keys[-1]]) + "}")
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     with pytest.raises(FormatError, match="duplicate key '99999'"):
         read_json(path)
-    assert time.perf_counter() - start_s < 2.0
+    assert time.process_time() - start_s < 2.0
 
 
 @pytest.mark.parametrize("reader", [read_json, lambda path: open_tensors(path).__enter__()])

@@ -212,7 +212,7 @@ def killed_at(request: int) -> Iterator[str]:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().strip()
-            assert process.wait(10) == -signal.SIGKILL
+            assert process.wait(60) == -signal.SIGKILL
         finally:
             process.kill()
 

@@ -14,7 +14,7 @@ from sparse_serve.runtime import processes
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -101,7 +101,7 @@ async def test_a_server_that_drains_tells_pages_so() -> None:
         call = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 4000}))
         await server.until(lambda: server.engine.unfinished == 1)
         server.server.stop()
-        await asyncio.sleep(0.4)
+        await server.until(lambda: server.server.context.admission.phase is Phase.DRAINING)
         refused = await server.http.post("/v1/completions", json={}, headers={"origin": PAGE})
         assert (refused.status_code, refused.headers[ALLOWED]) == (503, "*")
         call.cancel()

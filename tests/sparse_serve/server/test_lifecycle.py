@@ -60,7 +60,7 @@ async def test_requests_that_do_not_finish_in_time_are_cut_off() -> None:
             await call
         with pytest.raises(httpx.HTTPError):
             await over_http
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(30):
             assert await server.task == 0
     assert len(server.engine.aborted) == 2
     assert server.events[2:] == [Draining(2, 0.2), CutOff(2, 0.2), Stopped()]
@@ -71,7 +71,7 @@ async def test_stop_during_the_start_ends_with_0_and_no_engine() -> None:
     """Even if the start never ends: a fake engine's goes on after its `stop`, as a download does."""
     async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         server.server.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await server.task == 0
     assert server.engine.stopped
     assert [type(event) for event in server.events] == [Listening, Stopped]

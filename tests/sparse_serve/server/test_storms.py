@@ -81,7 +81,7 @@ async def test_thousands_of_streams_of_a_connection_are_bounded_and_others_go_on
             for _ in range(5):
                 began_s = time.monotonic()
                 assert (await server.stub.Generate(asked(2))).text == "ab"
-                assert time.monotonic() - began_s < 5
+                assert time.monotonic() - began_s < 20
                 assert server.engine.unfinished <= 9
             for task in tasks:
                 task.cancel()
@@ -132,7 +132,7 @@ async def test_a_good_client_is_served_beside_those_who_hold_connections_and_tho
                 else:
                     assert (await server.stub.Generate(asked(2))).text == "ab"
                 worst_s = max(worst_s, time.monotonic() - began_s)
-        assert worst_s < 5, "0.02 s alone; what the others can take is bounded"
+        assert worst_s < 20, "0.02 s alone; what the others can take is bounded"
         await server.until(lambda: len(server.server.context.listener.connections) <= 1)
         await is_left_alone(server)
 

@@ -6,6 +6,7 @@ rescales any of them changes the outputs. Everything is seeded; nothing is downl
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,11 @@ def randomise(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float3
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over any text, trained on `TEXT`; `BOS` is id 0 and `EOS` id 1."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained()), bos_token=BOS, eos_token=EOS)
+
+
+@functools.cache
+def _trained() -> str:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -132,7 +138,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     inner.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS)
+    return str(inner.to_str())
 
 
 def bos_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ import os
 import pwd
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +25,14 @@ settings.load_profile("sparse-serve")
 
 
 ModelDir = Callable[..., Path]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `-n 2 --dist loadfile`, which `make test` says."""
+    from tests.lanes import Lanes
+
+    return Lanes(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,7 +41,6 @@ from sparse_serve.runtime import processes
 AS_USERS_DO = {
     "test_server",
     "test_services",
-    "test_tracing",
     "test_smg",
     "test_embeddings",
     "test_endings",

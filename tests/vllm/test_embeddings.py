@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
-    flags = ["--runner=pooling", "--convert=embed", "--served-model-name=tiny", "--watchdog-s=8"]
+    flags = ["--runner=pooling", "--convert=embed", "--served-model-name=tiny", "--watchdog-s=6"]
     running = launch(make_checkpoint(folder), folder, *flags, "--max-sequences=4")
     try:
         yield wait_ready(running)
@@ -80,5 +80,5 @@ def test_inputs_have_limits_like_prompts(server: Running) -> None:
 
 def test_the_watchdog_lets_it_live(server: Running) -> None:
     with pytest.raises(Exception, match="timed out"):
-        server.process.wait(12)
+        server.process.wait(8)
     assert len(embed(server, PROMPT).embeddings) == 1

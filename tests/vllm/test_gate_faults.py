@@ -59,7 +59,7 @@ def test_a_server_that_fails_under_load_is_an_error(how: str, tmp_path: Path) ->
 @pytest.mark.timeout(300)
 def test_an_engine_that_is_killed_while_it_scores_is_an_error(tmp_path: Path) -> None:
     make_sparse("llama", tmp_path)
-    (tmp_path / "data.txt").write_text(models.TEXT * 20, "utf-8")
+    (tmp_path / "data.txt").write_text(models.TEXT * 5, "utf-8")
     process = gate(tmp_path, "--dense", "base", "--sparse", "sparse", "--data", "data.txt", "--window", "48")
 
     assert process.stderr is not None

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,20 @@ from tests.vllm.serving import (
     http_request,
     launch,
     make_checkpoint,
+    until,
     wait_ready,
 )
+from tests.vllm.spans import Collector, collecting
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def collector() -> Iterator[tuple[Collector, str]]:
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, str]) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("services")
     template = folder / "chat.jinja"
     template.write_text(
@@ -40,10 +49,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "{% if message.role == 'odd' %}{{ raise_exception('who is odd?') }}{% endif %}{% endfor %}"
     )
     flags = [f"--chat-template={template}", "--scheduling-policy=priority", "--extra-routes=/tokenize"]
-    flags += ["--access-log", "--log-json", "--served-model-name=tiny"]
+    flags += ["--access-log", "--log-json", "--served-model-name=tiny", f"--otlp-traces-endpoint={collector[1]}"]
     checkpoint = make_checkpoint(folder)
     (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
-    running = launch(checkpoint, folder, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        running = launch(checkpoint, folder, *flags)
     try:
         yield wait_ready(running)
     finally:
@@ -234,3 +245,40 @@ def test_the_manuals_client_works(server: Running, capsys: pytest.CaptureFixture
     names["ask"](server.grpc_address)
     printed = capsys.readouterr().out
     assert "INVALID_ARGUMENT BAD_REQUEST ['temperature']" in printed and re.search("(yes|no)\\[-", printed)
+
+
+def _trace_id(number: int) -> str:
+    return f"{number:032x}"
+
+
+def test_a_span_of_every_request_is_in_its_clients_trace(server: Running, collector: tuple[Collector, str]) -> None:
+    def told(number: int) -> list[tuple[str, str]]:
+        return [("traceparent", f"00-{_trace_id(number)}-00000000000000aa-01"), ("x-request-id", f"mine-{number}")]
+
+    server.stub.Generate(grpc_request(2), metadata=told(1))
+    list(server.stub.GenerateStream(grpc_request(2, pb.GenerateStreamRequest), metadata=told(2)))
+    message = chat_pb2.Message(role="user", content=PROMPT)
+    chats = chat_pb2_grpc.ChatServiceStub(server.channel)
+    chats.Chat(chat_pb2.ChatRequest(messages=[message], sampling=pb.Sampling(max_tokens=2)), metadata=told(3))
+    passages = [tokens_pb2.Passage(text=PROMPT)]
+    tokens_pb2_grpc.TokenServiceStub(server.channel).Score(tokens_pb2.ScoreRequest(passages=passages), metadata=told(4))
+    _post(server, "/v1/completions", http_request(2), told(5))
+    _post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}, told(6))
+
+    def found() -> dict[str, Any]:
+        spans = [span for span in collector[0].spans if span.name == "llm_request"]
+        return {span.trace_id.hex(): span for span in spans if int(span.trace_id.hex(), 16) < 9}
+
+    until(lambda: len(found()) == 6, 120.0)
+    for number in range(1, 7):
+        span = found()[_trace_id(number)]
+        assert span.parent_span_id.hex() == "00000000000000aa"
+        (id_,) = [one.value.string_value for one in span.attributes if one.key == "gen_ai.request.id"]
+        assert f"mine-{number}" in id_
+
+
+def _post(server: Running, path: str, body: Any, headers: list[tuple[str, str]]) -> None:
+    content = {"content-type": "application/json", **dict(headers)}
+    request = urllib.request.Request(server.http + path, json.dumps(body).encode(), content)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.status == 200

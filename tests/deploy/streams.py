@@ -49,6 +49,8 @@ class Streams:
     retried: list[str] = field(default_factory=list)
     active: int = 0
     """Clients that ask, of each API, the first ones; the others pause once they have their answers. 0: all."""
+    pause_s: float = 0.0
+    """Between an answer and a client's next request."""
 
     def __enter__(self) -> Streams:
         self._stopping = threading.Event()
@@ -88,6 +90,7 @@ class Streams:
             except Exception as error:
                 answer = Answer(api, tokens, began_s, lost=f"{type(error).__name__}: {error}")
             self.answers.append(answer)
+            await asyncio.sleep(self.pause_s)
 
     async def _over_http(self, client: httpx.AsyncClient, tokens: int) -> str:
         for _ in range(ATTEMPTS):

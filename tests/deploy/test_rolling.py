@@ -44,6 +44,8 @@ quality: {{texts: [heldout.txt], window_tokens: 48, max_windows: 16, max_ppl_inc
 """Half of random weights is cut: how much of them is left decides nothing, but for what `max_kl` says."""
 FEW = 4
 """Clients that ask while a server starts, which would else take minutes on two cores."""
+PAUSE_S = 2.0
+"""Of a client of servers beside which the gate runs. Four that never pause take two cores from it for eight minutes."""
 
 
 @pytest.fixture
@@ -111,7 +113,8 @@ def test_the_gate_says_whether_the_servers_are_touched(host: Host, monkeypatch: 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     sparse, dense = make_checkpoint(host.folder), host.folder / "dense"
     host.begin(dense)
-    with Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", [SHORT] * FEW) as streams:
+    streams = Streams(f"http://127.0.0.1:{host.http}", f"127.0.0.1:{host.grpc}", [SHORT] * FEW, pause_s=PAUSE_S)
+    with streams:
         streams.wait_for_answers()
         status, said = gate(host, sparse, 1e-6)
         assert status == 1 and "not released: the gate ended with status 1" in said, said

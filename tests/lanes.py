@@ -1,8 +1,8 @@
 """Which process of `make test` runs which file, and when.
 
-xdist's `loadfile` begins with the files of most tests, and gives a process its next file while the last two tests of the
-one before are to be done. Here the files of fewest tests are the longest, up to minutes each: at the end one process had
-three of them before it, and the other nothing.
+xdist's `loadfile` begins with the files of most tests, and gives a process its next file while the last two tests of
+the one before are to be done. Here the files of fewest tests are the longest, up to minutes each: at the end one
+process had three of them before it, and the other nothing.
 """
 
 from __future__ import annotations

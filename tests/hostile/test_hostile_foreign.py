@@ -230,6 +230,8 @@ def test_sections(sources: Path, tmp_path: Path, edit: Callable[[dict[str, Any]]
         ({f"{Q}.weight.mask.npy": b"garbage"}, FormatError, f"{Q}: .*download the masks again"),
         ({"x/../../etc.weight.mask.npy": b""}, ModelError, "no dense weight 'x/../../etc', for which there is a mask"),
         ({f"{Q}.mask.npy": b""}, FormatError, "holds .*expected names such as"),
+        ({f"\x1b[2J{Q}.weight.mask.npy": b""}, FormatError, r"holds '\\x1b\[2J.*expected names such as"),
+        ({f"{'x' * 300}.weight.mask.npy": b""}, FormatError, "holds 'xxx.*expected names such as"),
         ({}, FormatError, "is empty; expected names such as"),
     ],
 )

@@ -29,6 +29,7 @@ from maskgen.export.foreign import TWO_FOUR, ForeignLayer
 from maskgen.export.foreign.masked import mask_of
 
 _SUFFIX = ".weight.mask"
+_MAX_NAME = 256
 _UNREADABLE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, LookupError,
     RuntimeError, OverflowError,
@@ -46,7 +47,7 @@ class MaskArchive:
         self.sizes: Mapping[str, int] = {entry.filename: entry.file_size for entry in entries}
         if len(self.sizes) != len(entries):
             raise FormatError(f"{path}: holds two masks of one name; download it again")
-        wrong = [name for name in self.sizes if not name.endswith(_SUFFIX + ".npy")]
+        wrong = [name for name in self.sizes if not _is_plain(name)]
         if wrong or not entries:
             raise FormatError(
                 f"{path}: {'holds ' + clip(wrong[0]) if wrong else 'is empty'}; expected names such as "
@@ -85,6 +86,11 @@ class MaskArchive:
             )
         packed = np.frombuffer(content, np.uint8, offset=header.start)
         return torch.from_numpy(np.unpackbits(packed)[:bits].reshape(shape).astype(np.bool_))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a member's name may be one of a mask, and may stand in an error as it is."""
+    return name.endswith(_SUFFIX + ".npy") and name.isprintable() and len(name) <= _MAX_NAME
 
 
 @dataclass(frozen=True)

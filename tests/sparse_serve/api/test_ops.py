@@ -19,7 +19,7 @@ async def test_ready_follows_the_phase() -> None:
 
 
 async def test_info_shows_engine_and_settings_once_started() -> None:
-    async with running(FakeEngine(start_s=0.2), ready=False, max_stop=5) as server:
+    async with running(FakeEngine(start_s=1.0), ready=False, max_stop=5) as server:
         assert (await server.http.get("/sparse-serve/info")).json()["engine"] is None
         await server.until(lambda: server.is_ready)
         info = (await server.http.get("/sparse-serve/info")).json()

@@ -21,6 +21,7 @@ _SWAPS, _FEW, _SHORT = (
 _LOW_RANK = "low-rank--smollm2-135m--x86_64-2core--20261127-231600"
 _LOW_RANK_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-000330"
 _LOW_RANK_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-033800"
+_LOW_RANK_TRAINED_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-060838"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -59,6 +60,7 @@ ROADS = (
         "0.2 M",
         _LOW_RANK_TRAINED,
     ),
+    Road("then `quantise --values int4 --data`, corrections solved for again, 0.255", "0.2 M", _LOW_RANK_TRAINED_INT4),
     Road("`admm-lowrank --set values.kind=int4`, rank 20: all of these together, 0.255", "33 k", _LOW_RANK_INT4),
     Road("`admm --set values.kind=int4`: masks and 4-bit values in one pass, 0.20 of the bytes", "33 k", _INT4),
     Road("`admm --bytes 0.75`", "33 k", _BUDGET, 1),

@@ -1,7 +1,8 @@
 """Weights that hold nothing but zeros: what a download that broke off leaves in a file that already had its full size.
 
 No training makes a whole matrix exactly zero, and a model with one answers all the same, wrongly. (There are matrices
-that were never trained: those of blocks that are added to a model, such as LLaMA Pro's, are zero to begin with.)
+that were never trained: those of blocks that are added to a model, such as LLaMA Pro's, are zero to begin with, and so
+is the one row of RoBERTa's token types.)
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _FIRST = 4096
 def zero_weights(headers: Mapping[str, TensorHeader]) -> list[str]:
     """Names of the matrices among these tensors, dense or the values of sparse ones, of which every number is 0.
 
-    Of the others little more than the first page is read. Vectors do not count: biases may be zero, and so may norms
-    that are stored as their distance from 1 (Gemma's).
+    Of the others little more than the first page is read. Vectors do not count, nor matrices of one row or column:
+    biases may be zero, and so may norms that are stored as their distance from 1 (Gemma's).
     """
     matrices = {
         name: header
         for name, header in headers.items()
-        if len(header.shape) > 1 and name.endswith((WEIGHT_SUFFIX, VALUES_SUFFIX))
+        if sum(size > 1 for size in header.shape) > 1 and name.endswith((WEIGHT_SUFFIX, VALUES_SUFFIX))
     }
     return sorted(name for name, tensor in iterate_tensors(headers) if name in matrices and _is_zero(tensor))
 

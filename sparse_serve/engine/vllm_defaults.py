@@ -44,7 +44,7 @@ _MAX_SEQUENCES = 128
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 """Files one of which a tokenizer has, as far as vLLM and transformers know."""
 
-_SAFETENSORS = ("auto", "hf", "safetensors")
+SAFETENSORS = ("auto", "hf", "safetensors")
 """Values of `--load-format` under which weights are read from safetensors files, where there are any."""
 
 _REFUSED = {
@@ -147,7 +147,7 @@ def resolve_hub_model(args: Namespace, environ: Mapping[str, str], conversion: C
             return
         if is_sparse_checkpoint(config.parent):
             directory = snapshot_download(args.model, allow_patterns=[*SNAPSHOT_PATTERNS, *code], **place)
-        elif conversion is not None and args.load_format in _SAFETENSORS and may_be_foreign(read_json(config)):
+        elif conversion is not None and args.load_format in SAFETENSORS and may_be_foreign(read_json(config)):
             patterns = [*SETTINGS_PATTERNS, *_shards(args.model, place), *code]
             try:
                 directory = snapshot_download(args.model, allow_patterns=patterns, **place)
@@ -237,7 +237,7 @@ def expect_all_weights(args: Namespace) -> None:
 
     Other loaders than that of safetensors files do not know this setting.
     """
-    if args.load_format in _SAFETENSORS and is_sparse_checkpoint(args.model):
+    if args.load_format in SAFETENSORS and is_sparse_checkpoint(args.model):
         args.load_format = QUANT_METHOD
         args.model_loader_extra_config = {"enable_weights_track": True, **args.model_loader_extra_config}
 
@@ -264,7 +264,10 @@ def set_cpu(
 
 
 def keep_variables(keep: bool) -> None:
-    """Whether vLLM keeps the values of its environment variables, of which it reads some for every step and request."""
+    """Whether vLLM keeps the values of its environment variables, of which it reads some for every step and request.
+
+    They are the process's: of two engines at a time the second would get what the first one read.
+    """
     if (envs := sys.modules.get("vllm.envs")) is not None:
         (envs.enable_envs_cache if keep else envs.disable_envs_cache)()
 

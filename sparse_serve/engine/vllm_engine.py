@@ -115,7 +115,7 @@ class VllmEngine:
                 info = await self._describe()
                 await self._warm_up()
                 self._phases.end("first token")
-                vllm_defaults.keep_variables(True)
+                vllm_defaults.keep_variables(not self._stopped)
                 return replace(info, startup_s=self._phases.seconds)
             except BaseException as error:
                 await self.stop(0.0)
@@ -144,7 +144,7 @@ class VllmEngine:
         from sparse_serve.plugin.served import unknown_architecture
 
         vllm_detokenizer.install()
-        self._weight_checks.check_files(self.args.model)
+        self._weight_checks.check_files(self.args.model, self.args.load_format)
         self._phases.end("verification")
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
         with unknown_architecture(self.args.model):
@@ -179,7 +179,8 @@ class VllmEngine:
             )
         ranks = await self.client.collective_rpc("sparse_stats")
         self._weight_checks.check_loaded(self.args.model, ranks)
-        self._sampling_defaults = model.get_diff_sampling_param()  # reads a file
+        if "generate" in tasks:
+            self._sampling_defaults = model.get_diff_sampling_param()  # reads a file
         for phase in ("workers", "weights"):
             if ends_s := [rank["ends_s"][phase] for rank in ranks if rank["ends_s"]]:
                 self._phases.end(phase, max(ends_s))
@@ -279,8 +280,9 @@ class VllmEngine:
         while (started := self._started()) or self.is_loading:  # a killed process takes a moment to leave
             processes.kill(started)
             if time.monotonic() >= deadline_s:
+                logger.warning("still there: processes %s", sorted(process.pid for process in started))
                 return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
     def _started(self) -> set[psutil.Process]:
         return processes.descendants(os.getpid()) - self._others

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from maskgen.core.checkpoint import INDEX_NAME, SINGLE_NAME, SparseCheckpoint, is_sparse_checkpoint, read_headers
+from maskgen.core.config import QUANT_METHOD
 from maskgen.core.errors import FormatError
 from maskgen.core.settings import NOT_RECORDED, check_settings
 from maskgen.core.zeros import zero_weights
+from sparse_serve.engine.vllm_defaults import SAFETENSORS
 from sparse_serve.runtime.errors import EngineStartError, SettingsError
 
 logger = logging.getLogger(__name__)
 
 _INSTEAD = "download or make the model again, or if that is meant, give --allow-zero-weights"
-_ROUNDING = 1e-5
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class WeightChecks:
     digests: bool = False
     allow_zeros: bool = False
 
-    def check_files(self, model: str) -> None:
-        """Check what is in a directory. A dense model of the hub is vLLM's to find.
+    def check_files(self, model: str, load_format: str) -> None:
+        """Check what is in a directory, read as `load_format` says. A dense model of the hub is for vLLM to find.
 
         Raises `FormatError`, and `SettingsError` where there is nothing to compare digests with.
         """
@@ -43,7 +45,7 @@ class WeightChecks:
             verify(model)
         if self.digests:
             _check_digests(model)
-        if not self.allow_zeros:
+        if not self.allow_zeros and load_format in (QUANT_METHOD, *SAFETENSORS):
             _check_zeros(Path(model))
 
     def check_loaded(self, model: str, ranks: Sequence[Mapping[str, Any]]) -> None:

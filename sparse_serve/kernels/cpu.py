@@ -121,9 +121,17 @@ def library_problem() -> str | None:
         torch.ops.load_library(spec.origin)
         torch.library.register_fake("sparse_serve_cpu::linear", _fake)
         torch.library.register_fake("sparse_serve_cpu::linear_int8", _fake)
+        torch.library.register_fake("sparse_serve_cpu::dense_int8", _fake)
     except (OSError, RuntimeError) as error:
         return f"the native library {spec.origin} cannot be used here: {error}"
     return None
+
+
+def dense_int8_problem() -> str | None:
+    """None, or why dense int8 layers (`csrc/dense_ops.cpp`) cannot be had here."""
+    if problem := library_problem():
+        return problem
+    return None if torch.ops.sparse_serve_cpu.vnni() else "this processor lacks AVX-512 with VNNI"
 
 
 def _fake(

@@ -37,7 +37,7 @@ COLUMNS = 128
 
 def unsupported_reason(spec: LinearSpec) -> str | None:
     """Only where activations may be rounded, values are codes, and the processor has AVX-512 with VNNI and VBMI."""
-    lacking = unsupported_values(spec, INT8, INT4) or cpu.unsupported_reason(spec) or missing_instructions()
+    lacking = unsupported_values(spec, INT8, INT4) or cpu.unsupported_reason(spec) or _missing_instructions()
     unasked = 'activations are not to be rounded to int8 ("activations": "int8" allows it)'
     return lacking or (unasked if spec.activations != INT8 else None)
 
@@ -71,6 +71,6 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 
 
 @cache
-def missing_instructions() -> str | None:
-    """None, or what this processor lacks of what products of bytes take. The library has to be loaded."""
-    return None if torch.ops.sparse_serve_cpu.vnni() else "this processor lacks AVX-512 with VNNI and VBMI"
+def _missing_instructions() -> str | None:
+    """Asked once, when the library is there."""
+    return None if torch.ops.sparse_serve_cpu.vbmi() else "this processor lacks AVX-512 with VNNI and VBMI"

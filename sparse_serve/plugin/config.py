@@ -148,8 +148,14 @@ class SparseNMConfig(AnyDevice):
         return super().get_checkpoint_weight_mapper()
 
     def _check_head(self) -> None:
-        """Raise `FormatError` if the output layer is wanted in int8, and the model has none of its own here."""
-        options = read_options(get_current_vllm_config().additional_config)
+        """Raise `FormatError` if the output layer is wanted in int8, and there is none, or vLLM would not use it."""
+        config = get_current_vllm_config()
+        options, model = read_options(config.additional_config), config.model_config
+        if options.lm_head != FLOAT and model.head_dtype != model.dtype:
+            raise FormatError(
+                f"--additional-config {OPTIONS_KEY}: lm_head {options.lm_head!r}, but the output layer is asked for in "
+                f"{model.head_dtype} (head_dtype), with a model in {model.dtype}; leave one of them out"
+            )
         if options.lm_head != FLOAT and self.head is None and get_pp_group().is_last_rank:
             raise FormatError(
                 f"--additional-config {OPTIONS_KEY}: lm_head {options.lm_head!r}, but vLLM's class of this model has "

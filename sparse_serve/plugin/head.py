@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from maskgen.core.errors import FormatError
 from maskgen.core.values import INT8, to_codes
-from sparse_serve.kernels import cpu, cpu_int8
+from sparse_serve.kernels import cpu
 from sparse_serve.plugin.options import OPTIONS_KEY, Options
 from sparse_serve.runtime.startup_error import record_startup_error
 
@@ -55,8 +55,7 @@ class Int8HeadMethod(UnquantizedEmbeddingMethod):
 def _problem(device_type: str, prefix: str) -> str | None:
     if device_type != "cpu":
         return f"is for CPUs, and {prefix} is on {device_type}"
-    lacking = cpu.library_problem() or cpu_int8.missing_instructions()
-    return f"cannot be had here: {lacking}" if lacking else None
+    return f"cannot be had here: {lacking}" if (lacking := cpu.dense_int8_problem()) else None
 
 
 def head_method(layer: Module, prefix: str, options: Options) -> Int8HeadMethod | None:

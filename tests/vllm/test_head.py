@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sparse_serve.kernels import cpu
 from tests.vllm.offline import PROMPTS, make_sparse, prompt_logprobs, serve
 
 
@@ -38,6 +39,10 @@ def with_rounded_head(masked: Path) -> tuple[list[float], list[float]]:
     return found
 
 
+needs_vnni = pytest.mark.skipif(cpu.dense_int8_problem() is not None, reason=cpu.dense_int8_problem() or "")
+
+
+@needs_vnni
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
 def test_only_the_weight_of_the_output_layer_is_rounded(kind: str, tmp_path: Path) -> None:
     sparse, masked = make_sparse(kind, tmp_path)
@@ -57,6 +62,17 @@ def test_a_model_without_an_output_layer_of_its_own_is_refused(tmp_path: Path) -
         pass
 
 
+def test_an_output_layer_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    """vLLM would multiply by the weight as it was loaded."""
+    sparse, _ = make_sparse("llama", tmp_path)
+    with (
+        pytest.raises(Exception, match=r"the output layer is asked for in torch.float32 .*; leave one of them out"),
+        serve(sparse, "bfloat16", lm_head="int8", hf_overrides={"head_dtype": "float32"}),
+    ):
+        pass
+
+
+@needs_vnni
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_inputs_keep_their_digits_and_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     from sparse_serve.plugin.head import Int8HeadMethod

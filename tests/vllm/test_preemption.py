@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def tokens(engine: Any, arrivals: dict[int, list[str]]) -> tuple[dict[str, list[
             ids, regex = LONG.get(name, (TEXT[:3], ""))
             params = sampling(LENGTH if name in LONG else 4, regex)
             engine.add_request(name, {"prompt_token_ids": ids}, params, priority=5 + len(name) if name in LONG else 1)
-        for output in engine.step():
+        outputs = engine.step()
+        if not outputs:
+            time.sleep(0.03)  # a grammar is compiled beside the engine, which waits for it
+        for output in outputs:
             if output.finished:
                 found[output.request_id] = list(output.outputs[0].token_ids)
         for request in scheduler.requests.values():

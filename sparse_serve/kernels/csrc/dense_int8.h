@@ -4,7 +4,7 @@
 
 namespace sparse24::dense_int8 {
 
-// Sums of 255 times 127 are whole numbers of 32 bits up to here.
+// Sums of 255 times 128 are whole numbers of 32 bits up to here.
 constexpr int64_t kMostColumns = 1 << 16;
 
 // Inputs as digits, with what is needed to make numbers of their sums; of each token `digit_bytes`, two and one.

@@ -2,8 +2,9 @@
 //
 //     sparse_serve_cpu::pack_int8(codes) -> uint8 [bytes]                     the blocks of dense_int8.cpp
 //     sparse_serve_cpu::dense_int8(x, blocks, form, scale, bias?) -> y        inputs keep 16 bits
+//     sparse_serve_cpu::vnni() -> bool                                        whether this processor has what both need
 //
-// `form` is an empty int8 tensor [rows, 0, columns]. Both want a processor with what `vnni()` asks for.
+// `form` is an empty int8 tensor [rows, 0, columns].
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -15,8 +16,10 @@
 namespace sparse24 {
 namespace {
 
+bool vnni_here() { return has_vnni(); }
+
 void check_processor() {
-  STD_TORCH_CHECK(has_vnni(), "this processor lacks AVX-512 with VNNI and VBMI, which dense_int8 is written for");
+  STD_TORCH_CHECK(has_vnni(), "this processor lacks AVX-512 with VNNI, which dense_int8 is written for");
 }
 
 Tensor pack_int8(const Tensor& codes) {
@@ -46,14 +49,14 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
   const int64_t rows = form.size(0), columns = form.size(2), bytes = dense_int8::weight_bytes(rows, columns);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
                   "]: the weight is [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(columns <= dense_int8::kMostColumns, "the weight has ", columns, " columns, expected ",
-                  dense_int8::kMostColumns, " at most: sums of more could overflow");
+  STD_TORCH_CHECK(columns > 0 && columns <= dense_int8::kMostColumns, "the weight has ", columns, " columns, expected 1 to ",
+                  dense_int8::kMostColumns, ": sums of more could overflow");
   STD_TORCH_CHECK(blocks.numel() == bytes && blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
                   "blocks are ", text(blocks), ", expected contiguous Byte [", bytes, "] for a form of ", text(form));
   check_per_row(scale, "scale", ScalarType::Float, rows);
   const Floats of_x = floats_of(x.scalar_type());
   if (bias) check_per_row(*bias, "bias", x.scalar_type(), rows);
-  Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), Values::kInt8, columns ? x.numel() / columns : 0, rows,
+  Linear op{static_cast<const uint8_t*>(blocks.const_data_ptr()), Values::kInt8, x.numel() / columns, rows,
             columns, x.const_data_ptr(), nullptr, static_cast<const float*>(scale.const_data_ptr()),
             bias ? bias->const_data_ptr() : nullptr, of_x};
   Tensor y = outputs(x, op);
@@ -75,6 +78,7 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_serve_cpu, m) {
+  m.def("vnni() -> bool");
   m.def("pack_int8(Tensor codes) -> Tensor");
   m.def("dense_int8(Tensor x, Tensor blocks, Tensor form, Tensor scale, Tensor? bias) -> Tensor");
 }
@@ -83,5 +87,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
   m.impl("pack_int8", TORCH_BOX(&pack_int8));
   m.impl("dense_int8", TORCH_BOX(&linear_dense_int8));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) { m.impl("vnni", TORCH_BOX(&vnni_here)); }
 
 }  // namespace sparse24

@@ -48,13 +48,21 @@ inline int64_t best_isa() {
 #endif
 }
 
-// Whether it has what vnni.cpp is compiled for.
+// Whether it has what dense_int8.cpp is compiled for.
 inline bool has_vnni() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return best_isa() >= 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Whether it has what vnni.cpp is compiled for.
+inline bool has_vbmi() {
+#if defined(__x86_64__)
+  return has_vnni() && __builtin_cpu_supports("avx512vbmi");
 #else
   return false;
 #endif

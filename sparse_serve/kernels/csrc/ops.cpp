@@ -5,7 +5,7 @@
 //     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?) -> y   the same, with x rounded to int8
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
-//     sparse_serve_cpu::vnni() -> bool     whether it has what linear_int8 needs
+//     sparse_serve_cpu::vbmi() -> bool     whether it has what linear_int8 needs
 //
 // `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
 // say what was given and what was expected.
@@ -31,7 +31,7 @@ constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
 
 int64_t isa() { return best_isa(); }
 
-bool vnni_here() { return has_vnni(); }
+bool vbmi_here() { return has_vbmi(); }
 
 Run runner(int64_t wanted) {
   const int64_t best = best_isa();
@@ -119,6 +119,7 @@ Linear checked(const Tensor& x, const Tensor& blocks, const Tensor& form, const 
   const int64_t rows = form.size(0), columns = form.size(2);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
                   "]: the weight is [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(columns > 0, "the weight is [", rows, ", 0], expected columns");
   const Values kind = values_of(form.scalar_type());
   const int64_t bytes = row_blocks(rows) * column_blocks(columns) * block_bytes(kind);
   STD_TORCH_CHECK(blocks.numel() == bytes && blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous(),
@@ -128,7 +129,7 @@ Linear checked(const Tensor& x, const Tensor& blocks, const Tensor& form, const 
   if (scale) check_per_row(*scale, "scale", ScalarType::Float, rows);
   STD_TORCH_CHECK(scale || kind != Values::kInt8, "scale is missing, expected Float [", rows, "]: values are Char");
   STD_TORCH_CHECK(!scale || kind != Values::kInt4, "scale is given, expected none: those of Byte values are in the blocks");
-  return {static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, columns ? x.numel() / columns : 0, rows, columns,
+  return {static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, x.numel() / columns, rows, columns,
           x.const_data_ptr(), nullptr, scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
           bias ? bias->const_data_ptr() : nullptr, of_x};
 }
@@ -162,7 +163,7 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
 Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
                    const std::optional<Tensor>& bias) {
   constexpr int64_t kInputsAThread = 1 << 15;
-  STD_TORCH_CHECK(has_vnni(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
+  STD_TORCH_CHECK(has_vbmi(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
   const Tensor x = torch::stable::contiguous(input);
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
@@ -202,7 +203,7 @@ int64_t read(const Tensor& bytes) {
 
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
-  m.def("vnni() -> bool");
+  m.def("vbmi() -> bool");
   m.def("read(Tensor bytes) -> int");
   m.def("pack(Tensor values, Tensor bitmask, Tensor? scale=None) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
@@ -218,7 +219,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
-  m.impl("vnni", TORCH_BOX(&vnni_here));
+  m.impl("vbmi", TORCH_BOX(&vbmi_here));
 }
 
 }  // namespace sparse24

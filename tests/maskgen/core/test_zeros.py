@@ -30,4 +30,5 @@ def test_one_number_anywhere_is_enough(tmp_path: Path, dtype: torch.dtype) -> No
 def test_vectors_and_what_is_no_weight_may_be_zero(tmp_path: Path) -> None:
     """Biases, norms as their distance from 1, corrections that correct nothing."""
     names = {"q.bias": (8,), "norm.weight": (8,), "q.correction_out": (8, 2), "q.bitmask": (8, 1)}
+    names["token_type_embeddings.weight"] = (1, 8)
     assert zeros_of(tmp_path, {name: torch.zeros(shape) for name, shape in names.items()}) == []

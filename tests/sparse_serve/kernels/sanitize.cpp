@@ -192,7 +192,7 @@ int main() {
 #if defined(__x86_64__)
       {"avx2", avx2::run, best_isa() >= 1},
       {"avx512", avx512::run, best_isa() >= 2},
-      {"vnni", vnni::run, has_vnni()},
+      {"vnni", vnni::run, has_vbmi()},
 #endif
 #if SPARSE24_AMX
       {"amx", amx::run, best_isa() >= 3},

@@ -257,7 +257,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     *isas, wrong, _, _, _ = ran.stdout.split()
     here = list(cpu.ISAS[: HERE.stop])
-    here[3:3] = ["vnni"] if torch.ops.sparse_serve_cpu.vnni() else []
+    here[3:3] = ["vnni"] if torch.ops.sparse_serve_cpu.vbmi() else []
     assert wrong == "0" and isas == here, "each instruction set of this processor took part"
 
 

@@ -34,7 +34,7 @@ async def test_an_engine_is_given_its_time() -> None:
     began_s = time.monotonic()
     async with asyncio.timeout(30):
         await until_hung(engine, 0.4)
-    assert time.monotonic() - began_s > 0.35
+    assert 0.35 < time.monotonic() - began_s < 15
 
 
 @pytest.mark.parametrize("busy", [True, False])

@@ -25,22 +25,22 @@ times).
 AMX multiplies 16 by 32 by 16 numbers with one instruction, sixteen times what a product of pairs does, so there the way
 is another (`amx.cpp`): a few blocks at a time are made dense in the nearest cache, for all tokens at once, zeros and
 all, while the blocks before are multiplied. It costs as many products as a dense layer, and reads half the bytes. It is
-for bfloat16 activations with int8 values, and with bfloat16 values from five tokens on; the rest goes AVX-512's way.
+for bfloat16 activations with int8 values, with int4 values from three tokens on, and with bfloat16 values from five;
+the rest goes AVX-512's way.
 
 The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI, for
 which activations have to be rounded to int8, is `cpu_int8`'s. Linux gives tiles to a process that asks; where it
 refuses, AVX-512 it is.
 
 int4 values have their scale in each block: its 64 kept values are never of two groups. Codes become bfloat16 numbers by
-one permute of a table of 16, for two values at once. They have no tiles of their own, so with AMX too they go AVX-512's
-way.
+one permute of a table of 16, for two values at once. Tiles of AMX hold codes too, and sums of 128 columns are scaled.
 
 Exactness. Nothing is rounded before the product: bfloat16 activations meet bfloat16, int8 and int4 values (which are
 bfloat16 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32
 takes part, in activations or in values, both become float32 first. A token's result does not depend on the other tokens
 of its batch, nor on the number of threads. On the instruction set it does, by the order of the sum; so with AMX and
-bfloat16 values a batch of up to four tokens gives other last bits than a larger one. By tiles an input that is not
-finite shows in every row, as in a dense layer, otherwise in those that keep its column.
+bfloat16 values a batch of up to four tokens, with int4 ones of up to two, gives other last bits than a larger one. By
+tiles an input that is not finite shows in every row, as in a dense layer, otherwise in those that keep its column.
 
 Legend: T = tokens, O = out features, I = in features.
 """

@@ -8,8 +8,10 @@
 //                                                        is made dense, and of the one after that asked for
 //
 // Twice the products of avx512's, each at a sixteenth of the cost. Up to 32 tokens sums stay in registers over all
-// columns, and a step takes about as long as reading the weight. Sums are float32; a token's are added in the same order
-// whatever its place. Subnormal numbers count as zero, in inputs, weights and sums, as in avx512's products.
+// columns, and a step takes about as long as reading the weight. Int4 values have a scale for each 128 columns of a row:
+// tiles hold their codes, and sums of 128 columns are scaled, in float32, when they are added to those before.
+//
+// Sums are float32; a token's are added in the same order whatever its place. Subnormal numbers count as zero, in inputs, weights and sums, as in avx512's products.
 #include "isa.h"
 #if SPARSE24_AMX
 #include <immintrin.h>
@@ -30,9 +32,12 @@
 namespace sparse24 {
 namespace {
 
-// Up to so many tokens avx512 reads bfloat16 values faster (one token of 4096 x 4096, one thread of a Xeon with AMX: 1.2 ms
-// and 1.5; four: 1.5 both; eight: 2.2 and 1.5). Int8 values are faster in tiles for one token too (1.7 ms and 1.1).
-constexpr int64_t kFewTokens = 4;
+// Up to so many tokens avx512 is faster. Bfloat16 values, 4096 x 4096, one thread of a Xeon with AMX: of one token 1.2 ms
+// and 1.5; four: 1.5 both; eight: 2.2 and 1.5. Int4: one or two 0.9 to 1.1, four 1.5 and 1.1. Int8 values are faster in
+// tiles for one token too (1.7 ms and 1.1).
+constexpr int64_t few_tokens(Values values) {
+  return values == Values::kBFloat16 ? 4 : values == Values::kInt4 ? 2 : 0;
+}
 constexpr int kMostTokens = 512;  // of a group
 constexpr int kInputTiles = 256;  // of 1 KiB, read again for each panel: they and the sums share the L2 cache
 constexpr int kSumTiles = 512;    // of 1 KiB
@@ -42,18 +47,10 @@ struct Scratch {
   alignas(64) float sums[kSumTiles * kLanes * kLanes];
 };
 
-// Products of a panel of kN blocks with kM times 16 tokens, whose inputs are `x_tile` bytes apart.
+// Sums of kM times 16 tokens and of kN blocks, as many of 32 columns as there are `steps`.
 template <int kM, int kN, class Between>
-INLINE void multiply(const Panel& panel, const uint8_t* w, const uint8_t* x, int64_t x_tile, float* sums,
-                     int64_t sum_block, Between between) {
-  const int64_t w_block = panel.parts * kBlockTiles;
-  if (panel.opens) {
-    each<kM * kN>([&](auto i) {
-      if (panel.part == 0) zero_tile<i>();
-      else load_tile<i>(sums + i % kN * sum_block + i / kN * kLanes * kLanes);
-    });
-  }
-  for (int step = panel.steps; step; --step, x += kTileBytes, w += kTileBytes) {
+INLINE void multiply_steps(int steps, const uint8_t* w, int64_t w_block, const uint8_t* x, int64_t x_tile, Between between) {
+  for (; steps; --steps, x += kTileBytes, w += kTileBytes) {
     each<kM>([&](auto m) { load_tile<4 + m>(x + m * x_tile); });
     each<kN>([&](auto n) {
       constexpr int kW = kM == 2 ? 6 + n : 5 + n % 3;
@@ -62,16 +59,54 @@ INLINE void multiply(const Panel& panel, const uint8_t* w, const uint8_t* x, int
     });
     between();
   }
-  if (panel.closes) each<kM * kN>([&](auto i) { store_tile<i>(sums + i % kN * sum_block + i / kN * kLanes * kLanes); });
+}
+
+// Sums of codes of 128 columns, scaled, onto those of the columns before. A tile of fewer tokens has fewer rows.
+INLINE void add_scaled(const float* codes, const uint8_t* scales, bool first, int rows, float* sums) {
+  const __m512 scale = _mm512_loadu_ps(scales);
+#pragma GCC unroll 4
+  for (int m = 0; m < rows; ++m, sums += kLanes) {
+    const __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(sums);
+    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_load_ps(codes + m * kLanes), scale, before));
+  }
+}
+
+// Products of a panel of kN blocks with kM times 16 tokens, whose inputs are `x_tile` bytes apart.
+template <Values kValues, int kM, int kN, class Between>
+INLINE void multiply(const Panel& panel, const uint8_t* w, const uint8_t* x, int64_t x_tile, float* sums,
+                     int64_t sum_block, int rows, Between between) {
+  constexpr int kTile = kLanes * kLanes;
+  const int64_t w_block = panel.parts * kBlockTiles;
+  if constexpr (kValues == Values::kInt4) {
+    alignas(64) float codes[kM * kN * kTile];
+    for (int p = 0, steps = panel.steps; p < panel.parts; ++p, steps -= kSteps, w += kBlockTiles, x += kBlockTiles) {
+      each<kM * kN>([&](auto i) { zero_tile<i>(); });
+      multiply_steps<kM, kN>(std::min(steps, kSteps), w, w_block, x, x_tile, between);
+      each<kM * kN>([&](auto i) { store_tile<i>(codes + i * kTile); });
+      each<kM * kN>([&](auto i) {
+        const uint8_t* scales = panel.data[p * kN + i % kN] + block_bytes(kValues) - kScaleBytes;
+        add_scaled(codes + i * kTile, scales, panel.part + p == 0, rows, sums + i % kN * sum_block + i / kN * kTile);
+      });
+    }
+    return;
+  }
+  if (panel.opens) {
+    each<kM * kN>([&](auto i) {
+      if (panel.part == 0) zero_tile<i>();
+      else load_tile<i>(sums + i % kN * sum_block + i / kN * kTile);
+    });
+  }
+  multiply_steps<kM, kN>(panel.steps, w, w_block, x, x_tile, between);
+  if (panel.closes) each<kM * kN>([&](auto i) { store_tile<i>(sums + i % kN * sum_block + i / kN * kTile); });
 }
 
 // Products of a panel with `tiles` times 16 tokens, into sums [block][16 tokens].
-template <class Between>
+template <Values kValues, class Between>
 void multiply_panel(const Panel& panel, const uint8_t* w, const uint8_t* x, int64_t x_tile, int tiles, float* sums,
-                    Between between) {
+                    int rows, Between between) {
   x += panel.part * kBlockTiles;
   for (int m = 0; m < tiles; m += 2, x += 2 * x_tile, sums += 2 * kLanes * kLanes) {
-#define MULTIPLY(m, n) multiply<m, n>(panel, w, x, x_tile, sums, tiles * kLanes * kLanes, between)
+#define MULTIPLY(m, n) multiply<kValues, m, n>(panel, w, x, x_tile, sums, tiles * kLanes * kLanes, rows, between)
     if (m + 1 < tiles) {
       if (panel.blocks == 2) MULTIPLY(2, 2);
       else MULTIPLY(2, 1);
@@ -129,6 +164,7 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
   const int64_t parts = column_blocks(op.columns), x_tile = tile_bytes(op.columns);
   const int64_t most = kInputTiles / (kSteps * tiles);
   const uint8_t* x = op.tiles + token / kLanes * x_tile;
+  const int rows = static_cast<int>(std::min<int64_t>(op.tokens, kLanes));  // of a tile of tokens
   for (int64_t begin = 0; begin < parts; begin += most) {
     const int64_t end = std::min(begin + most, parts);
     const int blocks = tiles == 1 ? kPanel : kPanel / 2;
@@ -143,7 +179,7 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
       Panel &now = panels[turn % 3], &then = panels[(turn + 1) % 3], &later = panels[(turn + 2) % 3];
       float* sums = own.sums + ((now.super - first) * kSuper + now.block) * tiles * kLanes * kLanes;
       Even made(then.count, (tiles + 1) / 2 * now.steps);
-      multiply_panel(now, own.weights[turn % 2], x, x_tile, tiles, sums, [&] {
+      multiply_panel<kValues>(now, own.weights[turn % 2], x, x_tile, tiles, sums, rows, [&] {
         made.some([&](int i) { make_dense(then, later, turn + 1, i); });
       });
       walk.next(now);
@@ -172,7 +208,8 @@ void run_tiles(const Linear& op, int64_t first, int64_t last) {
 
 bool amx::takes(const Linear& op) {
   if (op.kind != Floats::kBFloat16) return false;
-  return op.values == Values::kInt8 || (op.values == Values::kBFloat16 && op.tokens > kFewTokens);
+  const bool in_bfloat16 = op.values != Values::kFloat32 && op.values != Values::kFloat16;  // without loss
+  return in_bfloat16 && op.tokens > few_tokens(op.values);
 }
 
 void amx::pack_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* out) {
@@ -200,6 +237,7 @@ void amx::pack_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* ou
 void amx::run(const Linear& op, int64_t first, int64_t last) {
   if (!op.tiles) return avx512::run(op, first, last);
   if (op.values == Values::kBFloat16) return run_tiles<Values::kBFloat16>(op, first, last);
+  if (op.values == Values::kInt4) return run_tiles<Values::kInt4>(op, first, last);
   run_tiles<Values::kInt8>(op, first, last);
 }
 

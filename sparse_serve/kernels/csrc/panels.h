@@ -36,22 +36,37 @@ struct Controls {
 };
 constexpr Controls kControls;
 
+// The bfloat16 number of an int4 code, twice.
+struct Numbers {
+  alignas(64) uint16_t of[32];
+  constexpr Numbers() : of() {
+    constexpr uint16_t kOf[16] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,   // 0 to 7
+                                  0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};  // -8 to -1
+    for (int i = 0; i < 32; ++i) of[i] = kOf[i % 16];
+  }
+};
+constexpr Numbers kNumbers;
+
 // A block as tiles of weights: of each 2 columns the values of 16 rows. What lies `ahead` is asked for, as many bytes.
 template <Values kValues>
 __attribute__((noinline)) void expand(const uint8_t* block, uint8_t* out, const uint8_t* ahead) {
-  constexpr int kValueBytes = kLanes * 2 * value_bytes(kValues);
-  const __m512i table = _mm512_load_si512(kControls.by_code);
+  constexpr int kValueBytes = together_bytes(kValues) / together(kValues);
+  const __m512i numbers = _mm512_load_si512(kNumbers.of), table = _mm512_load_si512(kControls.by_code);
   const __m512i place = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
   const __m512i used = _mm512_set1_epi8(static_cast<char>(0x83));
   const uint8_t *values = block + kCodeBytes, *values_ahead = ahead + kCodeBytes;
   for (int step = 0; step < kSteps; ++step) {
-    __m512i codes = _mm512_loadu_si512(block + step * 64);
+    __m512i codes = _mm512_loadu_si512(block + step * 64), nibbles = codes;
     __builtin_prefetch(ahead + step * 64, 0, 2);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
       if (g * kValueBytes % 64 == 0) __builtin_prefetch(values_ahead + g * kValueBytes, 0, 2);
       __m512i kept;
-      if constexpr (kValues == Values::kBFloat16) {
+      if constexpr (kValues == Values::kInt4) {
+        if (g % 4 == 0) nibbles = _mm512_loadu_si512(values + g / 4 * 64);
+        kept = _mm512_permutexvar_epi16(nibbles, numbers);  // 5 bits count, and both halves of the table are the same
+        nibbles = _mm512_srli_epi16(nibbles, 4);
+      } else if constexpr (kValues == Values::kBFloat16) {
         kept = _mm512_loadu_si512(values + g * kValueBytes);
       } else {
         const __m128i* halves = reinterpret_cast<const __m128i*>(values + g * kValueBytes);

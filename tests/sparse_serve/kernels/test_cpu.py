@@ -75,18 +75,19 @@ def test_every_instruction_set_is_right_at_every_end(
 def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
     dtype: torch.dtype, values: str, isa: int, columns: int
 ) -> None:
-    """64 tokens and more go another way, in bfloat16 where there are many columns. With AMX, up to 4 go AVX-512's."""
+    """64 tokens and more go another way, in bfloat16 where there are many columns. With AMX, a few go AVX-512's."""
     torch.manual_seed(0)
     tensors, x_TI = cpu.prepare(packed_weight(2300, columns, dtype, values)), torch.randn(137, columns, dtype=dtype)
     bias_O, threads = torch.randn(2300, dtype=dtype), torch.get_num_threads()
     whole_TO = product(x_TI, tensors, bias_O, isa)
-    two_ways = cpu.ISAS[isa] == "amx" and dtype is torch.bfloat16 and values == "float"
-    few_TO = product(x_TI, tensors, bias_O, isa - 1) if two_ways else whole_TO
+    two_ways = cpu.ISAS[isa] == "amx" and dtype is torch.bfloat16
+    few = {"float": 4, "int4": 2}.get(values, 0) if two_ways else 0
+    few_TO = product(x_TI, tensors, bias_O, isa - 1) if few else whole_TO
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             for start, stop in ((0, 1), (3, 4), (5, 9), (20, 37), (7, 71), (0, 137)):
-                expected_TO = (whole_TO if stop - start > 4 else few_TO)[start:stop]
+                expected_TO = (whole_TO if stop - start > few else few_TO)[start:stop]
                 assert torch.equal(product(x_TI[start:stop], tensors, bias_O, isa), expected_TO)
     finally:
         torch.set_num_threads(threads)

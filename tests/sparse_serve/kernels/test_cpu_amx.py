@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_serve.kernels import cpu
 from tests.sparse_serve.kernels.test_cpu import HERE, packed_weight, product
 
+KINDS_IN_TILES = ("float", "int8", "int4")
 AMX, AVX512 = cpu.ISAS.index("amx"), cpu.ISAS.index("avx512")
 
 if AMX not in HERE:
@@ -43,7 +44,7 @@ print(cpu.isa(), kernel.linear(torch.ones(20, 256).bfloat16(), tensors, None).un
 """
 
 
-@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("values", KINDS_IN_TILES)
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns"), [(530, 300, 1160), (1100, 40, 72), (70, 2100, 520), (33, 130, 9000)]
 )
@@ -58,13 +59,15 @@ def test_more_tokens_rows_and_columns_than_one_group_takes(tokens: int, rows: in
     assert ((y_TO.double() - expected_TO).abs() <= 5e-3 * size_TO).all()
 
 
-@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("values", KINDS_IN_TILES)
 def test_sums_differ_from_avx512_s_by_their_rounding_only(values: str) -> None:
-    """Whole numbers, whose sums float32 holds: bit for bit the same, in every place of a tile."""
+    """Whole numbers, whose sums float32 holds: bit for bit the same, in every place of a tile. So is a scale of each
+    128 columns of a row, if it is a power of two."""
     torch.manual_seed(1)
-    packed = packed_weight(290, 1032, torch.bfloat16, values)
+    packed = packed_weight(290, 1032, torch.bfloat16, values, 64 if values == "int4" else None)
     whole = packed.values.sign() if values == "float" else packed.values
-    packed = type(packed)(whole, packed.bitmask, packed.pattern, packed.scale)
+    scale = torch.randint(-3, 3, (290, 9)).float().exp2() if values == "int4" else packed.scale
+    packed = type(packed)(whole, packed.bitmask, packed.pattern, scale)
     tensors, x_TI = cpu.prepare(packed), torch.randint(-8, 9, (83, 1032)).bfloat16()
     assert torch.equal(product(x_TI, tensors, None, AMX), product(x_TI, tensors, None, AVX512))
 
@@ -72,7 +75,7 @@ def test_sums_differ_from_avx512_s_by_their_rounding_only(values: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_activations_of_other_dtypes_go_avx512_s_way(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    for values in ("float", "int8"):
+    for values in KINDS_IN_TILES:
         tensors, x_TI = cpu.prepare(packed_weight(130, 264, dtype, values)), torch.randn(70, 264, dtype=dtype)
         assert torch.equal(product(x_TI, tensors, None, AMX), product(x_TI, tensors, None, AVX512))
 
@@ -89,11 +92,12 @@ def test_dense_layers_of_the_same_threads_are_not_disturbed() -> None:
             assert torch.equal(cpu.linear(x_TI, tensors, None), sparse_TO)
 
 
+@pytest.mark.parametrize("values", KINDS_IN_TILES)
 @pytest.mark.parametrize("tokens", [5, 15, 16, 50])
-def test_what_is_not_finite_stays_with_its_token(tokens: int) -> None:
+def test_what_is_not_finite_stays_with_its_token(tokens: int, values: str) -> None:
     """The tile of a token has those of others, and zeros where there are none."""
     torch.manual_seed(4)
-    packed = packed_weight(48, 136, torch.bfloat16, "float")
+    packed = packed_weight(48, 136, torch.bfloat16, values)
     tensors, x_TI = cpu.prepare(packed), torch.randn(tokens, 136).bfloat16()
     clean_TO: Tensor = cpu.linear(x_TI, tensors, None)
     x_TI[tokens // 2, 135] = torch.nan

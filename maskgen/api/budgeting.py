@@ -17,6 +17,7 @@ from maskgen.core.quality import Quality
 from maskgen.data.bos import Bos
 from maskgen.export.allocation import Allocation, Proof, dense_layers
 from maskgen.hf import planning
+from maskgen.hf.fused import ServedLayer
 from maskgen.hf.pruning_cost import HeldOutText
 from maskgen.sweep import budget
 from maskgen.sweep.budget import Measuring
@@ -48,7 +49,7 @@ def check(request: PruneRequest, task: Task) -> None:
         )
     if not request.data:
         raise DataError("a budget is measured on text; give it with `data`")
-    budget.check(wanted, budget.layers_of(task.model_dir, task.plan, task.recipe), _times(request, task))
+    budget.check(wanted, _layers(task), _times(request, task))
 
 
 def divided(task: Task, text: HeldOutText | str) -> tuple[HeldOutText | None, HeldOutText | str]:
@@ -90,6 +91,7 @@ def measuring(
         bos_tokens=len(bos.ids),
         device=task.device,
         work=work_dir(request.out),
+        correction=recipe.build_method().correction,
         prior=prior,
         prior_digest=digest,
         search=search,
@@ -152,6 +154,11 @@ def _times(request: PruneRequest, task: Task) -> list[Times]:
         if table is not None:
             raise RequestError(f"`kernel_table` {table}: only a budget of time reads it (`speedup`); leave it out")
         return []
+    if task.recipe.build_method().correction is not None:
+        raise RecipeError(
+            "budget.speedup: layers have a correction (rank), of which kernel tables have no times; ask for bytes or "
+            "max_ppl_increase, or leave the correction out"
+        )
     if table is None:
         raise RequestError(
             "`speedup`: needs the times of this machine's kernels, which `sparse-serve tune CHECKPOINT` measures and "
@@ -160,4 +167,10 @@ def _times(request: PruneRequest, task: Task) -> list[Times]:
     headers = read_headers(task.model_dir)
     name = next(name for block in task.plan.targets for name in block)
     dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[headers[name + WEIGHT_SUFFIX].dtype]
-    return times_of(table, budget.layers_of(task.model_dir, task.plan, task.recipe), task.recipe.pattern, dtype)
+    return times_of(table, _layers(task), task.recipe.pattern, dtype)
+
+
+def _layers(task: Task) -> list[ServedLayer]:
+    """The prunable layers, and their bytes as the result would store them."""
+    recipe = task.recipe
+    return budget.layers_of(task.model_dir, task.plan, recipe.pattern, recipe.build_method().correction)

@@ -27,7 +27,6 @@ from maskgen.data.tokens import check_window_tokens
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf import model, planning, servable
 from maskgen.hf.planning import Plan
-from maskgen.methods import LocalMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import Recipe
@@ -88,8 +87,8 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         recipe, plan = _fitting(start, recipe, method, plan, allocation)
     elif start is not None:
         start.check_form(recipe.pattern, _learned(recipe).correction, _targets(plan))
-    if isinstance(method := recipe.build_method(), LocalMethod | LearnedMethod) and method.correction is not None:
-        _check_fits(method.correction, recipe.method.name, plan)
+    if (correction := recipe.build_method().correction) is not None:
+        _check_fits(correction, recipe.method.name, plan)
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 
@@ -173,7 +172,6 @@ def _fitting(
         recipe = recipe.model_copy(update={"ignore": tuple(dense)})
         plan = planning.plan_of(start.model_dir, recipe.pattern, recipe.ignore, budgeted=dense_layers(allocation))
     start.check_form(recipe.pattern, None, _targets(plan))
-    _check_fits(method.correction, recipe.method.name, plan)
     return recipe, plan
 
 

@@ -77,5 +77,9 @@ def _resized(checkpoint: SparseCheckpoint, values: str, group: int | None) -> Al
     allocation = read_allocation(checkpoint.path)
     if allocation is None:
         return None
-    sizes = {name: checkpoint.packed(name).quantised(values, group).nbytes for name in checkpoint.config.targets}
+    layers = {name: checkpoint.layer(name) for name in checkpoint.config.targets}
+    sizes = {
+        name: StoredLayer(layer.packed.quantised(values, group), layer.correction).nbytes
+        for name, layer in layers.items()
+    }
     return allocation.stored_as(sizes)

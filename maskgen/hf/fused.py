@@ -5,11 +5,13 @@ Layers go by their names in the checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import nn
 
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 
@@ -18,7 +20,8 @@ from maskgen.core.pattern import NMPattern
 class ServedLayer:
     """Layers of block number `block` that are served as one: `layers` by name, `[out_features, in_features]` together.
 
-    `dense_bytes` is what they take as they are, `sparse_bytes` as kept values and a bit per weight.
+    `dense_bytes` is what they take as they are, `sparse_bytes` as kept values, a bit per weight and the
+    correction beside each, which takes `correction_bytes` of them.
     """
 
     block: int
@@ -27,6 +30,7 @@ class ServedLayer:
     in_features: int
     dense_bytes: int
     sparse_bytes: int
+    correction_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -40,10 +44,12 @@ def served_layers(
     groups: Sequence[Sequence[str]],
     pattern: NMPattern,
     itemsize_of: Mapping[str, int],
+    correction: CorrectionConfig | None = None,
 ) -> list[ServedLayer]:
     """The prunable layers of every block in order, those of one of `groups` under one parent together.
 
-    `targets` are the prunable layers of each block by name, `itemsize_of` the bytes of a stored weight of each.
+    `targets` are the prunable layers of each block by name, `itemsize_of` the bytes of a stored number of each, and
+    `correction` is the form of the one that a sparse layer has. `FormatError` if a layer cannot have it.
     """
     found = []
     for block, linears in enumerate(targets):
@@ -52,7 +58,7 @@ def served_layers(
             parent, _, leaf = name.rpartition(".")
             group = next((group for group in groups if leaf in group), (leaf,))
             parts.setdefault((parent, *group), []).append(name)
-        found += [_served(block, names, linears, pattern, itemsize_of) for names in parts.values()]
+        found += [_served(block, names, linears, pattern, itemsize_of, correction) for names in parts.values()]
     return found
 
 
@@ -76,11 +82,17 @@ def _served(
     linears: Mapping[str, nn.Linear],
     pattern: NMPattern,
     itemsize_of: Mapping[str, int],
+    correction: CorrectionConfig | None,
 ) -> ServedLayer:
-    dense_bytes = sparse_bytes = out_features = 0
+    dense_bytes = sparse_bytes = correction_bytes = out_features = 0
     for name in names:
         rows, columns = linears[name].weight.shape
         out_features += rows
         dense_bytes += rows * columns * itemsize_of[name]
         sparse_bytes += rows * (pattern.kept_columns(columns) * itemsize_of[name] + columns // 8)
-    return ServedLayer(block, tuple(names), out_features, columns, dense_bytes, sparse_bytes)
+        if correction is not None:
+            stored = correction.shapes(rows, columns, name)
+            correction_bytes += sum(math.prod(shape) for shape in stored if shape is not None) * itemsize_of[name]
+    return ServedLayer(
+        block, tuple(names), out_features, columns, dense_bytes, sparse_bytes + correction_bytes, correction_bytes
+    )

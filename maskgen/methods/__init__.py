@@ -57,6 +57,11 @@ class Method:
         """Whether layers need a mask to start from, with these options."""
         return False
 
+    @property
+    def correction(self) -> CorrectionConfig | None:
+        """The form of the correction that every layer of the result has, with these options; None without one."""
+        return None
+
     def check_pattern(self, pattern: NMPattern) -> None:
         """Raise `RecipeError` if `pattern` cannot be had with these options. Called when a recipe is read."""
 
@@ -134,11 +139,6 @@ class LocalMethod(LayerMethod, ABC):
 
     keeps_gram: ClassVar[bool] = False
     """Whether the statistics are a `maskgen.numerics.statistics.Gram`: then codes can be chosen for the outputs."""
-
-    @property
-    def correction(self) -> CorrectionConfig | None:
-        """The form of the correction that every layer gets besides, with these options; None for none."""
-        return None
 
     def correct(self, weight_OI: Tensor, served_OI: Tensor, stats: Any) -> Correction:
         """The float32 correction of one layer that was solved. Only for methods with a `correction`.

@@ -60,7 +60,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.overrides import apply
-from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_prior, check_uncorrected
+from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_prior
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
 """Length of windows by section, for models that read as much. docs/results.md has what was tried."""
@@ -144,12 +144,10 @@ class Recipe(Strict):
                 raise RecipeError(f"[{section}]: {self.method.name} is a one-shot method and has no use for it")
         if self.prior is not None:
             prior = self.prior.build()
-            check_prior(self.prior.name, prior, self.method.name, method, self.budget)
+            check_prior(self.prior.name, prior, self.method.name, method)
             prior.check_pattern(self.pattern)
         if self.values is not None:
             self.values.check(self.method.name, method, self.budget)
-        if self.budget is not None:
-            check_uncorrected(method, "[budget]", "budgets count masks and values alone")
         if self.budget is not None and isinstance(method, LearnedMethod):
             self.budget.check_learned(self.method.name, method.result is Result.SPARSE and self.prior is not None)
         return self

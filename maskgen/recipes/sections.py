@@ -100,20 +100,12 @@ def form_of(pattern: NMPattern, values: Values | None, correction: CorrectionCon
     return LayerForm(pattern, values.kind, correction, None if values.group == "row" else values.group)
 
 
-def check_uncorrected(method: Method, section: str, reason: str) -> None:
-    """`RecipeError` for a one-shot method that makes a correction, where the `section` of a recipe allows none."""
-    if isinstance(method, LocalMethod) and method.correction is not None:
-        raise RecipeError(f"{section}: no method with a correction (rank): {reason}; leave one of them out")
-
-
-def check_prior(name: str, prior: Method, follower_name: str, follower: Method, budget: Budget | None) -> None:
+def check_prior(name: str, prior: Method, follower_name: str, follower: Method) -> None:
     """`RecipeError` unless `follower` can start from what `prior` makes. Both are given with their names."""
     if isinstance(prior, LearnedMethod):
         raise RecipeError(f"prior.name: {name} is learned itself; expected a one-shot method")
     if not isinstance(prior, LocalMethod) or prior.uses_prior:
         raise RecipeError(f"prior.name: {name} with these options starts from a mask itself")
-    if budget is not None:
-        check_uncorrected(prior, "[budget]", "budgets count masks and values alone")
     form = prior.correction
     goes_on = isinstance(follower, LearnedMethod) and follower.uses_prior_weights
     if form is None or (isinstance(follower, LearnedMethod) and goes_on and follower.correction == form):

@@ -22,12 +22,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
+from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.files import read_json, write_json
+from maskgen.core.pattern import NMPattern
 from maskgen.data.tokens import digest_tokens
 from maskgen.export.allocation import Allocation, LayerCost, Look, load_allocation
-from maskgen.hf import model
+from maskgen.hf import blocks, model
 from maskgen.hf.evaluate import Measured
 from maskgen.hf.fused import ServedLayer, served_layers
 from maskgen.hf.planning import Plan, plan_of
@@ -50,6 +52,8 @@ _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 class Measuring:
     """What a budget is spent on: the model in `model_dir`, pruned in `work` by the one-shot `recipe`, which has none.
 
+    `correction` is the form of the one beside each sparse layer of the result, whose bytes count; it may be that of a
+    method which trains what `recipe` makes.
     `windows_ST` are its calibration windows, the first `bos_tokens` of each being BOS. `prior` and `prior_digest` are
     those of `sweep.driver.sweep`. For a budget of perplexity, `search` are held-out windows to look at it on, `limit`
     is the increase that is looked for there, and `attempt` counts from 1, as that may have to be less than was asked.
@@ -64,6 +68,7 @@ class Measuring:
     bos_tokens: int
     device: str
     work: Path
+    correction: CorrectionConfig | None = None
     prior: Callable[[str], Tensor] | None = None
     prior_digest: str | None = None
     search: HeldOutText | None = None
@@ -96,21 +101,35 @@ class Measuring:
         return plan_of(self.model_dir, self.recipe.pattern, self.recipe.ignore, loaded)
 
 
-def layers_of(model_dir: Path, plan: Plan, recipe: Recipe) -> list[ServedLayer]:
-    """The layers that `plan` prunes of the model in `model_dir`, those together that are served as one."""
+def layers_of(
+    model_dir: Path, plan: Plan, pattern: NMPattern, correction: CorrectionConfig | None
+) -> list[ServedLayer]:
+    """The layers that `plan` prunes of the model in `model_dir`, those together that are served as one, and their bytes
+    with this `pattern` and `correction`."""
     headers = read_headers(model_dir)
     names = [name for block in plan.targets for name in block]
     sizes = {name: _ITEMSIZE[headers[name + WEIGHT_SUFFIX].dtype] for name in names}
-    return served_layers(plan.targets, plan.groups, recipe.pattern, sizes)
+    return served_layers(plan.targets, plan.groups, pattern, sizes, correction)
 
 
 def check(budget: Budget, layers: Sequence[ServedLayer], times: Sequence[Times] = ()) -> None:
-    """`RecipeError` for a budget that cannot be met, whatever is pruned; it says the nearest that can."""
-    least = sum(layer.sparse_bytes for layer in layers) / sum(layer.dense_bytes for layer in layers)
+    """`RecipeError` for a budget that cannot be met, whatever is pruned; it says the nearest that can. Also for layers
+    that take no less sparse than dense, as then there is nothing to choose."""
+    large = next((layer for layer in layers if layer.sparse_bytes >= layer.dense_bytes), None)
+    if large is not None:
+        raise RecipeError(
+            f"[budget]: {large.name} takes {large.sparse_bytes} bytes sparse, {large.correction_bytes} of them for "
+            f"corrections, and {large.dense_bytes} dense, so sparsity saves none; choose a lower rank"
+        )
+    dense = sum(layer.dense_bytes for layer in layers)
+    least, added = (
+        sum(getattr(layer, kind) for layer in layers) / dense for kind in ("sparse_bytes", "correction_bytes")
+    )
     if budget.bytes is not None and budget.bytes < least:
         raise RecipeError(
             f"budget.bytes {budget.bytes:g}: with every layer sparse, prunable weights take {least:.4f} of their dense "
-            f"bytes; the nearest budget that can be met is {math.ceil(least * 1e4) / 1e4:g}"
+            f"bytes{f', {added:.4f} of them for corrections (rank)' if added else ''}; the nearest budget that can be "
+            f"met is {math.ceil(least * 1e4) / 1e4:g}"
         )
     most = sum(dense for dense, _ in times) / sum(map(min, times)) if times else math.inf
     if budget.speedup is not None and budget.speedup > most:
@@ -137,11 +156,11 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
     gc.collect()
     loaded = model.load(measuring.model_dir)
     plan = measuring.plan(loaded)
-    layers = layers_of(measuring.model_dir, plan, measuring.recipe)
+    layers = layers_of(measuring.model_dir, plan, measuring.recipe.pattern, measuring.correction)
     probe = Probe.of(loaded, plan, measuring.text, measuring.device)
 
     def sparse(name: str) -> Tensor:
-        return swept.packed(name).unpack()
+        return swept.layer(name).dense(blocks.COMPUTE_DTYPE)
 
     by_name = _costs(measuring, probe, sparse, progress)
     cost = [math.fsum(by_name[name] for name in layer.layers) for layer in layers]

@@ -40,7 +40,8 @@ POINTS = 3
 """Points of the integral, which is exact for a rise that is a polynomial of degree 6."""
 
 Weights = Callable[[str], Tensor]
-"""The weight `[O, I]` of a layer by name, on the CPU, in the dtype it is stored in."""
+"""The weight `[O, I]` of a layer by name, on the CPU: for a sparse layer the one that computes the same, with
+its correction if there is one."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from maskgen.hf.planning import Plan, plan_of
 from maskgen.methods import Method
 from maskgen.methods.learned import LearnedMethod
 from maskgen.recipes.recipe import Recipe
-from maskgen.recipes.sections import Budget
 from maskgen.sweep import result
 from maskgen.sweep.budget import Measuring, allocate, folder_of
 from maskgen.sweep.driver import sweep
@@ -122,7 +121,7 @@ def make_prior(
     assert recipe is not None
     if group.first and not file.exists():
         progress(Stage("prior"))
-        _, swept, spent = _sweep(recipe, wanted.budget, corpus, model_dir, work, base_digest, group.device, progress)
+        _, swept, spent = _sweep(recipe, wanted, corpus, model_dir, work, base_digest, group.device, progress)
         for name, record in stored_allocation(spent).items():
             write_json(work / name, record)
         swept.mask_set(base_digest, recipe.digest()).save(file)
@@ -172,7 +171,7 @@ def make_start(
     if group.first and not folder.exists():
         progress(Stage("prior"))
         note.unlink(missing_ok=True)
-        plan, swept, spent = _sweep(recipe, wanted.budget, corpus, model_dir, work, base_digest, group.device, progress)
+        plan, swept, spent = _sweep(recipe, wanted, corpus, model_dir, work, base_digest, group.device, progress)
         result.write(swept, recipe, model_dir, label, base_digest, plan, folder, stored_allocation(spent))
         del plan, swept
         gc.collect()
@@ -191,7 +190,7 @@ def make_start(
 
 def _sweep(
     recipe: Recipe,
-    budget: Budget | None,
+    wanted: Recipe,
     corpus: Corpus,
     model_dir: Path,
     work: Path,
@@ -199,14 +198,18 @@ def _sweep(
     device: str,
     progress: Callable[[Progress], None],
 ) -> tuple[Plan, WorkDir, Allocation | None]:
-    """Sweep a throw-away copy of the model, and leave every block's result in `work`; and how `budget` was spent."""
+    """Sweep a throw-away copy of the model by `recipe`, the [prior] of the `wanted` one, and leave every block's result
+    in `work`; and how the budget was spent."""
+    budget, correction = wanted.budget, wanted.build_method().correction
     needs_text = budget is not None or recipe.local_method().needs_data
     windows_ST, folder, spent = _calibration(recipe, corpus) if needs_text else None, work / "prior", None
     if budget is not None and windows_ST is not None:
         bos_tokens = len(corpus.bos.ids)
-        wanted = Measuring(recipe, budget, model_dir, base_digest, windows_ST, bos_tokens, device, folder)
-        spent = allocate(wanted, progress)
-        folder = folder_of(wanted, spent)
+        measuring = Measuring(
+            recipe, budget, model_dir, base_digest, windows_ST, bos_tokens, device, folder, correction
+        )
+        spent = allocate(measuring, progress)
+        folder = folder_of(measuring, spent)
         gc.collect()
     loaded = model.load(model_dir)
     plan = plan_of(model_dir, recipe.pattern, recipe.ignore, loaded, dense_layers(spent))

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from maskgen.core.correction import CorrectionConfig
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import Correction, Method, Solution
 from maskgen.numerics.shards import full
@@ -195,11 +194,6 @@ class LearnedMethod(Method, ABC):
     def uses_prior_weights(self) -> bool:
         """Whether training starts from the weights of the prior, too, with these options."""
         return False
-
-    @property
-    def correction(self) -> CorrectionConfig | None:
-        """The form of the correction that every layer of the result has, with these options; None without one."""
-        return None
 
     @abstractmethod
     def attach(self, target: TargetLayer, generator: torch.Generator) -> LearnedLinear | None:

@@ -60,12 +60,13 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("recipe", ["sparsegpt", "magnitude", "reconstruct"])
+@pytest.mark.parametrize("recipe", ["sparsegpt", "magnitude", "reconstruct", "admm-lowrank"])
 def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
 ) -> None:
     dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
-    allocation = spend(dense, text_file, out, recipe, bytes=0.7)
+    overrides = {"method.rank": 3, "method.rounds": 2} if recipe == "admm-lowrank" else {}
+    allocation = spend(dense, text_file, out, recipe, bytes=0.7, overrides=overrides)
     checkpoint, report = SparseCheckpoint.open(out), maskgen.inspect(maskgen.InspectRequest(model=out))
     blocks = [layer for layer in report.layers if ".layers." in layer.name]
     stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))

@@ -6,6 +6,7 @@ Messages name fields of the request in backticks, as those of `checks`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf import model, planning, servable
+from maskgen.hf.fused import ServedLayer
 from maskgen.hf.planning import Plan
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import Recipe
+from maskgen.sweep.budget import layers_of
 from maskgen.train.parallel import is_first
 from maskgen.train.prior import given_start, load_prior, load_prior_weights
 from maskgen.train.start import Start
@@ -89,6 +92,8 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         start.check_form(recipe.pattern, _learned(recipe).correction, _targets(plan))
     if (correction := recipe.build_method().correction) is not None:
         _check_fits(correction, recipe.method.name, plan)
+        if allocation is not None and start is not None and start.checkpoint.config.correction is None:
+            allocation = _corrected(allocation, layers_of(model_dir, plan, recipe.pattern, correction))
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 
@@ -183,6 +188,13 @@ def _check_fits(correction: CorrectionConfig, method: str, plan: Plan) -> None:
         correction.shapes(smallest.out_features, smallest.in_features, name)
     except FormatError as error:
         raise RecipeError(f"method {method}: {error}") from None
+
+
+def _corrected(allocation: Allocation, layers: Sequence[ServedLayer]) -> Allocation:
+    """The record of a budget when its sparse `layers` get corrections that they did not have."""
+    added = {layer.layers: layer.correction_bytes for layer in layers}
+    sizes = {layer.layers[0]: layer.sparse_bytes + added.get(layer.layers, 0) for layer in allocation.layers}
+    return allocation.stored_as(sizes)  # the bytes of layers that are served as one, under the name of the first
 
 
 def one_shot(request: PruneRequest, task: Task) -> Task:

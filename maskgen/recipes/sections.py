@@ -119,11 +119,12 @@ def check_prior(name: str, prior: Method, follower_name: str, follower: Method) 
 class Budget(Strict):
     """How much of a model is pruned: layers whose sparsity costs most stay dense, as far as the budget goes.
 
-    Exactly one way to ask is given. `bytes` is the most that prunable weights may take, as a share of what they take
-    dense (0.75). `speedup` is how much faster one token must get through all prunable layers than with all of them
-    dense (1.4), by the times of a machine's kernels. `max_ppl_increase` is how much higher than dense the perplexity
-    may be, as a share of it (0.05); the result has the fewest bytes that were found. What the sparsity of each layer
-    costs is measured on the first `windows` calibration windows.
+    Exactly one way to ask is given. `bytes` is the most that prunable weights may take, the corrections of sparse ones
+    included, as a share of what they take dense (0.75). `speedup` is how much faster one token must get through all
+    prunable layers than with all of them dense (1.4), by the times of a machine's kernels, which have none of
+    corrections. `max_ppl_increase` is how much higher than dense the perplexity may be, as a share of it (0.05); the
+    result has the fewest bytes that were found. What the sparsity of each layer costs is measured on the first
+    `windows` calibration windows.
     """
 
     bytes: float | None = Field(default=None, gt=0, lt=1)

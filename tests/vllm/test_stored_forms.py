@@ -10,10 +10,12 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import maskgen
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.errors import FormatError
@@ -71,6 +73,27 @@ def test_serves_what_transformers_computes(
     )  # corrections are stored in float32 and held in what is served
     most = 1.3 if ranks == 1 and values != "fp8_e4m3" else 1.6
     assert least <= held < most * stored, "a kernel pads the ends of what a rank holds, and may keep fp8 in 16 bits"
+
+
+def test_dense_layers_between_corrected_ones(tmp_path: Path) -> None:
+    """What a budget leaves of `admm-lowrank`."""
+    loader.register()
+    models.save("llama", tmp_path / "dense", **SHAPE)
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, models.VOCABULARY, 2000))
+    overrides = {"calibration.window_tokens": 32, "calibration.samples": 4, "method.rank": 6, "method.rounds": 1}
+    request = maskgen.PruneRequest(
+        recipe="admm-lowrank", model=tmp_path / "dense", data=tmp_path / "text.npy", out=tmp_path / "sparse",
+        bytes=0.8, overrides=overrides,
+    )  # fmt: skip
+    allocation = maskgen.prune(request).allocation
+    assert allocation is not None
+    assert 0 < sum(layer.dense for layer in allocation.layers) < len(allocation.layers)
+    tokens, logprobs = transformers_oracle(tmp_path / "sparse")
+    with serve(tmp_path / "sparse") as llm:
+        (stats,) = llm.collective_rpc("sparse_stats")
+        assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=2e-4)
+        assert greedy(llm) == tokens
+    assert sum(stats["kernels"].values()) == sum(not layer.dense for layer in allocation.layers)
 
 
 @pytest.mark.parametrize(("group", "form", "ranks"), [(64, LOW_RANK, 2), (None, None, 1)])

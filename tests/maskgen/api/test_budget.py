@@ -24,6 +24,8 @@ from tests import models
 
 ModelDir = Callable[..., Path]
 SHORT: dict[str, Any] = {"calibration.window_tokens": 32, "calibration.samples": 6}
+LOW_RANK: dict[str, Any] = {"method.rank": 3, "method.rounds": 2}
+LOW_RANK_PRIOR = {key.replace("method", "prior"): value for key, value in LOW_RANK.items()}
 TRAINING: dict[str, Any] = {
     "train.steps": 3, "train.batch": 2, "train.window_tokens": 16, "train.heldout_windows": 4, "train.dtype": "float32",
 }  # fmt: skip
@@ -56,6 +58,14 @@ def own_text(dense: Path, path: Path) -> Path:
     return path
 
 
+def stored_share(out: Path) -> float:
+    """The bytes of prunable weights in a checkpoint, as a share of those that they take dense."""
+    report = maskgen.inspect(maskgen.InspectRequest(model=out))
+    blocks = [layer for layer in report.layers if ".layers." in layer.name]
+    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
+    return float(stored / whole)
+
+
 def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -65,12 +75,10 @@ def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
 ) -> None:
     dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
-    overrides = {"method.rank": 3, "method.rounds": 2} if recipe == "admm-lowrank" else {}
-    allocation = spend(dense, text_file, out, recipe, bytes=0.7, overrides=overrides)
+    allocation = spend(dense, text_file, out, recipe, bytes=0.7, overrides=LOW_RANK if "lowrank" in recipe else {})
     checkpoint, report = SparseCheckpoint.open(out), maskgen.inspect(maskgen.InspectRequest(model=out))
     blocks = [layer for layer in report.layers if ".layers." in layer.name]
-    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
-    assert stored / whole == pytest.approx(allocation.bytes) and 0.65 < allocation.bytes <= 0.7
+    assert stored_share(out) == pytest.approx(allocation.bytes) and 0.65 < allocation.bytes <= 0.7
     assert allocation.dense == {layer.name for layer in blocks if layer.stored == "dense"} and allocation.dense
     assert allocation.dense <= set(checkpoint.config.ignored) and not allocation.dense & set(checkpoint.config.targets)
     assert 0 < allocation.kl < allocation.strict_kl
@@ -82,6 +90,21 @@ def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     made_with = json.loads((out / RECIPE_FILE).read_text())
     assert made_with["budget"] == {"bytes": 0.7, "speedup": None, "max_ppl_increase": None, "windows": 4}
     assert not (tmp_path / "out.work").exists()
+
+
+def test_what_a_layer_costs_is_measured_with_its_correction(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    """Its sparse weights alone, which were chosen to go with one, would cost more than those without."""
+    costs = []
+    for rank in (8, 0):
+        overrides = {**LOW_RANK, "method.rank": rank}
+        costs.append(
+            spend(model_dir(), text_file, tmp_path / str(rank), "admm-lowrank", bytes=0.9, overrides=overrides)
+        )
+    corrected, plain = costs
+    assert corrected.strict_kl < 0.95 * plain.strict_kl
+    assert sum(layer.cost for layer in corrected.layers) == pytest.approx(corrected.strict_kl, rel=0.1)
 
 
 def test_a_killed_run_ends_the_same_and_its_costs_serve_the_next_budget(
@@ -112,15 +135,16 @@ def test_a_killed_run_ends_the_same_and_its_costs_serve_the_next_budget(
     assert smaller.bytes <= 0.7 and not (tmp_path / "out.work").exists()
 
 
-def test_the_record_goes_along_only_where_it_is_true(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["magnitude", "admm-lowrank"])
+def test_the_record_goes_along_only_where_it_is_true(
+    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
     dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
-    spent = spend(dense, text_file, out, "magnitude", bytes=0.7)
+    spent = spend(dense, text_file, out, recipe, bytes=0.7, overrides=LOW_RANK if "lowrank" in recipe else {})
     maskgen.quantise(maskgen.QuantiseRequest(model=out, out=tmp_path / "int8", values="int8"))
-    small, report = read_allocation(tmp_path / "int8"), maskgen.inspect(maskgen.InspectRequest(model=tmp_path / "int8"))
+    small = read_allocation(tmp_path / "int8")
     assert small is not None and small.dense == spent.dense
-    blocks = [layer for layer in report.layers if ".layers." in layer.name]
-    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
-    assert small.bytes == pytest.approx(stored / whole) and small.bytes < spent.bytes
+    assert small.bytes == pytest.approx(stored_share(tmp_path / "int8")) and small.bytes < spent.bytes
     maskgen.decompress(maskgen.DecompressRequest(model=out, out=tmp_path / "masked"))
     assert read_allocation(tmp_path / "masked") is None
 
@@ -136,18 +160,20 @@ def test_a_budget_in_the_recipe_is_replaced_by_what_is_asked_for(
     assert in_recipe.strict_kl == asked.strict_kl and in_recipe.dense > asked.dense
 
 
+@pytest.mark.parametrize(("recipe", "overrides"), [("magnitude", {}), ("admm-lowrank", LOW_RANK)])
 def test_a_budget_of_perplexity_is_searched_for_and_proven_on_other_windows(
-    model_dir: ModelDir, tmp_path: Path
+    recipe: str, overrides: dict[str, Any], model_dir: ModelDir, tmp_path: Path
 ) -> None:
     dense, out = model_dir(), tmp_path / "out"
     text_file = own_text(dense, tmp_path / "own.npy")
-    strict = maskgen.run(request(dense, text_file, tmp_path / "strict", "magnitude"))
+    strict = maskgen.run(request(dense, text_file, tmp_path / "strict", recipe, overrides=overrides))
     assert isinstance(strict, maskgen.PruneResult) and not isinstance(strict.quality, str)
     most = 0.4 * strict.quality.increase
-    found = spend(dense, text_file, out, "magnitude", max_ppl_increase=most)
+    found = spend(dense, text_file, out, recipe, max_ppl_increase=most, overrides=overrides)
     assert found.asked == {"max_ppl_increase": most} and found.proof is not None and found.proof.increase <= most
     assert found.proof.increase == pytest.approx(found.proof.perplexity / found.proof.dense_perplexity - 1)
     assert found.bytes in {look.bytes for look in found.search if look.increase <= most} and 0.5313 < found.bytes < 1
+    assert found.bytes == pytest.approx(stored_share(out))
     quality = maskgen.inspect(maskgen.InspectRequest(model=out)).quality
     assert quality is not None and quality.perplexity == found.proof.perplexity
     assert quality.windows == found.proof.windows <= found.search_windows <= quality.windows + 1
@@ -207,6 +233,19 @@ def test_a_recipe_without_a_budget_is_what_it_was() -> None:
         ("proxsparse", {"bytes": 0.7}, RecipeError, r"proxsparse with these options has no \[prior\] to measure"),
         ("best-effort", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
         ("reconstruct", {"bytes": 0.7, "prior": "sparse"}, RecipeError, r"the recipe's own \[prior\] prunes"),
+        (
+            "admm-lowrank",
+            {"bytes": 0.6, "overrides": LOW_RANK},
+            RecipeError,
+            r"0\.6: .* take (0\.6\d+) of their dense bytes, 0\.\d+ of them for corrections \(rank\); .* met is \1",
+        ),
+        (
+            "admm-lowrank",
+            {"max_ppl_increase": 0.1, "overrides": {"method.rank": 31}},
+            RecipeError,
+            r"q_proj\+k_proj\+v_proj takes \d+ bytes sparse, \d+ of them for corrections, and \d+ dense, .* lower rank",
+        ),
+        ("admm-lowrank", {"speedup": 1.1, "kernel_table": "times"}, RecipeError, "kernel tables have no times"),
     ],
 )
 def test_a_budget_that_cannot_be_had_is_refused_before_anything_is_made(
@@ -226,37 +265,69 @@ def test_a_budget_that_cannot_be_had_is_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
 
-@pytest.mark.parametrize("recipe", ["best-effort", "maskllm"])
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("best-effort", {}),
+        ("maskllm", {}),
+        ("best-effort", {"method.rank": 3}),
+        ("best-effort-lowrank", {**LOW_RANK_PRIOR, "method.rank": 3}),
+    ],
+)
 def test_what_is_learned_starts_with_the_budget_spent(
-    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+    recipe: str, overrides: dict[str, Any], model_dir: ModelDir, text_file: Path, tmp_path: Path
 ) -> None:
-    dense, out = model_dir(), tmp_path / "out"
+    dense, out, overrides = model_dir(), tmp_path / "out", {**TRAINING, **overrides}
     with pytest.raises(KeyboardInterrupt):
-        maskgen.run(request(dense, text_file, out, recipe, overrides=TRAINING, bytes=0.7), stop_at_step_2)
-    made = maskgen.run(request(dense, text_file, out, recipe, overrides=TRAINING, bytes=0.7))
+        maskgen.run(request(dense, text_file, out, recipe, overrides=overrides, bytes=0.7), stop_at_step_2)
+    made = maskgen.run(request(dense, text_file, out, recipe, overrides=overrides, bytes=0.7))
     assert isinstance(made, maskgen.LearnResult) and made.allocation is not None
     config = SparseCheckpoint.open(out).config
     assert made.allocation.dense and made.allocation == read_allocation(out)
+    assert stored_share(out) == pytest.approx(made.allocation.bytes) and made.allocation.bytes <= 0.7
     assert made.allocation.dense <= set(config.ignored) and not made.allocation.dense & set(config.targets)
     assert {one.reason for one in made.plan.kept} == {"the budget keeps it dense, where sparsity costs most"}
     kept, base = maskgen.load(out), maskgen.load(dense)
     for name in made.allocation.dense:
         is_untouched = torch.equal(kept.get_parameter(f"{name}.weight"), base.get_parameter(f"{name}.weight"))
-        assert is_untouched == (recipe != "best-effort"), "which trains whole decoder blocks"
+        assert is_untouched == (recipe == "maskllm"), "the others train whole decoder blocks"
 
 
-@pytest.mark.parametrize("recipe", ["best-effort", "reconstruct", "maskllm"])
+@pytest.mark.parametrize(
+    ("start", "recipe"),
+    [
+        ("magnitude", "best-effort"),
+        ("magnitude", "reconstruct"),
+        ("magnitude", "maskllm"),
+        ("admm-lowrank", "best-effort-lowrank"),
+    ],
+)
 def test_a_result_made_under_a_budget_takes_it_along(
-    recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
+    start: str, recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
 ) -> None:
-    first = spend(model_dir(), text_file, tmp_path / "first", "magnitude", bytes=0.7)
+    low_rank = LOW_RANK if "lowrank" in start else {}
+    first = spend(model_dir(), text_file, tmp_path / "first", start, bytes=0.7, overrides=low_rank)
     overrides = TRAINING if recipe != "reconstruct" else {"method.epochs": 1}
+    if low_rank:
+        overrides = {**overrides, **LOW_RANK_PRIOR, "method.rank": 3}
     made = maskgen.run(
         request(model_dir(), text_file, tmp_path / "out", recipe, overrides=overrides, prior=tmp_path / "first")
     )
     assert isinstance(made, maskgen.LearnResult | maskgen.PruneResult)
     assert made.allocation == first == read_allocation(made.out)
     assert not first.dense & set(SparseCheckpoint.open(made.out).config.targets)
+
+
+@pytest.mark.parametrize(("recipe", "more"), [("best-effort", TRAINING), ("eora", {})])
+def test_a_correction_that_is_added_to_it_counts(
+    recipe: str, more: dict[str, Any], model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    first = spend(model_dir(), text_file, tmp_path / "first", "magnitude", bytes=0.7)
+    overrides, out = {"method.rank": 3, **more}, tmp_path / "out"
+    maskgen.run(request(model_dir(), text_file, out, recipe, overrides=overrides, prior=tmp_path / "first"))
+    after = read_allocation(out)
+    assert after is not None and after.dense == first.dense
+    assert after.bytes == pytest.approx(stored_share(out)) and after.bytes > first.bytes
 
 
 @pytest.mark.parametrize("change", [{"bytes": 2.0}, {"extra": 1}, {"layers": []}, {"strict_kl": "much"}])

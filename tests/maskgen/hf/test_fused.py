@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.correction import CorrectionConfig, LowRankCorrection, PooledCorrection
 from maskgen.core.pattern import NMPattern
 from maskgen.hf.fused import served_layers
 from maskgen.hf.planning import plan_of
@@ -17,21 +18,25 @@ from tests import models
 ModelDir = Callable[..., Path]
 
 
+@pytest.mark.parametrize("form", [None, LowRankCorrection(3), PooledCorrection(8, "fixed")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_a_checkpoint(dtype: torch.dtype, model_dir: ModelDir, tmp_path: Path) -> None:
+def test_bytes_are_those_of_a_checkpoint(
+    dtype: torch.dtype, form: CorrectionConfig | None, model_dir: ModelDir, tmp_path: Path
+) -> None:
     dense, pattern = model_dir("llama", dtype=dtype), NMPattern(2, 4)
-    models.save_sparse(dense, tmp_path / "sparse")
+    models.save_corrected(dense, tmp_path / "sparse", form)
     checkpoint, todo = SparseCheckpoint.open(tmp_path / "sparse"), plan_of(dense, pattern)
     sizes = dict.fromkeys(checkpoint.config.targets, dtype.itemsize)
-    layers = served_layers(todo.targets, todo.groups, pattern, sizes)
+    layers = served_layers(todo.targets, todo.groups, pattern, sizes, form)
     assert [layer.block for layer in layers] == [block for block in range(models.LAYERS) for _ in range(4)]
     assert layers[2].name == "model.layers.0.mlp.gate_proj+up_proj"
     assert (layers[0].out_features, layers[0].in_features) == (128, 64)
     assert sorted(name for layer in layers for name in layer.layers) == sorted(checkpoint.config.targets)
     for layer in layers:
-        packed = [checkpoint.packed(name) for name in layer.layers]
-        assert layer.sparse_bytes == sum(one.nbytes for one in packed)
-        assert layer.dense_bytes == sum(one.dense_nbytes(dtype) for one in packed)
+        stored = [checkpoint.layer(name) for name in layer.layers]
+        assert layer.sparse_bytes - layer.correction_bytes == sum(one.packed.nbytes for one in stored)
+        assert layer.correction_bytes == sum(one.nbytes - one.packed.nbytes for one in stored)
+        assert layer.dense_bytes == sum(one.packed.dense_nbytes(dtype) for one in stored)
 
 
 def test_where_engines_fuse_nothing_every_layer_is_alone(model_dir: ModelDir) -> None:

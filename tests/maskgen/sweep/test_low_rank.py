@@ -73,10 +73,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("admm-lowrank", ("budget.bytes=0.7",), r"\[budget\]: no method with a correction \(rank\): .* leave one of"),
         ("best-effort", ("prior.rank=4",), r"\[prior\]: makes a correction .* drops; set method\.rank=4, or leave"),
         ("best-effort-lowrank", ("method.rank=8",), r"\[prior\]: makes a correction .* set method\.rank=20"),
-        ("best-effort-lowrank", ("budget.bytes=0.7",), r"\[budget\]: no method with a correction \(rank\)"),
         ("best-effort-lowrank", ("method.weights=dense", "method.mask=prior"), r"\[prior\]: makes a correction"),
         ("reconstruct", ("prior.name=admm", "prior.rank=4"), r"\[prior\]: makes a correction that reconstruct"),
         ("admm-lowrank", ("method.rank=-3",), r"method\.rank -3: expected a number from 0"),

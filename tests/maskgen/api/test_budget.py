@@ -17,35 +17,13 @@ from maskgen.api import pruning
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.companions import ALLOCATION_FILE
 from maskgen.core.errors import DataError, FormatError, RecipeError
-from maskgen.export.allocation import Allocation, read_allocation
+from maskgen.export.allocation import read_allocation
 from maskgen.recipes import recipe as recipe_module
 from maskgen.recipes.recipe import RECIPE_FILE
 from tests import models
+from tests.maskgen.budgets import LOW_RANK, request, spend, stored_share
 
 ModelDir = Callable[..., Path]
-SHORT: dict[str, Any] = {"calibration.window_tokens": 32, "calibration.samples": 6}
-LOW_RANK: dict[str, Any] = {"method.rank": 3, "method.rounds": 2}
-LOW_RANK_PRIOR = {key.replace("method", "prior"): value for key, value in LOW_RANK.items()}
-TRAINING: dict[str, Any] = {
-    "train.steps": 3, "train.batch": 2, "train.window_tokens": 16, "train.heldout_windows": 4, "train.dtype": "float32",
-}  # fmt: skip
-
-
-def request(dense: Path, text: Path, out: Path, recipe: str = "sparsegpt", **changes: Any) -> maskgen.LearnRequest:
-    overrides = {**SHORT, **changes.pop("overrides", {})}
-    given = {"recipe": recipe, "model": dense, "data": text, "out": out, **changes, "overrides": overrides}
-    return maskgen.LearnRequest(**given)
-
-
-def spend(*args: Any, heard: Callable[[Any], None] = lambda event: None, **changes: Any) -> Allocation:
-    made = maskgen.run(request(*args, **changes), heard)
-    assert isinstance(made, maskgen.PruneResult) and made.allocation is not None
-    return made.allocation
-
-
-def stop_at_step_2(event: Any) -> None:
-    if isinstance(event, maskgen.TrainingStep) and event.step == 2:
-        raise KeyboardInterrupt
 
 
 def own_text(dense: Path, path: Path) -> Path:
@@ -56,14 +34,6 @@ def own_text(dense: Path, path: Path) -> Path:
     )
     np.save(path, ids.flatten().numpy())
     return path
-
-
-def stored_share(out: Path) -> float:
-    """The bytes of prunable weights in a checkpoint, as a share of those that they take dense."""
-    report = maskgen.inspect(maskgen.InspectRequest(model=out))
-    blocks = [layer for layer in report.layers if ".layers." in layer.name]
-    stored, whole = (sum(getattr(layer, key) for layer in blocks) for key in ("stored_bytes", "dense_bytes"))
-    return float(stored / whole)
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -263,71 +233,6 @@ def test_a_budget_that_cannot_be_had_is_refused_before_anything_is_made(
     with pytest.raises(error, match=message):
         maskgen.run(request(model_dir(), text_file, tmp_path / "out", recipe, **changes))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides"),
-    [
-        ("best-effort", {}),
-        ("maskllm", {}),
-        ("best-effort", {"method.rank": 3}),
-        ("best-effort-lowrank", {**LOW_RANK_PRIOR, "method.rank": 3}),
-    ],
-)
-def test_what_is_learned_starts_with_the_budget_spent(
-    recipe: str, overrides: dict[str, Any], model_dir: ModelDir, text_file: Path, tmp_path: Path
-) -> None:
-    dense, out, overrides = model_dir(), tmp_path / "out", {**TRAINING, **overrides}
-    with pytest.raises(KeyboardInterrupt):
-        maskgen.run(request(dense, text_file, out, recipe, overrides=overrides, bytes=0.7), stop_at_step_2)
-    made = maskgen.run(request(dense, text_file, out, recipe, overrides=overrides, bytes=0.7))
-    assert isinstance(made, maskgen.LearnResult) and made.allocation is not None
-    config = SparseCheckpoint.open(out).config
-    assert made.allocation.dense and made.allocation == read_allocation(out)
-    assert stored_share(out) == pytest.approx(made.allocation.bytes) and made.allocation.bytes <= 0.7
-    assert made.allocation.dense <= set(config.ignored) and not made.allocation.dense & set(config.targets)
-    assert {one.reason for one in made.plan.kept} == {"the budget keeps it dense, where sparsity costs most"}
-    kept, base = maskgen.load(out), maskgen.load(dense)
-    for name in made.allocation.dense:
-        is_untouched = torch.equal(kept.get_parameter(f"{name}.weight"), base.get_parameter(f"{name}.weight"))
-        assert is_untouched == (recipe == "maskllm"), "the others train whole decoder blocks"
-
-
-@pytest.mark.parametrize(
-    ("start", "recipe"),
-    [
-        ("magnitude", "best-effort"),
-        ("magnitude", "reconstruct"),
-        ("magnitude", "maskllm"),
-        ("admm-lowrank", "best-effort-lowrank"),
-    ],
-)
-def test_a_result_made_under_a_budget_takes_it_along(
-    start: str, recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path
-) -> None:
-    low_rank = LOW_RANK if "lowrank" in start else {}
-    first = spend(model_dir(), text_file, tmp_path / "first", start, bytes=0.7, overrides=low_rank)
-    overrides = TRAINING if recipe != "reconstruct" else {"method.epochs": 1}
-    if low_rank:
-        overrides = {**overrides, **LOW_RANK_PRIOR, "method.rank": 3}
-    made = maskgen.run(
-        request(model_dir(), text_file, tmp_path / "out", recipe, overrides=overrides, prior=tmp_path / "first")
-    )
-    assert isinstance(made, maskgen.LearnResult | maskgen.PruneResult)
-    assert made.allocation == first == read_allocation(made.out)
-    assert not first.dense & set(SparseCheckpoint.open(made.out).config.targets)
-
-
-@pytest.mark.parametrize(("recipe", "more"), [("best-effort", TRAINING), ("eora", {})])
-def test_a_correction_that_is_added_to_it_counts(
-    recipe: str, more: dict[str, Any], model_dir: ModelDir, text_file: Path, tmp_path: Path
-) -> None:
-    first = spend(model_dir(), text_file, tmp_path / "first", "magnitude", bytes=0.7)
-    overrides, out = {"method.rank": 3, **more}, tmp_path / "out"
-    maskgen.run(request(model_dir(), text_file, out, recipe, overrides=overrides, prior=tmp_path / "first"))
-    after = read_allocation(out)
-    assert after is not None and after.dense == first.dense
-    assert after.bytes == pytest.approx(stored_share(out)) and after.bytes > first.bytes
 
 
 @pytest.mark.parametrize("change", [{"bytes": 2.0}, {"extra": 1}, {"layers": []}, {"strict_kl": "much"}])

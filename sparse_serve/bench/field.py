@@ -94,7 +94,11 @@ class FieldRequest(Request):
         return loads + [Load(1, self.requests, tokens, TTFT_TOKENS) for tokens in alone]
 
 
-def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text: None) -> Result:
+def run(
+    request: FieldRequest,
+    on_progress: Callable[[str], None] = lambda text: None,
+    after_round: Callable[[Result], None] = lambda result: None,
+) -> Result:
     """Start every server and put them under load in turns; takes minutes.
 
     A peer that cannot be had, does not start or does not answer is left out with its reason, and the rest go on; so it
@@ -113,6 +117,7 @@ def run(request: FieldRequest, on_progress: Callable[[str], None] = lambda text:
                 for number in range(request.rounds):
                     if runner.has_ours:
                         runner.round(number, generator)
+                        after_round(result)
             if runner.failures:  # past `temporary`, so that their logs stay
                 raise runner.failures[0]
     except (BenchError, GateError):

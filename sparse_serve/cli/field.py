@@ -42,9 +42,13 @@ def main(args: argparse.Namespace) -> int:
     # servers would end without us, too, but not in order, and our temporary folder would stay
     for end in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(end, lambda number, frame: sys.exit(128 + number))
-    result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False))
-    if args.json:  # files first, as nobody may read what is printed
-        write_json(args.json, field_report.record(request, result))
+
+    def save(result: Result) -> None:
+        if args.json and result.turns:
+            write_json(args.json, field_report.record(request, result))
+
+    result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False), save)
+    save(result)  # before anything is printed, as nobody may read that
     show(result, field_report.compare(result), Console(highlight=False))
     if result.failed:
         raise BenchError("; ".join(f"{name} failed in {why}" for name, why in result.failed.items()))

@@ -39,9 +39,9 @@ class WeightChecks:
 
         Raises `FormatError`, and `SettingsError` where there is nothing to compare digests with.
         """
-        from sparse_serve.plugin.config import verify
-
         if is_sparse_checkpoint(model):
+            from sparse_serve.plugin.config import verify
+
             verify(model)
         if self.digests:
             _check_digests(model)

@@ -269,18 +269,21 @@ def _handlers_kept() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_every_server_that_was_started(
+def test_a_signal_ends_every_server_that_was_started_and_whole_rounds_are_kept(
     end: signal.Signals, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told_to_end(*words: Any) -> dict[str, Any]:
-        os.kill(os.getpid(), end)
+        if len(servers.asked) == 4:  # two servers under two loads are a round
+            os.kill(os.getpid(), end)
         return servers.load(*words)
 
     monkeypatch.setattr(race, "bench_serve", told_to_end)
     before = processes.descendants(os.getpid())
     flags = ["--dense", str(tmp_path / "dense"), "--sparse", str(tmp_path / "sparse"), "--peers", "bf16"]
-    flags += ["--clients", "1,2", "--output-tokens", "9", "--input-tokens", "8", "--threads", "2"]
+    flags += ["--clients", "1,2", "--output-tokens", "9", "--input-tokens", "8", "--threads", "2", "--rounds", "2"]
     with _handlers_kept(), pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "serve", *flags])
+        cli.main(["bench", "serve", *flags, "--json", str(tmp_path / "found.json")])
     assert ended.value.code == 128 + end
     assert processes.descendants(os.getpid()) <= before
+    turns = json.loads((tmp_path / "found.json").read_text())["turns"]
+    assert [(turn["name"], turn["round"]) for turn in turns] == [("2:4", 0), ("2:4", 0), ("bf16", 0), ("bf16", 0)]

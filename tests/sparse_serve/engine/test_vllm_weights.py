@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparse_serve.engine.vllm_weights import WeightChecks
 from sparse_serve.runtime.errors import EngineStartError
 
 EVEN = 1 / 400
 SURE, ALLOWED = WeightChecks(), WeightChecks(allow_zeros=True)
+
+
+def test_a_dense_model_that_vllm_may_read_and_we_do_not_is_left_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with caplog.at_level(logging.WARNING):
+        SURE.check_files(str(tmp_path), "auto")
+    assert "not looked for weights that are zeros" in caplog.text and "model.safetensors.index.json" in caplog.text
 
 
 def test_parameters_that_no_rank_may_hold() -> None:

@@ -85,7 +85,7 @@ class VllmEngine:
         self._command = [model, *flags]
         self._drain_s, self._weight_checks = drain_s, weight_checks
         self._conversion, self._preemption = conversion, preemption
-        self._pace = Pace(messages_per_s)
+        self._messages_per_s = messages_per_s
         self._sampling_defaults: Mapping[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -140,10 +140,12 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from sparse_serve.engine import vllm_detokenizer
+        from sparse_serve.engine import vllm_detokenizer, vllm_pace
         from sparse_serve.plugin.served import unknown_architecture
 
         vllm_detokenizer.install()
+        if self._messages_per_s:
+            vllm_pace.install(Pace(self._messages_per_s))
         self._weight_checks.check_files(self.args.model, self.args.load_format)
         self._phases.end("verification")
         engine_args = AsyncEngineArgs.from_cli_args(self.args)
@@ -224,7 +226,7 @@ class VllmEngine:
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Generate. See `Engine.generate`."""
-        return vllm_requests.generate(self.client, request, self._adapter, self._pace, self._sampling_defaults)
+        return vllm_requests.generate(self.client, request, self._adapter, self._sampling_defaults)
 
     def chat(self, body: Mapping[str, Any], origin: Origin = NOBODY) -> AsyncGenerator[Mapping[str, Any], None]:
         """Continue a conversation. See `Engine.chat`."""

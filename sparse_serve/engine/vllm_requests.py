@@ -15,7 +15,6 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from sparse_serve.engine import Chunk, GenerateRequest, Origin
-from sparse_serve.engine.pace import Pace
 from sparse_serve.engine.vllm_values import Outputs, constraint_arguments, engine_seed, sampling_arguments
 from sparse_serve.runtime.errors import (
     BadRequestError,
@@ -31,11 +30,10 @@ _CHARACTERS = 40
 
 
 async def generate(
-    client: Any, request: GenerateRequest, adapter: Callable[[str], Any], pace: Pace, defaults: Mapping[str, Any]
+    client: Any, request: GenerateRequest, adapter: Callable[[str], Any], defaults: Mapping[str, Any]
 ) -> AsyncGenerator[Chunk, None]:
     """See `Engine.generate`. `adapter` gives vLLM's object for the model that the request names, `defaults` are what
-    the model's own settings say of sampling. What the engine makes between two ticks of `pace` is one chunk: vLLM puts
-    it together while nobody takes it."""
+    the model's own settings say of sampling."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -51,13 +49,10 @@ async def generate(
         outputs = _generate(
             client, "grpc", source, params, request.origin, lora_request=lora, priority=request.priority
         )
-        with pace.stream():
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    for chunk in found.chunks(output):
-                        yield chunk
-                    if not output.finished:
-                        await pace.wait()
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                for chunk in found.chunks(output):
+                    yield chunk
 
 
 def _generate(

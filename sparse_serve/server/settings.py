@@ -106,10 +106,10 @@ class Settings(BaseSettings):
     max_connections: int = Field(4096, ge=1, le=1 << 20, description="most connections of the HTTP port")
     max_streams: int = Field(256, ge=1, le=1 << 16, description="most calls at a time of a gRPC connection")
     messages_per_s: int = Field(
-        2000,
+        1000,
         ge=0,
         le=1 << 20,
-        description="messages of all gRPC streams a second, beyond which one holds several tokens; 0: a token each",
+        description="messages of all streams a second, beyond which one holds several tokens; 0: a token each",
     )
     max_connection_age_s: float = Field(
         3600.0, ge=1, le=1e9, description="age at which a gRPC connection is closed, once its calls have ended"

@@ -161,6 +161,7 @@ async def check_that_one_cancelled_in_the_queue_has_had_no_turn(engine: VllmEngi
 
 async def check_that_paced_streams_have_the_same_tokens(engine: VllmEngine) -> None:
     """In fewer chunks: the first at once, and each later one with what was made since the one before."""
+    from sparse_serve.engine import vllm_pace
 
     async def answer(number: int) -> list[Chunk]:
         sampling = Sampling(max_tokens=40, temperature=0, ignore_eos=True, logprobs=0)
@@ -171,8 +172,10 @@ async def check_that_paced_streams_have_the_same_tokens(engine: VllmEngine) -> N
 
     asked = range(8)
     plain = await asyncio.gather(*map(answer, asked))
-    engine._pace = Pace(100)
-    paced = await asyncio.gather(*map(answer, asked))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.v1.engine.async_llm.RequestOutputCollector", None)
+        vllm_pace.install(Pace(100))
+        paced = await asyncio.gather(*map(answer, asked))
     assert tokens(paced) == tokens(plain)
     assert sum(map(len, paced)) < 0.7 * sum(map(len, plain))
     for chunks in paced:

@@ -28,6 +28,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma")
 #endif
 #include "panels.h"
+#include "write_tiles.h"
 
 namespace sparse24 {
 namespace {
@@ -120,44 +121,6 @@ void multiply_panel(const Panel& panel, const uint8_t* w, const uint8_t* x, int6
   }
 }
 
-__m512 widened(__m256i bfloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16)); }
-
-// Sums of rows [first, end) for `tiles` times 16 tokens into y; two blocks at once, for whole lines of the cache.
-void write_tiles(const Linear& op, const float* sums, int64_t first, int64_t end, int64_t token, int tiles) {
-  constexpr int kTwo = 2 * kLanes;
-  const int64_t block = tiles * kLanes * kLanes, tokens = std::min<int64_t>(op.tokens - token, tiles * kLanes);
-  uint16_t* y = static_cast<uint16_t*>(op.y) + token * op.rows;
-  for (int64_t m = 0; m < tokens; ++m, y += op.rows, sums += kLanes) {
-    const float* sum = sums;
-    for (int64_t row = first; row < end; row += kTwo, sum += 2 * block) {
-      const int64_t left = end - row;
-      const __mmask32 here = left < kTwo ? (__mmask32{1} << left) - 1 : ~__mmask32{0};
-      const __mmask16 near = static_cast<__mmask16>(here), far = static_cast<__mmask16>(here >> kLanes);
-      __m512 a = _mm512_load_ps(sum), b = far ? _mm512_load_ps(sum + block) : _mm512_setzero_ps();
-      if (op.scale) {
-        a = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(near, op.scale + row));
-        b = _mm512_mul_ps(b, _mm512_maskz_loadu_ps(far, op.scale + row + kLanes));
-      }
-      if (op.bias) {
-        const __m512i both = _mm512_maskz_loadu_epi16(here, static_cast<const uint16_t*>(op.bias) + row);
-        a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(both)));
-        b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(both, 1)));
-      }
-      _mm512_mask_storeu_epi16(y + row, here, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-    }
-  }
-}
-
-// Deals out `all` things over `calls`.
-struct Even {
-  int all, calls, credit = 0, done = 0;
-  Even(int all, int calls) : all(all), calls(calls) {}
-  template <class Do>
-  INLINE void some(Do run) {
-    for (credit += all; credit >= calls; credit -= calls) run(done++);
-  }
-};
-
 // Superblocks [first, last), few enough for the sums, for the tokens [token, token + 16 * tiles).
 template <Values kValues>
 void group(const Linear& op, int64_t first, int64_t last, int64_t token, int tiles, Scratch& own) {
@@ -172,7 +135,7 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
     Panel panels[3];  // one is multiplied, the next made dense, the one after that asked for
     for (int i = 0; i < 3; ++i) walk.next(panels[i]);
     const auto make_dense = [&](const Panel& panel, const Panel& ahead, int turn, int i) {
-      expand<kValues>(panel.data[i], own.weights[turn % 2] + panel.place[i], (i < ahead.count ? ahead : panel).data[i]);
+      expand<kValues>(panel.data[i], own.weights[turn % 2] + panel.place[i] * kBlockTiles, (i < ahead.count ? ahead : panel).data[i]);
     };
     for (int i = 0; i < panels[0].count; ++i) make_dense(panels[0], panels[1], 0, i);
     for (int turn = 0; panels[turn % 3].count; ++turn) {
@@ -185,14 +148,15 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
       walk.next(now);
     }
   }
-  write_tiles(op, own.sums, first * kSuper * kLanes, std::min(op.rows, last * kSuper * kLanes), token, tiles);
+  write_tiles(op, own.sums, first * kSuper * kLanes, std::min(op.rows, last * kSuper * kLanes), token, tiles,
+              [](__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); });
 }
 
 template <Values kValues>
 void run_tiles(const Linear& op, int64_t first, int64_t last) {
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own.reset(new Scratch);                  // as it is: every byte is written before it is read
-  const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)));  // fewer rows to load
+  const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)), 5);  // fewer rows to load
   const int64_t groups = ceil_div(op.tokens, kMostTokens);
   const int64_t even = ceil_div(ceil_div(op.tokens, groups), kLanes) * kLanes;
   const int64_t supers = kSumTiles / (even / kLanes) / kSuper;

@@ -17,20 +17,30 @@ namespace sparse24 {
 constexpr const char* kIsas[] = {"portable", "avx2", "avx512", "amx"};  // by number, each with those before it
 constexpr int64_t kIsaCount = sizeof(kIsas) / sizeof(*kIsas);
 
+// What a processor may do with tiles; bits of what CPUID says.
+constexpr unsigned kTilesOfBFloat16 = 1u << 22, kTilesOfInt8 = 1u << 25;
+
 #if SPARSE24_AMX
-// Whether the processor has tiles of bfloat16, the operating system keeps them for a thread that waits, and this process
-// may use them: Linux wants to be asked, and a sandbox may refuse.
-inline bool may_use_amx() {
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kOsXsave = 1u << 27, kBoth = 3u << 17;
+// Whether the processor has tiles, the operating system keeps them for a thread that waits, and this process may use
+// them: Linux wants to be asked, and a sandbox may refuse.
+inline bool tiles_are_given() {
+  constexpr unsigned kOsXsave = 1u << 27, kBoth = 3u << 17, kTile = 1u << 24;
   constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d, low, high;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile)) return false;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave)) return false;
   asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & kBoth) == kBoth && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 }
+
+// Whether this process may multiply tiles of `numbers`.
+inline bool may_use_amx(unsigned numbers) {
+  static const bool given = tiles_are_given();  // asked once
+  unsigned a, b, c, d;
+  return given && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & numbers);
+}
 #else
-inline bool may_use_amx() { return false; }
+inline bool may_use_amx(unsigned) { return false; }
 #endif
 
 // The number of the best one that this processor, and its operating system, can run.
@@ -41,7 +51,7 @@ inline int64_t best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bf16");
-  static const bool amx = avx512 && may_use_amx();  // asked once
+  static const bool amx = avx512 && may_use_amx(kTilesOfBFloat16);
   return amx ? 3 : avx512 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
@@ -66,6 +76,12 @@ inline bool has_vbmi() {
 #else
   return false;
 #endif
+}
+
+// Whether it has what amx_int8.cpp is compiled for, too.
+inline bool has_int8_tiles() {
+  static const bool has = has_vbmi() && may_use_amx(kTilesOfInt8);
+  return has;
 }
 
 // Empty, or why code for the instruction set `wanted` (-1: the best) must not run on a processor whose best is `best`.

@@ -60,12 +60,13 @@ struct Scales {
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last, Scales scales = {});
 
-// Activations rounded to int8: of each 128 columns the codes [token][128], 128 added to each, and a scale for each token.
-// No codes: they are not rounded.
+// Activations rounded to int8: of each 128 columns the codes [token][128] and a scale for each token. For tiles codes are
+// signed, and `tokens` is a multiple of 16, zeros at the end; else 128 is added to each. No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;
   int64_t tokens = 0;
+  bool tiles = false;
 };
 
 // y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all of one kind.
@@ -94,6 +95,10 @@ namespace amx {
 bool takes(const Linear&);  // whether it has a way of its own for the layer, and for so many tokens
 void pack_tokens(const Linear&, int64_t first, int64_t last, uint8_t* out);  // tokens from 16 * first on; out is for all
 void run(const Linear&, int64_t first, int64_t last);
+
+// The same for activations rounded before, and int8 or int4 values: what vnni::run gives, bit by bit.
+bool takes_rounded(const Linear&);  // whether it is the faster one, for so many tokens
+void run_rounded(const Linear&, int64_t first, int64_t last);
 }  // namespace amx
 
 // For activations rounded before, by all threads, and int8 or int4 values.

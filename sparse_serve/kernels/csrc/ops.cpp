@@ -2,13 +2,14 @@
 //
 //     sparse_serve_cpu::pack(values, bitmask, scale?) -> uint8 [bytes]     the blocks of layout.h; scale of int4 only
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
-//     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?) -> y   the same, with x rounded to int8
+//     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?, tiles?) -> y    the same, with x rounded to int8
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
 //     sparse_serve_cpu::vbmi() -> bool     whether it has what linear_int8 needs
+//     sparse_serve_cpu::int8_tiles() -> bool   whether linear_int8 may use AMX
 //
 // `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
-// say what was given and what was expected.
+// say what was given and what was expected. So is `tiles` of `linear_int8`: with AMX or without, to the same bits.
 //
 // `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell; uint8 is
 // that of int4 codes, of which two share a byte.
@@ -32,6 +33,8 @@ constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
 int64_t isa() { return best_isa(); }
 
 bool vbmi_here() { return has_vbmi(); }
+
+bool int8_tiles_here() { return has_int8_tiles(); }
 
 Run runner(int64_t wanted) {
   const int64_t best = best_isa();
@@ -161,9 +164,11 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
 }
 
 Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& bias) {
+                   const std::optional<Tensor>& bias, std::optional<bool> tiles) {
   constexpr int64_t kInputsAThread = 1 << 15;
   STD_TORCH_CHECK(has_vbmi(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
+  STD_TORCH_CHECK(!tiles.value_or(false) || has_int8_tiles(), "tiles is true, expected false or none: this processor "
+                  "lacks AMX with int8, or this process may not use it");
   const Tensor x = torch::stable::contiguous(input);
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
@@ -171,14 +176,20 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   Tensor y = outputs(x, op);
   if (op.tokens == 0 || op.rows == 0) return y;
 #if defined(__x86_64__)
-  const int64_t scaled = op.tokens * column_blocks(op.columns);  // times 128 columns of a token
+  Run run = vnni::run;
+#if SPARSE24_AMX
+  op.rounded.tiles = tiles.value_or(has_int8_tiles() && amx::takes_rounded(op));
+  if (op.rounded.tiles) run = amx::run_rounded;
+#endif
+  op.rounded.tokens = op.rounded.tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
+  const int64_t scaled = op.rounded.tokens * column_blocks(op.columns);  // times 128 columns of a token
   const Tensor rounded = torch::stable::new_empty(blocks, {scaled * (kColumns + int64_t{sizeof(float)})});
   uint8_t* codes = static_cast<uint8_t*>(rounded.mutable_data_ptr());
   float* scales = reinterpret_cast<float*>(codes + scaled * kColumns);
-  op.rounded = {codes, scales, op.tokens};
-  torch::stable::parallel_for(0, op.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
+  op.rounded.codes = codes, op.rounded.scale = scales;
+  torch::stable::parallel_for(0, op.rounded.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
                               [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, codes, scales); });
-  run_threads(vnni::run, op, kWorthAThread);
+  run_threads(run, op, op.rounded.tiles ? kWorthAThreadOfTiles : kWorthAThread);
 #endif
   return y;
 }
@@ -204,10 +215,11 @@ int64_t read(const Tensor& bytes) {
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
   m.def("vbmi() -> bool");
+  m.def("int8_tiles() -> bool");
   m.def("read(Tensor bytes) -> int");
   m.def("pack(Tensor values, Tensor bitmask, Tensor? scale=None) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
-  m.def("linear_int8(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, bool? tiles=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
@@ -220,6 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("vbmi", TORCH_BOX(&vbmi_here));
+  m.impl("int8_tiles", TORCH_BOX(&int8_tiles_here));
 }
 
 }  // namespace sparse24

@@ -91,7 +91,7 @@ struct Panel {
   int block, blocks, parts, count, steps;
   bool opens, closes;           // its sums, which stay in tiles from one to the other
   const uint8_t* data[kPanel];  // [part][block]
-  int place[kPanel];            // in bytes, made dense: [block][part]
+  int place[kPanel];            // made dense: [block][part]
 };
 
 // Panels of superblocks [super, last) for the parts [begin, end), in the order in which a thread meets them: all parts
@@ -117,12 +117,22 @@ struct Walk {
     for (int p = 0; p < panel.parts; ++p, data += count * bytes) {
       for (int b = 0; b < panel.blocks; ++b, ++panel.count) {
         panel.data[panel.count] = data + b * bytes;
-        panel.place[panel.count] = (b * panel.parts + p) * kBlockTiles;
+        panel.place[panel.count] = b * panel.parts + p;
       }
     }
     part += parts;
     if (part >= end) part = begin, block += blocks;
     if (block >= count) block = 0, ++super;
+  }
+};
+
+// Deals out `all` things over `calls`.
+struct Even {
+  int all, calls, credit = 0, done = 0;
+  Even(int all, int calls) : all(all), calls(calls) {}
+  template <class Do>
+  INLINE void some(Do run) {
+    for (credit += all; credit >= calls; credit -= calls) run(done++);
   }
 };
 

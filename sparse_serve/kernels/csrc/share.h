@@ -12,7 +12,7 @@ namespace sparse24 {
 // rounded inputs it takes as long as those of some 4, which the least of 8 stands for.
 inline int64_t work_of(const Linear& op, int64_t tokens) {
   constexpr int64_t kReading = 8, kExpanding = 48;
-  return op.tiles ? kExpanding + tokens : std::max(kReading, tokens);
+  return op.tiles || op.rounded.tiles ? kExpanding + tokens : std::max(kReading, tokens);
 }
 
 // With tiles, and with rounded inputs, weights are made ready for all tokens of a unit, so it has as many as let the

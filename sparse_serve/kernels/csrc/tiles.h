@@ -19,10 +19,10 @@ INLINE void each(Do run) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// A tile of 16 rows of 64 bytes, one after another.
+// A tile of 16 rows of 64 bytes, one after another or `apart` bytes apart.
 template <int kTile>
-INLINE void load_tile(const void* from) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(int64_t{64}), "i"(kTile) : "memory");
+INLINE void load_tile(const void* from, int64_t apart = 64) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(apart), "i"(kTile) : "memory");
 }
 template <int kTile>
 INLINE void store_tile(void* to) {
@@ -38,8 +38,14 @@ INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
 }
 
-// Eight tiles while it lives: four of sums and one of inputs for `tokens`, the others whole. Then as the thread had them,
-// for libraries that configure theirs once.
+// The same for int8 numbers, four to a lane: sums in int32.
+template <int kSums, int kInputs, int kWeights>
+INLINE void multiply_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
+}
+
+// Eight tiles while it lives: the first `own_tiles`, of sums and inputs, for `tokens`, the others whole. Then as the thread
+// had them, for libraries that configure theirs once.
 class TileConfiguration {
   struct alignas(64) Layout {
     uint8_t palette = 0, start = 0, reserved[14] = {};
@@ -49,11 +55,11 @@ class TileConfiguration {
   Layout before_;
 
  public:
-  explicit TileConfiguration(int tokens) {
+  TileConfiguration(int tokens, int own_tiles) {
     asm volatile("sttilecfg %0" : "=m"(before_));
     Layout own;
     own.palette = 1;
-    for (int i = 0; i < 8; ++i) own.bytes[i] = 64, own.rows[i] = static_cast<uint8_t>(i < 5 ? tokens : 16);
+    for (int i = 0; i < 8; ++i) own.bytes[i] = 64, own.rows[i] = static_cast<uint8_t>(i < own_tiles ? tokens : 16);
     asm volatile("ldtilecfg %0" : : "m"(own));
   }
   ~TileConfiguration() {

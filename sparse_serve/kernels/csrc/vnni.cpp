@@ -233,10 +233,15 @@ void vnni::run(const Linear& op, int64_t first, int64_t last) {
 // all outputs of the token show; where all are next to nothing they count as zero.
 void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* codes, float* scale) {
   constexpr float kNothing = 1e-30f;
+  const __m512i none = _mm512_set1_epi32(op.rounded.tiles ? 0 : kZero);
   alignas(64) float x[kColumns];
   for (int64_t token = first; token < last; ++token) {
     for (int64_t column = 0; column < op.columns; column += kColumns) {
       const int64_t at = column / kColumns * op.rounded.tokens + token;
+      if (token >= op.tokens) {  // what fills up a tile
+        __builtin_memset(codes + at * kColumns, 0, kColumns), scale[at] = 0;
+        continue;
+      }
       __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
       read_inputs(op, token, column, x);
       for (int i = 0; i < kColumns; i += kLanes) {
@@ -249,7 +254,7 @@ void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* 
       scale[at] = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
       for (int i = 0; i < kColumns; i += kLanes) {
         const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
-        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(kZero));
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), none);
         _mm_store_si128(reinterpret_cast<__m128i*>(codes + at * kColumns + i), _mm512_cvtepi32_epi8(code));
       }
     }

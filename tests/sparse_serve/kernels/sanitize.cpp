@@ -35,6 +35,14 @@ struct Buffer {  // of floats, read as what they are rounded to
 
 struct alignas(64) Line { uint8_t bytes[64]; };  // as torch aligns what it allocates
 
+bool is_rounded_tiles(Run run) {
+#if SPARSE24_AMX
+  return run == amx::run_rounded;
+#else
+  return run == nullptr;
+#endif
+}
+
 // As so many threads would share it; with a bias, or without.
 int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
           int64_t threads = 1, bool biased = true) {
@@ -95,11 +103,13 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   std::vector<Line> codes;
   std::vector<float> steps(tokens * column_blocks(columns));
 #if defined(__x86_64__)
-  if (run == vnni::run) {
-    op.rounded.tokens = tokens;
-    codes.resize(steps.size() * kColumns / sizeof(Line));
-    for (int64_t half : {tokens / 2, tokens}) {  // by two threads
-      vnni::round_tokens(op, half == tokens ? tokens / 2 : 0, half, codes.data()->bytes, steps.data());
+  const bool signed_codes = is_rounded_tiles(run);
+  const int64_t padded = signed_codes ? ceil_div(tokens, kLanes) * kLanes : tokens;
+  if (run == vnni::run || signed_codes) {
+    op.rounded.tokens = padded, op.rounded.tiles = signed_codes;
+    steps.resize(padded * column_blocks(columns)), codes.resize(steps.size() * kColumns / sizeof(Line));
+    for (int64_t half : {padded / 2, padded}) {  // by two threads
+      vnni::round_tokens(op, half == padded ? padded / 2 : 0, half, codes.data()->bytes, steps.data());
     }
     op.rounded.codes = codes.data()->bytes, op.rounded.scale = steps.data();
   }
@@ -112,8 +122,9 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
       for (int64_t column = 0; column < columns; ++column) {
         double input = x.at(token * columns + column);
         if (!codes.empty()) {
-          const int64_t at = column / kColumns * tokens + token;
-          const double rounded = (codes.data()->bytes[at * kColumns + column % kColumns] - 128) * double(steps[at]);
+          const int64_t at = column / kColumns * op.rounded.tokens + token;
+          const uint8_t code = codes.data()->bytes[at * kColumns + column % kColumns];
+          const double rounded = (op.rounded.tiles ? static_cast<int8_t>(code) : code - 128) * double(steps[at]);
           if (std::fabs(rounded - input) > 0.5001 * steps[at]) return 1;
           input = rounded;
         }
@@ -196,6 +207,7 @@ int main() {
 #endif
 #if SPARSE24_AMX
       {"amx", amx::run, best_isa() >= 3},
+      {"amx_int8", amx::run_rounded, has_int8_tiles()},
 #endif
   };
   int wrong = check_refusals(), checked = 0;
@@ -209,7 +221,7 @@ int main() {
   for (const auto& isa : isas) {
     if (!isa.here) continue;
     std::printf("%s ", isa.name);
-    const bool bytes = isa.name[0] == 'v';  // takes codes only
+    const bool bytes = isa.run == vnni::run || is_rounded_tiles(isa.run);  // takes codes only
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8, Values::kInt4}) {
       if (bytes && kind != Values::kInt8 && kind != Values::kInt4) continue;
       for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {

@@ -41,6 +41,15 @@ kernel = choose(LinearSpec(64, 256, NMPattern(2, 4), torch.bfloat16, "cpu"), "cp
 weight_OI = torch.ones(64, 256).bfloat16()
 tensors = kernel.prepare(PackedTensor.pack(weight_OI, NMPattern(2, 4).mask_from_scores(weight_OI), NMPattern(2, 4)))
 print(cpu.isa(), kernel.linear(torch.ones(20, 256).bfloat16(), tensors, None).unique().tolist())
+rounded = choose(LinearSpec(64, 256, NMPattern(2, 4), torch.bfloat16, "cpu", "int8", activations="int8"), "cpu_int8")
+packed = PackedTensor.pack(weight_OI, NMPattern(2, 4).mask_from_scores(weight_OI), NMPattern(2, 4)).quantised("int8")
+tensors = rounded.prepare(packed)
+print(rounded.linear(torch.ones(20, 256).bfloat16(), tensors, None).unique().tolist())
+blocks, form, scale = (tensors[name] for name in ("blocks", "form", "scale"))
+try:
+    torch.ops.sparse_serve_cpu.linear_int8(torch.ones(20, 256), blocks, form, scale, None, True)
+except RuntimeError as error:
+    print("tiles is true, expected false or none" in str(error))
 """
 
 
@@ -109,4 +118,4 @@ def test_what_is_not_finite_stays_with_its_token(tokens: int, values: str) -> No
 def test_a_process_that_may_not_use_tiles_uses_avx512() -> None:
     ran = subprocess.run([sys.executable, "-c", WITHOUT_PERMISSION], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split("\n")[-2] == "avx512 [128.0]"
+    assert ran.stdout.split("\n")[-4:-1] == ["avx512 [128.0]", "[128.0]", "True"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
 from maskgen.core.values import INT4, INT8
-from sparse_serve.kernels import LinearSpec, choose, cpu_int8, supported
+from sparse_serve.kernels import LinearSpec, choose, cpu, cpu_int8, supported
 from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.timing import torch_threads
 
@@ -26,6 +27,18 @@ SPEC = LinearSpec(64, 128, PATTERN, torch.bfloat16, "cpu", INT8, activations=INT
 needs_vnni = pytest.mark.skipif(
     cpu_int8.unsupported_reason(SPEC) is not None, reason=cpu_int8.unsupported_reason(SPEC) or ""
 )
+needs_tiles = pytest.mark.skipif(
+    not (cpu.library_problem() is None and torch.ops.sparse_serve_cpu.int8_tiles()),
+    reason="this processor lacks AMX with int8, or tiles are kept from this process",
+)
+
+
+def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, tiles: bool) -> Tensor:
+    scale = tensors.get("scale")
+    y_TO: Tensor = torch.ops.sparse_serve_cpu.linear_int8(
+        x_TI, tensors["blocks"], tensors["form"], scale, bias_O, tiles
+    )
+    return y_TO
 
 
 def packed_weight(rows: int, columns: int, values: str = INT8, group: int | None = None) -> PackedTensor:
@@ -81,6 +94,61 @@ def test_only_the_inputs_are_rounded(
     error_TO = (y_TO - (inputs_TI @ weight_OI.T + bias_O.double())).abs()
     steps = 4 + columns // 128  # sums of 128 columns are added in float32
     assert (error_TO <= steps * 2**-23 * size_TO + torch.finfo(dtype).eps * (error_TO + y_TO.abs())).all()
+
+
+@needs_tiles
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 300) | st.just(2100),
+    columns=st.integers(1, 40).map(lambda groups: 8 * groups) | st.sampled_from([1024, 1160, 4104]),
+    tokens=st.integers(1, 40) | st.integers(60, 150) | st.sampled_from([530, 1100]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    values=st.sampled_from([INT8, INT4]),
+    group=st.sampled_from(GROUPS),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_tiles_of_amx_give_the_same_bits(
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, values: str, group: int | None, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    tensors = cpu_int8.prepare(packed_weight(rows, columns, values, group if values == INT4 else None))
+    x_TI, bias_O = torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
+    for each_O in (None, bias_O):
+        with torch_threads(threads):
+            with_TO, without_TO = (product(x_TI, tensors, each_O, tiles) for tiles in (True, False))
+        assert torch.equal(with_TO, without_TO)
+
+
+@needs_tiles
+@pytest.mark.parametrize("values", [INT8, INT4])
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_tiles_and_vnni_agree_on_what_is_extreme(values: str, tokens: int) -> None:
+    """Inputs that are not finite or next to nothing, codes at the ends of their range, scales that are tiny."""
+    torch.manual_seed(0)
+    packed = packed_weight(40, 264, values, 64 if values == INT4 else None)
+    assert packed.scale is not None
+    packed.scale[::3] *= 1e-38
+    packed.values[::2] = 0x88 if values == INT4 else -128
+    x_TI = torch.randn(tokens, 264)
+    x_TI[0, 3], x_TI[tokens // 2, 200], x_TI[-1, 8:] = torch.inf, torch.nan, 1e-33
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = cpu_int8.prepare(packed)
+        with_TO, without_TO = (product(x_TI.to(dtype), tensors, None, tiles) for tiles in (True, False))
+        assert torch.equal(with_TO.isnan(), without_TO.isnan())
+        assert torch.equal(with_TO.nan_to_num(), without_TO.nan_to_num())
+
+
+@needs_tiles
+@pytest.mark.parametrize("values", [INT8, INT4])
+def test_damaged_blocks_are_read_as_something_within_bounds(values: str) -> None:
+    """No code of a block can point outside of it; what no pair has a number for counts as zero."""
+    torch.manual_seed(0)
+    tensors = cpu_int8.prepare(packed_weight(40, 264, values, 64 if values == INT4 else None))
+    tensors["blocks"].random_(0, 256)
+    for tokens in (9, 40):
+        y_TO = product(torch.randn(tokens, 264).bfloat16(), tensors, None, True)
+        assert y_TO.shape == (tokens, 40)
 
 
 @needs_vnni

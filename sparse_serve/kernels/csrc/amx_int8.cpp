@@ -3,10 +3,10 @@
 //
 //     for each 512 tokens, for each group of superblocks:
 //         for so many columns that the tokens' codes stay in a cache:
-//             for each panel of 2 blocks by 512 columns:
+//             for each panel of 2 blocks by 256 columns:
 //                 for each 64 tokens, for each 128 columns:      4 tiles of weights stay in registers
-//                     for each 16 tokens:                        4 products; their sums of codes, scaled, onto sums in
-//                                                                float32; and a part of the next panel is made dense
+//                     for each 16 tokens:                        4 products; sums of codes, scaled, onto float32 sums;
+//                                                                and a part of the next panel is made dense
 //
 // Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds: the
 // results are the same, bit by bit.
@@ -45,7 +45,7 @@ struct Scratch {
   alignas(64) float sums[kSumTiles * kTile];
 };
 
-// By code, for each of 4 columns which byte of the kept pair it is: the right one `kRight` bytes behind the left one; or
+// By code, for each of 4 columns which byte of the kept pair it is, the right one `kRight` bytes behind the left one; or
 // `kNone`.
 template <int kRight, int kNone>
 struct ByteControls {
@@ -70,7 +70,8 @@ __attribute__((noinline)) void expand_bytes(const uint8_t* block, uint8_t* out, 
   const __m512i table = _mm512_load_si512(kNibbles ? kSpread.by_code : kPairs.by_code);
   const __m512i used = _mm512_set1_epi8(static_cast<char>(kNibbles ? 0x82 : 0x21));
   const __m512i places = _mm512_mullo_epi32(  // of each row's pair
-      kNibbles ? _mm512_set4_epi32(12, 8, 4, 0) : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+      kNibbles ? _mm512_set4_epi32(12, 8, 4, 0)
+               : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
       _mm512_set1_epi32(0x01010101));
   for (int line = 0; line < block_bytes(kValues); line += 64) __builtin_prefetch(ahead + line, 0, 2);
   const uint8_t* values = block + kCodeBytes;
@@ -82,7 +83,7 @@ __attribute__((noinline)) void expand_bytes(const uint8_t* block, uint8_t* out, 
       const __m512i control = _mm512_ternarylogic_epi32(both, used, places, 0xea);
       if constexpr (kNibbles) {
         if (g % 4 == 0) four = _mm512_loadu_si512(values), values += 64;
-        const __m512i kept = _mm512_srai_epi16(_mm512_slli_epi16(four, 12 - g % 4 * 4), 12);  // bytes 0 and 2 are numbers
+        const __m512i kept = _mm512_srai_epi16(_mm512_slli_epi16(four, 12 - g % 4 * 4), 12);  // bytes 0 and 2 count
         _mm512_store_si512(out, _mm512_shuffle_epi8(kept, control));
       } else {
         const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
@@ -170,7 +171,8 @@ INLINE __m512i to_bf16(__m512 value) {
 // Superblocks [first, last), few enough for the sums, for the tokens [token, token + 16 * tiles).
 template <Values kValues>
 void group(const Linear& op, int64_t first, int64_t last, int64_t token, int tiles, Scratch& own) {
-  const int64_t parts = column_blocks(op.columns), most = std::max<int64_t>(kInputBytes / (kBlockBytes * tiles), kParts);
+  const int64_t parts = column_blocks(op.columns);
+  const int64_t most = std::max<int64_t>(kInputBytes / (kBlockBytes * tiles), kParts);
   for (int64_t begin = 0; begin < parts; begin += most) {
     const int64_t end = std::min(begin + most, parts);
     Walk walk{op, last, begin, end, first, begin, kBlocks, kParts, block_bytes(kValues), false};

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from typing import Any
 
 from tests.bench import record
 from tests.bench.tables.cells import markdown, percent
 
+_WAYS = {
+    "in-process": "vLLM's engine, read in the server's process",
+    "grpc": "gRPC, a connection for each stream",
+    "grpc-shared": "gRPC, one connection",
+    "vllm-grpc": "vLLM's protocol (`--smg`)",
+    "http": "HTTP",
+}
 _TASKS = {
     "the same model": "tasks: the same model",
     "0.2 % of samples lost and 0.2 % won (rounding)": "tasks: 0.2% lost, 0.2% won",
@@ -82,7 +90,25 @@ def gate_errors(shown: dict[str, str]) -> str:
     return markdown(("truth", *verdicts), rows)
 
 
+def apis() -> str:
+    """CPU time of the server for a token through each API, and the first token: medians of rounds, and their range."""
+    run = record.load("api-cost", "random-llama-tiny")[-1]
+    rows = []
+    for way, label in _WAYS.items():
+        many, few = ([row for row in run["rows"] if (row["way"], row["streams"]) == (way, count)] for count in (64, 8))
+        cost_us = [row["cpu_s"] / row["tokens"] * 1e6 for row in many]
+        together = statistics.median(row["tokens"] / row["pieces"] for row in many)
+        first_ms = [row["first_ms"] for row in few]
+        rows.append([label, _spread(cost_us, ".1f"), f"{together:.1f}", _spread(first_ms, ".1f")])
+    return markdown(("", "us of CPU for a token", "tokens in a message", "first token, ms"), rows)
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 TABLES = {
+    "cost of the APIs": apis,
     "a served model": served,
     "memory of one step": mask_memory,
     "cost of a sweep": sweep,

@@ -8,8 +8,8 @@
 //                     for each 16 tokens:                        4 products; sums of codes, scaled, onto float32 sums;
 //                                                                and a part of the next panel is made dense
 //
-// Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds: the
-// results are the same, bit by bit.
+// Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds:
+// the results are the same, bit by bit.
 #include "isa.h"
 #if SPARSE24_AMX
 #include <immintrin.h>
@@ -45,8 +45,8 @@ struct Scratch {
   alignas(64) float sums[kSumTiles * kTile];
 };
 
-// By code, for each of 4 columns which byte of the kept pair it is, the right one `kRight` bytes behind the left one; or
-// `kNone`.
+// By code, for each of 4 columns which byte of the kept pair it is, the right one `kRight` bytes behind the left one;
+// or `kNone`.
 template <int kRight, int kNone>
 struct ByteControls {
   alignas(64) uint32_t by_code[16];

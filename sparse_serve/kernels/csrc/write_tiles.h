@@ -9,8 +9,8 @@ INLINE __m512 widened(__m256i bfloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
 }
 
-// Sums [block][token][16 rows] of rows [first, end) for `tiles` times 16 tokens into y, which is bfloat16: two blocks at
-// once, for whole lines of the cache. `rounded` makes bfloat16 of the low and the high half of a line.
+// Sums [block][token][16 rows] of rows [first, end) for `tiles` times 16 tokens into y, which is bfloat16: two blocks
+// at once, for whole lines of the cache. `rounded` makes bfloat16 of the low and the high half of a line.
 template <class Rounded>
 void write_tiles(const Linear& op, const float* sums, int64_t first, int64_t end, int64_t token, int tiles,
                  Rounded rounded) {

@@ -77,15 +77,17 @@ def amx() -> str:
     return markdown(("out x in", "values", *_HEAD), ordered, texts=2)
 
 
-def quantised() -> str:
-    """Milliseconds of every candidate, and how many times faster the last is than the fastest dense one."""
-    (run,) = record.load("kernels", "cpu-bfloat16-2threads-quantised")
+def quantised(model: str) -> str:
+    """Milliseconds of every candidate of one run, and how many times faster the last are than the fastest dense one."""
+    (run,) = record.load("kernels", model)
     by_shape: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in run["results"]:
         by_shape[f"{result['out_features']} x {result['in_features']}"].append(result)
     rows = []
     for shape, results in by_shape.items():
         for name, label in _QUANTISED.items():
+            if name not in results[0]["median_s"]:
+                continue  # vLLM's W4A16, where there is AMX
             rows.append([shape, label, *(f"{1e3 * result['median_s'][name]:.2f}" for result in results)])
         for name in ("cpu_int8 int8", "cpu_int8 int4"):
             dense = [min(result["speedup_over"].values(), key=lambda over: over[name])[name] for result in results]
@@ -143,7 +145,8 @@ TABLES = {
     f"kernels at {COMMIT}": partial(cpu, ("bfloat16", "float32", "float16")),
     f"small layers at {COMMIT}": small,
     "kernels with AMX": amx,
-    "kernels beside quantised dense layers": quantised,
+    "kernels beside quantised dense layers": partial(quantised, "cpu-bfloat16-2threads-quantised"),
+    "kernels beside quantised dense layers, with AMX": partial(quantised, "cpu-bfloat16-2threads-quantised-amx"),
     "a dense kernel of the same care": own_dense,
     "kernels on an H200": gpu,
 }

@@ -23,6 +23,7 @@ _LOW_RANK_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-000330"
 _LOW_RANK_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-033800"
 _LOW_RANK_TRAINED_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-060838"
 _LOW_RANK_BUDGET = "low-rank--smollm2-135m--x86_64-2core--20261128-112411"
+_LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-115346"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -69,6 +70,11 @@ ROADS = (
     Road("the same from `admm --bytes 0.75`, training whole blocks, as `best-effort` now does", "0.3 M", _BLOCKS),
     Road("the same, 480 steps", "1.0 M", _BLOCKS, 1),
     Road("`admm-lowrank --bytes 0.75`, rank 20", "33 k", _LOW_RANK_BUDGET),
+    Road(
+        "then `best-effort-lowrank` with that as `--prior`, 48 steps, with the demo's texts",
+        "0.1 M",
+        _LOW_RANK_BUDGET_TRAINED,
+    ),
     Road("`admm`, then `best-effort`, 240 steps, with the demo's texts", "0.5 M", _ADMM, 1),
     Road("the same, training whole blocks", "0.5 M", _STRICT),
     Road("whole blocks, 240 steps, then `quantise --values int4 --data`: 0.20 of the bytes", "0.5 M", _INT4_LATER),

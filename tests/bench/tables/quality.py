@@ -11,9 +11,9 @@ from tests.bench.quality import ROWS, WHAT
 from tests.bench.tables.cells import markdown
 
 TEXTS = ("wikitext2.test", "brown.valid", "speech.valid")
-_ADMM, _BUDGET, _BLOCKS, _STRICT = (
+_ADMM, _BUDGET, _BLOCKS, _STRICT, _ANSWERS = (
     f"asymmetric--smollm2-135m--x86_64-2core--{time}"
-    for time in ("20261126-225800", "20261127-020200", "20261127-054500", "20261127-125000")
+    for time in ("20261126-225800", "20261127-020200", "20261127-054500", "20261127-125000", "20261128-120002")
 )
 _SWAPS, _FEW, _SHORT = (
     f"frozen--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150200", "164000", "194100")
@@ -79,6 +79,7 @@ ROADS = (
     Road("the same, training whole blocks", "0.5 M", _STRICT),
     Road("whole blocks, 240 steps, then `quantise --values int4 --data`: 0.20 of the bytes", "0.5 M", _INT4_LATER),
     Road("the pruned layers alone, 400 steps", "0.8 M", _BUDGET, 3),
+    Road("whole blocks, 500 steps, from the dense model's answers alone", "1.0 M", _ANSWERS),
 )
 
 

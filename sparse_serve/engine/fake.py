@@ -7,6 +7,7 @@ and counts what is unfinished, and can be slow (`delay_s` per token), fail a req
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,11 +44,15 @@ INFO = EngineInfo(
 
 
 class FakeEngine:
-    """Implements `Engine`. The attributes may be changed at any time; they take effect with the next token."""
+    """Implements `Engine`. The attributes may be changed at any time; they take effect with the next token.
+
+    A start takes `start_s`, or until `start_over` is set.
+    """
 
     def __init__(self, delay_s: float = 0.0, start_s: float = 0.0, start_error: Exception | None = None) -> None:
         self.delay_s = delay_s
         self.start_s = start_s
+        self.start_over = asyncio.Event()
         self.start_error = start_error
         self.fail_with: Exception | None = None
         self.models: tuple[str, ...] = (INFO.model,)
@@ -64,7 +69,8 @@ class FakeEngine:
         self.progress = Progress()
 
     async def start(self) -> EngineInfo:
-        await asyncio.sleep(self.start_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.start_over.wait(), self.start_s)
         if self.start_error is not None:
             raise self.start_error
         self.started = True

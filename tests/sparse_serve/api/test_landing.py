@@ -10,8 +10,9 @@ from tests.sparse_serve.running import running
 
 
 async def test_the_page_is_there_in_every_phase_and_needs_nothing_from_elsewhere() -> None:
-    async with running(FakeEngine(start_s=0.2), ready=False) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         early = await server.http.get("/")
+        server.engine.start_over.set()
         await server.until(lambda: server.is_ready)
         late = await server.http.get("/")
         assert (await server.http.head("/")).status_code == 200

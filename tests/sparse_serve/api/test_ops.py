@@ -5,9 +5,10 @@ from tests.sparse_serve.running import running
 
 
 async def test_ready_follows_the_phase() -> None:
-    async with running(FakeEngine(start_s=0.2), ready=False) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         response = await server.http.get("/ready")
         assert (response.status_code, response.json()["phase"]) == (503, "starting")
+        server.engine.start_over.set()
         await server.until(lambda: server.is_ready)
         assert (await server.http.get("/ready")).status_code == 200
         server.engine.delay_s = 0.05
@@ -19,8 +20,9 @@ async def test_ready_follows_the_phase() -> None:
 
 
 async def test_info_shows_engine_and_settings_once_started() -> None:
-    async with running(FakeEngine(start_s=1.0), ready=False, max_stop=5) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False, max_stop=5) as server:
         assert (await server.http.get("/sparse-serve/info")).json()["engine"] is None
+        server.engine.start_over.set()
         await server.until(lambda: server.is_ready)
         info = (await server.http.get("/sparse-serve/info")).json()
     assert info["engine"]["kernels"] == {"reference": 2, "cpu": 1}

@@ -91,10 +91,11 @@ async def test_an_error_says_code_reason_field_and_when_to_try_again() -> None:
 
 
 async def test_a_server_that_starts_is_waited_for() -> None:
-    async with running(FakeEngine(start_s=0.8), ready=False) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         async with AsyncClient(server.grpc_address, attempts=1) as impatient:
             with pytest.raises(CallError, match="UNAVAILABLE"):
                 await impatient.generate("ab")
+        asyncio.get_running_loop().call_later(0.8, server.engine.start_over.set)
         async with AsyncClient(server.grpc_address, attempts=5) as patient:
             assert (await patient.generate("ab", max_tokens=2)).text == "ab"
 

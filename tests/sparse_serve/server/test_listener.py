@@ -11,10 +11,11 @@ from tests.sparse_serve.running import running
 
 
 async def test_before_the_engine_is_up_everything_is_503_with_retry_after() -> None:
-    async with running(FakeEngine(start_s=0.3), ready=False) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         for response in (await server.http.get("/health"), await server.http.post("/v1/completions", json={})):
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert "starting" in response.json()["error"]["message"]
+        server.engine.start_over.set()
         await server.until(lambda: server.is_ready)
         assert (await server.http.get("/health")).text == "/health"
 

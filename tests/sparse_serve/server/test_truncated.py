@@ -116,8 +116,9 @@ async def test_an_error_in_the_middle() -> None:
 
 
 async def test_every_request_is_counted_and_no_probe_is_waited_for() -> None:
-    async with running(FakeEngine(start_s=0.2), ready=False) as server:
+    async with running(FakeEngine(start_s=1000.0), ready=False) as server:
         assert (await server.http.get("/v1/models")).status_code == 503
+        server.engine.start_over.set()
         await server.until(lambda: server.is_ready)
         for path, status in (("/v1/models", 200), ("/readyz", 200), ("/nothing", 404), ("/metrics", 200)):
             assert (await server.http.get(path)).status_code == status

@@ -11,7 +11,8 @@
 // columns, and a step takes about as long as reading the weight. Int4 values have a scale for each 128 columns of a row:
 // tiles hold their codes, and sums of 128 columns are scaled, in float32, when they are added to those before.
 //
-// Sums are float32; a token's are added in the same order whatever its place. Subnormal numbers count as zero, in inputs, weights and sums, as in avx512's products.
+// Sums are float32; a token's are added in the same order whatever its place. Subnormal numbers count as zero, in inputs,
+// weights and sums, as in avx512's products.
 #include "isa.h"
 #if SPARSE24_AMX
 #include <immintrin.h>
@@ -39,9 +40,7 @@ namespace {
 constexpr int64_t few_tokens(Values values) {
   return values == Values::kBFloat16 ? 4 : values == Values::kInt4 ? 2 : 0;
 }
-constexpr int kMostTokens = 512;  // of a group
 constexpr int kInputTiles = 256;  // of 1 KiB, read again for each panel: they and the sums share the L2 cache
-constexpr int kSumTiles = 512;    // of 1 KiB
 
 struct Scratch {
   alignas(64) uint8_t weights[2][kPanel * kBlockTiles];
@@ -135,7 +134,8 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
     Panel panels[3];  // one is multiplied, the next made dense, the one after that asked for
     for (int i = 0; i < 3; ++i) walk.next(panels[i]);
     const auto make_dense = [&](const Panel& panel, const Panel& ahead, int turn, int i) {
-      expand<kValues>(panel.data[i], own.weights[turn % 2] + panel.place[i] * kBlockTiles, (i < ahead.count ? ahead : panel).data[i]);
+      expand<kValues>(panel.data[i], own.weights[turn % 2] + panel.place[i] * kBlockTiles,
+                      (i < ahead.count ? ahead : panel).data[i]);
     };
     for (int i = 0; i < panels[0].count; ++i) make_dense(panels[0], panels[1], 0, i);
     for (int turn = 0; panels[turn % 3].count; ++turn) {
@@ -157,15 +157,9 @@ void run_tiles(const Linear& op, int64_t first, int64_t last) {
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own.reset(new Scratch);                  // as it is: every byte is written before it is read
   const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)), 5);  // fewer rows to load
-  const int64_t groups = ceil_div(op.tokens, kMostTokens);
-  const int64_t even = ceil_div(ceil_div(op.tokens, groups), kLanes) * kLanes;
-  const int64_t supers = kSumTiles / (even / kLanes) / kSuper;
-  for (int64_t token = 0; token < op.tokens; token += even) {
-    const int tiles = static_cast<int>(ceil_div(std::min(even, op.tokens - token), kLanes));
-    for (int64_t start = first; start < last; start += supers) {
-      group<kValues>(op, start, std::min(start + supers, last), token, tiles, *own);
-    }
-  }
+  each_group(op, first, last, [&](int64_t start, int64_t stop, int64_t token, int tiles) {
+    group<kValues>(op, start, stop, token, tiles, *own);
+  });
 }
 
 }  // namespace

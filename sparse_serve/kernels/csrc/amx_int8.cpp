@@ -35,9 +35,7 @@ constexpr int kBlockBytes = kByteSteps * kTileBytes;    // of a block made dense
 constexpr int kTile = kLanes * kLanes;                  // numbers of a tile of sums
 constexpr int kBlocks = 2, kParts = 2;                  // of a panel: two panels share the L1 cache with sums and codes
 constexpr int kChunk = 4;                               // tiles of tokens that meet a panel one part after another
-constexpr int kMostTokens = 512;                        // of a group
 constexpr int kInputBytes = 256 << 10;                  // codes, read again for each panel: they and the sums share L2
-constexpr int kSumTiles = 512;                          // of 1 KiB
 
 struct Scratch {
   alignas(64) uint8_t weights[2][kBlocks * kParts * kBlockBytes];
@@ -211,15 +209,9 @@ void run_values(const Linear& op, int64_t first, int64_t last) {
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own.reset(new Scratch);                  // as it is: every byte is written before it is read
   const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)), 4);
-  const int64_t groups = ceil_div(op.tokens, kMostTokens);
-  const int64_t even = ceil_div(ceil_div(op.tokens, groups), kLanes) * kLanes;
-  const int64_t supers = kSumTiles / (even / kLanes) / kSuper;
-  for (int64_t token = 0; token < op.tokens; token += even) {
-    const int tiles = static_cast<int>(ceil_div(std::min(even, op.tokens - token), kLanes));
-    for (int64_t start = first; start < last; start += supers) {
-      group<kValues>(op, start, std::min(start + supers, last), token, tiles, *own);
-    }
-  }
+  each_group(op, first, last, [&](int64_t start, int64_t stop, int64_t token, int tiles) {
+    group<kValues>(op, start, stop, token, tiles, *own);
+  });
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ namespace {
 constexpr int kSteps = kColumns / 32;             // tiles side by side in a block
 constexpr int kBlockTiles = kSteps * kTileBytes;  // bytes of a block made dense; and of 16 tokens of 128 columns
 constexpr int kPanel = 4;                         // blocks of a panel: two panels share the L1 cache with inputs
+constexpr int kMostTokens = 512;                  // of a group
+constexpr int kSumTiles = 512;                    // of 1 KiB, which a group has for sums
 
 // By code, for each byte of the pair of columns 0 and 1 which byte of the kept pair it is: bits 0 and 1, or bit 7 if it
 // is zero. Of columns 2 and 3 the same, in what a rotation to the left by 4 brings there.
@@ -135,6 +137,20 @@ struct Even {
     for (credit += all; credit >= calls; credit -= calls) run(done++);
   }
 };
+
+// Superblocks [first, last) and all tokens in groups: so many tokens, and so many superblocks that their sums have room.
+template <class Run>
+INLINE void each_group(const Linear& op, int64_t first, int64_t last, Run run) {
+  const int64_t groups = ceil_div(op.tokens, kMostTokens);
+  const int64_t even = ceil_div(ceil_div(op.tokens, groups), kLanes) * kLanes;
+  const int64_t supers = kSumTiles / (even / kLanes) / kSuper;
+  for (int64_t token = 0; token < op.tokens; token += even) {
+    const int tiles = static_cast<int>(ceil_div(std::min(even, op.tokens - token), kLanes));
+    for (int64_t start = first; start < last; start += supers) {
+      run(start, std::min(start + supers, last), token, tiles);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace sparse24

@@ -1,4 +1,4 @@
-"""A sparse model served beside what a user would pick instead: stock vLLM in bf16, W8A8 and W4A16, and llama.cpp.
+"""A sparse model served beside what a user would pick instead: stock vLLM quantised or not, and llama.cpp.
 
     result = run(FieldRequest(dense="DENSE", sparse=("SPARSE",), peers=("bf16", "w8a8")))
     compare(result)                     # `bench.field_report`

@@ -153,7 +153,7 @@ def _candidates(
     for name, linear in zip(DENSE, (torch_dense, stock_linear), strict=True):
         copies = range(_copies(weight_OI.nbytes))
         candidates[name] = Candidate([linear(weight_OI.clone()) for _ in copies], weight_OI.nbytes)
-    for name, make in quantised.PEERS.items():
+    for name, make in quantised.peers().items():
         try:
             layer = make(weight_OI)
         except KernelError as error:
@@ -196,7 +196,7 @@ def _measure(
         if name != READ or tokens == 1
     }
     times = interleaved(calls, budget_s)
-    dense = [name for name in (*DENSE, *quantised.PEERS) if name in calls]
+    dense = [name for name in (*DENSE, *quantised.peers()) if name in calls]
     kernels = [name for name in calls if name not in (*dense, READ)]
     weight_bytes = {name: candidates[name].weight_bytes for name in calls}
     return Result(

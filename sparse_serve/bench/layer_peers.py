@@ -3,7 +3,7 @@
     for step in compare(survey):
         step.tokens, step.peer, step.sparse_s, step.peer_s
 
-Each kind of layer, as it will be served, takes turns with the same layer as W8A8 and as W4A16 (`plugin.quantised`), on
+Each kind of layer, as it will be served, takes turns with the same layer as `plugin.quantised.peers` have it, on
 random weights in several copies. As in `tuning.measure` the best time of each counts. A kind of layer that a peer does
 not have is left out of both sides of that comparison.
 """
@@ -64,7 +64,7 @@ def compare(survey: Survey, threads: int | None = None) -> PeerTimes:
         for choice in survey.choices:
             measured.append((len(survey.kinds[choice.spec]), _measure(choice, found)))
     for tokens in TOKENS:
-        for peer in quantised.PEERS:
+        for peer in quantised.peers():
             both = [(count, times[tokens]) for count, times in measured if peer in times[tokens]]
             if both:
                 sparse_s, peer_s = (sum(count * each[name] for count, each in both) for name in (_SPARSE, peer))
@@ -93,7 +93,7 @@ def _candidates(choice: Choice, found: PeerTimes) -> dict[str, Sequence[Linear]]
         _SPARSE: [lambda x_TI, at=tensors: bound.linear(x_TI, at, None, spec.out_features) for tensors in prepared]  # type: ignore[misc]
     }
     weight_OI = random_dense_weight(spec)
-    for name, make in quantised.PEERS.items():
+    for name, make in quantised.peers().items():
         try:
             layer = make(weight_OI)
         except KernelError as error:

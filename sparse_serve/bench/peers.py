@@ -5,6 +5,7 @@ Ours are sparse checkpoints, each under `sparse-serve serve`. A peer is the dens
     bf16            stock vLLM, as it is
     w8a8            stock vLLM, int8 weights and activations (`bench.quantised_model`)
     w4a16           stock vLLM, int4 weights in the longest groups that are whole in every layer
+    w4a8            the same, int8 activations: what vLLM does by itself with AMX
     llama.cpp:q8_0  llama.cpp, 8 bits (`bench.gguf_model`)
     llama.cpp:q4_0  llama.cpp, 4 bits
 
@@ -24,7 +25,7 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,24 @@ def _w8a8(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contend
 
 
 def _w4a16(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
-    if quantised.rounds_activations():
-        raise UnsupportedError("vLLM has W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0 has it serve W4A16")
+    return _int4("W4A16", dense, layers, conditions)
+
+
+def _w4a8(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    if not quantised.has_w4a8():
+        raise UnsupportedError("vLLM rounds activations with int4 weights with AMX only, which this processor lacks")
+    return _int4("W4A8", dense, layers, conditions)
+
+
+def _int4(name: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
     headers = read_headers(dense)
     inputs = {headers[f"{layer}.weight"].shape[1] for layer in layers}
     group = quantised.common_group(inputs)
     if group is None:
         raise UnsupportedError(f"layers of {sorted(inputs)} inputs; vLLM's int4 wants groups of {quantised.GROUPS}")
-    model = _quantised(dense, layers, Scheme(4, group), conditions)
-    return _stock(f"vLLM W4A16 g{group}", model, conditions)
+    contender = _stock(f"vLLM {name} g{group}", _quantised(dense, layers, Scheme(4, group), conditions), conditions)
+    environ = {**contender.environ, "VLLM_CPU_INT4_W4A8": str(int(name == "W4A8"))}
+    return replace(contender, environ=environ)
 
 
 def _llama_cpp(kind: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
@@ -161,6 +171,7 @@ PEERS: dict[str, Callable[[Path, Sequence[str], Conditions], Contender]] = {
     "bf16": _dense,
     "w8a8": _w8a8,
     "w4a16": _w4a16,
+    "w4a8": _w4a8,
     "llama.cpp:q8_0": _q8_0,
     "llama.cpp:q4_0": _q4_0,
 }

@@ -1,9 +1,10 @@
 """The dense model with integer weights, in the files that stock vLLM serves: what a user would pick in place of 2:4.
 
 int8 with a scale for each row, which vLLM multiplies with activations rounded to int8 for each token (W8A8), or int4
-with a scale for each group of a row and activations as they are (W4A16). The format is that of compressed-tensors,
-`int-quantized` and `pack-quantized`. Codes are symmetric and rounded to the nearest; which code a weight has changes no
-time, so they stand for GPTQ's too. These are peers for benchmarks: nobody is meant to serve them for their answers.
+with a scale for each group of a row and activations as they are (W4A16) or rounded (W4A8). The format is that of
+compressed-tensors, `int-quantized` and `pack-quantized`. Codes are symmetric and rounded to the nearest; which code a
+weight has changes no time, so they stand for GPTQ's too. These are peers for benchmarks: nobody is meant to serve them
+for their answers.
 
 Legend: O = out features, I = in features, G = groups of a row.
 """

@@ -114,7 +114,7 @@ def _check_pair(args: argparse.Namespace) -> None:
 def kernels_table(results: Sequence[Result]) -> Table:
     """One shape: a section per number of tokens, a line per candidate; speedups below 1 in red.
 
-    `dense` is the faster dense layer in the activations' dtype, `W8A8` and `W4A16` are vLLM's quantised ones.
+    `dense` is the faster dense layer in the activations' dtype, `W8A8` and `W4A16` or `W4A8` are vLLM's quantised ones.
     """
     shown = Table(title=f"{results[0].out_features} x {results[0].in_features}", box=box.SIMPLE_HEAD)
     from sparse_serve.bench.kernels import DENSE

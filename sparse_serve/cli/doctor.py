@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint = next(action for action in parser._actions if action.dest == "checkpoint")
     checkpoint.nargs, checkpoint.required = "?", False
     checkpoint.help = "a sparse checkpoint (default: none; the installation is checked)"
-    peers = "also time these layers as vLLM's W8A8 and W4A16 have them, on a CPU: what a user would pick instead"
+    peers = "also time these layers as vLLM's W8A8 and int4 have them, on a CPU: what a user would pick instead"
     parser.add_argument("--peers", action="store_true", help=peers)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparse_serve.bench.field_report import Row
     from sparse_serve.bench.field_result import Result
 
-PEERS = ("bf16", "w8a8", "w4a16", "llama.cpp:q8_0", "llama.cpp:q4_0")
+PEERS = ("bf16", "w8a8", "w4a16", "w4a8", "llama.cpp:q8_0", "llama.cpp:q4_0")
 """Those of `bench.peers`, for `--help`, which does not wait for torch."""
 
 _DTYPE = "bfloat16"

@@ -1,6 +1,6 @@
 """The quantised dense linear layers of stock vLLM on a CPU: what a user would pick in a sparse one's place.
 
-Both are vLLM's own kernels on codes to the nearest; which code a weight has changes no time.
+They are vLLM's own kernels on codes to the nearest; which code a weight has changes no time.
 
 Legend: T = tokens, O = out features, I = in features, G = groups of a row, W = words of eight codes.
 """
@@ -21,9 +21,9 @@ from sparse_serve.runtime.errors import KernelError
 from sparse_serve.tuning.measure import Linear
 
 GROUPS = (128, 64, 32)
-"""How many weights may share a scale in W4A16, the usual number of GPTQ's and AWQ's checkpoints first."""
+"""How many weights may share an int4 scale, the usual number of GPTQ's and AWQ's checkpoints first."""
 
-_CODE, _SCALE = "codes", "scale"
+_CODE, _SCALE, _ZERO = "codes", "scale", "zero"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,19 @@ class QuantisedLayer:
 
 
 def w8a8(weight_OI: Tensor) -> QuantisedLayer:
-    """int8 weights with a scale a row; activations are rounded to int8 too, with a scale for each token."""
+    """int8 weights with a scale a row; activations are rounded to int8 too, with a scale for each token.
+
+    Raises `KernelError` for float32 where vLLM's kernel for AMX would take the layer, which has none.
+    """
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    if weight_OI.dtype is torch.float32 and check_cpu_sgl_kernel(*weight_OI.shape, torch.int8):
+        raise KernelError(
+            f"vLLM's W8A8 has no layer of {list(weight_OI.shape)} in torch.float32 with AMX: 16 bits only"
+        )
     codes_OI, scale_O = to_codes(weight_OI, INT8)
     config = Int8ScaledMMLinearLayerConfig(is_static_input_scheme=False, is_channelwise=True, input_symmetric=True)
     absent = ("input_scale", "input_zero", "zero_product")
@@ -57,30 +65,29 @@ def w8a8(weight_OI: Tensor) -> QuantisedLayer:
     return QuantisedLayer(copy, codes_OI.nbytes + scale_O.nbytes)
 
 
-def w4a16(weight_OI: Tensor) -> QuantisedLayer:
-    """int4 weights with a scale for the longest of `GROUPS` that is whole; activations as they are.
+def int4_layer(weight_OI: Tensor) -> QuantisedLayer:
+    """int4 weights with a scale for the longest of `GROUPS` that is whole; activations as `int4_name` says.
 
-    Raises `KernelError` for a layer that vLLM does not take, and where it rounds activations (`rounds_activations`).
+    Raises `KernelError` for a layer that vLLM does not take.
     """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
 
-    shape, dtype = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype
+    shape, dtype, name = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype, int4_name()
     group = common_group([weight_OI.shape[1]])
     config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, group or GROUPS[0], zero_points=False)
     fits, reason = CPUWNA16LinearKernel.can_implement(config)
     if not fits or group is None or dtype is not torch.bfloat16:
         wanted = f"bfloat16 and inputs in groups of one of {GROUPS}"
-        raise KernelError(f"vLLM's W4A16 has no layer of {list(weight_OI.shape)} in {dtype}: {reason or wanted}")
-    if rounds_activations():
-        raise KernelError("vLLM has W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0 has it time W4A16")
-    octets_OH, scale_OG = int4.to_int4(weight_OI, group)
-    words_OW = to_words(int4.unpack_nibbles(octets_OH))
+        raise KernelError(f"vLLM's {name} has no layer of {list(weight_OI.shape)} in {dtype}: {reason or wanted}")
+    scale_OG = int4.fit_scales(weight_OI, group)
+    codes_OGI = int4.nearest(weight_OI.float().unflatten(1, (-1, group)), scale_OG[..., None])
+    words_OW = to_words(codes_OGI.flatten(1))
     layer = _layer(words_OW, scale_OG.to(dtype))
     layer.codes.input_dim = layer.codes.packed_dim = 1
     layer.scale.output_dim = 0
-    kernel = CPUWNA16LinearKernel(config, _CODE, _SCALE)
+    kernel = CPUWNA16LinearKernel(config, _CODE, _SCALE, _ZERO)
     kernel.process_weights_after_loading(layer)
     nbytes = words_OW.nbytes + scale_OG.numel() * dtype.itemsize
     return QuantisedLayer(lambda: _runs(kernel, deepcopy(layer)), nbytes)
@@ -91,15 +98,21 @@ def common_group(in_features: Collection[int]) -> int | None:
     return next((group for group in GROUPS if not any(inputs % group for inputs in in_features)), None)
 
 
-def rounds_activations() -> bool:
-    """Whether vLLM rounds activations to int8 with int4 weights here: with AMX, unless VLLM_CPU_INT4_W4A8=0."""
+def has_w4a8() -> bool:
+    """Whether vLLM can round activations to int8 with int4 weights here; it does unless VLLM_CPU_INT4_W4A8=0."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def int4_name() -> str:
+    """What vLLM's int4 layers are in this process."""
     from vllm import envs
 
-    return bool(envs.VLLM_CPU_INT4_W4A8 and torch.cpu._is_amx_tile_supported())
+    return "W4A8" if envs.VLLM_CPU_INT4_W4A8 and has_w4a8() else "W4A16"
 
 
-PEERS: dict[str, Callable[[Tensor], QuantisedLayer]] = {"vllm W8A8": w8a8, "vllm W4A16": w4a16}
-"""What makes them, by name."""
+def peers() -> dict[str, Callable[[Tensor], QuantisedLayer]]:
+    """What makes those that vLLM has here, by name."""
+    return {"vllm W8A8": w8a8, f"vllm {int4_name()}": int4_layer}
 
 
 def to_words(codes_OI: Tensor) -> Tensor:

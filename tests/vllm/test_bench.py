@@ -13,6 +13,7 @@ from sparse_serve.runtime.errors import KernelError
 from tests.vllm.nursery import command
 
 READ = "read of cpu's bytes"
+NEEDS_AMX = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a processor without AMX")
 
 
 def test_every_candidate_is_measured(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     kernels = known & set(one["speedup"])
     assert {"cpu", "cpu int8", "cpu int4", "reference"} <= kernels == set(one["speedup"])
     dense = {"dense torch", "dense vllm", "vllm W8A8"}
-    dense |= set() if torch.cpu._is_amx_tile_supported() else {"vllm W4A16"}
+    dense.add("vllm W4A8" if torch.cpu._is_amx_tile_supported() else "vllm W4A16")
     assert set(one["median_s"]) == kernels | dense | {READ} == set(one["weight_bytes"])
     assert set(three["median_s"]) == kernels | dense == set(one["of_byte_limit"])
     assert three["of_byte_limit"] == {}
@@ -47,29 +48,47 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     assert ">cpu int8</text>" in (tmp_path / "bench.svg").read_text()
 
 
+@pytest.fixture(params=["0", pytest.param("1", marks=NEEDS_AMX)], ids=["W4A16", "W4A8"])
+def int4_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """That of vLLM's int4 layers, of both kinds where the processor has both."""
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", request.param)
+    return f"vllm {quantised.int4_name()}"
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_quantised_peers_compute_the_layer(tokens: int) -> None:
-    weight_OI, x_TI = torch.randn(64, 256).to(torch.bfloat16), torch.randn(tokens, 256).to(torch.bfloat16)
+@pytest.mark.parametrize(("in_features", "group"), [(256, 128), (192, 64), (224, 32)])
+def test_quantised_peers_compute_the_layer(tokens: int, in_features: int, group: int, int4_name: str) -> None:
+    weight_OI = torch.randn(64, in_features).to(torch.bfloat16)
+    x_TI = torch.randn(tokens, in_features).to(torch.bfloat16)
     exact_TO = x_TI.float() @ weight_OI.float().T
     errors = {}
-    for name, make in quantised.PEERS.items():
-        y_TO = make(weight_OI).copy()(x_TI)
+    for name in ("vllm W8A8", int4_name):
+        y_TO = quantised.peers()[name](weight_OI).copy()(x_TI)
         assert y_TO.dtype is torch.bfloat16
         errors[name] = ((y_TO.float() - exact_TO).norm() / exact_TO.norm()).item()
-    assert errors["vllm W8A8"] < 0.02 < errors["vllm W4A16"] < 0.2
-    assert quantised.w4a16(weight_OI).nbytes == 64 * 256 // 2 + 2 * 64 * 256 // 128
-    assert quantised.w4a16(weight_OI[:, :192]).nbytes == 64 * 192 // 2 + 2 * 64 * 192 // 64, "the longest whole group"
+    assert errors["vllm W8A8"] < 0.02 < errors[int4_name] < 0.2
+    nbytes = quantised.peers()[int4_name](weight_OI).nbytes
+    assert nbytes == 64 * in_features // 2 + 2 * 64 * in_features // group, "the longest whole group"
 
 
-def test_a_layer_that_is_not_in_whole_groups_has_no_such_peer() -> None:
-    with pytest.raises(KernelError, match=r"W4A16 has no layer of \[64, 80\] in torch.bfloat16: .*multiples of 32"):
-        quantised.w4a16(torch.zeros(64, 80, dtype=torch.bfloat16))
+def test_a_layer_that_is_not_in_whole_groups_has_no_such_peer(int4_name: str) -> None:
+    kind = int4_name.split()[1]
+    with pytest.raises(KernelError, match=rf"{kind} has no layer of \[64, 80\] in torch.bfloat16: .*multiples of 32"):
+        quantised.peers()[int4_name](torch.zeros(64, 80, dtype=torch.bfloat16))
 
 
-def test_with_amx_vllm_would_round_activations_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    with pytest.raises(KernelError, match="VLLM_CPU_INT4_W4A8=0"):
-        quantised.w4a16(torch.zeros(64, 256, dtype=torch.bfloat16))
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_vllm_has_one_kind_of_int4_layers_at_a_time(amx: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", str(int(wanted)))
+    assert list(quantised.peers()) == ["vllm W8A8", "vllm W4A8" if amx and wanted else "vllm W4A16"]
+
+
+@NEEDS_AMX
+def test_what_vllm_fails_at_with_amx_is_no_peer() -> None:
+    with pytest.raises(KernelError, match=r"W8A8 has no layer of \[64, 256\] in torch.float32 with AMX"):
+        quantised.w8a8(torch.zeros(64, 256))
 
 
 def test_that_there_is_nothing_to_plot_to_is_said_at_once() -> None:

@@ -21,6 +21,7 @@ _QUANTISED = {
     "dense vllm": "vLLM, bfloat16",
     "vllm W8A8": "vLLM W8A8",
     "vllm W4A16": "vLLM W4A16",
+    "vllm W4A8": "vLLM W4A8",
     "cpu": "2:4, bfloat16 values",
     "cpu int8": "2:4, int8 values",
     "cpu int4": "2:4, int4 values",
@@ -87,7 +88,7 @@ def quantised(model: str) -> str:
     for shape, results in by_shape.items():
         for name, label in _QUANTISED.items():
             if name not in results[0]["median_s"]:
-                continue  # vLLM's W4A16, where there is AMX
+                continue  # vLLM has int4 layers of one kind at a time
             rows.append([shape, label, *(f"{1e3 * result['median_s'][name]:.2f}" for result in results)])
         for name in ("cpu_int8 int8", "cpu_int8 int4"):
             dense = [min(result["speedup_over"].values(), key=lambda over: over[name])[name] for result in results]

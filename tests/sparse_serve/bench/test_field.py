@@ -219,7 +219,7 @@ def test_a_server_that_would_not_fit_is_not_started(
 
 
 def test_what_cannot_be_measured_is_said_before_anything_starts(servers: Servers, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--peers awq: no such peer; known are bf16, w8a8, w4a16, llama"):
+    with pytest.raises(SettingsError, match="--peers awq: no such peer; known are bf16, w8a8, w4a16, w4a8, llama"):
         race.run(request_of(tmp_path, "awq"))
     long = request_of(tmp_path, "bf16").model_copy(update={"input_tokens": (8, 100)})
     with pytest.raises(

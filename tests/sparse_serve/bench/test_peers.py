@@ -46,27 +46,30 @@ def test_every_server_has_the_same_conditions(
     dense: Path, conditions: Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(quantised, "rounds_activations", lambda: False)
+    monkeypatch.setattr(quantised, "has_w4a8", lambda: True)
     models.save_sparse(dense, tmp_path / "sparse")
     found = peers.ours([tmp_path / "sparse"], conditions)
     found += [peers.peer(name, dense, LAYERS, conditions) for name in PEERS]
     assert [contender.is_ours for contender in found] == [True, *[False] * len(PEERS)]
     names = [contender.name for contender in found]
-    assert names == ["2:4 bf16", "vLLM bf16", "vLLM W8A8", "vLLM W4A16 g32", "llama.cpp Q8_0", "llama.cpp Q4_0"]
-    for contender in found[:4]:
+    stock = ["vLLM bf16", "vLLM W8A8", "vLLM W4A16 g32", "vLLM W4A8 g32"]
+    assert names == ["2:4 bf16", *stock, "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    for contender in found[:5]:
         per_token = peers.kv_bytes_per_token(json.loads((dense / "config.json").read_text()))
         room = f"--max-model-len=100 --kv-cache-memory-bytes={5 * 128 * per_token} --enforce-eager"
         assert room in words(contender), "a block for each request, and one more"
         assert "--no-enable-prefix-caching" in words(contender)
         assert contender.environ["OMP_NUM_THREADS"] == "3"
         assert "VLLM_CPU_KVCACHE_SPACE" not in contender.environ, "it would overrule the flag"
-    for contender in found[1:4]:
+    for contender in found[1:5]:
         assert contender.environ["VLLM_PLUGINS"] == "", "stock vLLM"
         assert contender.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "as our server has it"
-    for contender in found[4:]:
+    assert [contender.environ.get("VLLM_CPU_INT4_W4A8") for contender in found[1:5]] == [None, None, "0", "1"]
+    assert found[3].model == found[4].model, "the same weights"
+    for contender in found[5:]:
         assert words(contender).endswith(f"{contender.model} 3 4 100")
-    ports = {word for contender in found[1:4] for word in contender.command if word.startswith("--port=")}
-    assert len(ports) == 3
+    ports = {word for contender in found[1:5] for word in contender.command if word.startswith("--port=")}
+    assert len(ports) == 4
 
 
 def test_ours_are_named_after_their_values(dense: Path, conditions: Conditions, tmp_path: Path) -> None:
@@ -103,10 +106,9 @@ def test_what_is_kept_is_not_made_again(
 
 
 def test_why_a_peer_cannot_be_had(dense: Path, conditions: Conditions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised, "rounds_activations", lambda: True)
-    with pytest.raises(UnsupportedError, match="W4A8 in place of W4A16 here; VLLM_CPU_INT4_W4A8=0"):
-        peers.peer("w4a16", dense, LAYERS, conditions)
-    monkeypatch.setattr(quantised, "rounds_activations", lambda: False)
+    monkeypatch.setattr(quantised, "has_w4a8", lambda: False)
+    with pytest.raises(UnsupportedError, match="with AMX only, which this processor lacks"):
+        peers.peer("w4a8", dense, LAYERS, conditions)
     monkeypatch.setattr(quantised, "GROUPS", (128, 64))
     with pytest.raises(UnsupportedError, match=r"layers of \[64, 96\] inputs; vLLM's int4 wants groups of \(128, 64\)"):
         peers.peer("w4a16", dense, LAYERS, conditions)

@@ -88,7 +88,7 @@ def unclean(status: str) -> str:
 def begin(version: str, commits: bool, root: Path = ROOT) -> None:
     """Write a version and its section of the changelog. Raises `SystemExit` where that cannot be.
 
-    With `commits` the tree has to be clean before, and both files are committed.
+    With `commits` the tree has to be clean before, and both files are committed, or are as they were if git refuses.
     """
     project, changelog = root / PROJECT.name, root / CHANGELOG.name
     if commits and (reason := unclean(_git(root, "status", "--porcelain"))):
@@ -98,8 +98,14 @@ def begin(version: str, commits: bool, root: Path = ROOT) -> None:
     before = project.read_text("utf-8")
     if with_version(before, version) != before:  # else make would take the file for new, and install all of it again
         project.write_text(with_version(before, version), "utf-8")
-    if commits:
-        _git(root, "commit", "--quiet", "--message", version, "--", project.name, changelog.name)
+    if not commits:
+        return
+    files = ("--", project.name, changelog.name)
+    try:
+        _git(root, "commit", "--quiet", "--message", version, *files)
+    except SystemExit:
+        _git(root, "checkout", "--quiet", "HEAD", *files)
+        raise
 
 
 def undo(commit: str, root: Path = ROOT) -> None:

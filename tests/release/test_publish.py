@@ -96,6 +96,19 @@ def test_a_version_is_committed_in_a_clean_tree_only(git: Repository, tmp_path: 
     assert 'version = "0.2.0"' in (tmp_path / "pyproject.toml").read_text()
 
 
+def test_a_commit_that_git_refuses_leaves_the_tree_as_it_was(
+    git: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git("commit", "--message", "all")
+    with monkeypatch.context() as nobody:
+        nobody.setenv("GIT_COMMITTER_NAME", "")
+        with pytest.raises(SystemExit, match=r"error: git commit: .*empty ident name"):
+            publish.begin("0.2.0", True, tmp_path)
+    assert git("status", "--porcelain") == ""
+    publish.begin("0.2.0", True, tmp_path)
+    assert git("log", "-1", "--format=%s") == "0.2.0\n"
+
+
 def test_a_version_whose_release_failed_is_taken_back(git: Repository, tmp_path: Path) -> None:
     git("commit", "--message", "all")
     before = git("rev-parse", "HEAD")

@@ -28,6 +28,10 @@ BACKEND = "inductor"
 MIN_PRODUCTS = 1e13
 """Fewest products of a weight with a token, over a whole run, for which compiling saves more time than it takes."""
 
+MAX_KINDS = 32
+"""Most kinds of a decoder block that are compiled, where torch has 8: budgets leave some layers of a block dense, and
+those of training and of evaluating are two."""
+
 MAX_SCORES = 1 << 24
 """Most attention scores of a layer and a micro-batch for attention written out, which a compiler sees through. For
 short windows that is faster than torch's own attention on a CPU, but all scores are in memory."""
@@ -48,6 +52,7 @@ def compile_session(session: Session, blocks: Iterable[nn.Module], micro_batch: 
     What torch cannot compile runs as it is, without a word: it is not what the run is about.
     """
     torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.recompile_limit = max(MAX_KINDS, torch._dynamo.config.recompile_limit)
     teacher = session.objective.teacher
     for block in (*blocks, *(() if teacher is None else decoder_blocks(teacher)[1])):
         block.compile(dynamic=False, backend=BACKEND)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from maskgen.methods.learned.adaptive_sparse import AdaptiveSparse
@@ -22,7 +23,7 @@ LONG = Training(steps=100, batch=8, window_tokens=256)
 def _as_before() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(suppress_errors=False):
+    with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8):
         yield
     torch._dynamo.reset()
 
@@ -73,6 +74,30 @@ def test_what_torch_cannot_compile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch
     assert fused.run_step(corpus(), 4).loss == pytest.approx(plain.run_step(corpus(), 4).loss, rel=1e-5)
 
 
+class Block(nn.Module):
+    """Of a kind of its own if its layer is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = self.layer(x_TI).relu()
+        return y_TO
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_block_that_a_budget_makes_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    layers = [type(f"Linear{number}", (nn.Linear,), {})(4, 4) for number in range(12)]
+    blocks = [Block(layer) for layer in layers]
+    compile_session(session(AdaptiveSparse()), blocks, 4)
+    for block in blocks:
+        block(torch.ones(2, 4))
+    assert counters["stats"]["unique_graphs"] == len(blocks)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_long_windows_keep_torch_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "MAX_SCORES", 4 * 4 * 16 * 16 - 1)
     wide = session(AdaptiveSparse())

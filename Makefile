@@ -15,8 +15,8 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-serve
 MODEL ?=
 # How long `serve` may prune and train, which decides the steps; empty: as long as the recipe takes.
 MINUTES ?=
-# The demo is trained, too, for a few steps, so that a first start stays short; a model of unknown size is only pruned.
-RECIPE ?= $(if $(MODEL),$(if $(MINUTES),best-effort,admm),best-effort)
+# The demo has a recipe of its own, of a few minutes; a model of unknown size is only pruned.
+RECIPE ?= $(if $(MINUTES),best-effort,$(if $(MODEL),admm,$(DEMO)/quick.toml))
 DATA ?=
 EVAL ?=
 POINTS ?=
@@ -26,7 +26,7 @@ VERSION ?=
 CHECKED ?=
 ARGS ?=
 # Values of the recipe that `serve` changes, such as train.steps=300. SET= takes the recipe as it is.
-SET ?= $(if $(MODEL)$(MINUTES),,$(if $(filter best-effort,$(RECIPE)),prior.asymmetric=false calibration.samples=8 train.steps=14 train.heldout_windows=16,calibration.samples=32))
+SET ?= $(if $(MODEL)$(MINUTES)$(filter %.toml,$(RECIPE)),,calibration.samples=32)
 
 ifeq ($(EXTRA),auto)
 override EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -42,7 +42,7 @@ QUICK := $(addprefix tests/,architecture golden hostile release \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v5
+DEMO := $(CACHE)/demo-v6
 # That what tests and checks need is installed.
 TOOLS := $(VENV)/.tools-$(EXTRA)
 # That what the manual is built with is installed.

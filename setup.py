@@ -17,6 +17,8 @@ import shutil
 import site
 import sys
 import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,6 +73,17 @@ def torch_folder() -> Path:
     raise AssertionError("unreachable")
 
 
+def several_at_a_time(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """A compiler's `compile` that runs as many compilers as there are processors, or MAX_JOBS as torch has it."""
+
+    def compile_each(sources: list[str], **options: object) -> list[str]:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            made = pool.map(lambda source: compile_all([source], **options), sources)
+            return [file for files in made for file in files]
+
+    return compile_each
+
+
 class BuildNative(build_ext):
     """The kernel with torch's include and library folders, and without Python's in its name."""
 
@@ -83,6 +96,7 @@ class BuildNative(build_ext):
         ext.include_dirs += [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
         ext.library_dirs += [str(torch / "lib")]
         try:
+            self.compiler.compile = several_at_a_time(self.compiler.compile)
             super().build_extension(ext)
         except (BaseError, CompileError, LinkError) as error:
             fail(f"{compiler} failed, as it says above ({error}); GCC 11 or newer is known to work")

@@ -110,7 +110,9 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """A finished demo in `out`: a dense chat model, text and conversations to prune it with, text to measure on."""
+    """A finished demo in `out`: a dense chat model; a recipe, text and conversations to prune it with; text to measure
+    on.
+    """
 
     out: Path
 
@@ -128,6 +130,11 @@ class DemoResult:
     def conversations(self) -> Path:
         """Conversations that the model wrote, to train on beside that text."""
         return self.out / demo_module.CONVERSATIONS
+
+    @property
+    def recipe(self) -> Path:
+        """What prunes and trains that model in minutes."""
+        return self.out / demo_module.RECIPE
 
     @property
     def heldout(self) -> list[Path]:

@@ -135,8 +135,8 @@ def demo(args: argparse.Namespace) -> None:
         result = measuring.demo(request(DemoRequest, args), show)
     out = result.out
     texts = f"{result.calibration} {result.conversations}"
-    display.say(f"demo in {out}: model, calibration.txt, conversations.jsonl, heldout/*.txt")
-    display.say(f"next: maskgen run best-effort --model {result.model} --data {texts} --out {out}/sparse")
+    display.say(f"demo in {out}: model, calibration.txt, conversations.jsonl, heldout/*.txt, quick.toml")
+    display.say(f"next: maskgen run {result.recipe} --model {result.model} --data {texts} --out {out}/sparse")
 
 
 def report(args: argparse.Namespace) -> None:

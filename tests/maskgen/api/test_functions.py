@@ -216,10 +216,11 @@ def test_report_and_demo(model_dir: ModelDir, text_file: Path, tmp_path: Path, m
     monkeypatch.setattr(demo, "build", build)
     heard, out = Heard(), tmp_path / "demo"
     made = maskgen.demo(maskgen.DemoRequest(out=out), heard)
-    assert (made.model, made.calibration, made.conversations, made.heldout) == (
+    assert (made.model, made.calibration, made.conversations, made.recipe, made.heldout) == (
         out / "model",
         out / "calibration.txt",
         out / "conversations.jsonl",
+        out / "quick.toml",
         [out / "heldout" / "news.txt"],
     )
     assert stages(heard) == ["converting"]

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from maskgen.core.digest import digest_file
 from maskgen.core.errors import DataError, FormatError, OutputExistsError, SparseError
 from maskgen.data import demo, demo_text
+from maskgen.recipes import recipe as recipe_module
 from tests import gguf_files
 from tests.architecture.source import ROOT
 from tests.maskgen.data.test_demo_text import DOCUMENTS
@@ -40,7 +42,7 @@ def test_a_demo_is_a_model_mixed_text_texts_of_each_kind_and_their_sources(packa
     told: list[str] = []
     out = demo.build(tmp_path / "out", told.append, DOMAINS)
     assert told == ["collecting text", f"converting {Path(demo.WEIGHTS.file).name}"]
-    files = {"model", "calibration.txt", "conversations.jsonl", "heldout", "demo.json"}
+    files = {"model", "calibration.txt", "conversations.jsonl", "heldout", "quick.toml", "demo.json"}
     assert {path.name for path in out.iterdir()} == files
     assert (out / "model" / "chat_template.jinja").read_text() == gguf_files.TEMPLATE
     calibration = (out / "calibration.txt").read_text()
@@ -64,6 +66,16 @@ def test_conversations_are_rows_that_a_chat_template_renders(package: Path, tmp_
     for row in rows:
         assert [message["role"] for message in row] == ["user", "assistant"]
         assert all(message["content"].strip() for message in row)
+
+
+def test_its_recipe_prunes_less_than_all_of_its_model_and_trains_that(package: Path, tmp_path: Path) -> None:
+    recipe = recipe_module.load(str(demo.build(tmp_path / "out", domains=DOMAINS) / "quick.toml"))
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    names = [f"model.layers.{block}.{part}" for block in range(30) for part in parts]
+    dense = [name for name in names if any(fnmatchcase(name, glob) for glob in recipe.ignore)]
+    assert all(any(fnmatchcase(name, glob) for name in names) for glob in recipe.ignore)
+    assert 0 < len(dense) < len(names) / 2
+    assert recipe.prior is not None and recipe.train is not None
 
 
 def test_a_finished_demo_is_found_without_its_package(package: Path, tmp_path: Path) -> None:
@@ -117,10 +129,10 @@ def test_a_directory_that_is_something_else_is_left_alone(tmp_path: Path) -> Non
 
 def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v5"
+    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v6"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v5")
+    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v6")
 
 
 def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:

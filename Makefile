@@ -89,7 +89,7 @@ serve: install $(SERVE_WEIGHTS) ## prune a model to 2:4 (once) and serve it [MOD
 	  facts() { printf '%s\n' "$$@"; for path; do [[ ! -e $$path ]] || find -L "$$path" -type f -printf '%p %s %T@\n'; done; }
 	  key=$$({ facts "$$model" "$$RECIPE" "$${data[@]}" $(SET) "minutes=$(MINUTES)" | sort; cat pyproject.toml $$(find $(CODE) -name '*.py' -o -name '*.toml' | sort); } | sha256sum | cut -c1-12)
 	  checkpoint=$$CACHE/checkpoints/$$(basename "$${MODEL:-demo}" .gguf)--$$(basename "$$RECIPE" .toml)--$$key
-	  [[ -d $$checkpoint ]] || phase "prune ($$RECIPE)" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) $(addprefix --minutes ,$(MINUTES)) \
+	  [[ -d $$checkpoint ]] || phase "prune ($$(basename "$$RECIPE" .toml))" maskgen run "$$RECIPE" $(addprefix --set ,$(SET)) $(addprefix --minutes ,$(MINUTES)) \
 	    --model "$$model" --data "$${data[@]}" --out "$$checkpoint"
 	fi
 	echo '== serve'

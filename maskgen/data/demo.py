@@ -25,7 +25,7 @@ from typing import Any
 from maskgen.core.digest import digest_file
 from maskgen.core.errors import OutputExistsError, SparseError
 from maskgen.core.failures import TEMPORARY_SUFFIX, explained
-from maskgen.core.files import write_json
+from maskgen.core.files import read_json, write_json
 from maskgen.data import demo_text
 from maskgen.data.demo_text import Domains
 from maskgen.data.packaged import PackagedFile
@@ -39,6 +39,9 @@ WEIGHTS = PackagedFile(
     "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "the demo's model (93 MB)",
 )
+
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""How the model's card samples (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct); GGUF files do not say."""
 
 CALIBRATION, CONVERSATIONS, HELDOUT, RECIPE = "calibration.txt", "conversations.jsonl", "heldout", "quick.toml"
 """The file of text to calibrate on, that of conversations to train on beside it, the folder of the texts to measure on,
@@ -89,6 +92,8 @@ def build(
             (temporary / RECIPE).write_bytes(packaged.joinpath(RECIPE).read_bytes())
             tell(f"converting {weights.name}")
             gguf.convert(weights, temporary / "model")
+            settings = temporary / "model" / "generation_config.json"
+            write_json(settings, read_json(settings) | SAMPLING)
             write_json(temporary / PROVENANCE_FILE, {**_model_facts(weights), **text})
             temporary.rename(out)
     except OSError:

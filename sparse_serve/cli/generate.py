@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from sparse_serve.client import Client, Sampling, Tls
+from sparse_serve.client import Client, Message, Sampling, Tls
 from sparse_serve.runtime.errors import SettingsError
 
 
@@ -24,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", metavar="FILE", help="its key (PEM)")
     parser.add_argument(
         "--model", metavar="NAME", default="", help="of the model or LoRA adapter (default: the served model)"
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says: ask through the model's chat template (default: the text is continued)",
     )
     parser.add_argument(
         "--max-tokens", metavar="N", type=int, default=64, help="most tokens to generate (default: %(default)s)"
@@ -52,11 +58,18 @@ def main(args: argparse.Namespace) -> int:
     if args.temperature is not None:
         sampling["temperature"] = args.temperature
     with _client(args) as client:
-        for piece in client.stream(args.prompt, model=args.model, **sampling):
-            sys.stdout.write(piece.text)
+        for text in _answer(client, args, sampling):
+            sys.stdout.write(text)
             sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _answer(client: Client, args: argparse.Namespace, sampling: Sampling) -> Iterator[str]:
+    if args.chat:
+        said: Message = {"role": "user", "content": args.prompt}
+        return (piece.content for piece in client.chat_stream([said], model=args.model, **sampling))
+    return (piece.text for piece in client.stream(args.prompt, model=args.model, **sampling))
 
 
 def _client(args: argparse.Namespace) -> Client:

@@ -24,6 +24,7 @@ _LOW_RANK_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-033800"
 _LOW_RANK_TRAINED_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-060838"
 _LOW_RANK_BUDGET = "low-rank--smollm2-135m--x86_64-2core--20261128-112411"
 _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-115346"
+_LOW_RANK_BUDGET_MIXED = "low-rank--smollm2-135m--x86_64-2core--20261128-150030"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -75,6 +76,7 @@ ROADS = (
         "0.1 M",
         _LOW_RANK_BUDGET_TRAINED,
     ),
+    Road("or 260 steps, `train.distill_weight=0.67`", "0.5 M", _LOW_RANK_BUDGET_MIXED),
     Road("`admm`, then `best-effort`, 240 steps, with the demo's texts", "0.5 M", _ADMM, 1),
     Road("the same, training whole blocks", "0.5 M", _STRICT),
     Road("whole blocks, 240 steps, then `quantise --values int4 --data`: 0.20 of the bytes", "0.5 M", _INT4_LATER),

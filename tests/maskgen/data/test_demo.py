@@ -45,6 +45,7 @@ def test_a_demo_is_a_model_mixed_text_texts_of_each_kind_and_their_sources(packa
     files = {"model", "calibration.txt", "conversations.jsonl", "heldout", "quick.toml", "demo.json"}
     assert {path.name for path in out.iterdir()} == files
     assert (out / "model" / "chat_template.jinja").read_text() == gguf_files.TEMPLATE
+    assert json.loads((out / "model" / "generation_config.json").read_text()).items() >= demo.SAMPLING.items()
     calibration = (out / "calibration.txt").read_text()
     for domain, documents in DOMAINS.items():
         corpus = demo_text.split(documents)

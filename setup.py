@@ -75,9 +75,12 @@ def torch_folder() -> Path:
 
 def several_at_a_time(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """A compiler's `compile` that runs as many compilers as there are processors, or MAX_JOBS as torch has it."""
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not jobs.isdecimal() or int(jobs) == 0:
+        fail(f"MAX_JOBS is {jobs!r}, expected how many compilers may run at a time")
 
     def compile_each(sources: list[str], **options: object) -> list[str]:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(int(jobs)) as pool:
             made = pool.map(lambda source: compile_all([source], **options), sources)
             return [file for files in made for file in files]
 

@@ -30,7 +30,7 @@ MIN_PRODUCTS = 1e13
 
 MAX_KINDS = 32
 """Most kinds of a decoder block that are compiled, where torch has 8: budgets leave some layers of a block dense, and
-those of training and of evaluating are two."""
+those of training and of evaluating are two. `pays` does not know how many there will be."""
 
 MAX_SCORES = 1 << 24
 """Most attention scores of a layer and a micro-batch for attention written out, which a compiler sees through. For

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 def _answer(client: Client, args: argparse.Namespace, sampling: Sampling) -> Iterator[str]:
     if args.chat:
         said: Message = {"role": "user", "content": args.prompt}
-        return (piece.content for piece in client.chat_stream([said], model=args.model, **sampling))
+        return (piece.reasoning + piece.content for piece in client.chat_stream([said], model=args.model, **sampling))
     return (piece.text for piece in client.stream(args.prompt, model=args.model, **sampling))
 
 

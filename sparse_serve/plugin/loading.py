@@ -3,8 +3,8 @@
 vLLM's models refuse most names they do not know, but not all of them: a bias that no layer has, for instance, is
 dropped without a word, though the checkpoint means it to be added. And a layer takes the first rows of a tensor that
 has more than its own, as of a model with more heads than `config.json` says. So while a model loads, every operation is
-watched: a tensor that none of them touched was not loaded, and of one rank alone, neither was one of which they had a
-part.
+watched: a tensor that none of them touched was not loaded, and where one rank loads the whole model, neither was a
+tensor of which they used a part.
 
 vLLM knows this loader as the load format `sparse_nm`, which `sparse-serve serve` asks for.
 """
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed import get_dp_group, get_pcp_group, get_pp_group, get_tp_group
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -43,8 +43,8 @@ NO_PLACE = (
     "again without it, or for the right model"
 )
 PARTLY = (
-    f"takes a part of the tensor {NAME} only, and would compute something else: sizes in config.json, such as the "
-    "number of heads, are not those of the stored model; take the config.json that it was written with"
+    f"takes a part of the tensor {NAME} only, and would compute something else: most likely sizes in config.json, such "
+    "as the number of heads, are not those of the stored model; take the config.json that the model was written with"
 )
 """What is said of a tensor that was not loaded."""
 
@@ -72,7 +72,7 @@ class CheckedLoader(DefaultModelLoader):
     @record_startup_error()
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load. Raises `FormatError` for a tensor that the model did not take and that no model needs to take."""
-        self._watch = _Watch(get_tensor_model_parallel_world_size() == 1)
+        self._watch = _Watch(_is_alone())
         with self._watch:
             super().load_weights(model, model_config)
         watch, self._watch = self._watch, _Watch(False)
@@ -167,6 +167,13 @@ def check_taken(missed: Iterable[str], text_config: Any, said: str) -> None:
         if is_beyond or _BUFFERS.fullmatch(name) or (tied and name.endswith("lm_head.weight")):
             continue
         raise FormatError(said.replace(NAME, clip(name)))
+
+
+def _is_alone() -> bool:
+    """Whether this rank loads all of the model but what a pipeline's other stages do: experts are divided among
+    replicas, too.
+    """
+    return all(group().world_size == 1 for group in (get_tp_group, get_dp_group, get_pcp_group))
 
 
 def _memory(tensor: Tensor) -> int:

@@ -50,6 +50,13 @@ def test_without_torch_the_build_fails_and_says_so(bare: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel is for Linux")
+def test_a_number_of_compilers_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = build(Path(sys.prefix), tmp_path, MAX_JOBS="all")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "cannot be built: MAX_JOBS is 'all', expected how many" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel is for Linux")
 def test_an_old_torch_of_the_environment_is_found_and_refused(bare: Path, tmp_path: Path) -> None:
     """Not on sys.path of an isolated build, which is why it has to be looked for."""
     old = site_packages(bare) / "torch"

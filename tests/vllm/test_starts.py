@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from maskgen.core.companions import SETTINGS_FILE
 from tests import models
 from tests.directories import edit_config
 from tests.maskgen.export.test_convert import make_masked
@@ -145,6 +146,18 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(
     """A bias that vLLM's model does not have is one that vLLM itself would drop without a word."""
     add_tensor(sparse, name)
     assert reason in refusal(sparse)
+
+
+def test_a_tensor_of_which_the_model_takes_a_part_is_named(sparse: Path, refusal: Refusal) -> None:
+    """Fewer heads than are stored, and no record of the configuration: vLLM would take the first without a word."""
+    (sparse / SETTINGS_FILE).unlink()
+
+    def halve(config: dict[str, Any]) -> None:
+        heads = config["num_attention_heads"]
+        config.update(num_attention_heads=heads // 2, head_dim=config["hidden_size"] // heads)
+
+    edit_config(sparse, halve)
+    assert re.search(r"takes a part of the tensor 'model\.layers\.0\.self_attn\.\w+\.\w+' only", refusal(sparse))
 
 
 def add_tensor(checkpoint: Path, *names: str) -> None:

@@ -23,6 +23,7 @@ from maskgen.core.checkpoint import (
 from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError, RequestError, clip
+from maskgen.core.layout import LayerForm
 from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
@@ -93,7 +94,8 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
     if (correction := recipe.build_method().correction) is not None:
         _check_fits(correction, recipe.method.name, plan)
         if allocation is not None and start is not None and start.checkpoint.config.correction is None:
-            allocation = _corrected(allocation, layers_of(model_dir, plan, recipe.pattern, correction))
+            form = LayerForm(recipe.pattern, correction=correction)
+            allocation = _corrected(allocation, layers_of(model_dir, plan, form))
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 

@@ -22,7 +22,7 @@ from maskgen.core.int4 import check_even, scale_shape
 from maskgen.core.mask import BITMASK_SUFFIX
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer, check_shapes
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT, FP8, INT4, INT8, per_byte
+from maskgen.core.values import FLOAT, FP8, INT4, INT8, nbytes_of, per_byte
 
 WEIGHT_SUFFIX = ".weight"
 VALUES_SUFFIX = ".values"
@@ -44,6 +44,14 @@ class LayerForm:
     values: str = FLOAT
     correction: CorrectionConfig | None = None
     group: int | None = None
+
+    def packed_nbytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """Bytes of the bit mask, kept values and scales of a weight `[rows, columns]`, without a correction.
+
+        `itemsize` is that of a float value.
+        """
+        kept = self.pattern.kept_columns(columns)
+        return rows * columns // 8 + nbytes_of(self.values, rows, kept, itemsize, self.group)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ Legend: O = out features, V = kept values per row, S = scales per row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,14 @@ def kind_of(dtype: torch.dtype, name: str = "weight") -> str:
 def per_byte(kind: str) -> int:
     """How many values share an element of the stored tensor."""
     return int4.PER_BYTE if kind == INT4 else 1
+
+
+def nbytes_of(kind: str, rows: int, kept: int, itemsize: int, group: int | None = None) -> int:
+    """Bytes of `kept` values in each of `rows`, and of their scales; `itemsize` is that of a float value."""
+    if kind == FLOAT:
+        return rows * kept * itemsize
+    scales = math.prod(int4.scale_shape(rows, kept, group)) if kind == INT4 else rows
+    return rows * kept // per_byte(kind) + scales * torch.float32.itemsize
 
 
 def to_codes(values_OV: Tensor, kind: str, group: int | None = None) -> tuple[Tensor, Tensor]:

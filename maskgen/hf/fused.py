@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from maskgen.core.correction import CorrectionConfig
 from maskgen.core.errors import RecipeError
-from maskgen.core.pattern import NMPattern
+from maskgen.core.layout import LayerForm
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,13 @@ class ServedLayer:
 def served_layers(
     targets: Sequence[Mapping[str, nn.Linear]],
     groups: Sequence[Sequence[str]],
-    pattern: NMPattern,
+    form: LayerForm,
     itemsize_of: Mapping[str, int],
-    correction: CorrectionConfig | None = None,
 ) -> list[ServedLayer]:
     """The prunable layers of every block in order, those of one of `groups` under one parent together.
 
-    `targets` are the prunable layers of each block by name, `itemsize_of` the bytes of a stored number of each, and
-    `correction` is the form of the one that a sparse layer has. `FormatError` if a layer cannot have it.
+    `targets` are the prunable layers of each block by name, `itemsize_of` the bytes of a number of each as the model
+    has it, and `form` is what is stored of a sparse one. `FormatError` if a layer cannot have its correction.
     """
     found = []
     for block, linears in enumerate(targets):
@@ -58,7 +56,7 @@ def served_layers(
             parent, _, leaf = name.rpartition(".")
             group = next((group for group in groups if leaf in group), (leaf,))
             parts.setdefault((parent, *group), []).append(name)
-        found += [_served(block, names, linears, pattern, itemsize_of, correction) for names in parts.values()]
+        found += [_served(block, names, linears, form, itemsize_of) for names in parts.values()]
     return found
 
 
@@ -80,18 +78,17 @@ def _served(
     block: int,
     names: Sequence[str],
     linears: Mapping[str, nn.Linear],
-    pattern: NMPattern,
+    form: LayerForm,
     itemsize_of: Mapping[str, int],
-    correction: CorrectionConfig | None,
 ) -> ServedLayer:
     dense_bytes = sparse_bytes = correction_bytes = out_features = 0
     for name in names:
         rows, columns = linears[name].weight.shape
         out_features += rows
         dense_bytes += rows * columns * itemsize_of[name]
-        sparse_bytes += rows * (pattern.kept_columns(columns) * itemsize_of[name] + columns // 8)
-        if correction is not None:
-            stored = correction.shapes(rows, columns, name)
+        sparse_bytes += form.packed_nbytes(rows, columns, itemsize_of[name])
+        if form.correction is not None:
+            stored = form.correction.shapes(rows, columns, name)
             correction_bytes += sum(math.prod(shape) for shape in stored if shape is not None) * itemsize_of[name]
     return ServedLayer(
         block, tuple(names), out_features, columns, dense_bytes, sparse_bytes + correction_bytes, correction_bytes

@@ -12,6 +12,7 @@ from maskgen.core.correction import CorrectionConfig, LowRankCorrection
 from maskgen.core.errors import RecipeError
 from maskgen.core.layout import LayerForm
 from maskgen.core.pattern import NMPattern
+from maskgen.core.values import INT4
 from maskgen.methods import LocalMethod, Method
 from maskgen.methods.learned import LearnedMethod
 
@@ -73,24 +74,47 @@ ASKS = ("bytes", "speedup", "max_ppl_increase")
 
 
 class Values(Strict):
-    """How kept weights are stored, where it is not as the model has them: as codes that the sweep chooses for the
-    outputs of the layer. `group` kept weights of a row share a scale; "row": all of them.
+    """How kept weights are stored, where it is not as the model has them.
 
-    Layers then make up for the rounding of those before them, and weights for that of others.
+    `int8` and `fp8_e4m3` round each to the nearest code of its row. The codes of `int4` are chosen for the outputs of
+    the layer, so that weights make up for the rounding of others; `group` of them in a row share a scale (128 if it is
+    not given; "row": all). Layers make up for the rounding of those before them, if the method is asymmetric.
     """
 
-    kind: Literal["int4"]
-    group: Literal[64, 128, "row"] = 128
+    kind: Literal["int8", "fp8_e4m3", "int4"]
+    group: Literal[64, 128, "row"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_group(cls, value: Any) -> Any:
+        """int4 codes have a group, so that a recipe has one resolved form."""
+        if isinstance(value, dict) and value.get("kind") == INT4 and value.get("group") is None:
+            return {**value, "group": 128}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Values:
+        if self.group is not None and self.kind != INT4:
+            raise RecipeError(f"values.group {self.group}: {self.kind} values have a scale for each row; leave it out")
+        return self
 
     def check(self, name: str, method: Method, budget: Budget | None) -> None:
-        """`RecipeError` unless the recipe's `method`, called `name`, sees how inputs go together, without a budget."""
-        if not isinstance(method, LocalMethod) or not method.keeps_gram:
+        """`RecipeError` unless the recipe's `method`, called `name`, can round, and the `budget` can count it."""
+        if not isinstance(method, LocalMethod):
+            raise RecipeError(
+                f"[values]: {name} does not round what it makes; leave the section out, and round the result with "
+                "`maskgen quantise`"
+            )
+        if self.kind == INT4 and not method.keeps_gram:
             raise RecipeError(
                 f"[values]: {name} does not see how inputs go together, as admm and sparsegpt do; leave the section "
                 "out, and round the result with `maskgen quantise`"
             )
-        if budget is not None:
-            raise RecipeError("[values] and [budget]: budgets count weights as the model has them; give one of the two")
+        if budget is not None and budget.speedup is not None:
+            raise RecipeError(
+                f"[values] and budget.speedup: kernel tables are read for values as the model has them, not for "
+                f"{self.kind}; ask for bytes or max_ppl_increase, or leave [values] out"
+            )
 
 
 def form_of(pattern: NMPattern, values: Values | None, correction: CorrectionConfig | None = None) -> LayerForm:
@@ -119,12 +143,12 @@ def check_prior(name: str, prior: Method, follower_name: str, follower: Method) 
 class Budget(Strict):
     """How much of a model is pruned: layers whose sparsity costs most stay dense, as far as the budget goes.
 
-    Exactly one way to ask is given. `bytes` is the most that prunable weights may take, the corrections of sparse ones
-    included, as a share of what they take dense (0.75). `speedup` is how much faster one token must get through all
-    prunable layers than with all of them dense (1.4), by the times of a machine's kernels, which have none of
-    corrections. `max_ppl_increase` is how much higher than dense the perplexity may be, as a share of it (0.05); the
-    result has the fewest bytes that were found. What the sparsity of each layer costs is measured on the first
-    `windows` calibration windows.
+    Exactly one way to ask is given. `bytes` is the most that prunable weights may take, as a share of what they take
+    dense (0.75): sparse ones as [values] stores them, and with their corrections. `speedup` is how much faster one
+    token must get through all prunable layers than with all of them dense (1.4), by the times of a machine's kernels,
+    which have none of corrections. `max_ppl_increase` is how much higher than dense the perplexity may be, as a share
+    of it (0.05); the result has the fewest bytes that were found. What the sparsity of each layer costs is measured on
+    the first `windows` calibration windows.
     """
 
     bytes: float | None = Field(default=None, gt=0, lt=1)

@@ -22,11 +22,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
-from maskgen.core.correction import CorrectionConfig
 from maskgen.core.digest import digest_json
 from maskgen.core.errors import RecipeError
 from maskgen.core.files import read_json, write_json
-from maskgen.core.pattern import NMPattern
+from maskgen.core.layout import LayerForm
 from maskgen.data.tokens import digest_tokens
 from maskgen.export.allocation import Allocation, LayerCost, Look, load_allocation
 from maskgen.hf import blocks, model
@@ -52,7 +51,7 @@ _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 class Measuring:
     """What a budget is spent on: the model in `model_dir`, pruned in `work` by the one-shot `recipe`, which has none.
 
-    `correction` is the form of the one beside each sparse layer of the result, whose bytes count; it may be that of a
+    `form` is what is stored of each sparse layer of the result, whose bytes count; its correction may be that of a
     method which trains what `recipe` makes.
     `windows_ST` are its calibration windows, the first `bos_tokens` of each being BOS. `prior` and `prior_digest` are
     those of `sweep.driver.sweep`. For a budget of perplexity, `search` are held-out windows to look at it on, `limit`
@@ -68,7 +67,7 @@ class Measuring:
     bos_tokens: int
     device: str
     work: Path
-    correction: CorrectionConfig | None = None
+    form: LayerForm
     prior: Callable[[str], Tensor] | None = None
     prior_digest: str | None = None
     search: HeldOutText | None = None
@@ -101,15 +100,13 @@ class Measuring:
         return plan_of(self.model_dir, self.recipe.pattern, self.recipe.ignore, loaded)
 
 
-def layers_of(
-    model_dir: Path, plan: Plan, pattern: NMPattern, correction: CorrectionConfig | None
-) -> list[ServedLayer]:
+def layers_of(model_dir: Path, plan: Plan, form: LayerForm) -> list[ServedLayer]:
     """The layers that `plan` prunes of the model in `model_dir`, those together that are served as one, and their bytes
-    with this `pattern` and `correction`."""
+    where `form` is stored of the sparse ones."""
     headers = read_headers(model_dir)
     names = [name for block in plan.targets for name in block]
     sizes = {name: _ITEMSIZE[headers[name + WEIGHT_SUFFIX].dtype] for name in names}
-    return served_layers(plan.targets, plan.groups, pattern, sizes, correction)
+    return served_layers(plan.targets, plan.groups, form, sizes)
 
 
 def check(budget: Budget, layers: Sequence[ServedLayer], times: Sequence[Times] = ()) -> None:
@@ -156,7 +153,7 @@ def allocate(measuring: Measuring, progress: Callable[[Progress], None]) -> Allo
     gc.collect()
     loaded = model.load(measuring.model_dir)
     plan = measuring.plan(loaded)
-    layers = layers_of(measuring.model_dir, plan, measuring.recipe.pattern, measuring.correction)
+    layers = layers_of(measuring.model_dir, plan, measuring.form)
     probe = Probe.of(loaded, plan, measuring.text, measuring.device)
 
     def sparse(name: str) -> Tensor:

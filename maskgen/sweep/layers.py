@@ -17,7 +17,7 @@ from maskgen.core.layout import LayerForm
 from maskgen.core.mask import pack_bits
 from maskgen.core.packed import Correction, PackedTensor, StoredLayer
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import INT4
+from maskgen.core.values import FLOAT, INT4
 from maskgen.hf import blocks
 from maskgen.methods import LocalMethod
 from maskgen.numerics.grid import round_to_grid
@@ -63,9 +63,12 @@ def _packed(
         if form.values == INT4:
             assert isinstance(stats, Gram)
             return _coded(solved_OI, solution.mask, stats, form, name)
+        if form.values != FLOAT:
+            blocks.check_finite(solved_OI, f"{name}: weight")
     except (PatternError, NumericalError) as error:
         raise NumericalError(f"{name}: {error}") from error
-    return PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), form.pattern, name)
+    packed = PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), form.pattern, name)
+    return packed if form.values == FLOAT else packed.quantised(form.values)
 
 
 def _coded(weight_OI: Tensor, mask_OI: Tensor, stats: Gram, form: LayerForm, name: str) -> PackedTensor:

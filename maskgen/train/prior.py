@@ -18,6 +18,7 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.digest import digest_weights
 from maskgen.core.errors import DataError, FormatError, ModelError, RecipeError
 from maskgen.core.files import read_json, write_json
+from maskgen.core.layout import LayerForm
 from maskgen.core.mask import MaskSet
 from maskgen.data.corpus import Corpus
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation, stored_allocation
@@ -200,14 +201,12 @@ def _sweep(
 ) -> tuple[Plan, WorkDir, Allocation | None]:
     """Sweep a throw-away copy of the model by `recipe`, the [prior] of the `wanted` one, and leave every block's result
     in `work`; and how the budget was spent."""
-    budget, correction = wanted.budget, wanted.build_method().correction
+    budget, form = wanted.budget, LayerForm(wanted.pattern, correction=wanted.build_method().correction)
     needs_text = budget is not None or recipe.local_method().needs_data
     windows_ST, folder, spent = _calibration(recipe, corpus) if needs_text else None, work / "prior", None
     if budget is not None and windows_ST is not None:
         bos_tokens = len(corpus.bos.ids)
-        measuring = Measuring(
-            recipe, budget, model_dir, base_digest, windows_ST, bos_tokens, device, folder, correction
-        )
+        measuring = Measuring(recipe, budget, model_dir, base_digest, windows_ST, bos_tokens, device, folder, form)
         spent = allocate(measuring, progress)
         folder = folder_of(measuring, spent)
         gc.collect()

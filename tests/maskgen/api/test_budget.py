@@ -62,6 +62,20 @@ def test_a_budget_of_bytes_is_met_where_it_hurts_least(
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.parametrize(("values", "least"), [("int8", 0.3125), ("int4", 0.203125)])
+def test_a_budget_counts_values_as_they_are_stored(
+    values: str, least: float, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    dense, out = model_dir("llama", dtype=torch.bfloat16), tmp_path / "out"
+    allocation = spend(dense, text_file, out, "admm", bytes=0.6, overrides={"values.kind": values})
+    assert SparseCheckpoint.open(out).config.values == values
+    assert stored_share(out) == pytest.approx(allocation.bytes) and 0.5 < allocation.bytes <= 0.6
+    assert allocation.dense, "with sixteen bits even all layers sparse would take 0.5625"
+    assert all(layer.sparse_bytes > least * layer.dense_bytes for layer in allocation.layers)
+    assert all(layer.sparse_bytes < (least + 0.1) * layer.dense_bytes for layer in allocation.layers)
+    assert read_allocation(out) == allocation
+
+
 def test_what_a_layer_costs_is_measured_with_its_correction(
     model_dir: ModelDir, text_file: Path, tmp_path: Path
 ) -> None:

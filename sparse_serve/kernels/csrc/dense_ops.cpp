@@ -1,4 +1,4 @@
-// The torch operators of dense int8 weights for a few tokens:
+// The torch operators of dense int8 weights:
 //
 //     sparse_serve_cpu::pack_int8(codes) -> uint8 [bytes]                     the blocks of dense_int8.cpp
 //     sparse_serve_cpu::dense_int8(x, blocks, form, scale, bias?) -> y        inputs keep 16 bits
@@ -63,10 +63,12 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
   if (op.tokens == 0 || op.rows == 0) return y;
 #if defined(__x86_64__)
   const int64_t numbers = 3 * int64_t{sizeof(float)}, each = dense_int8::digit_bytes(columns);
-  const Tensor scratch = torch::stable::new_empty(blocks, {op.tokens * (numbers + each)});
+  const bool tiles = has_int8_tiles() && dense_int8::suits_tiles(op.tokens, columns);
+  const int64_t places = tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
+  const Tensor scratch = torch::stable::new_empty(blocks, {op.tokens * numbers + places * each});
   uint8_t* start = static_cast<uint8_t*>(scratch.mutable_data_ptr());
   const dense_int8::Digits digits{reinterpret_cast<int8_t*>(start + op.tokens * numbers), reinterpret_cast<int32_t*>(start),
-                                  reinterpret_cast<float*>(start) + 2 * op.tokens};
+                                  reinterpret_cast<float*>(start) + 2 * op.tokens, tiles};
   dense_int8::split_tokens(op, digits);
   torch::stable::parallel_for(0, row_blocks(rows), kBlocksAThread, [&](int64_t first, int64_t last) {
     dense_int8::run(op, digits, first, last);

@@ -44,6 +44,12 @@ INLINE void multiply_bytes() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
 }
 
+// The same for int8 inputs and uint8 weights.
+template <int kSums, int kInputs, int kWeights>
+INLINE void multiply_signed() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
+}
+
 // Eight tiles while it lives: the first `own_tiles`, of sums and inputs, for `tokens`, the others whole. Then as the thread
 // had them, for libraries that configure theirs once.
 class TileConfiguration {

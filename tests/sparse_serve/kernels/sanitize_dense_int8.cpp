@@ -7,6 +7,7 @@
 
 #include "activations.h"
 #include "dense_int8.h"
+#include "isa.h"
 
 using namespace sparse24;
 
@@ -16,7 +17,7 @@ std::mt19937 random_bits(0);
 float number() { return std::uniform_real_distribution<float>(-1, 1)(random_bits); }
 
 // In two shares, as two threads would.
-int check(Floats io, int64_t tokens, int64_t rows, int64_t columns, bool biased) {
+int check(Floats io, int64_t tokens, int64_t rows, int64_t columns, bool biased, bool tiles) {
   const int64_t bytes = io == Floats::kFloat32 ? 4 : 2;
   std::vector<int8_t> codes(rows * columns);
   for (int8_t& code : codes) code = static_cast<int8_t>(static_cast<int>(random_bits() % 255) - 127);
@@ -37,10 +38,10 @@ int check(Floats io, int64_t tokens, int64_t rows, int64_t columns, bool biased)
   }
   const Linear op{blocks.data(), Values::kInt8, tokens,       rows, columns, x.data(),
                   y.data(),      scale.data(),  biased ? bias.data() : nullptr, io};
-  std::vector<int8_t> digits(tokens * dense_int8::digit_bytes(columns));
+  std::vector<int8_t> digits((tiles ? ceil_div(tokens, kLanes) * kLanes : tokens) * dense_int8::digit_bytes(columns));
   std::vector<int32_t> offset(2 * tokens);
   std::vector<float> step(tokens);
-  const dense_int8::Digits split{digits.data(), offset.data(), step.data()};
+  const dense_int8::Digits split{digits.data(), offset.data(), step.data(), tiles};
   dense_int8::split_tokens(op, split);
   dense_int8::run(op, split, 0, half), dense_int8::run(op, split, half, count);
   for (int64_t token = 0; token < tokens; ++token) {
@@ -68,7 +69,10 @@ int main() {
   for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
     for (int64_t tokens : {1, 2, 3, 4, 7, 8, 11, 12, 27}) {
       for (int64_t rows : {1, 16, 37}) {
-        for (int64_t columns : {1, 128, 131, 516}) wrong += check(io, tokens, rows, columns, rows == 37), ++checked;
+        for (int64_t columns : {1, 128, 131, 516}) {
+          wrong += check(io, tokens, rows, columns, rows == 37, false), ++checked;
+          if (has_int8_tiles() && columns % 64 == 0) wrong += check(io, tokens, rows, columns, rows == 37, true);
+        }
       }
     }
   }

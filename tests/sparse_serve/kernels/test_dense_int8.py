@@ -41,7 +41,7 @@ def multiply(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, form: Tensor, bias
 @given(
     tokens=st.integers(0, 30),
     rows=st.integers(1, 70),
-    columns=st.integers(1, 300),
+    columns=st.integers(1, 300) | st.sampled_from([64, 128, 320]),  # some that are whole tiles
     dtype=st.sampled_from(list(ROUNDING)),
     biased=st.booleans(),
     seed=st.integers(0, 2**20),

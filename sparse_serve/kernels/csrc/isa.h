@@ -58,6 +58,18 @@ inline int64_t best_isa() {
 #endif
 }
 
+// Whether it gains by asking for weights ahead with one token, and with int8 activations of up to three. A Zen 4 is ahead
+// by itself, and faster left alone. Two threads of a Xeon with AMX take 1.25 ms without and 0.83 ms so for 4096 x 4096 in
+// bfloat16, and 1.72 ms and 1.24 ms for 14336 x 4096 with int4 values and int8 activations.
+inline bool wants_asking() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Whether it has what dense_int8.cpp is compiled for.
 inline bool has_vnni() {
 #if defined(__x86_64__)

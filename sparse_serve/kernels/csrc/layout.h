@@ -50,6 +50,16 @@ inline int blocks_of(int64_t rows, int64_t superblock) {  // row blocks of a sup
   return left < kSuper ? static_cast<int>(left) : kSuper;
 }
 
+// Asks for the block that is kFar blocks on, into the L2 cache, and for the one that is kNear on, into L1.
+template <Values kValues, int kFar, int kNear>
+inline __attribute__((always_inline)) void ask_ahead(const uint8_t* block) {
+  constexpr int kBytes = block_bytes(kValues);
+  for (int line = 0; line < kBytes; line += 64) {
+    __builtin_prefetch(block + kFar * kBytes + line, 0, 2);
+    __builtin_prefetch(block + kNear * kBytes + line);
+  }
+}
+
 // Superblocks [first, last) of `blocks`, from values [rows, columns / 2] and a bitmask [rows, columns / 8] with two bits
 // set in every four, the first column lowest. Columns are a multiple of 8. Of int4, values are [rows, columns / 4], and
 // `scales` [rows, ...], each for so many kept values of a row.
@@ -81,6 +91,7 @@ struct Linear {
   Floats kind;
   const uint8_t* tiles = nullptr;  // x as amx::pack_tokens lays it out, or null
   Rounded rounded = {};
+  bool asks = false;  // weights are asked for ahead with few tokens, too: see wants_asking
 };
 
 // Superblocks [first, last) of it, on the calling thread.

@@ -1,8 +1,9 @@
 """Inline PTX of the `skinny` kernel for what Triton does not expose: the sparse matrix product (`mma.sp`) and the
-conversion of 8-bit codes to floats.
+conversion of codes of 8 and 4 bits to floats.
 
-Each piece runs in every lane of a warp on that lane's registers, words of 32 bits that hold two 16-bit floats or four
-8-bit codes; `$0` is its first register. It is text, so no GPU and no Triton is needed to read it or to test it.
+Each piece runs in every lane of a warp on that lane's registers, words of 32 bits that hold two 16-bit floats, four
+8-bit codes or eight int4 ones; `$0` is its first register. It is text, so no GPU and no Triton is needed to read it or
+to test it.
 
 Codes become floats in registers, two at a time, one in each half of a word, and without rounding. The
 conversion ends in one instruction on both halves, `bits * factor + addend`, which GPUs have for bfloat16 too from sm_80
@@ -12,20 +13,22 @@ on:
                    2^-133 * (code + 128), also from 128 on, where the lowest bit of the exponent is set, because
                    exponents 0 and 1 mean the same power. As a float16, all mantissa, it is 2^-24 * (code + 128). Times
                    a power of two, minus a quarter, it is code / 512; the finished sum is multiplied by 512.
+    int4           Likewise code + 8, 0 to 15, in the lowest 4 bits or in the next 4, where it counts 16 times as much
+                   and the power of two is a 16th. Minus 8 / 512 it is code / 512.
     e4m3 to bf16   Sign, 4 bits of exponent and 3 of mantissa go where bf16 has them. Its exponents count from -127 and
                    those of e4m3 from -7, so what stands there is 2^-120 times the code.
     e4m3 to f16    Likewise from -15: 2^-8 times the code.
 
-Before they are multiplied, most int8 codes and the smallest of e4m3 are thus subnormal floats; `fma` without `.ftz`
-takes those for what they are (PTX ISA). To e4m3 it adds a negative zero, which leaves -0 as it is. NaN is no code that
-a checkpoint may hold.
+Before they are multiplied, most codes of int8 and int4 and the smallest of e4m3 are thus subnormal floats; `fma`
+without `.ftz` takes those for what they are (PTX ISA). To e4m3 it adds a negative zero, which leaves -0 as it is. NaN
+is no code that a checkpoint may hold.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from maskgen.core.values import FLOAT, FP8, INT8
+from maskgen.core.values import FLOAT, FP8, INT4, INT8
 
 TILES = 8
 """Products of 16 rows by 32 columns in a chunk."""
@@ -60,11 +63,28 @@ FENCE = "bar.warp.sync 0xffffffff; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $
 """Loads before it stay before it; products come after it, because they take their column codes from it."""
 
 
-class _Expansion(NamedTuple):
-    """From a word's even bytes, and from its odd ones, to `bits`; the other two operands in hex."""
+RESCALE = tuple(
+    f"""{{
+.reg .b32 first, second;
+mov.b32 first, ${8 + 2 * group};
+mov.b32 second, ${9 + 2 * group};
+fma.rn.f32 $0, $4, first, $12;
+fma.rn.f32 $1, $5, first, $13;
+fma.rn.f32 $2, $6, second, $14;
+fma.rn.f32 $3, $7, second, $15;
+}}"""
+    for group in (0, 1)
+)
+"""For each group of a chunk: a lane's 4 sums times the scales of its two rows, added to what the groups before gave."""
+RESCALE_OPERANDS = "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r,f,f,f,f"
+"""4 sums out, the 4 of the group, 4 scales of which two are used, 4 sums in."""
 
-    bits: tuple[str, str]
-    factor: str
+
+class _Expansion(NamedTuple):
+    """From a word to `bits`, once for each register that it holds; the other two operands in hex, of each or of all."""
+
+    bits: tuple[str, ...]
+    factors: tuple[str, ...]
     addend: str
 
 
@@ -79,16 +99,24 @@ or.b32 bits, bits, codes;"""
 
 
 _INT8_BITS = ("prmt.b32 bits, {word}, 0, 0x4240;", "prmt.b32 bits, {word}, 0, 0x4341;")
+_INT4_BITS = (
+    "and.b32 bits, {word}, 0x000f000f;",
+    "and.b32 bits, {word}, 0x00f000f0;",
+    "shr.b32 codes, {word}, 8;\nand.b32 bits, codes, 0x000f000f;",
+    "shr.b32 codes, {word}, 8;\nand.b32 bits, codes, 0x00f000f0;",
+)
 _EXPANSIONS = {
-    (INT8, "bf16"): _Expansion(_INT8_BITS, factor="7d80", addend="be80"),  # 2^124, -1/4
-    (INT8, "f16"): _Expansion(_INT8_BITS, factor="7800", addend="b400"),  # 2^15, -1/4
-    (FP8, "bf16"): _Expansion(_e4m3_bits(4, "07f0"), factor="7b80", addend="8000"),  # 2^120, -0
-    (FP8, "f16"): _Expansion(_e4m3_bits(1, "3f80"), factor="5c00", addend="8000"),  # 2^8, -0
+    (INT8, "bf16"): _Expansion(_INT8_BITS, factors=("7d80",), addend="be80"),  # 2^124, -1/4
+    (INT8, "f16"): _Expansion(_INT8_BITS, factors=("7800",), addend="b400"),  # 2^15, -1/4
+    (INT4, "bf16"): _Expansion(_INT4_BITS, factors=("7d80", "7b80"), addend="bc80"),  # 2^124 and 2^120, -1/64
+    (INT4, "f16"): _Expansion(_INT4_BITS, factors=("7800", "6800"), addend="a400"),  # 2^15 and 2^11, -1/64
+    (FP8, "bf16"): _Expansion(_e4m3_bits(4, "07f0"), factors=("7b80",), addend="8000"),  # 2^120, -0
+    (FP8, "f16"): _Expansion(_e4m3_bits(1, "3f80"), factors=("5c00",), addend="8000"),  # 2^8, -0
 }
-UNITS = {FLOAT: 1.0, INT8: 512.0, FP8: 1.0}
+UNITS = {FLOAT: 1.0, INT8: 512.0, FP8: 1.0, INT4: 512.0}
 """What sums of expanded codes have to be multiplied by."""
-INT8_OFFSET = -128
-"""An int8 code, exclusive or this, has the bits of code + 128 without a sign."""
+OFFSETS = {INT8: -128, INT4: 8}
+"""A code, exclusive or this, has the bits of code + 128, or of int4 code + 8, without a sign."""
 
 
 def multiplies(dtype: str) -> tuple[str, ...]:
@@ -97,20 +125,22 @@ def multiplies(dtype: str) -> tuple[str, ...]:
 
 
 def expansions(values: str, dtype: str) -> tuple[str, ...]:
-    """Of 4 words of codes, which are two tiles, the A fragment of the first and of the second; none for floats.
+    """Of 4 words of codes, which are two tiles, or four of int4, the A fragment of each; none for floats.
 
-    Two words are a tile: bytes 0 and 2 of the first word are register 0, bytes 1 and 3 are register 1, and so on.
+    Two words of 8-bit codes are a tile: bytes 0 and 2 of the first word are register 0, bytes 1 and 3 are register 1,
+    and so on. Of int4 a word is one.
     """
-    return () if values == FLOAT else tuple(_expansion(_EXPANSIONS[values, dtype], dtype, tile) for tile in (0, 1))
+    if values == FLOAT:
+        return ()
+    how = _EXPANSIONS[values, dtype]
+    return tuple(_expansion(how, dtype, tile) for tile in range(len(how.bits)))
 
 
 def _expansion(how: _Expansion, dtype: str, tile: int) -> str:
-    lines = [
-        ".reg .b32 codes, bits, factor, addend;",
-        f"mov.b32 factor, 0x{how.factor * 2};",
-        f"mov.b32 addend, 0x{how.addend * 2};",
-    ]
+    lines = [".reg .b32 codes, bits, factor, addend;", f"mov.b32 addend, 0x{how.addend * 2};"]
     for register in range(4):
-        lines.append(how.bits[register % 2].format(word=f"${4 + 2 * tile + register // 2}"))
+        word, part = divmod(4 * tile + register, len(how.bits))
+        lines.append(f"mov.b32 factor, 0x{how.factors[part % len(how.factors)] * 2};")
+        lines.append(how.bits[part].format(word=f"${4 + word}"))
         lines.append(f"fma.rn.{dtype}x2 ${register}, bits, factor, addend;")
     return "\n".join(["{", *lines, "}"])

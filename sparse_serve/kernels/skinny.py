@@ -6,36 +6,23 @@ The sparse tensor core multiplies a 16 x 32 weight tile of which it is given onl
 columns, a column code: 4 bits for the two that are kept (`mma.sp`, PTX ISA, m16n8k32). Nothing is decompressed: the
 weight goes from memory to registers to the tensor core, and what it costs is 0.5625 of a dense weight's bytes.
 
-Values stored in 8 bits cost 0.3125. They are read as they are, expanded in registers to the activations' dtype, which
-holds every one of them exactly, and multiplied by the same instruction. Their row's scale multiplies the finished sum,
-in float32, so nothing is rounded but the sums and the result. int8 lies there as code + 128, see `_ptx`.
-
-Layout. Rows are cut into strips of 16, columns into chunks of 256 = 8 tiles of 32; what does not fill them is padded
-with zeros. A chunk of a strip is 1,152 words of 32 bits (with 8-bit values 640), contiguous, and every lane of a warp
-reads its own words with 16-byte loads. First come the column codes, then the values:
-
-    words    0 ..  127   word 4 * lane + q serves tiles 2q and 2q + 1, of which each uses half of the lanes
-    words  128 .. 1151   word 128 + 128 * tile + 4 * lane + r is register r of the tile's A fragment, two values
-
-Of 8-bit values one load is two tiles, 2u and 2u + 1. A word holds two registers, one in its even bytes and one in its
-odd ones, because those are in different halves already, and there `_ptx` expands them:
-
-    words  128 ..  639   byte b of word 128 + 128 * u + 4 * lane + 2 * v + k is of tile 2u + v, register 2k + b % 2: its
-                         first value (b < 2) or its second
-
-Lane 4g + t of a warp holds rows g (even r) and g + 8 (odd r). Activations stay as they are: lane 4g + t loads 8
-neighbours of token g, columns 8t to 8t + 7 of a tile, two whole groups; the instruction wants of every group one half
-from an even lane and the other from the odd one beside it. So neighbours swap halves (two shuffles), and the groups of
-a tile come out in another order, which costs nothing because `prepare` orders the weight's groups in the same way.
+Values stored in 8 bits cost 0.3125, int4 ones 0.1875 and their scales. They are read as they are, expanded in registers
+to the activations' dtype, which holds every one of them exactly, and multiplied by the same instruction. A row's scale
+multiplies the finished sum, in float32. Where a row has scales for groups of 64 or 128 kept values, a chunk of 256
+columns is two such groups or one, and each multiplies the sum of its group. So nothing is rounded but the sums and the
+result. Where a value and a scale lie is said in `_skinny_layout`, how values are expanded in `_ptx`.
 
 Work. A program serves one or two strips and up to 32 tokens; its warps take the chunks in turn, and their sums are
 added at the end in a fixed order, so results repeat bit for bit. What decides the speed is how many bytes are in
-flight: a warp issues all loads of a chunk, 9 of 512 bytes (with 8-bit values 5), before its first product, and a fence
-keeps the assembler from moving a load down to its use, which it does when left alone. More than 32 tokens run as passes
-of 32 over the same weight, side by side, which only the L2 cache softens; other kernels are better there.
+flight: a warp issues all loads of a chunk, 9 of 512 bytes (with 8-bit values 5, with int4 ones 3 and those of scales),
+before its first product, and a fence keeps the assembler from moving a load down to its use, which it does when left
+alone. More than 32 tokens run as passes of 32 over the same weight, side by side, which only the L2 cache softens;
+other kernels are better there.
 
-Legend: T = tokens, O = out features, I = in features, G = groups of four columns, S = strips, C = chunks, W = words;
-in the Gluon kernel the dimensions are strips, tokens / 8, warps, lanes and a lane's 4 words.
+int4 values have not run on a GPU yet; tests run what Triton compiles in an emulator.
+
+Legend: T = tokens, O = out features, I = in features, S = strips, C = chunks, W = words; in the Gluon kernel the
+dimensions are strips, tokens / 8, warps, lanes and a lane's 4 words.
 """
 
 from __future__ import annotations
@@ -46,65 +33,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from maskgen.core.packed import PackedTensor
-from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT8, kind_of
+from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT4, INT8, kind_of
 from sparse_serve.kernels import (
     LinearSpec,
     _ptx,
+    _skinny_layout,
     capability_unsupported_reason,
     sparse_core_unsupported_reason,
     unsupported_values,
 )
 
-ROWS, COLUMNS = 16, 256
-"""Rows of a strip, columns of a chunk."""
-
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-VALUES = (FLOAT, INT8, FP8)
+VALUES = (FLOAT, INT8, FP8, INT4)
 """Kinds of values it takes."""
-
-_NO_CODE = 4
-"""The column code of columns 0 and 1: what is not there must carry a legal one too."""
-
-_ORDER = {2: (0, 3, 4, 5, 2, 8, 6, 7, 1, 9), 1: (0, 3, 4, 2, 8, 6, 5, 7, 9, 1)}
-"""Of the dimensions named in `prepare`, by bytes of a value: strip, chunk, then what a lane loads, lane by lane."""
 
 
 def unsupported_reason(spec: LinearSpec) -> str | None:
-    """Only 2:4 in bfloat16 or float16 on an NVIDIA GPU with sparse tensor cores, where Triton has Gluon."""
+    """Only 2:4 in bfloat16 or float16 on an NVIDIA GPU with sparse tensor cores, where Triton has Gluon.
+
+    Shapes of any size are taken, padded to whole strips and chunks.
+    """
     return (
         sparse_core_unsupported_reason(spec, _DTYPES)
         or unsupported_values(spec, *VALUES)
+        or _skinny_layout.unsupported_group(spec.group)
         or capability_unsupported_reason()
         or _problem()
     )
 
 
 def prepare(packed: PackedTensor) -> dict[str, Tensor]:
-    """`blocks` int32 `[S, C, W]`, see above; `form` `[O, 0, I]`, which carries O, I and a dtype; of codes `scale`."""
+    """`blocks` int32 `[S, C, W]`; `form` `[O, 0, I]`, which carries O, I and a dtype; of codes without groups `scale`.
+
+    The scales of groups are in the blocks.
+    """
     rows, columns = packed.shape
-    strips, chunks = -(-rows // ROWS), -(-columns // COLUMNS)
-    missing_rows, missing_groups = strips * ROWS - rows, (chunks * COLUMNS - columns) // 4
-    size = packed.values.itemsize
-    bits = packed.values.contiguous().view(torch.int8 if size == 1 else torch.int16)
-    values = pad(bits, (0, 2 * missing_groups, 0, missing_rows))
-    if packed.kind == INT8:
-        values = values ^ _ptx.INT8_OFFSET
-    codes_OG = pad(_codes(packed.bitmask), (0, missing_groups, 0, missing_rows), value=_NO_CODE)
-    # Group 4p + 2j + i of a tile is the instruction's group 4j + 2i + p: where the swap of activations puts it.
-    values = values.view(strips, 2, 8, chunks, 4, 2, 2, 2, 2, 2)  # strip, r % 2, g, chunk, u, v, p, j, i, which of two
-    words = values.permute(_ORDER[size]).flatten(-2).contiguous().view(torch.int32)
-    codes = codes_OG.view(strips, 2, 8, chunks, 4, 2, 2, 2, 2)  # strip, r % 2, g, chunk, q, tile % 2, p, j, i
-    codes = codes.permute(0, 3, 2, 5, 7, 4, 1, 8, 6)  # strip, chunk, lane, q, then the bits of a word
-    octets = (codes[..., 0] | codes[..., 1] << 4).flatten(-2)
-    codes_SCW = octets.contiguous().view(torch.int32).reshape(strips, chunks, 128)
-    tensors = {
-        "blocks": torch.cat([codes_SCW, words.reshape(strips, chunks, -1)], dim=2),
-        "form": packed.values.new_empty((rows, 0, columns)),
-    }
-    return tensors if packed.scale is None else {**tensors, "scale": packed.scale.contiguous()}
+    tensors = {"blocks": _skinny_layout.blocks_of(packed), "form": packed.values.new_empty((rows, 0, columns))}
+    return tensors if packed.scale is None or packed.group else {**tensors, "scale": packed.scale.contiguous()}
 
 
 def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> Tensor:
@@ -113,15 +80,17 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
     return y_TO
 
 
-def split(tokens: int, strips: int, chunks: int) -> tuple[int, int]:
-    """Strips and warps of a program: within 7 % of the fastest on an H200, summed over a Llama-3-8B block.
+def split(tokens: int, strips: int, chunks: int, has_groups: bool = False) -> tuple[int, int]:
+    """Strips and warps of a program: within 7 % of the fastest on an H200, summed over a Llama-3-8B block. Of
+    float and int8 values, that is; for int4 ones nothing has been measured.
 
     Several strips share the activations, which come from the L2 cache and from 9 tokens on are as many bytes as the
     weights. Where strips are many, a program has four of them and a single warp, so nothing is summed over warps; where
-    they are few, warps have to share a strip to fill the GPU, eight if it is long.
+    they are few, warps have to share a strip to fill the GPU, eight if it is long. Where groups have scales
+    (`has_groups`) a lane holds two sets of sums, and for 32 tokens registers hold those of two strips, not of four.
     """
     if strips >= 1024:
-        return 4, 1
+        return (2 if has_groups and tokens > 16 else 4), 1
     wide = 1 if tokens <= 8 and chunks < 32 else 2
     return wide, 8 if chunks >= 32 and tokens <= 32 else 4
 
@@ -141,19 +110,10 @@ def skinny_linear(
     The first call with a new dtype, pass size or split compiles (seconds); make it before capturing a CUDA graph.
     """
     rows, columns = form.shape[0], form.shape[2]
-    has_codes = form.dtype in CODE_DTYPES.values()
-    dtypes = list(_DTYPES) if has_codes else [form.dtype]
-    if x_TI.dtype not in dtypes or x_TI.shape[-1] != columns:
-        expected = " or ".join(map(str, dtypes))
-        raise ValueError(f"x is {x_TI.dtype} {list(x_TI.shape)}, expected {expected} [..., {columns}]")
-    if bias_O is not None and (bias_O.dtype != x_TI.dtype or bias_O.shape != (rows,) or not bias_O.is_contiguous()):
-        raise ValueError(f"bias is {bias_O.dtype} {list(bias_O.shape)}, expected contiguous {x_TI.dtype} [{rows}]")
-    if (scale_O is not None) != has_codes:
-        raise ValueError(f"a scale belongs to 8-bit values and to no others, and values are {form.dtype}")
-    if scale_O is not None and (
-        scale_O.dtype != torch.float32 or scale_O.shape != (rows,) or not scale_O.is_contiguous()
-    ):
-        raise ValueError(f"scale is {scale_O.dtype} {list(scale_O.shape)}, expected contiguous float32 [{rows}]")
+    _check_input(x_TI, form, bias_O)
+    constants = instructions(x_TI.dtype, form.dtype)
+    scales = _skinny_layout.scales_of(blocks, constants["LOADS"])
+    _check_scale(scale_O, form, scales)
     y_TO = x_TI.new_empty((*x_TI.shape[:-1], rows))
     tokens = y_TO.numel() // rows
     if tokens == 0:
@@ -162,7 +122,7 @@ def skinny_linear(
     if flat_TI.data_ptr() % 16:
         flat_TI = flat_TI.clone()  # a slice that starts inside one of the 16-byte words the kernel loads
     strips, chunks = blocks.shape[:2]
-    best = split(tokens, strips, chunks)
+    best = split(tokens, strips, chunks, has_groups=scales > 0)
     wide, warps = wide or best[0], warps or best[1]
     eights = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     grid = (-(-tokens // (8 * eights)), -(-strips // wide))
@@ -170,8 +130,7 @@ def skinny_linear(
     with torch.cuda.device_of(x_TI):
         _kernel()[grid](
             blocks, flat_TI.view(torch.int32), scale, bias, y_TO, tokens, rows, columns // 8, strips, chunks,
-            **instructions(x_TI.dtype, form.dtype),
-            WIDE=wide, EIGHTS=eights, WARPS=warps, BIAS=bias_O is not None, num_warps=warps,
+            **constants, SCALES=scales, WIDE=wide, EIGHTS=eights, WARPS=warps, BIAS=bias_O is not None, num_warps=warps,
         )  # fmt: skip
     return y_TO
 
@@ -197,13 +156,28 @@ def instructions(dtype: torch.dtype, stored: torch.dtype) -> dict[str, Any]:
     return {"MULTIPLY": _ptx.multiplies(_DTYPES[dtype]), "EXPAND": expand, "LOADS": loads, "UNIT": _ptx.UNITS[values]}
 
 
-def _codes(bitmask: Tensor) -> Tensor:
-    """Bitmask `[O, I/8]` to codes uint8 `[O, G]`: first kept column | second << 2."""
-    first = [next((bit for bit in range(4) if mask >> bit & 1), 0) for mask in range(16)]
-    last = [max(mask.bit_length() - 1, 0) for mask in range(16)]
-    table = torch.tensor([low | high << 2 for low, high in zip(first, last, strict=True)], dtype=torch.uint8)
-    groups = torch.stack([bitmask & 15, bitmask >> 4], dim=-1).flatten(1)
-    return table.to(bitmask.device)[groups.int()]
+def _check_input(x_TI: Tensor, form: Tensor, bias_O: Tensor | None) -> None:
+    rows, columns = form.shape[0], form.shape[2]
+    dtypes = list(_DTYPES) if form.dtype in CODE_DTYPES.values() else [form.dtype]
+    if x_TI.dtype not in dtypes or x_TI.shape[-1] != columns:
+        expected = " or ".join(map(str, dtypes))
+        raise ValueError(f"x is {x_TI.dtype} {list(x_TI.shape)}, expected {expected} [..., {columns}]")
+    if bias_O is not None and (bias_O.dtype != x_TI.dtype or bias_O.shape != (rows,) or not bias_O.is_contiguous()):
+        raise ValueError(f"bias is {bias_O.dtype} {list(bias_O.shape)}, expected contiguous {x_TI.dtype} [{rows}]")
+
+
+def _check_scale(scale_O: Tensor | None, form: Tensor, scales: int) -> None:
+    """`scales` of each row are in every chunk; if none are, codes need one beside."""
+    if (scale_O is not None) != (form.dtype in CODE_DTYPES.values() and not scales):
+        raise ValueError(
+            f"a scale belongs to codes without scales of groups and to no others, and values are {form.dtype}, with "
+            f"{scales} scales of groups in a chunk"
+        )
+    rows = form.shape[0]
+    if scale_O is not None and (
+        scale_O.dtype != torch.float32 or scale_O.shape != (rows,) or not scale_O.is_contiguous()
+    ):
+        raise ValueError(f"scale is {scale_O.dtype} {list(scale_O.shape)}, expected contiguous float32 [{rows}]")
 
 
 @cache
@@ -221,8 +195,8 @@ def _kernel() -> Any:
     """The Gluon kernel. Defined on first use, because importing this file must not need Triton."""
     gluon = import_module("triton.experimental.gluon")
     gl = import_module("triton.experimental.gluon.language")
-    swap, fence, words = gl.constexpr(_ptx.SWAP), gl.constexpr(_ptx.FENCE), gl.constexpr(_ptx.WORDS_OPERANDS)
-    multiply_operands = gl.constexpr(_ptx.MULTIPLY_OPERANDS)
+    fence, words = gl.constexpr(_ptx.FENCE), gl.constexpr(_ptx.WORDS_OPERANDS)
+    multiply = _multiply(gluon, gl)
 
     @gluon.constexpr_function
     def along(layout, dimension):  # type: ignore[no-untyped-def]
@@ -233,8 +207,8 @@ def _kernel() -> Any:
     @gluon.jit(do_not_specialize=["tokens", "rows", "eighths", "strips", "chunks"])  # one binary for every shape
     def skinny(  # type: ignore[no-untyped-def]
         blocks, x, scale, bias, y, tokens, rows, eighths, strips, chunks, MULTIPLY: gl.constexpr, EXPAND: gl.constexpr,
-        LOADS: gl.constexpr, UNIT: gl.constexpr, WIDE: gl.constexpr, EIGHTS: gl.constexpr, WARPS: gl.constexpr,
-        BIAS: gl.constexpr,
+        LOADS: gl.constexpr, UNIT: gl.constexpr, SCALES: gl.constexpr, WIDE: gl.constexpr, EIGHTS: gl.constexpr,
+        WARPS: gl.constexpr, BIAS: gl.constexpr,
     ):  # fmt: skip
         L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 4], [1, 1, 1, 32, 1], [1, 1, WARPS, 1, 1], [4, 3, 2, 1, 0])
         strip = gl.program_id(1) * WIDE + gl.arange(0, WIDE, layout=along(L, 0))[:, None, None, None, None]
@@ -249,30 +223,67 @@ def _kernel() -> Any:
         for start in range(0, chunks, WARPS):
             chunk = start + warp
             ok = (strip < strips) & (chunk < chunks)
-            at = blocks + ((strip * chunks + chunk) * (128 + 128 * LOADS) + lane * 4 + word)
+            chunk_at = (strip * chunks + chunk) * (128 + 128 * LOADS + 16 * SCALES)
+            at = blocks + (chunk_at + lane * 4 + word)
             codes = gl.load(at, mask=ok, other=0x44444444, eviction_policy="evict_first")
             loaded = ()
             for part in gl.static_range(LOADS):
                 loaded += (gl.load(at + (128 + 128 * part), mask=ok, other=0, eviction_policy="evict_first"),)
+            scales = codes  # which nothing reads where groups have none
+            if SCALES > 0:
+                scales_at = blocks + (chunk_at + (128 + 128 * LOADS) + lane // 4 * (2 * SCALES) + word % (2 * SCALES))
+                scales = gl.load(scales_at, mask=ok, other=0, eviction_policy="evict_first")
             codes = gl.inline_asm_elementwise(fence, words, [codes], dtype=gl.int32, is_pure=False, pack=4)
-            eighth = chunk * 32 + lane % 4
-            for tile in gl.static_range(8):
-                a = loaded[tile * LOADS // 8]
-                if LOADS < 8:
-                    a = gl.inline_asm_elementwise(EXPAND[tile % 2], words, [a], dtype=gl.int32, is_pure=True, pack=4)
-                x_ok = (token < tokens - first) & (eighth + 4 * tile < eighths)
-                b = gl.load(x_at + (chunk * 128 + 16 * tile), mask=x_ok, other=0)
-                b = gl.inline_asm_elementwise(swap, words, [b], dtype=gl.int32, is_pure=True, pack=4)
-                args = [a, b, codes, sums]
-                sums = gl.inline_asm_elementwise(MULTIPLY[tile], multiply_operands, args, gl.float32, True, 4)
+            eighth, token_ok = chunk * 32 + lane % 4, token < tokens - first
+            sums = multiply(
+                loaded, codes, scales, x_at, token_ok, chunk, eighth, eighths, sums, MULTIPLY, EXPAND, LOADS, SCALES
+            )
         total = gl.sum(sums, 2, keep_dims=True)
         row = strip * 16 + lane // 4 + word // 2 * 8
         token = eight * 8 + lane % 4 * 2 + word % 2  # the one this lane has summed
         if LOADS < 8:
-            total = total * UNIT * gl.load(scale + row, mask=row < rows, other=0)
+            total *= UNIT
+        if LOADS < 8 and SCALES == 0:
+            total *= gl.load(scale + row, mask=row < rows, other=0)
         if BIAS:
             total += gl.load(bias + row, mask=row < rows, other=0).to(gl.float32)
         y_at = y + first.to(gl.int64) * rows + (token * rows + row)
         gl.store(y_at, total.to(y.dtype.element_ty), mask=(row < rows) & (token < tokens - first))
 
     return skinny
+
+
+def _multiply(gluon: Any, gl: Any) -> Any:
+    """What the Gluon kernel adds to its sums for a chunk that is loaded. Sums of groups are scaled on their own."""
+    swap, words = gl.constexpr(_ptx.SWAP), gl.constexpr(_ptx.WORDS_OPERANDS)
+    multiply_operands, rescale_operands = gl.constexpr(_ptx.MULTIPLY_OPERANDS), gl.constexpr(_ptx.RESCALE_OPERANDS)
+    rescale = gl.constexpr(_ptx.RESCALE)
+
+    @gluon.jit
+    def multiply(  # type: ignore[no-untyped-def]
+        loaded, codes, scales, x_at, token_ok, chunk, eighth, eighths, sums, MULTIPLY: gl.constexpr,
+        EXPAND: gl.constexpr, LOADS: gl.constexpr, SCALES: gl.constexpr,
+    ):  # fmt: skip
+        zeros = gl.full(sums.shape, 0.0, gl.float32, layout=sums.type.layout)
+        group = zeros
+        for tile in gl.static_range(8):
+            a = loaded[tile * LOADS // 8]
+            if LOADS < 8:
+                a = gl.inline_asm_elementwise(EXPAND[tile % (8 // LOADS)], words, [a], gl.int32, True, 4)
+            x_ok = token_ok & (eighth + 4 * tile < eighths)
+            b = gl.load(x_at + (chunk * 128 + 16 * tile), mask=x_ok, other=0)
+            b = gl.inline_asm_elementwise(swap, words, [b], dtype=gl.int32, is_pure=True, pack=4)
+            args = [a, b, codes, group if SCALES > 0 else sums]
+            added = gl.inline_asm_elementwise(MULTIPLY[tile], multiply_operands, args, gl.float32, True, 4)
+            if SCALES == 0:
+                sums = added
+            elif (tile + 1) * SCALES % 8 > 0:
+                group = added
+            else:
+                args, group = [added, scales, sums], zeros
+                sums = gl.inline_asm_elementwise(
+                    rescale[tile * SCALES // 8], rescale_operands, args, gl.float32, True, 4
+                )
+        return sums
+
+    return multiply

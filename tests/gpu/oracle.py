@@ -8,22 +8,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT
+from maskgen.core.values import FLOAT, INT4, KINDS
 
 PATTERN = NMPattern(2, 4)
+STORED = [(values, group) for values in KINDS for group in (GROUPS if values == INT4 else (None,))]
+"""How kept values may be stored, and how many share a scale; None: those of a row."""
+
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Of the sum of the absolute terms: what an output rounded once may be off by, and as much again for its sum."""
 
 
 def packed_weight(
-    rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, values: str = FLOAT, device: str = "cpu"
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.bfloat16,
+    values: str = FLOAT,
+    group: int | None = None,
+    device: str = "cpu",
 ) -> PackedTensor:
-    """A random weight under a random mask, of a size that leaves outputs about as large as inputs."""
+    """A random weight under a random mask, of a size that leaves outputs about as large as inputs.
+
+    Of int4 values, `group` share a scale, and scales differ by powers of two within a row.
+    """
     weight_OI = torch.randn(rows, columns, device=device).mul_(columns**-0.5).to(dtype)
     mask_OI = PATTERN.mask_from_scores(torch.rand(rows, columns, device=device))
-    return PackedTensor.pack(weight_OI, mask_OI, PATTERN).quantised(values)
+    packed = PackedTensor.pack(weight_OI, mask_OI, PATTERN).quantised(values, group)
+    if packed.scale is not None and packed.group is not None:
+        packed.scale.mul_(2.0 ** (torch.arange(packed.scale.shape[1], device=device) % 4 - 2))
+    return packed
 
 
 def assert_is_product(

@@ -3,11 +3,11 @@
     python -m tests.bench.gpu_kernels [--out DIR] [--tokens 1,16,...] [--shapes qkv=6144x4096,...]
 
 For each shape and number of tokens the candidates (torch's dense linear in bfloat16, and the GPU kernels that do not
-refuse, `skinny` with 8-bit values too) are captured in CUDA graphs, as a server runs them, and the graphs are replayed
-in turn; a time is the median replay over its calls. A candidate has several copies of its weight and a graph goes
-through all of them, so that no call finds its weight in the L2 cache: together they are more than three times as large.
-A candidate that cannot be captured or is wrong is reported with its error, never left out silently. `cusparselt` makes
-8-bit values bfloat16 ones and has no row for them: the work is the same.
+refuse, `skinny` with 8-bit and int4 values too) are captured in CUDA graphs, as a server runs them, and the graphs are
+replayed in turn; a time is the median replay over its calls. A candidate has several copies of its weight and a graph
+goes through all of them, so that no call finds its weight in the L2 cache: together they are more than three times as
+large. A candidate that cannot be captured or is wrong is reported with its error, never left out silently. `cusparselt`
+makes codes bfloat16 numbers and has no row for them: the work is the same.
 
 Every shape is measured in a process of its own (`gpu_measure`), and the JSON file is written after each: a crash costs
 what was not measured yet. A shape whose process died is tried again without the candidate that was at work; what that

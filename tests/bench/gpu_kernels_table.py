@@ -30,7 +30,7 @@ def _splits(name: str, shape: dict[str, Any]) -> Iterator[str]:
         for count, times in counts.items():
             best = min(times, key=times.__getitem__)
             strips, chunks = -(-shape["out_features"] // 16), -(-shape["in_features"] // 256)
-            chosen = "{}x{}".format(*skinny.split(count, strips, chunks))
+            chosen = "{}x{}".format(*skinny.split(count, strips, chunks, has_groups=who == "skinny int4"))
             found = f"best {best} {times[best] * 1e6:.1f} us, chosen {chosen} {times[chosen] * 1e6:.1f}"
             yield f"{name}, {who}, split at {count}: {found}"
 

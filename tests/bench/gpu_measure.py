@@ -25,7 +25,7 @@ from torch.nn.functional import linear as dense_linear
 from maskgen.core.files import write_json
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import FLOAT, FP8, INT8
+from maskgen.core.values import FLOAT, FP8, INT4, INT8
 from sparse_serve.kernels import LinearSpec, choose, skinny
 from sparse_serve.runtime.errors import KernelError
 from tests.bench.gpu_kernels_table import DENSE
@@ -33,17 +33,19 @@ from tests.bench.gpu_kernels_table import DENSE
 PATTERN = NMPattern(2, 4)
 GPU = "cuda"
 KERNELS = {
-    "skinny": ("skinny", FLOAT),
-    "skinny int8": ("skinny", INT8),
-    "skinny fp8": ("skinny", FP8),
-    "cusparselt": ("cusparselt", FLOAT),
+    "skinny": ("skinny", FLOAT, None),
+    "skinny int8": ("skinny", INT8, None),
+    "skinny fp8": ("skinny", FP8, None),
+    "skinny int4": ("skinny", INT4, 128),
+    "cusparselt": ("cusparselt", FLOAT, None),
 }
-"""Candidates of the dense layer: the kernel, and how its values are stored."""
+"""Candidates of the dense layer: the kernel, how its values are stored, and how many share a scale."""
 DENSE_FP8 = "dense fp8"
 MOST_TOKENS = {"skinny": 512}
 """Beyond this a kernel is only slow."""
 SPLIT_TOKENS, SPLITS = (1, 8, 16, 32), [(wide, warps) for wide in (1, 2, 4) for warps in (1, 2, 4, 8)]
-SPLIT_CANDIDATES = ("skinny", "skinny int8")
+SPLIT_CANDIDATES = ("skinny", "skinny int4")
+"""A few of one kernel: each split compiles anew, and int8's have been measured (`gpu-skinny-splits--*.json`)."""
 WALL_TOKENS, WALL_ROUNDS, WALL_REPEATS = (1, 64, 512), 9, 8
 REPLAYS, L2_TIMES = 25, 3.2
 REPLAYING = "replaying"
@@ -103,12 +105,12 @@ def measure_shape(rows: int, columns: int, tokens: list[int], without: list[str]
     if DENSE_FP8 not in without:
         progress.doing(DENSE_FP8)
         layers[DENSE_FP8] = dense_fp8_layer(weight_OI)
-    for name, (kernel, values) in KERNELS.items():
+    for name, (kernel, values, group) in KERNELS.items():
         if name in without:
             continue
         progress.doing(name)
         try:
-            layers[name] = sparse_layer(kernel, packed.quantised(values))
+            layers[name] = sparse_layer(kernel, packed.quantised(values, group))
         except (KernelError, RuntimeError) as error:
             failed[name] = str(error)
     found["bytes"] = {name: layer.nbytes for name, layer in layers.items()}
@@ -187,7 +189,7 @@ def dense_fp8_layer(weight_OI: Tensor) -> Layer:
 
 def sparse_layer(name: str, packed: PackedTensor) -> Layer:
     """A kernel, in as many copies as its tensors need."""
-    kernel = choose(LinearSpec(*packed.shape, PATTERN, torch.bfloat16, GPU, packed.kind), name)
+    kernel = choose(LinearSpec(*packed.shape, PATTERN, torch.bfloat16, GPU, packed.kind, packed.group), name)
     prepared = kernel.prepare(packed)
     nbytes = sum(tensor.nbytes for tensor in prepared.values())
     tensors = [{key: tensor.clone() for key, tensor in prepared.items()} for _ in range(copies(nbytes))]

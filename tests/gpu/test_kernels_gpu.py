@@ -1,7 +1,7 @@
 """Every file of `kernels/` that serves a GPU, on one: right numbers at every end, graphs, torch.compile, repeats.
 
 A kernel that refuses is skipped with its reason. Every new combination of dtype, values, bias, tokens and split makes
-`skinny` compile for about a second, so 8-bit values are not tried with all that floats are tried with.
+`skinny` compile for about a second, so codes are not tried with all that floats are tried with.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import sparse_serve.kernels as folder
+from maskgen.core.int4 import unpack_nibbles
 from maskgen.core.packed import PackedTensor
 from maskgen.core.registry import names
-from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT8, KINDS
+from maskgen.core.values import CODE_DTYPES, FLOAT, FP8, INT4, INT8
 from sparse_serve.kernels import Kernel, LinearSpec, choose, skinny
 from sparse_serve.runtime.errors import KernelError
 from tests.gpu import oracle
-from tests.gpu.oracle import PATTERN, TOLERANCE
+from tests.gpu.oracle import PATTERN, STORED, TOLERANCE
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
@@ -36,7 +37,7 @@ packed_weight = partial(oracle.packed_weight, device="cuda")
 
 def kernel_or_skip(name: str, packed: PackedTensor, dtype: torch.dtype) -> Kernel:
     try:
-        return choose(LinearSpec(*packed.shape, PATTERN, dtype, "cuda", packed.kind), name)
+        return choose(LinearSpec(*packed.shape, PATTERN, dtype, "cuda", packed.kind, packed.group), name)
     except KernelError as error:
         pytest.skip(str(error))
 
@@ -54,10 +55,12 @@ def poison(y_shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", names(folder))
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("values", KINDS)
-def test_equals_dense_in_float64(name: str, dtype: torch.dtype, shape: tuple[int, int], values: str) -> None:
+@pytest.mark.parametrize(("values", "group"), STORED)
+def test_equals_dense_in_float64(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], values: str, group: int | None
+) -> None:
     torch.manual_seed(0)
-    packed = packed_weight(*shape, dtype, values)
+    packed = packed_weight(*shape, dtype, values, group)
     kernel = kernel_or_skip(name, packed, dtype)
     tensors = kernel.prepare(packed)
     for tokens in TOKENS:
@@ -88,10 +91,13 @@ def test_any_layout_of_the_input_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("wide", [1, 2, 4])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
-@pytest.mark.parametrize(("tokens", "values"), [(3, FLOAT), (12, FLOAT), (32, FLOAT), (70, FLOAT), (70, INT8)])
-def test_every_split_of_skinny_is_right(wide: int, warps: int, tokens: int, values: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "values", "group"),
+    [*((tokens, FLOAT, None) for tokens in (3, 12, 32, 70)), (70, INT8, None), (70, INT4, 64)],
+)
+def test_every_split_of_skinny_is_right(wide: int, warps: int, tokens: int, values: str, group: int | None) -> None:
     torch.manual_seed(2)
-    packed = packed_weight(1000, 4104, torch.bfloat16, values)
+    packed = packed_weight(1000, 4104, torch.bfloat16, values, group)
     kernel_or_skip("skinny", packed, torch.bfloat16)
     tensors, x_TI = skinny.prepare(packed), torch.randn(tokens, 4104, device=GPU).bfloat16()
     poison((tokens, 1000), torch.bfloat16)
@@ -100,28 +106,37 @@ def test_every_split_of_skinny_is_right(wide: int, warps: int, tokens: int, valu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("values", [INT8, FP8])
-def test_skinny_expands_every_code_exactly(dtype: torch.dtype, values: str) -> None:
-    """One code a row, at its place in the group and tile that column 8 * row falls in, times 1: it has to come back."""
+@pytest.mark.parametrize(("values", "group"), [stored for stored in STORED if stored[0] != FLOAT])
+def test_skinny_expands_every_code_exactly(dtype: torch.dtype, values: str, group: int | None) -> None:
+    """One byte a row, at its place in the group and tile that column 8 * row falls in: its code has to come back, times
+    1, or its two of int4, times 1 and 16."""
     octets = torch.arange(256, device=GPU, dtype=torch.int32).to(torch.uint8)
     mask_OI = torch.tensor([True, True, False, False], device=GPU).repeat(256, 512)
-    packed = PackedTensor.pack(torch.ones(256, 2048, device=GPU, dtype=dtype), mask_OI, PATTERN).quantised(values)
+    packed = PackedTensor.pack(torch.ones(256, 2048, device=GPU, dtype=dtype), mask_OI, PATTERN)
+    packed = packed.quantised(values, group)
     kernel_or_skip("skinny", packed, dtype)
     packed.values.view(torch.uint8).zero_()
     rows = torch.arange(256, device=GPU)
-    packed.values.view(torch.uint8)[rows, 4 * rows] = octets
+    packed.values.view(torch.uint8)[rows, (2 if values == INT4 else 4) * rows] = octets
     assert packed.scale is not None
     packed.scale.fill_(1)
-    expected_O = octets.view(CODE_DTYPES[values]).to(dtype)
-    y_TO = skinny.linear(torch.ones(1, 2048, device=GPU, dtype=dtype), skinny.prepare(packed), None)
+    x_TI = torch.tensor([[1, 16]], device=GPU, dtype=dtype).repeat(1, 1024)
+    if values == INT4:
+        expected_O = unpack_nibbles(octets[:, None]).to(dtype) @ x_TI[0, :2]
+    else:
+        expected_O = octets.view(CODE_DTYPES[values]).to(dtype)
+    y_TO = skinny.linear(x_TI, skinny.prepare(packed), None)
     ok = ~expected_O.isnan()
     assert torch.equal(y_TO[0][ok], expected_O[ok])
 
 
 @pytest.mark.parametrize("name", sorted(set(names(folder)) - {"cusparselt"}))  # whose split-k may add in any order
-@pytest.mark.parametrize(("tokens", "values"), [(1, FLOAT), (9, FLOAT), (32, FLOAT), (100, FLOAT), (32, FP8)])
-def test_repeats_are_bit_identical(name: str, tokens: int, values: str) -> None:
-    packed = packed_weight(4096, 4096, torch.bfloat16, values)
+@pytest.mark.parametrize(
+    ("tokens", "values", "group"),
+    [*((tokens, FLOAT, None) for tokens in (1, 9, 32, 100)), (32, FP8, None), (32, INT4, 128)],
+)
+def test_repeats_are_bit_identical(name: str, tokens: int, values: str, group: int | None) -> None:
+    packed = packed_weight(4096, 4096, torch.bfloat16, values, group)
     kernel = kernel_or_skip(name, packed, torch.bfloat16)
     tensors, x_TI = kernel.prepare(packed), torch.randn(tokens, 4096, device=GPU).bfloat16()
     first_TO = kernel.linear(x_TI, tensors, None)
@@ -129,9 +144,12 @@ def test_repeats_are_bit_identical(name: str, tokens: int, values: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(names(folder)) - {"reference"}))  # whose unpacking stops the host
-@pytest.mark.parametrize(("tokens", "values"), [(1, FLOAT), (9, FLOAT), (32, FLOAT), (100, FLOAT), (100, INT8)])
-def test_a_captured_graph_replays_the_same_numbers(name: str, tokens: int, values: str) -> None:
-    packed = packed_weight(1024, 2048, torch.bfloat16, values)
+@pytest.mark.parametrize(
+    ("tokens", "values", "group"),
+    [*((tokens, FLOAT, None) for tokens in (1, 9, 32, 100)), (100, INT8, None), (100, INT4, 64)],
+)
+def test_a_captured_graph_replays_the_same_numbers(name: str, tokens: int, values: str, group: int | None) -> None:
+    packed = packed_weight(1024, 2048, torch.bfloat16, values, group)
     kernel = kernel_or_skip(name, packed, torch.bfloat16)
     tensors, bias_O = kernel.prepare(packed), torch.randn(1024, device=GPU).bfloat16()
     x_TI = torch.randn(tokens, 2048, device=GPU).bfloat16()
@@ -151,10 +169,10 @@ def test_a_captured_graph_replays_the_same_numbers(name: str, tokens: int, value
 
 
 @pytest.mark.parametrize("name", names(folder))
-@pytest.mark.parametrize("values", KINDS)
-def test_torch_compile_gives_the_same_numbers(name: str, values: str) -> None:
+@pytest.mark.parametrize(("values", "group"), STORED)
+def test_torch_compile_gives_the_same_numbers(name: str, values: str, group: int | None) -> None:
     torch._dynamo.reset()  # every case compiles the same code object, and dynamo allows eight variants of one
-    packed = packed_weight(128, 256, torch.bfloat16, values)
+    packed = packed_weight(128, 256, torch.bfloat16, values, group)
     kernel = kernel_or_skip(name, packed, torch.bfloat16)
     tensors, x_TI = kernel.prepare(packed), torch.randn(5, 256, device=GPU).bfloat16()
 
@@ -165,10 +183,12 @@ def test_torch_compile_gives_the_same_numbers(name: str, values: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(folder))
-@pytest.mark.parametrize("values", KINDS)
-def test_the_weight_stays_compressed(name: str, values: str) -> None:
-    packed = packed_weight(4096, 4096, torch.bfloat16, values)
+@pytest.mark.parametrize(("values", "group"), STORED)
+def test_the_weight_stays_compressed(name: str, values: str, group: int | None) -> None:
+    packed = packed_weight(4096, 4096, torch.bfloat16, values, group)
     kernel = kernel_or_skip(name, packed, torch.bfloat16)
     tensors = kernel.prepare(packed)
-    part = 0.57 if values == FLOAT or name == "cusparselt" else 0.32  # which makes codes bfloat16
+    part = {FLOAT: 0.57, INT4: 0.21}.get(values, 0.32)
+    if name == "cusparselt":  # which makes codes bfloat16
+        part = 0.57
     assert sum(tensor.nbytes for tensor in tensors.values()) <= part * packed.dense_nbytes(torch.bfloat16)

@@ -69,14 +69,14 @@ def test_conversations_are_rows_that_a_chat_template_renders(package: Path, tmp_
         assert all(message["content"].strip() for message in row)
 
 
-def test_its_recipe_prunes_less_than_all_of_its_model_and_trains_that(package: Path, tmp_path: Path) -> None:
+def test_its_recipe_prunes_less_than_all_of_its_model_and_stores_that_in_bytes(package: Path, tmp_path: Path) -> None:
     recipe = recipe_module.load(str(demo.build(tmp_path / "out", domains=DOMAINS) / "quick.toml"))
     parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     names = [f"model.layers.{block}.{part}" for block in range(30) for part in parts]
     dense = [name for name in names if any(fnmatchcase(name, glob) for glob in recipe.ignore)]
     assert all(any(fnmatchcase(name, glob) for name in names) for glob in recipe.ignore)
-    assert 0 < len(dense) < len(names) / 2
-    assert recipe.prior is not None and recipe.train is not None
+    assert len(names) / 3 < len(dense) < 2 * len(names) / 3
+    assert recipe.values is not None and recipe.values.kind == "int8" and recipe.local_method().correction is not None
 
 
 def test_a_finished_demo_is_found_without_its_package(package: Path, tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_a_directory_that_is_something_else_is_left_alone(tmp_path: Path) -> Non
 
 def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v6"
+    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v7"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v6")
+    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v7")
 
 
 def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:

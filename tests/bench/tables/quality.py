@@ -25,6 +25,7 @@ _LOW_RANK_TRAINED_INT4 = "low-rank--smollm2-135m--x86_64-2core--20261128-060838"
 _LOW_RANK_BUDGET = "low-rank--smollm2-135m--x86_64-2core--20261128-112411"
 _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-115346"
 _LOW_RANK_BUDGET_MIXED = "low-rank--smollm2-135m--x86_64-2core--20261128-150030"
+_LOW_RANK_BUDGET_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-185418"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -77,6 +78,13 @@ ROADS = (
         _LOW_RANK_BUDGET_TRAINED,
     ),
     Road("or 260 steps, `train.distill_weight=0.67`", "0.5 M", _LOW_RANK_BUDGET_MIXED),
+    Road("`admm-lowrank --bytes 0.75 --set values.kind=int8`, rank 20", "33 k", _LOW_RANK_BUDGET_INT8),
+    Road(
+        "then 200 steps from there, `train.lr=1e-4` and `train.distill_weight=0.67`, and `quantise --values int8`",
+        "0.4 M",
+        _LOW_RANK_BUDGET_INT8,
+        1,
+    ),
     Road("`admm`, then `best-effort`, 240 steps, with the demo's texts", "0.5 M", _ADMM, 1),
     Road("the same, training whole blocks", "0.5 M", _STRICT),
     Road("whole blocks, 240 steps, then `quantise --values int4 --data`: 0.20 of the bytes", "0.5 M", _INT4_LATER),

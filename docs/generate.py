@@ -183,9 +183,12 @@ def _recipes() -> str:
     doc = inspect.getdoc(importlib.import_module("maskgen.recipes.recipe")) or ""
     text = f"# Recipes\n\n{doc}\n\n"
     sections = importlib.import_module("maskgen.recipes.sections")
-    for name, model in (("train", sections.Training), ("budget", sections.Budget)):
+    for name, model in (("train", sections.Training), ("values", sections.Values), ("budget", sections.Budget)):
         text += f"## [{name}]\n\n{_escaped(' '.join((inspect.getdoc(model) or '').split()))}\n\n"
-        rows = [(f"`{key}`", f"`{field.default!r}`") for key, field in model.model_fields.items()]
+        rows = [
+            (f"`{key}`", "to be given" if field.is_required() else f"`{field.default!r}`")
+            for key, field in model.model_fields.items()
+        ]
         text += _table(("key", "default"), rows)
     for file in files:
         text += f"## {file.name.removesuffix('.toml')}\n\n```toml\n{file.read_text('utf-8').rstrip()}\n```\n\n"

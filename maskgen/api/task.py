@@ -6,7 +6,6 @@ Messages name fields of the request in backticks, as those of `checks`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +27,11 @@ from maskgen.core.mask import MaskSet
 from maskgen.data.tokens import check_window_tokens
 from maskgen.export.allocation import Allocation, dense_layers, read_allocation
 from maskgen.hf import model, planning, servable
-from maskgen.hf.fused import ServedLayer
 from maskgen.hf.planning import Plan
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.recipe import Recipe
+from maskgen.recipes.sections import form_of
 from maskgen.sweep.budget import layers_of
 from maskgen.train.parallel import is_first
 from maskgen.train.prior import given_start, load_prior, load_prior_weights
@@ -93,9 +92,9 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         start.check_form(recipe.pattern, _learned(recipe).correction, _targets(plan))
     if (correction := recipe.build_method().correction) is not None:
         _check_fits(correction, recipe.method.name, plan)
-        if allocation is not None and start is not None and start.checkpoint.config.correction is None:
-            form = LayerForm(recipe.pattern, correction=correction)
-            allocation = _corrected(allocation, layers_of(model_dir, plan, form))
+    if allocation is not None:
+        layers = layers_of(model_dir, plan, _result_form(recipe, start))
+        allocation = allocation.stored_as({layer.layers[0]: layer.sparse_bytes for layer in layers})
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
 
@@ -192,11 +191,13 @@ def _check_fits(correction: CorrectionConfig, method: str, plan: Plan) -> None:
         raise RecipeError(f"method {method}: {error}") from None
 
 
-def _corrected(allocation: Allocation, layers: Sequence[ServedLayer]) -> Allocation:
-    """The record of a budget when its sparse `layers` get corrections that they did not have."""
-    added = {layer.layers: layer.correction_bytes for layer in layers}
-    sizes = {layer.layers[0]: layer.sparse_bytes + added.get(layer.layers, 0) for layer in allocation.layers}
-    return allocation.stored_as(sizes)  # the bytes of layers that are served as one, under the name of the first
+def _result_form(recipe: Recipe, start: Start | None) -> LayerForm:
+    """What the result stores of each sparse layer. A method that corrects leaves values as the checkpoint has them."""
+    method = recipe.build_method()
+    if isinstance(method, CorrectionMethod) and start is not None:
+        config = start.checkpoint.config
+        return LayerForm(recipe.pattern, config.values, method.correction, config.group)
+    return form_of(recipe.pattern, recipe.values, method.correction)
 
 
 def one_shot(request: PruneRequest, task: Task) -> Task:

@@ -91,7 +91,8 @@ class Allocation(_Record):
         return frozenset(name for layer in self.layers if layer.dense for name in layer.layers)
 
     def stored_as(self, sizes: Mapping[str, int]) -> Allocation:
-        """The record of the same layers, when the sparse ones take other bytes: `sizes` by name."""
+        """The record of the same layers, when the sparse ones take other bytes: `sizes` by name, of layers that are
+        served as one each for itself, or all of them under the name of the first."""
         layers = [
             layer
             if layer.dense

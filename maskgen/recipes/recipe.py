@@ -36,8 +36,8 @@ may have a [budget]: layers whose sparsity costs most then stay dense, as far as
     [budget]
     bytes = 0.75                           # of what prunable weights take dense; or speedup, or max_ppl_increase
 
-and a one-shot one [values] kind = "int8" to round what is kept, or one of `admm` or `sparsegpt` kind = "int4" to choose
-codes in the same pass (`sections`).
+A recipe that prunes layer by layer may have [values] kind = "int8", to round what is kept, and one of `admm` or
+`sparsegpt` also kind = "int4", to choose codes in the same pass (`sections`).
 
 The decoder's embeddings and `lm_head` are always dense: only linear layers inside decoder blocks are candidates.
 """

@@ -102,8 +102,8 @@ class Values(Strict):
         """`RecipeError` unless the recipe's `method`, called `name`, can round, and the `budget` can count it."""
         if not isinstance(method, LocalMethod):
             raise RecipeError(
-                f"[values]: {name} does not round what it makes; leave the section out, and round the result with "
-                "`maskgen quantise`"
+                f"[values]: {name} does not round what it makes, as methods do that prune layer by layer; leave the "
+                "section out (`maskgen quantise` rounds a result that is sparse)"
             )
         if self.kind == INT4 and not method.keeps_gram:
             raise RecipeError(

@@ -63,8 +63,6 @@ def _packed(
         if form.values == INT4:
             assert isinstance(stats, Gram)
             return _coded(solved_OI, solution.mask, stats, form, name)
-        if form.values != FLOAT:
-            blocks.check_finite(solved_OI, f"{name}: weight")
     except (PatternError, NumericalError) as error:
         raise NumericalError(f"{name}: {error}") from error
     packed = PackedTensor.pack(solved_OI.to("cpu", dtype), solution.mask.cpu(), form.pattern, name)

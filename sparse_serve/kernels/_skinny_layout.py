@@ -55,7 +55,7 @@ ROWS, COLUMNS = 16, 256
 """Rows of a strip, columns of a chunk."""
 
 GROUPS = (64, 128, None)
-"""Kept values that share a scale, of which a chunk has whole ones; None: those of a row."""
+"""Kept values that share a scale, of which a chunk, with 128 of a row, has whole groups; None: those of a row."""
 
 LOAD = 128
 """Words of one load by a warp: 16 bytes a lane."""
@@ -73,7 +73,7 @@ _ORDER = {
 
 def unsupported_group(group: int | None) -> str | None:
     """Why a weight with a scale for each `group` kept values has no such layout."""
-    return None if group in GROUPS else f"{group} values share a scale, which is none of {list(GROUPS)}"
+    return None if group in GROUPS else f"{group} values share a scale; expected 64, 128 or those of a row"
 
 
 def blocks_of(packed: PackedTensor) -> Tensor:

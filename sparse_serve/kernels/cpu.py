@@ -25,8 +25,8 @@ times).
 AMX multiplies 16 by 32 by 16 numbers with one instruction, sixteen times what a product of pairs does, so there the way
 is another (`amx.cpp`): a few blocks at a time are made dense in the nearest cache, for all tokens at once, zeros and
 all, while the blocks before are multiplied. It costs as many products as a dense layer, and reads half the bytes. It is
-for bfloat16 activations with int8 values, with int4 values from three tokens on, and with bfloat16 values from five;
-the rest goes AVX-512's way.
+for bfloat16 activations with int8 and int4 values from three tokens on, and with bfloat16 values from five; the rest
+goes AVX-512's way.
 
 The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI and
 AMX's tiles of bytes, for which activations have to be rounded to int8, are `cpu_int8`'s. Linux gives tiles to a process
@@ -39,7 +39,7 @@ Exactness. Nothing is rounded before the product: bfloat16 activations meet bflo
 bfloat16 numbers too) in bfloat16 products with float32 sums, as in a dense bfloat16 linear. Where float16 or float32
 takes part, in activations or in values, both become float32 first. A token's result does not depend on the other tokens
 of its batch, nor on the number of threads. On the instruction set it does, by the order of the sum; so with AMX and
-bfloat16 values a batch of up to four tokens, with int4 ones of up to two, gives other last bits than a larger one. By
+bfloat16 values a batch of up to four tokens, with codes of up to two, gives other last bits than a larger one. By
 tiles an input that is not finite shows in every row, as in a dense layer, otherwise in those that keep its column.
 
 Legend: T = tokens, O = out features, I = in features.

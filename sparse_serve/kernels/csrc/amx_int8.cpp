@@ -137,7 +137,7 @@ INLINE void multiply(const Linear& op, const Panel& panel, const uint8_t* w, int
         each<kN>([&](auto n) { zero_tile<n>(); });
         each<kByteSteps>([&](auto s) {
           load_tile<2 + s>(x + s * 64, kColumns);
-          each<kN>([&](auto n) { multiply_bytes<n, 2 + s, 4 + n * kByteSteps + s>(); });
+          each<kN>([&](auto n) { multiply_int8<n, 2 + s, 4 + n * kByteSteps + s>(); });
         });
         if (m > start) add(m - 1);  // while these are multiplied
         each<kN>([&](auto n) { store_tile<n>(own.codes[m % 2] + n * kTile); });

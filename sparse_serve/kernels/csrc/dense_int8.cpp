@@ -39,6 +39,7 @@ namespace {
 constexpr int kZero = 128, kBase = 256;     // added to a code; what a high digit stands for
 constexpr float kLargest = 127 * 256 + 127;  // 16 bits of which both digits are bytes
 constexpr int kTogether = 12;                // tokens of which both sums fit into registers
+constexpr int kTile = 64 * kLanes;           // bytes of 64 columns of 16 tokens, or rows
 
 // How many of the tokens that are left go together.
 int tile(int64_t left) { return left >= kTogether ? kTogether : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
@@ -112,23 +113,23 @@ template <int kN>
 INLINE void multiply_tiles(const uint8_t* weights, int64_t apart, const int8_t* digits, int64_t steps, int64_t ahead,
                            int32_t* sums) {
   each<2 * kN>([&](auto i) { zero_tile<i>(); });
-  for (int64_t k = 0; k < steps; ++k, weights += kTileBytes, digits += 2 * kTileBytes) {
-    load_tile<4>(digits), load_tile<5>(digits + kTileBytes);
+  for (int64_t k = 0; k < steps; ++k, weights += kTile, digits += 2 * kTile) {
+    load_tile<4>(digits), load_tile<5>(digits + kTile);
     each<kN>([&](auto n) {
       load_tile<6 + n>(weights + n * apart);
       if (ahead) each<kLanes>([&](auto i) { __builtin_prefetch(weights + ahead + n * apart + i * 64, 0, 2); });
-      multiply_signed<2 * n, 4, 6 + n>(), multiply_signed<2 * n + 1, 5, 6 + n>();
+      multiply_int8_uint8<2 * n, 4, 6 + n>(), multiply_int8_uint8<2 * n + 1, 5, 6 + n>();
     });
   }
-  each<2 * kN>([&](auto i) { store_tile<i>(sums + i * kTileBytes / 4); });
+  each<2 * kN>([&](auto i) { store_tile<i>(sums + i * kTile / 4); });
 }
 
 void run_tiles(const Linear& op, const Digits& x, int64_t first, int64_t last) {
-  constexpr int kN = 2, kTile = kLanes * kLanes;
+  constexpr int kN = 2, kSums = kLanes * kLanes;
   const TileConfiguration configuration(kLanes, 8);
   const int64_t apart = quads(op.columns) * 64, steps = op.columns / 64;
-  alignas(64) int32_t codes[kN * 2 * kTile];
-  alignas(64) float sums[kTile];
+  alignas(64) int32_t codes[kN * 2 * kSums];
+  alignas(64) float sums[kSums];
   for (int64_t block = first, blocks; block < last; block += blocks) {
     blocks = std::min<int64_t>(kN, last - block);
     const uint8_t* weights = op.blocks + block * apart;
@@ -139,7 +140,7 @@ void run_tiles(const Linear& op, const Digits& x, int64_t first, int64_t last) {
       if (blocks == kN) multiply_tiles<kN>(weights, apart, digits, steps, asks ? kN * apart : 0, codes);
       else multiply_tiles<1>(weights, apart, digits, steps, 0, codes);
       for (int64_t n = 0; n < blocks; ++n) {
-        const int32_t *high = codes + n * 2 * kTile, *low = high + kTile;
+        const int32_t *high = codes + n * 2 * kSums, *low = high + kSums;
         for (int m = 0; m < tokens; ++m) {
           const __m512i sums_of[] = {_mm512_load_si512(high + m * kLanes), _mm512_load_si512(low + m * kLanes)};
           _mm512_store_ps(sums + m * kLanes, number(sums_of[0], sums_of[1], x.offset + 2 * (token + m), x.step[token + m]));
@@ -173,9 +174,9 @@ void split_tokens(const Linear& op, const Digits& out) {
     if (out.tiles && count < kLanes) std::fill_n(digits, kLanes * digit_bytes(op.columns), int8_t{0});
     for (int64_t m = 0; m < count; ++m) {
       int32_t* offset = out.offset + 2 * (token + m);
-      const auto in_tiles = [&](int64_t column) { return digits + column / 64 * 2048 + m * 64 + column % 64; };
+      const auto in_tiles = [&](int64_t column) { return digits + column / 64 * 2 * kTile + m * 64 + column % 64; };
       const auto in_quads = [&](int64_t column) { return digits + (column / 4 * count + m) * 8 + column % 4; };
-      if (out.tiles) split(op, token + m, in_tiles, 1024, offset, out.step + token + m);
+      if (out.tiles) split(op, token + m, in_tiles, kTile, offset, out.step + token + m);
       else split(op, token + m, in_quads, 4, offset, out.step + token + m);
     }
   }

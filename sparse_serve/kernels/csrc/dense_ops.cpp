@@ -67,8 +67,9 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
   const int64_t places = tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
   const Tensor scratch = torch::stable::new_empty(blocks, {op.tokens * numbers + places * each});
   uint8_t* start = static_cast<uint8_t*>(scratch.mutable_data_ptr());
-  const dense_int8::Digits digits{reinterpret_cast<int8_t*>(start + op.tokens * numbers), reinterpret_cast<int32_t*>(start),
-                                  reinterpret_cast<float*>(start) + 2 * op.tokens, tiles};
+  uint8_t* behind = start + places * each;  // first the digits, whose tiles then begin with a line of the cache
+  const dense_int8::Digits digits{reinterpret_cast<int8_t*>(start), reinterpret_cast<int32_t*>(behind),
+                                  reinterpret_cast<float*>(behind) + 2 * op.tokens, tiles};
   dense_int8::split_tokens(op, digits);
   torch::stable::parallel_for(0, row_blocks(rows), kBlocksAThread, [&](int64_t first, int64_t last) {
     dense_int8::run(op, digits, first, last);

@@ -50,9 +50,9 @@ inline int blocks_of(int64_t rows, int64_t superblock) {  // row blocks of a sup
   return left < kSuper ? static_cast<int>(left) : kSuper;
 }
 
-// Asks for the block that is kFar blocks on, into the L2 cache, and for the one that is kNear on, into L1.
+// Prefetches the block that is kFar blocks on into the L2 cache, and the one that is kNear on into L1.
 template <Values kValues, int kFar, int kNear>
-inline __attribute__((always_inline)) void ask_ahead(const uint8_t* block) {
+inline __attribute__((always_inline)) void prefetch_blocks(const uint8_t* block) {
   constexpr int kBytes = block_bytes(kValues);
   for (int line = 0; line < kBytes; line += 64) {
     __builtin_prefetch(block + kFar * kBytes + line, 0, 2);
@@ -91,7 +91,7 @@ struct Linear {
   Floats kind;
   const uint8_t* tiles = nullptr;  // x as amx::pack_tokens lays it out, or null
   Rounded rounded = {};
-  bool asks = false;  // weights are asked for ahead with few tokens, too: see wants_asking
+  bool prefetches = false;  // weights are prefetched with the fewest tokens, too: see gains_by_prefetch
 };
 
 // Superblocks [first, last) of it, on the calling thread.

@@ -30,7 +30,7 @@ constexpr int kOwned = 32;  // most blocks of a group
 // Weights are asked for twice: from memory into the L2 cache, `kFar` blocks ahead, then into L1, `kNear` ahead. L1 alone
 // can wait for too few lines at once to hide how long memory takes (14336 x 4096, 8 tokens, two threads of a Zen 4: 2.8
 // ms to L1 only, 2.0 ms so). Ahead is in memory; at the end of a superblock that is past what comes next, and what was
-// asked for there is late. One token needs none of it on some processors (`Linear::asks`).
+// asked for there is late. One token needs none of it on some processors (`Linear::prefetches`).
 constexpr int kFar = 6, kNear = 2;
 
 template <int kCount, Values kValues>
@@ -169,7 +169,7 @@ void tile(const Linear& op, int64_t first, int64_t last, int64_t token, int toke
       const int count = blocks_of(op.rows, super);
       const uint8_t* data = op.blocks + (super * kSuper * parts + part * count) * block_bytes(kValues);
       for (int b = 0; b < count; ++b, data += block_bytes(kValues), sum += kCount * kLanes) {
-        if (kCount == 1 && op.asks) ask_ahead<kValues, kFar, kNear>(data);
+        if (kCount == 1 && op.prefetches) prefetch_blocks<kValues, kFar, kNear>(data);
         block<Isa, Product, kCount, kValues>(data, tables, sum);
       }
     }

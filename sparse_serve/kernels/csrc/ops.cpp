@@ -134,7 +134,7 @@ Linear checked(const Tensor& x, const Tensor& blocks, const Tensor& form, const 
   STD_TORCH_CHECK(!scale || kind != Values::kInt4, "scale is given, expected none: those of Byte values are in the blocks");
   return {static_cast<const uint8_t*>(blocks.const_data_ptr()), kind, x.numel() / columns, rows, columns,
           x.const_data_ptr(), nullptr, scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
-          bias ? bias->const_data_ptr() : nullptr, of_x, nullptr, {}, wants_asking()};
+          bias ? bias->const_data_ptr() : nullptr, of_x, nullptr, {}, gains_by_prefetch()};
 }
 
 void run_threads(Run run, const Linear& op, int64_t worth_a_thread) {

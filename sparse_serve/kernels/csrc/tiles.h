@@ -40,13 +40,13 @@ INLINE void multiply_tiles() {
 
 // The same for int8 numbers, four to a lane: sums in int32.
 template <int kSums, int kInputs, int kWeights>
-INLINE void multiply_bytes() {
+INLINE void multiply_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
 }
 
 // The same for int8 inputs and uint8 weights.
 template <int kSums, int kInputs, int kWeights>
-INLINE void multiply_signed() {
+INLINE void multiply_int8_uint8() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kInputs), "i"(kWeights));
 }
 

@@ -117,7 +117,7 @@ template <Values kValues>
 __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
   const __m512i zero = _mm512_set1_epi8(-kZero);
   __m512i offset = _mm512_setzero_si512();
-  ask_ahead<kValues, kFar, kNear>(block);
+  prefetch_blocks<kValues, kFar, kNear>(block);
   for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
     const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
 #pragma GCC unroll 4
@@ -206,7 +206,7 @@ void run_values(const Linear& op, int64_t first, int64_t last) {
         const float* scale = op.rounded.scale + part * op.rounded.tokens + token;
         for (int b = 0; b < count; ++b, data += block_bytes(kValues)) {
           float* sums = own->sums[b];
-          if (tokens < 4 && op.asks) ask_ahead<kValues, kFar, kNear>(data);
+          if (tokens < 4 && op.prefetches) prefetch_blocks<kValues, kFar, kNear>(data);
           switch (tokens) {
             case 1: multiply_few<kValues, 1>(data, codes, scale, sums); break;
             case 2: multiply_few<kValues, 2>(data, codes, scale, sums); break;

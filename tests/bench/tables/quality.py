@@ -80,7 +80,8 @@ ROADS = (
     Road("or 260 steps, `train.distill_weight=0.67`", "0.5 M", _LOW_RANK_BUDGET_MIXED),
     Road("`admm-lowrank --bytes 0.75 --set values.kind=int8`, rank 20", "33 k", _LOW_RANK_BUDGET_INT8),
     Road(
-        "then 200 steps from there, `train.lr=1e-4` and `train.distill_weight=0.67`, and `quantise --values int8`",
+        "then `best-effort-lowrank` with that as `--prior`, 200 steps, `train.lr=1e-4`, `train.distill_weight=0.67`, "
+        "with the demo's texts, and `quantise --values int8`",
         "0.4 M",
         _LOW_RANK_BUDGET_INT8,
         1,

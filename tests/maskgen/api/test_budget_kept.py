@@ -79,6 +79,20 @@ def test_a_result_made_under_a_budget_takes_it_along(
     assert not first.dense & set(SparseCheckpoint.open(made.out).config.targets)
 
 
+@pytest.mark.parametrize("recipe", ["best-effort", "reconstruct", "eora"])
+def test_a_result_counts_its_own_values(recipe: str, model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    """Training makes floats of the codes that it starts from; what is corrected keeps them."""
+    overrides = {"best-effort": TRAINING, "reconstruct": {"method.epochs": 1}, "eora": {"method.rank": 3}}[recipe]
+    codes = {"values.kind": "int8"}
+    first = spend(model_dir(), text_file, tmp_path / "first", "magnitude", bytes=0.6, overrides=codes)
+    out = tmp_path / "out"
+    maskgen.run(request(model_dir(), text_file, out, recipe, overrides=overrides, prior=tmp_path / "first"))
+    after = read_allocation(out)
+    assert SparseCheckpoint.open(out).config.values == ("int8" if recipe == "eora" else "float")
+    assert after is not None and after.dense == first.dense and after.bytes > first.bytes
+    assert after.bytes == pytest.approx(stored_share(out))
+
+
 @pytest.mark.parametrize(("recipe", "more"), [("best-effort", TRAINING), ("eora", {})])
 def test_a_correction_that_is_added_to_it_counts(
     recipe: str, more: dict[str, Any], model_dir: ModelDir, text_file: Path, tmp_path: Path

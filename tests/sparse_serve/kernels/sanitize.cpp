@@ -92,6 +92,7 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   Buffer x(tokens * columns, io), y(tokens * rows, io), bias(rows, io);
   Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
             scaled && !nibbles ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
+  op.prefetches = rows % 2 == 1;
   std::vector<Line> tiles;
 #if SPARSE24_AMX
   if (run == amx::run && amx::takes(op)) {

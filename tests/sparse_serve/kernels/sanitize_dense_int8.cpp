@@ -65,17 +65,19 @@ int check(Floats io, int64_t tokens, int64_t rows, int64_t columns, bool biased,
 }  // namespace
 
 int main() {
-  int wrong = 0, checked = 0;
+  int wrong = 0, checked = 0, tiles = 0;
   for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
     for (int64_t tokens : {1, 2, 3, 4, 7, 8, 11, 12, 27}) {
       for (int64_t rows : {1, 16, 37}) {
         for (int64_t columns : {1, 128, 131, 516}) {
           wrong += check(io, tokens, rows, columns, rows == 37, false), ++checked;
-          if (has_int8_tiles() && columns % 64 == 0) wrong += check(io, tokens, rows, columns, rows == 37, true);
+          if (has_int8_tiles() && columns % 64 == 0) {
+            wrong += check(io, tokens, rows, columns, rows == 37, true), ++tiles;
+          }
         }
       }
     }
   }
-  std::printf("%d of %d wrong\n", wrong, checked);
+  std::printf("%d of %d and %d in tiles wrong\n", wrong, checked, has_int8_tiles() ? tiles : -1);
   return wrong != 0;
 }

@@ -26,6 +26,7 @@ _LOW_RANK_BUDGET = "low-rank--smollm2-135m--x86_64-2core--20261128-112411"
 _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-115346"
 _LOW_RANK_BUDGET_MIXED = "low-rank--smollm2-135m--x86_64-2core--20261128-150030"
 _LOW_RANK_BUDGET_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-185418"
+_LOW_RANK_PERPLEXITY_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-194639"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -85,6 +86,11 @@ ROADS = (
         "0.4 M",
         _LOW_RANK_BUDGET_INT8,
         1,
+    ),
+    Road(
+        "`admm-lowrank --max-ppl-increase 0.05 --set values.kind=int8`, rank 20: 0.875 of the bytes",
+        "33 k",
+        _LOW_RANK_PERPLEXITY_INT8,
     ),
     Road("`admm`, then `best-effort`, 240 steps, with the demo's texts", "0.5 M", _ADMM, 1),
     Road("the same, training whole blocks", "0.5 M", _STRICT),

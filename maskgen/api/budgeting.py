@@ -10,18 +10,15 @@ from torch import Tensor
 
 from maskgen.api.events import Listener, Stage
 from maskgen.api.requests import PruneRequest
-from maskgen.api.task import Task
+from maskgen.api.task import Task, result_form
 from maskgen.core.checkpoint import WEIGHT_SUFFIX, read_headers
 from maskgen.core.errors import DataError, NumericalError, RecipeError, RequestError
-from maskgen.core.layout import LayerForm
 from maskgen.core.quality import Quality
 from maskgen.data.bos import Bos
 from maskgen.export.allocation import Allocation, Proof, dense_layers
 from maskgen.hf import planning
 from maskgen.hf.fused import ServedLayer
 from maskgen.hf.pruning_cost import HeldOutText
-from maskgen.recipes.recipe import Recipe
-from maskgen.recipes.sections import form_of
 from maskgen.sweep import budget
 from maskgen.sweep.budget import Measuring
 from maskgen.sweep.kernel_times import Times, times_of
@@ -94,7 +91,7 @@ def measuring(
         bos_tokens=len(bos.ids),
         device=task.device,
         work=work_dir(request.out),
-        form=_form(recipe),
+        form=result_form(recipe),
         prior=prior,
         prior_digest=digest,
         search=search,
@@ -175,9 +172,4 @@ def _times(request: PruneRequest, task: Task) -> list[Times]:
 
 def _layers(task: Task) -> list[ServedLayer]:
     """The prunable layers, and their bytes as the result would store them."""
-    return budget.layers_of(task.model_dir, task.plan, _form(task.recipe))
-
-
-def _form(recipe: Recipe) -> LayerForm:
-    """What the result stores of each sparse layer."""
-    return form_of(recipe.pattern, recipe.values, recipe.build_method().correction)
+    return budget.layers_of(task.model_dir, task.plan, result_form(task.recipe))

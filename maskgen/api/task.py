@@ -93,7 +93,7 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
     if (correction := recipe.build_method().correction) is not None:
         _check_fits(correction, recipe.method.name, plan)
     if allocation is not None:
-        layers = layers_of(model_dir, plan, _result_form(recipe, start))
+        layers = layers_of(model_dir, plan, result_form(recipe, start))
         allocation = allocation.stored_as({layer.layers[0]: layer.sparse_bytes for layer in layers})
     check_packable(read_headers(model_dir), (name for block in plan.targets for name in block))
     return Task(recipe, model_dir, name, device, plan, start=start, allocation=allocation)
@@ -191,7 +191,7 @@ def _check_fits(correction: CorrectionConfig, method: str, plan: Plan) -> None:
         raise RecipeError(f"method {method}: {error}") from None
 
 
-def _result_form(recipe: Recipe, start: Start | None) -> LayerForm:
+def result_form(recipe: Recipe, start: Start | None = None) -> LayerForm:
     """What the result stores of each sparse layer. A method that corrects leaves values as the checkpoint has them."""
     method = recipe.build_method()
     if isinstance(method, CorrectionMethod) and start is not None:

@@ -27,6 +27,7 @@ import torch
 from pydantic import Field
 
 from maskgen.core.checkpoint import SparseCheckpoint
+from maskgen.core.digest import digest_file, digest_weights
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
 from sparse_serve.bench import peers, serve
@@ -213,7 +214,7 @@ class _Runner:
 
     def _start(self, contender: Contender) -> None:
         name, model = contender.name, contender.model
-        size = model.stat().st_size if model.is_file() else weight_bytes(model)
+        size, digest = _weights(model)
         free = machine.available_bytes()
         if 2 * size + _START_BYTES > free:
             raise BenchError(
@@ -225,9 +226,8 @@ class _Runner:
         server = self._up[name] = stop.enter_context(
             started(name, contender.command, self._work_dir, file, contender.environ, contender.address)
         )
-        entry = Entry(
-            name, contender.is_ours, server.start_s, resident_bytes(server.pid, model), size, code_of(server.said())
-        )
+        held, code = resident_bytes(server.pid, model), code_of(server.said())
+        entry = Entry(name, contender.is_ours, server.start_s, held, size, digest, code)
         self.result.entries.append(entry)
         self._tell(f"{name} is up after {server.start_s:.0f} s, {entry.code}")
 
@@ -247,3 +247,10 @@ class _Runner:
     def _refuse(self, name: str, error: SparseError) -> None:
         self.result.refused[name] = reason_of(error)
         self._tell(f"without {name}: {error}")
+
+
+def _weights(model: Path) -> tuple[int, str]:
+    """Bytes and digest of a directory's safetensors files, or of a GGUF file."""
+    if model.is_file():
+        return model.stat().st_size, digest_file(model)
+    return weight_bytes(model), digest_weights(model)

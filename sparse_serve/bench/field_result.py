@@ -25,14 +25,15 @@ _LEAST_MS = 1.0
 
 @dataclass(frozen=True)
 class Entry:
-    """A server that came up: seconds to that, bytes that it then held (None: not known), how its model runs
-    (`compiled`, `eager`, or what instructions it was built for)."""
+    """A server that came up: seconds to that, bytes that it then held (None: not known), bytes and digest of the
+    weights it serves, how its model runs (`compiled`, `eager`, or what instructions it was built for)."""
 
     name: str
     is_ours: bool
     start_s: float
     resident_bytes: int | None
     weight_bytes: int
+    weights: str
     code: str
 
 

@@ -2,11 +2,13 @@
 
 The points are the dense model, sparse checkpoints made from it (`--points NAME=DIR ...`, each also with int8 values),
 and what a user would pick instead: the dense model with integer weights (`tests.bench.peers`). Every one is scored by
-the same `maskgen eval` against the dense model, on the same windows. With `--speed` each one that vLLM serves here
-(`sparse_serve.bench.quantised_model`) is also served in turn with the dense model, as `sparse-serve bench serve` does.
+the same `maskgen eval` against the dense model, on the same windows. With `--speed` all that vLLM serves here
+(`sparse_serve.bench.quantised_model`) are served, too, and take turns under load in one run, as with `sparse-serve
+bench serve --peers`; sparse ones with integer values a second time with activations rounded to int8.
 
-Every point has a result file of its own and is not measured again while its weights, texts and windows are the same, so
-the chart can be made in pieces and added to. `--table` prints what there is; `--plot FILE.svg` draws it.
+Quality of every point has a result file of its own and is not measured again while its weights, texts and windows are
+the same, so the chart can be made in pieces and added to; speed has one file, of one run with all of them. `--table`
+prints what there is; `--plot FILE.svg` draws it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from maskgen.core.checkpoint import TensorHeader, is_sparse_checkpoint, read_hea
 from maskgen.core.digest import digest_files, digest_json, digest_weights
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
-from sparse_serve.bench import serve
+from sparse_serve.bench import field, field_report
 from tests.bench import frontier_chart, peers, quality, record
 
 WHAT = "frontier"
@@ -46,18 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keys = {DENSE: _key(facts, {})}
         keys |= {name: _key(facts, _peer_facts(args, name)) for name in args.peers}
         keys |= {name: _key(facts, {"weights": digest_weights(path)}) for name, path in points.items()}
-        speed_keys = _speed_keys(args, points)
+        speed_key = _speed_key(args, points)
     except (SparseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     if not args.table:
         for name, key in keys.items():
             _measure(args, name, points.get(name), key, facts)
-        for name, key in speed_keys.items() if args.speed else ():
-            _measure_speed(args, name, points.get(name), key)
+        if args.speed:
+            _measure_speed(args, points, speed_key)
     found = {result["key"]: result for result in record.load(WHAT, args.label)}
     shown = {name: found[key] for name, key in keys.items() if key in found}
-    speeds = {name: found[key] for name, key in speed_keys.items() if key in found}
+    speeds = frontier_chart.speeds(found[speed_key]) if speed_key in found else {}
     print(frontier_chart.markdown(shown, speeds))  # noqa: T201
     if args.plot and shown:
         frontier_chart.plot(shown, speeds, args.plot)
@@ -146,39 +148,36 @@ def _measure(args: argparse.Namespace, name: str, path: Path | None, key: str, f
     record.save(WHAT, args.label, {**result, **sizes, **scores})
 
 
-def _speed_keys(args: argparse.Namespace, points: Mapping[str, Path]) -> dict[str, str]:
-    """Of every point that can be served. Codes that differ in their rounding alone take the same time."""
-    facts = {
-        "model_digest": digest_weights(args.model),
-        "speed": {"clients": args.clients, "rounds": args.rounds, "requests": args.requests, "tokens": args.tokens},
-    }
-    keys = {name: _key(facts, {"weights": digest_weights(path)}) for name, path in points.items()}
-    for name in args.peers:
-        scheme = peers.PEERS[name]
-        if peers.is_served(args.model, scheme):
-            keys[name] = _key(facts, {"served": [scheme.bits, scheme.group]})
-    return keys
+def _speed_key(args: argparse.Namespace, points: Mapping[str, Path]) -> str:
+    """Of the one run in which all are served."""
+    loads = {name: getattr(args, name) for name in ("clients", "rounds", "requests", "tokens", "vllm_flags")}
+    weights = {name: digest_weights(path) for name, path in points.items()}
+    return digest_json({"model": digest_weights(args.model), "loads": loads, "weights": weights, "peers": args.peers})
 
 
-def _measure_speed(args: argparse.Namespace, name: str, path: Path | None, key: str) -> None:
+def _measure_speed(args: argparse.Namespace, points: Mapping[str, Path], key: str) -> None:
+    """Serve all that can be served, in turns. Raises `BenchError` as `field.run` does."""
     if any(result["key"] == key for result in record.load(WHAT, args.label)):
         return
-    if path is None:
-        path = args.work / f"served-{key[7:15]}"
-        if not path.exists():
-            peers.write_served(args.model, path, peers.PEERS[name])
-    request = serve.ServeRequest(
+    request = field.FieldRequest(
         dense=args.model,
-        sparse=path,
+        sparse=tuple(points.values()),
+        peers=("bf16", *peers.servers(args.model, args.peers)),
         clients=tuple(args.clients),
         rounds=args.rounds,
         requests=args.requests,
-        input_tokens=args.tokens,
+        input_tokens=(args.tokens,),
         output_tokens=args.tokens,
+        keep_peers=args.work,
         vllm_flags=tuple(args.vllm_flags),
+        int8_activations=True,
     )
-    runs = serve.run(request, lambda text: print(f"{name}: {text}", file=sys.stderr))  # noqa: T201
-    record.save(WHAT, args.label, {"key": key, "point": name, "served": serve.record(request, runs)})
+    result = field.run(request, lambda text: print(text, file=sys.stderr))  # noqa: T201
+    sparse = {digest_weights(path): name for name, path in points.items()}
+    named = {entry.name: peers.points_of(entry.name, args.peers) for entry in result.entries}
+    named |= {entry.name: [sparse[entry.weights]] for entry in result.entries if entry.is_ours}
+    named[frontier_chart.DENSE_SERVER] = [DENSE]
+    record.save(WHAT, args.label, {"key": key, "points_of": named, "served": field_report.record(request, result)})
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -199,14 +198,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024, help="tokens of a scored window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=24, help="windows scored of each text (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of scoring (default: %(default)s)")
-    parser.add_argument(
-        "--speed", action="store_true", help="also serve every sparse checkpoint beside the dense model"
-    )
+    parser.add_argument("--speed", action="store_true", help="also serve all of them in one run, beside each other")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="loads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="times both are served (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every server (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=4, help="of a client in a round (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of a prompt, and of an answer (default: %(default)s)")
-    parser.add_argument("--vllm-flags", nargs="*", default=[], help="for both servers, as one word each: --flag=value")
+    parser.add_argument("--vllm-flags", nargs="*", default=[], help="for every server, as one word each: --flag=value")
     parser.add_argument("--table", action="store_true", help="only print what has been measured")
     parser.add_argument("--plot", type=Path, help="also draw it, as .svg or .png")
     args = parser.parse_args(arguments)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,8 +15,39 @@ if TYPE_CHECKING:
 Results = Mapping[str, dict[str, Any]]
 """Of every point, by its name."""
 
-_FAMILIES = {"dense": ("#222222", "*"), "peer": ("#1f77b4", "s"), "sparse": ("#d95f02", "o")}
-_TITLES = {"dense": "dense, 16 bits", "peer": "dense, integer weights", "sparse": "2:4"}
+
+class Load(NamedTuple):
+    """So many clients at a time; of a sparse model, whether its activations are rounded to int8."""
+
+    clients: int
+    rounds_activations: bool
+
+    @property
+    def title(self) -> str:
+        """For the head of a column."""
+        clients = f"{self.clients} client{'s' if self.clients > 1 else ''}"
+        return clients + (", int8 activations" if self.rounds_activations else "")
+
+
+Speeds = Mapping[str, Mapping[Load, float]]
+"""How many times faster than the dense model a point decodes: the median over rounds. Only of what was served."""
+
+DENSE_SERVER = "vLLM bf16"
+"""The server of the dense model in a run with all (`sparse_serve.bench.peers`)."""
+
+_ROUNDED = "rounded"
+_FAMILIES = {
+    "dense": ("#222222", "*"),
+    "peer": ("#1f77b4", "s"),
+    "sparse": ("#d95f02", "o"),
+    _ROUNDED: ("#7570b3", "D"),
+}
+_TITLES = {
+    "dense": "dense, 16 bits",
+    "peer": "dense, integer weights",
+    "sparse": "2:4",
+    _ROUNDED: "2:4, served with int8 activations",
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +98,32 @@ def is_best(point: Point, among: Sequence[Point]) -> bool:
     )
 
 
-def markdown(results: Results, speeds: Results) -> str:
+def speeds(result: Mapping[str, Any]) -> Speeds:
+    """Of every point, from the record of a run in which all were served (`tests.bench.frontier`)."""
+    per_round: dict[tuple[str, Load], dict[int, float]] = {}
+    for turn in result["served"]["turns"]:
+        load = Load(turn["load"]["clients"], "int8 activations" in turn["name"])
+        per_round.setdefault((turn["name"], load), {})[turn["round"]] = 1 / turn["tpot_ms"]
+    found: dict[str, dict[Load, float]] = {}
+    for (server, load), mine in per_round.items():
+        theirs = per_round[DENSE_SERVER, Load(load.clients, False)]
+        for name in result["points_of"][server]:
+            found.setdefault(name, {})[load] = _faster(mine, theirs)
+    return found
+
+
+def _faster(mine: Mapping[int, float], theirs: Mapping[int, float]) -> float:
+    """The median over the rounds that both were in."""
+    return statistics.median(mine[number] / theirs[number] for number in mine.keys() & theirs.keys())
+
+
+def markdown(results: Results, speeds: Speeds) -> str:
     """One line a point, from the most bytes to the fewest. A point that no other one beats in bytes and KL is bold."""
     if not results:
         return "nothing has been measured yet"
-    texts, clients = list(next(iter(results.values()))["perplexity"]), _clients(speeds)
+    texts, loads = list(next(iter(results.values()))["perplexity"]), _loads(speeds)
     headings = ["point", "bytes, linear layers", "bytes, model", *texts, "KL", "top-1"]
-    headings += [f"decode, {number} client{'s' if number > 1 else ''}" for number in clients]
+    headings += [f"decode, {load.title}" for load in loads]
     lines = [f"| {' | '.join(headings)} |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     found = points(results)
     for point in sorted(found, key=lambda point: -point.linear):
@@ -81,49 +131,47 @@ def markdown(results: Results, speeds: Results) -> str:
         cells = [name, f"{point.linear:.3f}", f"{point.total:.3f}"]
         cells += [f"{results[point.name]['perplexity'][text]:.1f}" for text in texts]
         cells += [f"{point.kl:.4f}", f"{point.agreement:.1%}"]
-        cells += [_times(_speed(speeds[point.name], number)) if point.name in speeds else "" for number in clients]
+        mine = speeds.get(point.name, {})
+        cells += [f"{mine[load]:.2f}x" if load in mine else "" for load in loads]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
+def _loads(speeds: Speeds) -> list[Load]:
+    return sorted({load for loads in speeds.values() for load in loads})
 
 
-def _clients(speeds: Results) -> list[int]:
-    return sorted({row["clients"] for result in speeds.values() for row in result["served"]["results"]})
-
-
-def _speed(result: Mapping[str, Any], clients: int) -> float:
-    """How many times faster than dense it decodes."""
-    rows = result["served"]["results"]
-    (found,) = (row for row in rows if (row["clients"], row["metric"]) == (clients, "decode_tokens_per_s"))
-    return float(found["ratio"])
-
-
-def plot(results: Results, speeds: Results, path: Path) -> None:
+def plot(results: Results, speeds: Speeds, path: Path) -> None:
     """Perplexity, KL divergence and agreement against bytes; and against decoding speed, where that was measured."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     found = points(results)
     numbers = {point.name: number for number, point in enumerate(sorted(found, key=lambda one: -one.linear), 1)}
-    clients = _clients(speeds)
+    clients = sorted({load.clients for load in _loads(speeds)})
     with rc_context({"svg.hashsalt": "frontier", "font.size": 9}):
         figure = Figure(figsize=(13.5, 4.4 * (1 + len(clients)) + 0.3), layout="constrained")
         grid = figure.subplots(1 + len(clients), 3, squeeze=False, sharex="row")
         _row(grid[0], found, numbers, lambda point: point.linear, "bytes of the linear layers, by those of dense")
         for axes, number in zip(grid[1:], clients, strict=True):
-            faster = {name: _speed(result, number) for name, result in speeds.items()}
-            faster |= {point.name: 1.0 for point in found if point.family == "dense"}
-            served = [point for point in found if point.name in faster]
-            label = f"decoding speed by that of dense, {number} client{'s' if number > 1 else ''}"
-            _row(axes, served, numbers, lambda point, faster=faster: faster[point.name], label)  # type: ignore[misc]
-        lines, names = grid[0][0].get_legend_handles_labels()
+            faster = _served(found, speeds, number)
+            label = f"decoding speed by that of dense, {Load(number, False).title}"
+            _row(axes, list(faster), numbers, faster.__getitem__, label)
+        lines, names = grid[-1][0].get_legend_handles_labels()
         listed = "    ".join(f"{number} {name}" for name, number in numbers.items())
-        figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False)
         figure.supxlabel(_wrapped(listed), fontsize=9, ha="left", x=0.02)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _served(found: Sequence[Point], speeds: Speeds, clients: int) -> dict[Point, float]:
+    """Speeds under the loads of so many clients; a point that rounds activations is one of another family."""
+    return {
+        replace(point, family=_ROUNDED) if load.rounds_activations else point: speed
+        for point in found
+        for load, speed in speeds.get(point.name, {}).items()
+        if load.clients == clients
+    }
 
 
 def _wrapped(text: str, width: int = 150) -> str:
@@ -164,6 +212,8 @@ def _panel(
     axes.set_title(title, loc="left", fontsize=9.5)
     is_log = "agreement" not in title
     for family, (colour, marker) in _FAMILIES.items():
+        if not any(point.family == family for point in found):
+            continue
         mine = [point for point in found if point.family == family and (up(point) > 0 or not is_log)]
         xs, ys = [across(point) for point in mine], [up(point) for point in mine]
         axes.plot(xs, ys, marker, color=colour, markersize=8, alpha=0.85, label=_TITLES[family], markeredgewidth=0)

@@ -16,6 +16,7 @@ Legend: O = out features, I = in features, G = groups of a row, S = windows, T =
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from maskgen.hf.planning import Plan, plan_of
 from maskgen.methods.oneshot.sparsegpt import SparseGPT
 from maskgen.numerics.statistics import Gram, damped_cholesky
 from maskgen.sweep.observe import advance, observe
-from sparse_serve.bench import quantised_model
 from sparse_serve.bench.quantised_model import Scheme, rounded, scales
+from sparse_serve.plugin import quantised
 
 _BATCH = 8
 _DAMP = 0.01
@@ -102,14 +103,22 @@ def stored_bytes(model_dir: Path, scheme: Scheme) -> int:
     return sum(scheme.stored_bytes(*linear.weight.shape) for linear in _each(linears(model_dir)))
 
 
-def is_served(model_dir: Path, scheme: Scheme) -> bool:
-    """Whether vLLM serves such a model: groups have to be whole in every layer."""
-    return scheme.group is None or all(linear.in_features % scheme.group == 0 for linear in _each(linears(model_dir)))
+def servers(model_dir: Path, names: Sequence[str]) -> list[str]:
+    """Who serves these points in vLLM, as `sparse-serve bench serve --peers` names them: of int4, those whose groups
+    are whole in every layer."""
+    inputs = {linear.in_features for linear in _each(linears(model_dir))}
+    group = quantised.common_group(inputs)
+    served = {PEERS[name].bits for name in names if PEERS[name].group in (None, group)}
+    int4 = "w4a8" if quantised.has_w4a8() else "w4a16"
+    return [server for bits, server in ((8, "w8a8"), (4, int4)) if bits in served]
 
 
-def write_served(model_dir: Path, out: Path, scheme: Scheme) -> None:
-    """Write `out`, the same model in the format that vLLM serves, to be timed."""
-    quantised_model.write(model_dir, out, scheme, {name for targets in linears(model_dir).targets for name in targets})
+def points_of(server: str, names: Sequence[str]) -> list[str]:
+    """The points whose codes a server such as `vLLM W4A16 g64` has: those that differ in their rounding alone take the
+    same time. None for dense weights."""
+    found = re.search(r"W(\d)A\d+(?: g(\d+))?", server)
+    form = found and (int(found[1]), found[2] and int(found[2]))
+    return [name for name in names if (PEERS[name].bits, PEERS[name].group) == form]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparse_serve.bench import kernels, roofline
 from tests.bench import frontier_chart, quality_table, record, schema
 from tests.bench.quality import ROWS, WHAT
-from tests.bench.tables.quality import frontier_points
+from tests.bench.tables.quality import frontier_points, frontier_speeds
 
 KERNELS = "kernels.svg"
 _RUN = "kernels--cpu-bfloat16-2threads--x86_64-2core--20261123-012132"
@@ -32,8 +32,8 @@ def draw_recipes(file: Path) -> None:
 
 
 def draw_frontier(file: Path) -> None:
-    """Quality of SmolLM2-135M against bytes."""
-    frontier_chart.plot(frontier_points(), {}, file)
+    """Quality of SmolLM2-135M against bytes, and against speed."""
+    frontier_chart.plot(frontier_points(), frontier_speeds(), file)
 
 
 PLOTS: Mapping[str, Callable[[Path], None]] = {

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from maskgen.cli import parser
 from maskgen.core.checkpoint import read_headers
-from maskgen.core.files import read_json
+from maskgen.core.digest import digest_weights
 from maskgen.numerics.statistics import Gram
-from sparse_serve.bench import serve
+from sparse_serve.bench import quantised_model
+from sparse_serve.bench.field import FieldRequest
+from sparse_serve.bench.field_result import Entry, Result, Turn
+from sparse_serve.gate.evidence import HostReading
+from sparse_serve.plugin import quantised
+from sparse_serve.runtime.load import Load
 from tests import models
 from tests.bench import frontier, frontier_chart, peers, quality, record
 
@@ -78,14 +83,15 @@ def test_gptq_is_rounding_where_inputs_have_nothing_in_common() -> None:
 @pytest.mark.parametrize("name", ["int8 per row", "int4 g64, rounded"])
 def test_what_is_served_has_the_codes_that_are_scored(name: str, model_dir: ModelDir, tmp_path: Path) -> None:
     dense, scheme = model_dir("llama", dtype=torch.bfloat16, intermediate_size=128), peers.PEERS[name]
-    assert peers.is_served(dense, scheme) and not peers.is_served(dense, peers.Scheme(4, 128))
     peers.write(dense, tmp_path / "scored", scheme, peers.Calibration([]))
-    peers.write_served(dense, tmp_path / "served", scheme)
+    layers = {name for targets in peers.linears(dense).targets for name in targets}
+    quantised_model.write(dense, tmp_path / "served", scheme, layers)
     scored = load_file(tmp_path / "scored" / "model.safetensors")
     served = load_file(tmp_path / "served" / "model.safetensors")
-    layers = {name.removesuffix("_scale") for name in served if name.endswith(".weight_scale")}
-    assert len(layers) == 7 * models.LAYERS and {key for key in scored if key in served} >= scored.keys() - layers
-    for layer in layers:
+    weights = {name.removesuffix("_scale") for name in served if name.endswith(".weight_scale")}
+    assert weights == {f"{name}.weight" for name in layers} and len(weights) == 7 * models.LAYERS
+    assert {key for key in scored if key in served} >= scored.keys() - weights
+    for layer in weights:
         if scheme.bits == 8:
             codes_OI = served[layer]
         else:
@@ -97,24 +103,59 @@ def test_what_is_served_has_the_codes_that_are_scored(name: str, model_dir: Mode
         assert torch.equal(values_OI.bfloat16(), scored[layer])
 
 
+@pytest.mark.parametrize(
+    ("has_w4a8", "names", "expected"),
+    [
+        (False, list(peers.PEERS), ["w8a8", "w4a16"]),
+        (True, ["int4 g64, GPTQ"], ["w4a8"]),
+        (True, ["int4 g128, rounded", "int8 per row"], ["w8a8"]),
+    ],
+)
+def test_which_peers_vllm_serves(
+    has_w4a8: bool, names: list[str], expected: list[str], model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "has_w4a8", lambda: has_w4a8)
+    dense = model_dir("llama", intermediate_size=128)  # groups of 128 are not whole in its layers of 64 inputs
+    assert peers.servers(dense, names) == expected
+
+
+def test_which_points_a_server_stands_for() -> None:
+    names = list(peers.PEERS)
+    assert peers.points_of("vLLM W8A8", names) == ["int8 per row"]
+    assert peers.points_of("vLLM W4A16 g64", names) == ["int4 g64, rounded", "int4 g64, GPTQ"]
+    assert peers.points_of("vLLM W4A8 g128", ["int4 g64, GPTQ"]) == []
+    assert peers.points_of("vLLM bf16", names) == []
+
+
+SERVERS = {"2:4 bf16": 10.0, "2:4 int8": 8.0, "2:4 int8, int8 activations": 4.0, "vLLM bf16": 20.0, "vLLM W8A8": 5.0}
+"""Milliseconds per token, made up."""
+
+
 @dataclass
 class Calls:
-    """Verbs of `maskgen` that were run, and the kinds of models that were served beside the dense one."""
+    """Verbs of `maskgen` that were run, and what was asked to be served."""
 
     verbs: list[str] = field(default_factory=list)
-    served: list[str] = field(default_factory=list)
+    served: list[FieldRequest] = field(default_factory=list)
 
     def maskgen(self, arguments: list[str]) -> dict[str, float]:
         self.verbs.append(arguments[0])
         assert parser.main(arguments) == 0
         return {}
 
-    def serve(self, request: serve.ServeRequest, tell: Callable[[str], None]) -> list[serve.Run]:
+    def serve(self, request: FieldRequest, tell: Callable[[str], None]) -> Result:
         tell("round 1")
-        self.served.append(read_json(request.sparse / "config.json")["quantization_config"]["quant_method"])
-        speeds = {"dense": 10.0, "sparse": 15.0}
-        names = [metric.name for metric in serve.METRICS]
-        return [serve.Run(name, 0, 1, dict.fromkeys(names, speed), {}) for name, speed in speeds.items()]
+        self.served.append(request)
+        floats, codes = map(digest_weights, request.sparse)
+        ours = {"2:4 bf16": floats, "2:4 int8": codes, "2:4 int8, int8 activations": codes}
+        entries = [Entry(name, name in ours, 1.0, None, 1, ours.get(name, ""), "eager") for name in SERVERS]
+        turns = [
+            Turn(name, number, Load(clients, 1, 8, 9), 1.0, tpot_ms * (1 + number) * (2 if clients > 1 else 1), 0.0)
+            for name, tpot_ms in SERVERS.items()
+            for number in range(2)
+            for clients in request.clients
+        ]
+        return Result(entries, {}, turns, [HostReading(0.0, 0.0, (1.0,))] * 2)
 
 
 @pytest.fixture
@@ -122,7 +163,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the frontier does in other processes is done here, or is made up; results go to `tmp_path / "results"`."""
     made = Calls()
     monkeypatch.setattr(quality, "maskgen", made.maskgen)
-    monkeypatch.setattr(serve, "run", made.serve)
+    monkeypatch.setattr(frontier.field, "run", made.serve)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     return made
 
@@ -138,15 +179,21 @@ def test_every_point_is_measured_once(
     assert frontier.main(words) == 0
     files = sorted((tmp_path / "results").iterdir())
     assert calls.verbs.count("quantise") == 1 and calls.verbs.count("eval") == 3 + len(peers.PEERS)
-    assert len(files) == calls.verbs.count("eval") + len(calls.served)
+    assert len(files) == calls.verbs.count("eval") + 1
     assert (tmp_path / "plot.svg").read_text("utf-8").startswith("<?xml")
     printed = capsys.readouterr().out
-    assert calls.served == ["sparse_nm"] * 2 + ["compressed-tensors"] * 2, "int4 in groups that are whole"
-    assert printed.count("1.50x") == 5, "the two roundings to the same codes share a time"
+    (asked,) = calls.served
+    assert asked.sparse[0] == sparse and len(asked.sparse) == 2 and asked.peers[:2] == ("bf16", "w8a8")
+    assert asked.int8_activations and asked.clients == (1,)
+    speeds = {line.split(" | ")[0].strip("| *"): line.split(" | ")[-2:] for line in printed.splitlines()}
+    assert speeds["point"] == ["decode, 1 client", "decode, 1 client, int8 activations |"]
+    assert speeds[DENSE] == ["1.00x", " |"] and speeds["int8 per row"] == ["4.00x", " |"]
+    assert speeds[MASKED] == ["2.00x", " |"] and speeds[CODES] == ["2.50x", "5.00x |"]
+    assert speeds["int4 g64, rounded"] == ["", " |"], "nobody served it"
 
     calls.verbs.clear()
     assert frontier.main(words) == 0
-    assert calls.verbs == [] and len(calls.served) == 4 and sorted((tmp_path / "results").iterdir()) == files
+    assert calls.verbs == [] and len(calls.served) == 1 and sorted((tmp_path / "results").iterdir()) == files
     assert capsys.readouterr().out.splitlines()[-9:] == printed.splitlines()[-9:]
 
     results = {

@@ -141,13 +141,19 @@ def calibration() -> str:
 
 def frontier() -> str:
     """Every point of SmolLM2-135M."""
-    return frontier_chart.markdown(frontier_points(), {})
+    return frontier_chart.markdown(frontier_points(), frontier_speeds())
 
 
 def frontier_points() -> dict[str, dict[str, Any]]:
-    """Records of the chart, by the names of points."""
+    """Records of quality, by the names of points."""
     found = record.load("frontier", "smollm2-135m")
     return {result["point"]: result for result in found if "perplexity" in result}
+
+
+def frontier_speeds() -> frontier_chart.Speeds:
+    """Of the newest run in which points were served."""
+    served = [result for result in record.load("frontier", "smollm2-135m") if "served" in result]
+    return frontier_chart.speeds(served[-1]) if served else {}
 
 
 TABLES = {

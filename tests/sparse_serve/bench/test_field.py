@@ -127,6 +127,7 @@ def test_who_cannot_be_had_is_left_out_with_its_reason_and_the_rest_go_on(server
     orders = [["2:4", "bf16", "w8a8"], ["bf16", "w8a8", "2:4"]]
     assert servers.asked == [(name, *turn) for order in orders for name in order for turn in turns]
     assert all(entry.code == "compiled" and entry.start_s > 0 for entry in result.entries)
+    assert all(entry.weights.startswith("sha256:") for entry in result.entries)
     assert len(result.hosts) == 2 and max(turn.idle_share for turn in result.turns) < 1
 
     rows = compare(result)
@@ -234,7 +235,7 @@ def test_rounds_that_only_one_was_in_do_not_count() -> None:
         return Turn(name, number, Load(1, 1, 8, 9), 1.0, tpot_ms, 0.0)
 
     turns = [turn("2:4", 0, 10.0), turn("2:4", 1, 20.0), turn("bf16", 1, 60.0)]
-    entries = [Entry(name, name == "2:4", 1.0, None, 1, "eager") for name in ("2:4", "bf16")]
+    entries = [Entry(name, name == "2:4", 1.0, None, 1, "", "eager") for name in ("2:4", "bf16")]
     found = Result(entries, {}, turns, [HostReading(0.0, 0.5, (1.0,))])
     assert compare(found)[0].ratios == {"2:4": {"bf16": [pytest.approx(3.0)]}}
     console = Console(record=True, width=200, file=io.StringIO())

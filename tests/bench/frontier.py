@@ -2,9 +2,10 @@
 
 The points are the dense model, sparse checkpoints made from it (`--points NAME=DIR ...`, each also with int8 values),
 and what a user would pick instead: the dense model with integer weights (`tests.bench.peers`). Every one is scored by
-the same `maskgen eval` against the dense model, on the same windows. With `--speed` all that vLLM serves here
-(`sparse_serve.bench.quantised_model`) are served, too, and take turns under load in one run, as with `sparse-serve
-bench serve --peers`; sparse ones with integer values a second time with activations rounded to int8.
+the same `maskgen eval` against the dense model, on the same windows. With `--speed` they are served, too (or those that
+it names: all servers are up at a time), beside the peers that vLLM serves here. They take turns under load in one run,
+as with `sparse-serve bench serve --peers`; sparse ones with integer values are there a second time, with activations
+rounded to int8.
 
 Quality of every point has a result file of its own and is not measured again while its weights, texts and windows are
 the same, so the chart can be made in pieces and added to; speed has one file, of one run with all of them. `--table`
@@ -48,15 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keys = {DENSE: _key(facts, {})}
         keys |= {name: _key(facts, _peer_facts(args, name)) for name in args.peers}
         keys |= {name: _key(facts, {"weights": digest_weights(path)}) for name, path in points.items()}
-        speed_key = _speed_key(args, points)
+        timed = _timed(args, points)
+        speed_key = _speed_key(args, timed)
     except (SparseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     if not args.table:
         for name, key in keys.items():
             _measure(args, name, points.get(name), key, facts)
-        if args.speed:
-            _measure_speed(args, points, speed_key)
+        if timed:
+            _measure_speed(args, timed, speed_key)
     found = {result["key"]: result for result in record.load(WHAT, args.label)}
     shown = {name: found[key] for name, key in keys.items() if key in found}
     speeds = frontier_chart.speeds(found[speed_key]) if speed_key in found else {}
@@ -146,6 +148,15 @@ def _measure(args: argparse.Namespace, name: str, path: Path | None, key: str, f
         "dense_total_bytes": whole[1],
     }
     record.save(WHAT, args.label, {**result, **sizes, **scores})
+
+
+def _timed(args: argparse.Namespace, points: Mapping[str, Path]) -> Mapping[str, Path]:
+    """The sparse checkpoints to serve: those that `--speed` names, or all."""
+    if args.speed is None:
+        return {}
+    if unknown := [name for name in args.speed if name not in points]:
+        raise SparseError(f"--speed {unknown[0]!r}: no such point; there are {', '.join(map(repr, points))}")
+    return {name: points[name] for name in args.speed or points}
 
 
 def _speed_key(args: argparse.Namespace, points: Mapping[str, Path]) -> str:

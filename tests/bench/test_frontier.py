@@ -228,6 +228,18 @@ def test_a_point_that_is_none(
     assert stopped.value.code == 2 and "give it with --calibrate" in capsys.readouterr().err
 
 
+def test_a_point_to_be_served_that_is_none(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, sparse = model_dir("llama", dtype=torch.bfloat16, intermediate_size=128), tmp_path / "sparse"
+    models.save_sparse(dense, sparse)
+    words = ["--model", dense, "--label", "tiny", "--data", text_file, "--work", tmp_path / "work", "--no-int8"]
+    words += ["--peers", "--points", f"a={sparse}", "--speed", "b"]
+    assert frontier.main(list(map(str, words))) == 2
+    assert capsys.readouterr().err == "error: --speed 'b': no such point; there are 'a'\n"
+    assert not calls.verbs and not calls.served
+
+
 def test_what_no_other_point_beats() -> None:
     def point(linear: float, kl: float) -> frontier_chart.Point:
         return frontier_chart.Point("a", "sparse", linear, linear, 1.0, kl, 1.0)

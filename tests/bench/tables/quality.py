@@ -37,66 +37,47 @@ def recipes(label: str) -> str:
 
 @dataclass(frozen=True)
 class Road:
-    """A row: what was done, with how many tokens, and the record and the place in it that say how good it is."""
+    """A row: what was done, its share of the dense bytes, and the record and the place in it that say how good it is."""
 
     shown: str
-    tokens: str
+    share: str
     record: str
     row: int = 0
 
 
-NO_RECORD = ["`sparsegpt`, 64 windows of 512", "33 k", "54.5", "", "107.5", "", "122.3", ""]
+NO_RECORD = ["`sparsegpt`, 64 windows of 512", "0.5625", "0.03", "", "", "54.5", "107.5", "122.3", "", ""]
 """From before there were records of these texts; not measured again."""
 
+_TRAIN = "train.distill_weight=0.67"
 ROADS = (
-    Road("`sparseswaps`, 32 of the windows: the dense model's weights, masked", "16 k", _SWAPS),
-    Road("then `maskllm-short --set train.steps=28 --set train.lr=1.3e-3`, the same weights", "0.1 M", _FEW),
+    Road("`sparseswaps`, 32 windows: weights of dense, masked", "0.5625", _SWAPS),
+    Road("then `maskllm-short`, 110 steps: weights of dense, masked", "0.5625", _SHORT),
+    Road("`admm`", "0.5625", _ANSWERS, 1),
+    Road("then `best-effort`, 240 steps", "0.5625", _STRICT),
+    Road("then, instead, 500 steps from the dense model's answers alone", "0.5625", _ANSWERS),
+    Road("`admm`, then `eora`, rank 20", "0.62", _BUDGET),
+    Road("`admm-lowrank`", "0.62", _LOW_RANK),
+    Road("then `best-effort-lowrank`, 100 steps", "0.62", _LOW_RANK_TRAINED),
+    Road("`admm --bytes 0.75`", "0.75", _BUDGET, 1),
+    Road("then `best-effort`, 480 steps", "0.75", _BLOCKS, 1),
+    Road("`admm-lowrank --bytes 0.75`", "0.75", _LOW_RANK_BUDGET),
+    Road(f"then `best-effort-lowrank`, 260 steps, `{_TRAIN}`", "0.75", _LOW_RANK_BUDGET_MIXED),
+    Road("`admm-lowrank --bytes 0.75 --set values.kind=int8`", "0.75", _LOW_RANK_BUDGET_INT8),
     Road(
-        "or `maskllm-short` with its 110 steps, from the same `sparseswaps` of 32 windows, where the recipe takes 64, "
-        "the same weights",
-        "0.5 M",
-        _SHORT,
-    ),
-    Road("`admm`, the same windows, no training", "33 k", _ADMM),
-    Road("then `eora`, rank 20: 0.62 of the bytes, not 0.5625", "33 k", _BUDGET),
-    Road("`admm-lowrank`, rank 20: masks, weights and correction together, 0.62", "33 k", _LOW_RANK),
-    Road(
-        "then `best-effort-lowrank` with that as `--prior`, 100 steps, with the demo's texts, 0.62",
-        "0.2 M",
-        _LOW_RANK_TRAINED,
-    ),
-    Road("then `quantise --values int4 --data`, corrections solved for again, 0.255", "0.2 M", _LOW_RANK_TRAINED_INT4),
-    Road("`admm-lowrank --set values.kind=int4`, rank 20: all of these together, 0.255", "33 k", _LOW_RANK_INT4),
-    Road("`admm --set values.kind=int4`: masks and 4-bit values in one pass, 0.20 of the bytes", "33 k", _INT4),
-    Road("`admm --bytes 0.75`", "33 k", _BUDGET, 1),
-    Road("`best-effort --bytes 0.75`, 160 steps, with the demo's texts", "0.3 M", _BUDGET, 2),
-    Road("the same from `admm --bytes 0.75`, training whole blocks, as `best-effort` now does", "0.3 M", _BLOCKS),
-    Road("the same, 480 steps", "1.0 M", _BLOCKS, 1),
-    Road("`admm-lowrank --bytes 0.75`, rank 20", "33 k", _LOW_RANK_BUDGET),
-    Road(
-        "then `best-effort-lowrank` with that as `--prior`, 48 steps, with the demo's texts",
-        "0.1 M",
-        _LOW_RANK_BUDGET_TRAINED,
-    ),
-    Road("or 260 steps, `train.distill_weight=0.67`", "0.5 M", _LOW_RANK_BUDGET_MIXED),
-    Road("`admm-lowrank --bytes 0.75 --set values.kind=int8`, rank 20", "33 k", _LOW_RANK_BUDGET_INT8),
-    Road(
-        "then `best-effort-lowrank` with that as `--prior`, 200 steps, `train.lr=1e-4`, `train.distill_weight=0.67`, "
-        "with the demo's texts, and `quantise --values int8`",
-        "0.4 M",
+        f"then `best-effort-lowrank`, 200 steps, `{_TRAIN}`, `train.lr=1e-4`, and `quantise --values int8`",
+        "0.75",
         _LOW_RANK_BUDGET_INT8,
         1,
     ),
+    Road("`admm-lowrank --max-ppl-increase 0.05 --set values.kind=int8`", "0.875", _LOW_RANK_PERPLEXITY_INT8),
+    Road("`admm --set values.kind=int4`", "0.20", _INT4),
+    Road("`admm`, `best-effort`, 240 steps, then `quantise --values int4 --data`", "0.20", _INT4_LATER),
+    Road("`admm-lowrank --set values.kind=int4`", "0.255", _LOW_RANK_INT4),
     Road(
-        "`admm-lowrank --max-ppl-increase 0.05 --set values.kind=int8`, rank 20: 0.875 of the bytes",
-        "33 k",
-        _LOW_RANK_PERPLEXITY_INT8,
+        "`admm-lowrank`, `best-effort-lowrank`, 100 steps, then `quantise --values int4 --data`",
+        "0.255",
+        _LOW_RANK_TRAINED_INT4,
     ),
-    Road("`admm`, then `best-effort`, 240 steps, with the demo's texts", "0.5 M", _ADMM, 1),
-    Road("the same, training whole blocks", "0.5 M", _STRICT),
-    Road("whole blocks, 240 steps, then `quantise --values int4 --data`: 0.20 of the bytes", "0.5 M", _INT4_LATER),
-    Road("the pruned layers alone, 400 steps", "0.8 M", _BUDGET, 3),
-    Road("whole blocks, 500 steps, from the dense model's answers alone", "1.0 M", _ANSWERS),
 )
 
 
@@ -104,20 +85,25 @@ def roads() -> str:
     """SmolLM2-135M by every road; its own row is of the record that measured it last."""
     known = schema.current()
     dense = known[_STRICT]["rows"][0]["texts"]
-    rows = [["dense", "", *_measured({name: dense[name]["dense"] for name in TEXTS})], NO_RECORD]
-    for road in ROADS:
-        rows.append([road.shown, road.tokens, *_measured(known[road.record]["rows"][road.row]["texts"])])
-    return markdown(("", "tokens", *(head for name in TEXTS for head in (name, "KL"))), rows)
+    rows = [["dense", "1", "", "", "", *(f"{dense[name]['dense']['perplexity']:.1f}" for name in TEXTS), "", ""], NO_RECORD]
+    rows += [_cells(road, known[road.record]["rows"][road.row]) for road in ROADS]
+    return markdown(("", "bytes", "M tokens", "minutes", "GB", *TEXTS, "KL", "top-1, %"), rows)
 
 
-def _measured(texts: dict[str, Any]) -> list[str]:
-    """Perplexity and KL divergence on each text; nothing where it was not measured."""
-    cells = []
-    for name in TEXTS:
-        found = texts.get(name, {})
-        cells.append(f"{found['perplexity']:.1f}" if found else "")
-        cells.append(f"{found['divergence']['kl']:.3f}" if "divergence" in found else "")
-    return cells
+def _cells(road: Road, row: dict[str, Any]) -> list[str]:
+    """What it took, and perplexity, KL divergence and agreement on each text; nothing where it was not measured."""
+    tokens, held = row.get("tokens"), row.get("peak_memory_bytes")
+    minutes = row.get("cpu_minutes", row.get("minutes"))
+    cost = [
+        "" if tokens is None else f"{tokens / 1e6:.2f}".removesuffix("0"),
+        "" if minutes is None else f"{minutes:.0f}",
+        "" if held is None else f"{held / 1e9:.1f}",
+    ]
+    found = [row["texts"].get(name) for name in TEXTS]
+    perplexity = ["" if text is None else f"{text['perplexity']:.1f}" for text in found]
+    divergence = ["-" if text is None else f"{text['divergence']['kl']:.3f}" for text in found]
+    agreement = ["-" if text is None else f"{100 * text['divergence']['agreement']:.0f}" for text in found]
+    return [road.shown, road.share, *cost, *perplexity, ", ".join(divergence), ", ".join(agreement)]
 
 
 _LATER = {

@@ -209,7 +209,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024, help="tokens of a scored window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=24, help="windows scored of each text (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of scoring (default: %(default)s)")
-    parser.add_argument("--speed", action="store_true", help="also serve all of them in one run, beside each other")
+    parser.add_argument(
+        "--speed", nargs="*", metavar="NAME", help="also serve these points, or all, beside each other in one run"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="loads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every server (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=4, help="of a client in a round (default: %(default)s)")

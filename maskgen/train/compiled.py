@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from maskgen.core.compiler import has_cpp_compiler
 from maskgen.hf.layers import decoder_blocks
 from maskgen.numerics.annealed_adamw import AnnealedAdamW
 from maskgen.recipes.sections import Training
-from maskgen.train.objective import slice_losses
+from maskgen.train.objective import slice_losses, weighted_losses
 from maskgen.train.step import Session
 
 BACKEND = "inductor"
@@ -60,8 +61,8 @@ def compile_session(session: Session, blocks: Iterable[nn.Module], micro_batch: 
         _write_attention_out(model, session.spec, micro_batch)
     if isinstance(session.optimizer, AnnealedAdamW):
         session.optimizer.update = torch.compile(session.optimizer.update, dynamic=True, backend=BACKEND)
-    losses = torch.compile(slice_losses, dynamic=True, backend=BACKEND)
-    session.objective = replace(session.objective, losses=losses)
+    weighted = torch.compile(weighted_losses, dynamic=True, backend=BACKEND)
+    session.objective = replace(session.objective, losses=partial(slice_losses, weighted=weighted))
 
 
 def _write_attention_out(model: nn.Module, spec: Training, micro_batch: int) -> None:

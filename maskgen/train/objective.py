@@ -34,6 +34,9 @@ from maskgen.numerics.memory import chunk_elements
 SliceLosses = Callable[[Tensor, Tensor | None, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
 """The signature of `slice_losses`."""
 
+WeightedLosses = Callable[[Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+"""The signature of `weighted_losses`."""
+
 NO_TARGET = -100
 """The target of a window's last token, whose successor is not known. Cutting it off would copy all logits."""
 
@@ -131,27 +134,46 @@ class MixedLoss(torch.autograd.Function):
 
 
 def slice_losses(
-    student_NV: Tensor, teacher_NV: Tensor | None, target_N: Tensor, weight: float, temperature: float
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    target_N: Tensor,
+    weight: float,
+    temperature: float,
+    weighted: WeightedLosses | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of N tokens: summed cross-entropy, T^2 KL (0 without a teacher), and dL/ds `[N, V]` of L, in float32.
 
-    Tokens whose target is `NO_TARGET` do not count.
+    Tokens whose target is `NO_TARGET` do not count. `weighted` is `weighted_losses`, or that compiled.
     """
+    factors = [1 - weight, weight * temperature, temperature, temperature**2]
+    factors_4 = torch.tensor(factors, dtype=torch.float32, device=student_NV.device)
+    return (weighted or weighted_losses)(student_NV, teacher_NV, target_N, factors_4, temperature == 1)
+
+
+def weighted_losses(
+    student_NV: Tensor, teacher_NV: Tensor | None, target_N: Tensor, factors_4: Tensor, at_one: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`slice_losses` with its numbers in a tensor: 1 - a, a T, T and T^2; `at_one` says that T is 1.
+
+    They are no floats of Python's, which torch's compiler writes into the code of a function of any shape, and finds
+    again, in its cache on disk, for other ones.
+    """
+    keep, pull, temperature, square = factors_4
     counts_N1, target_N1 = (target_N != NO_TARGET)[:, None], target_N.clamp_min(0)[:, None]
     log_p_NV = log_softmax(student_NV.float(), -1)
     ce = -log_p_NV.gather(1, target_N1).where(counts_N1, 0).sum()
     p_NV = log_p_NV.exp()
     if teacher_NV is None:
-        divergence, gradient_NV = torch.zeros_like(ce), p_NV.mul_(1 - weight)
+        divergence, gradient_NV = torch.zeros_like(ce), p_NV.mul_(keep)
     else:
-        log_found_NV = log_p_NV if temperature == 1 else log_softmax(student_NV.float() / temperature, -1)
+        log_found_NV = log_p_NV if at_one else log_softmax(student_NV.float() / temperature, -1)
         log_q_NV = log_softmax(teacher_NV.float() / temperature, -1)
         q_NV = log_q_NV.exp()
-        gap_NV = (p_NV if temperature == 1 else log_found_NV.exp()) - q_NV
+        gap_NV = (p_NV if at_one else log_found_NV.exp()) - q_NV
         divergence_N1 = q_NV.mul_(log_q_NV.sub_(log_found_NV)).sum(-1, keepdim=True)
-        divergence = divergence_N1.where(counts_N1, 0).sum() * temperature**2
-        gradient_NV = gap_NV.mul_(weight * temperature).add_(p_NV, alpha=1 - weight)
-    gradient_NV.scatter_add_(1, target_N1, torch.full_like(gradient_NV[:, :1], weight - 1))
+        divergence = divergence_N1.where(counts_N1, 0).sum() * square
+        gradient_NV = gap_NV.mul_(pull).add_(p_NV.mul_(keep))
+    gradient_NV.scatter_add_(1, target_N1, -keep.expand_as(target_N1))
     return ce, divergence, gradient_NV.masked_fill_(~counts_N1, 0)
 
 

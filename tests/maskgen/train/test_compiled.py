@@ -14,6 +14,7 @@ from maskgen.numerics.annealed_adamw import update
 from maskgen.recipes.sections import Training
 from maskgen.train import compiled
 from maskgen.train.compiled import compile_session, pays
+from maskgen.train.objective import slice_losses
 from tests.maskgen.training import corpus, session, state
 
 LONG = Training(steps=100, batch=8, window_tokens=256)
@@ -61,6 +62,23 @@ def test_the_update_in_cpp_is_the_update() -> None:
         for expected, found in zip(one, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_in_cpp_is_the_loss_whatever_was_compiled_before() -> None:
+    """torch keeps what it compiled on disk, and finds it again for the next run, whose weights are others."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = (torch.randn(24, 50, generator=generator) for _ in range(2))
+    target_N = torch.randint(50, (24,), generator=generator)
+    for weight, temperature in ((1.0, 1.0), (0.67, 1.0), (0.67, 2.0), (0.3, 4.0)):
+        torch._dynamo.reset()
+        running = session(AdaptiveSparse(), distill_weight=weight, distill_temperature=temperature)
+        compile_session(running, [], 4)
+        assert running.objective.losses is not None
+        words = (target_N, weight, temperature)
+        expected = slice_losses(student_NV.clone(), teacher_NV.clone(), *words)
+        found = running.objective.losses(student_NV.clone(), teacher_NV.clone(), *words)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

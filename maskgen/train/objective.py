@@ -155,8 +155,8 @@ def weighted_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`slice_losses` with its numbers in a tensor: 1 - a, a T, T and T^2; `at_one` says that T is 1.
 
-    They are no floats of Python's, which torch's compiler writes into the code of a function of any shape, and finds
-    again, in its cache on disk, for other ones.
+    They are no floats of Python's: of those, torch's compiler writes some into its code as they are at first, and its
+    cache on disk gives that code to runs with other ones (https://github.com/pytorch/pytorch/issues/194976).
     """
     keep, pull, temperature, square = factors_4
     counts_N1, target_N1 = (target_N != NO_TARGET)[:, None], target_N.clamp_min(0)[:, None]

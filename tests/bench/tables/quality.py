@@ -53,6 +53,7 @@ ROADS = (
     Road("then `maskllm-short`, 110 steps: weights of dense, masked", "0.5625", _SHORT),
     Road("`admm`", "0.5625", _ANSWERS, 1),
     Road("then `best-effort`, 240 steps", "0.5625", _STRICT),
+    Road("then, instead, 400 steps, of the pruned layers alone", "0.5625", _BUDGET, 3),
     Road("then, instead, 500 steps from the dense model's answers alone", "0.5625", _ANSWERS),
     Road("`best-effort --minutes 10`", "0.5625", _IN_MINUTES),
     Road("`admm`, then `eora`, rank 20", "0.62", _BUDGET),

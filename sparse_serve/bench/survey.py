@@ -23,7 +23,7 @@ from pydantic import Field
 from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.int4 import group_of, scale_shape
 from maskgen.core.values import FLOAT
-from sparse_serve.bench.corrections import with_correction
+from sparse_serve.bench.corrections import served_bytes, with_correction
 from sparse_serve.kernels import LinearSpec
 from sparse_serve.plugin.dense import dense_layers
 from sparse_serve.runtime.request import Request
@@ -175,6 +175,7 @@ def rows_of(checkpoint: SparseCheckpoint, layers: Mapping[str, list[str]]) -> li
 def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choice]) -> Memory:
     """What the kernels make of the weights themselves, layer after layer."""
     resident = dense = corrections = 0
+    form = checkpoint.config.correction
     for choice in choices:
         dtype = choice.spec.dtype
         for name in chain.from_iterable(kinds[choice.spec].values()):
@@ -183,8 +184,8 @@ def memory_of(checkpoint: SparseCheckpoint, kinds: Kinds, choices: Iterable[Choi
             if packed.kind == FLOAT:
                 packed = replace(packed, values=packed.values.to(dtype))
             resident += sum(tensor.nbytes for tensor in choice.plan.prepare(packed).values())
-            if layer.correction is not None:
-                corrections += layer.correction.nbytes * dtype.itemsize // layer.correction.out.element_size()
+            if layer.correction is not None and form is not None:
+                corrections += served_bytes(layer.correction, form, choice.spec)
             dense += packed.dense_nbytes(dtype)
     return Memory(resident + corrections, dense, corrections)
 

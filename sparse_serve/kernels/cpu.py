@@ -122,6 +122,7 @@ def library_problem() -> str | None:
         torch.library.register_fake("sparse_serve_cpu::linear", _fake)
         torch.library.register_fake("sparse_serve_cpu::linear_int8", _fake)
         torch.library.register_fake("sparse_serve_cpu::dense_int8", _fake)
+        torch.library.register_fake("sparse_serve_cpu::add_correction", lambda y_TO, *_: torch.empty_like(y_TO))
     except (OSError, RuntimeError) as error:
         return f"the native library {spec.origin} cannot be used here: {error}"
     return None
@@ -132,6 +133,16 @@ def dense_int8_problem() -> str | None:
     if problem := library_problem():
         return problem
     return None if torch.ops.sparse_serve_cpu.vnni() else "this processor lacks AVX-512 with VNNI"
+
+
+def correction_problem(dtype: torch.dtype) -> str | None:
+    """None, or why corrections of this dtype (`csrc/correction_ops.cpp`) cannot be had here."""
+    if problem := library_problem():
+        return problem
+    return every_reason(
+        (dtype is not torch.bfloat16, f"dtype {dtype} is not {torch.bfloat16}"),
+        (not torch.ops.sparse_serve_cpu.corrects(), "this processor lacks AVX-512 with bfloat16"),
+    )
 
 
 def _fake(

@@ -1,4 +1,4 @@
-"""The correction y += S (X x) of a sparse layer inside vLLM: its parameters, their shards, and its arithmetic.
+"""The correction y += S (X x) of a sparse layer inside vLLM: its parameters and their shards.
 
 S is `[O, K]` and X `[K, I]`. X is stored (a low-rank correction, or a trained pool), or fixed: it then adds up segments
 of the inputs. What a rank of a tensor-parallel group holds, and why the sum is right:
@@ -11,7 +11,7 @@ of the inputs. What a rank of a tensor-parallel group holds, and why the sum is 
 
 With X fixed and inputs split, each rank must hold whole segments. Layers that vLLM fuses (Q, K and V; gate and up) have
 one S of concatenated rows, and one stored X *for each part*: X is `[P * K, I]`, and part p's rows of S see part p's
-X x only. The correction runs beside the kernel, which adds the bias.
+X x only. The correction is added after the kernel's product, which has the bias.
 
 A tensor that was never loaded must not pass as a correction of zero, so parameters start as NaN and NaN is refused.
 
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.functional import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -37,6 +36,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 
 from maskgen.core.correction import CorrectionConfig, PooledCorrection
 from maskgen.core.errors import FormatError
+from sparse_serve.tuning.correction import CorrectionKernel
 
 OUT, POOL = "correction_out", "correction_pool"
 
@@ -68,6 +68,7 @@ class LayerCorrection:
     def __init__(self, form: CorrectionConfig, prefix: str, parts: int) -> None:
         self.form, self.prefix, self.parts = form, prefix, parts
         self.rows: list[int] = []
+        self.kernel: CorrectionKernel | None = None
         self.tensor_names = (OUT, POOL) if form.stores_pool else (OUT,)
 
     def create_weights(
@@ -103,17 +104,23 @@ class LayerCorrection:
         layer.register_parameter(POOL, parts_pool)
 
     def finish_loading(self, layer: Module) -> None:
-        """Verify what was loaded and keep it as plain parameters."""
+        """Verify what was loaded and keep it as plain parameters, as the arithmetic wants them."""
         for name in self.tensor_names:
             tensor = layer.get_parameter(name).data
             if not torch.isfinite(tensor).all():
                 raise FormatError(f"{self.prefix}.{name}: holds NaN or infinity, or was not loaded")
-            delattr(layer, name)
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        loaded = {name: layer.get_parameter(name).data for name in self.tensor_names}
+        out, pool = loaded[OUT], loaded.get(POOL)
+        self.kernel = CorrectionKernel.of(self.form, self.rows, out, pool)
+        for name, prepared in zip((OUT, POOL), self.kernel.prepare(out, pool), strict=True):
+            if prepared is not None:
+                delattr(layer, name)
+                layer.register_parameter(name, Parameter(prepared, requires_grad=False))
 
-    def apply(self, layer: Module, x: Tensor) -> Tensor:
-        """S (X x): `[T, I] -> [T, O]`."""
-        return term(self.form, x, getattr(layer, OUT), getattr(layer, POOL, None), self.rows)
+    def add(self, layer: Module, x: Tensor, y: Tensor) -> Tensor:
+        """y + S (X x): x `[T, I]`, y `[T, O]`."""
+        assert self.kernel is not None
+        return self.kernel.add(x, y, getattr(layer, OUT), getattr(layer, POOL, None))
 
     def _check(self, layer: Module, rows_per_part: list[int]) -> None:
         if type(layer) not in _KNOWN:
@@ -134,15 +141,6 @@ class LayerCorrection:
                 f"segment of {segment}; use fewer ranks"
             )
         return inputs_per_rank // segment
-
-
-def term(form: CorrectionConfig, x: Tensor, out_OK: Tensor, pool: Tensor | None, rows: list[int]) -> Tensor:
-    """S (X x): `[T, I] -> [T, O]`. `pool` holds a stored X of each part, `[P * K, I]`, and `rows` are its outputs."""
-    if pool is None:
-        assert isinstance(form, PooledCorrection)
-        return linear(x.unflatten(-1, (-1, form.segment)).sum(-1), out_OK)
-    inner = linear(x, pool).chunk(len(rows), dim=-1)
-    return torch.cat([linear(z, s) for z, s in zip(inner, out_OK.split(rows), strict=True)], dim=-1)
 
 
 def _nan(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

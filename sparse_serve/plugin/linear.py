@@ -154,13 +154,14 @@ class SparseNMLinearMethod(LinearMethodBase):
             found = parity.compare(self.prefix, choice, self.bound, tensors, packed, bias)
             part = {"rank": vars(layer)["tp_rank"], "ranks": vars(layer)["tp_size"]}
             parity_file.write(replace(one, **part) for one in found)
-        _add_to_compile_key(self.vllm_config, self.prefix, choice)
         for name in stored:
             delattr(layer, name)
         for name, tensor in tensors.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         if self.correction is not None:
             self.correction.finish_loading(layer)
+        corrected = None if self.correction is None else self.correction.kernel
+        _add_to_compile_key(self.vllm_config, self.prefix, str(choice.plan), str(corrected))
         # vLLM's LoRA layers ask this attribute for the device, and call `apply` for the product
         layer.weight_packed = torch.empty(0, device=packed.values.device)
         self.choice, self.kernel_names, self.dense_bytes = choice, tuple(tensors), packed.dense_nbytes(self.dtype)
@@ -176,7 +177,7 @@ class SparseNMLinearMethod(LinearMethodBase):
         assert self.choice is not None and self.bound is not None
         tensors = {name: getattr(layer, name) for name in self.kernel_names}
         y = self.bound.linear(x, tensors, bias, self.choice.spec.out_features)
-        return y if self.correction is None else y + self.correction.apply(layer, x)
+        return y if self.correction is None else self.correction.add(layer, x, y)
 
 
 def _check_whole_groups(name: str, group: int | None, part: int, whole: int, kept: int) -> None:
@@ -188,12 +189,12 @@ def _check_whole_groups(name: str, group: int | None, part: int, whole: int, kep
         )
 
 
-def _add_to_compile_key(vllm_config: Any, prefix: str, choice: Choice) -> None:
-    """Make the plan part of the key of vLLM's compiled code, which holds the plan as a constant and outlives it.
+def _add_to_compile_key(vllm_config: Any, prefix: str, *constants: str) -> None:
+    """Make what vLLM's compiled code holds as a constant, and outlives, a part of its key: plan and correction.
 
     vLLM computes that key from its configuration, after the model is loaded. Of what goes into the key only
-    `additional_config` is for a plugin to fill, so the plans are added to it.
+    `additional_config` is for a plugin to fill, so they are added to it.
     """
     if isinstance(vllm_config.additional_config, dict):
         before = vllm_config.additional_config.get(_PLANS_KEY)
-        vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, str(choice.plan)])
+        vllm_config.additional_config[_PLANS_KEY] = digest_json([before, prefix, *constants])

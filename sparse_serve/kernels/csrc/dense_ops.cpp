@@ -27,7 +27,7 @@ Tensor pack_int8(const Tensor& codes) {
   STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Char && codes.is_contiguous(), "codes are ",
                   text(codes), ", expected contiguous Char [rows, columns]");
   const int64_t rows = codes.size(0), columns = codes.size(1);
-  Tensor out = torch::stable::new_empty(codes, {dense_int8::weight_bytes(rows, columns)}, ScalarType::Byte);
+  Tensor out = empty({dense_int8::weight_bytes(rows, columns)}, ScalarType::Byte);
 #if defined(__x86_64__)
   uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
   advise_huge_pages(blocks, out.numel());
@@ -45,7 +45,7 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
   check_processor();
   STD_TORCH_CHECK(form.dim() == 3 && form.scalar_type() == ScalarType::Char, "form is ", text(form),
                   ", expected Char [rows, 0, columns]");
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = as_contiguous(input);
   const int64_t rows = form.size(0), columns = form.size(2), bytes = dense_int8::weight_bytes(rows, columns);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ", columns,
                   "]: the weight is [", rows, ", ", columns, "]");
@@ -65,7 +65,7 @@ Tensor linear_dense_int8(const Tensor& input, const Tensor& blocks, const Tensor
   const int64_t numbers = 3 * int64_t{sizeof(float)}, each = dense_int8::digit_bytes(columns);
   const bool tiles = has_int8_tiles() && dense_int8::suits_tiles(op.tokens, columns);
   const int64_t places = tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
-  const Tensor scratch = torch::stable::new_empty(blocks, {op.tokens * numbers + places * each});
+  const Tensor scratch = empty({op.tokens * numbers + places * each}, ScalarType::Byte);
   uint8_t* start = static_cast<uint8_t*>(scratch.mutable_data_ptr());
   uint8_t* behind = start + places * each;  // first the digits, whose tiles then begin with a line of the cache
   const dense_int8::Digits digits{reinterpret_cast<int8_t*>(start), reinterpret_cast<int32_t*>(behind),

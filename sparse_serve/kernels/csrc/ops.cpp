@@ -90,7 +90,7 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask, const std::optio
                   columns / each, "], as the bitmask is ", text(bitmask));
   const Scales scales = scales_of(scale, kind, rows, columns / 2);
   const int64_t bytes = row_blocks(rows) * parts * block_bytes(kind);
-  Tensor out = torch::stable::new_empty(bitmask, {bytes});
+  Tensor out = empty({bytes}, ScalarType::Byte);
   uint8_t* blocks = static_cast<uint8_t*>(out.mutable_data_ptr());
   advise_huge_pages(blocks, bytes);
   const uint8_t* from = static_cast<const uint8_t*>(values.const_data_ptr());
@@ -106,7 +106,7 @@ Tensor pack_weight(const Tensor& values, const Tensor& bitmask, const std::optio
 Tensor tiles_of(const Linear& op, const Tensor& blocks) {
   constexpr int64_t kBytesAThread = 1 << 17;
   const int64_t tiles = ceil_div(op.tokens, kLanes), bytes = tile_bytes(op.columns);
-  Tensor out = torch::stable::new_empty(blocks, {tiles * bytes});
+  Tensor out = empty({tiles * bytes}, ScalarType::Byte);
   uint8_t* start = static_cast<uint8_t*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, tiles, ceil_div(kBytesAThread, bytes), [&](int64_t first, int64_t last) {
     amx::pack_tokens(op, first, last, start);
@@ -147,7 +147,7 @@ void run_threads(Run run, const Linear& op, int64_t worth_a_thread) {
 
 Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& bias, int64_t wanted) {
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = as_contiguous(input);
   const Run run = runner(wanted);
   Linear op = checked(x, blocks, form, scale, bias);
   Tensor y = outputs(x, op);
@@ -169,7 +169,7 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   STD_TORCH_CHECK(has_vbmi(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
   STD_TORCH_CHECK(!tiles.value_or(false) || has_int8_tiles(), "tiles is true, expected false or none: this processor "
                   "lacks AMX with int8, or this process may not use it");
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = as_contiguous(input);
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
                   ", expected Char or Byte: what meets int8 inputs are codes");
@@ -183,7 +183,7 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
 #endif
   op.rounded.tokens = op.rounded.tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
   const int64_t scaled = op.rounded.tokens * column_blocks(op.columns);  // times 128 columns of a token
-  const Tensor rounded = torch::stable::new_empty(blocks, {scaled * (kColumns + int64_t{sizeof(float)})});
+  const Tensor rounded = empty({scaled * (kColumns + int64_t{sizeof(float)})}, ScalarType::Byte);
   uint8_t* codes = static_cast<uint8_t*>(rounded.mutable_data_ptr());
   float* scales = reinterpret_cast<float*>(codes + scaled * kColumns);
   op.rounded.codes = codes, op.rounded.scale = scales;

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -47,11 +48,27 @@ inline void advise_huge_pages(void* start, int64_t bytes) {
 #endif
 }
 
+// Not initialised, on the CPU. torch::stable::new_empty looks its operator up by name at each call, as contiguous does,
+// which takes longer than a small layer's products.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // y for it, [..., rows].
 inline Tensor outputs(const Tensor& x, Linear& op) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = op.rows;
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty(shape, x.scalar_type());
   op.y = y.mutable_data_ptr();
   return y;
 }

@@ -42,7 +42,7 @@ QUICK := $(addprefix tests/,architecture golden hostile release \
   $(addprefix maskgen/,core data export numerics recipes methods/oneshot) \
   $(addprefix sparse_serve/,api engine runtime server tuning))
 STAMP := $(VENV)/.installed-$(EXTRA)
-DEMO := $(CACHE)/demo-v7
+DEMO := $(CACHE)/demo-v8
 # That what tests and checks need is installed.
 TOOLS := $(VENV)/.tools-$(EXTRA)
 # That what the manual is built with is installed.

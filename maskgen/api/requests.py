@@ -256,6 +256,6 @@ class ReportRequest(Request):
 
 
 class DemoRequest(Request):
-    """Make a chat model and text in `out`; by default sparse-serve/demo-v7 in the user's cache directory."""
+    """Make a chat model and text in `out`; by default sparse-serve/demo-v8 in the user's cache directory."""
 
     out: Path | None = None

@@ -211,7 +211,7 @@ def _add_demo(verbs: Verbs) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="directory to write (default: sparse-serve/demo-v7 in your cache directory)",
+        help="directory to write (default: sparse-serve/demo-v8 in your cache directory)",
     )
 
 

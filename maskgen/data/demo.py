@@ -52,12 +52,12 @@ PROVENANCE_FILE = "demo.json"
 
 
 def default_dir() -> Path:
-    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v7` in the user's cache.
+    """Where the demo lives unless the user says otherwise: `sparse-serve/demo-v8` in the user's cache.
 
     Raises `SparseError` for a user without a home directory.
     """
     try:
-        return gguf.cache_folder() / "demo-v7"
+        return gguf.cache_folder() / "demo-v8"
     except SparseError as error:
         raise SparseError(f"{error}, or give `out`") from None
 

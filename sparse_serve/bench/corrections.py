@@ -25,7 +25,8 @@ from sparse_serve.tuning.timing import gpu_s, interleaved, wall_s
 
 def served_bytes(stored: Correction, form: CorrectionConfig, spec: LinearSpec) -> int:
     """What a correction takes in memory beside a layer of this `spec`."""
-    out, pool = stored.out.to(spec.dtype), None if stored.pool is None else stored.pool.to(spec.dtype)
+    out = stored.out.to(spec.device_type, spec.dtype)
+    pool = None if stored.pool is None else stored.pool.to(spec.device_type, spec.dtype)
     prepared = CorrectionKernel.of(form, [len(out)], out, pool).prepare(out, pool)
     return sum(tensor.nbytes for tensor in prepared if tensor is not None)
 

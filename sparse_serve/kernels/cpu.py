@@ -122,7 +122,7 @@ def library_problem() -> str | None:
         torch.library.register_fake("sparse_serve_cpu::linear", _fake)
         torch.library.register_fake("sparse_serve_cpu::linear_int8", _fake)
         torch.library.register_fake("sparse_serve_cpu::dense_int8", _fake)
-        torch.library.register_fake("sparse_serve_cpu::add_correction", lambda y_TO, *_: torch.empty_like(y_TO))
+        torch.library.register_fake("sparse_serve_cpu::add_correction", lambda y_TO, *_: y_TO.new_empty(y_TO.shape))
     except (OSError, RuntimeError) as error:
         return f"the native library {spec.origin} cannot be used here: {error}"
     return None

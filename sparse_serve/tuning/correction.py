@@ -23,7 +23,10 @@ _LANES, _PAIR, _TILE_PAIRS = 16, 2, 16
 
 @dataclass(frozen=True)
 class CorrectionKernel:
-    """That of one layer. `rows` are the outputs of each part, `inner` is K; `in_blocks`: one call of ours makes it."""
+    """How the correction of one layer is added.
+
+    `rows` are the outputs of each part, `inner` is K. With `in_blocks` one call of ours adds it.
+    """
 
     form: CorrectionConfig
     rows: tuple[int, ...]
@@ -32,7 +35,7 @@ class CorrectionKernel:
 
     @classmethod
     def of(cls, form: CorrectionConfig, rows: Sequence[int], out_OK: Tensor, pool: Tensor | None) -> CorrectionKernel:
-        """For S `[O, K]` and a stored X of each part, `[P * K, I]`."""
+        """For S `[O, K]` and X of each part, `[P * K, I]`, or None where X is fixed."""
         in_blocks = (
             pool is not None
             and pool.shape[1] % _PAIR == 0

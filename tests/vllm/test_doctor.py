@@ -208,6 +208,10 @@ def test_a_correction_is_priced(tmp_path: Path, form: CorrectionConfig) -> None:
         assert stored <= memory.correction_bytes <= 2.5 * stored, "float32 as bfloat16, in blocks of 16 rows"
     else:
         assert memory.correction_bytes == stored, "float32 as bfloat16"
+    elsewhere = {replace(kind, device_type="meta"): names for kind, names in kinds.items()}
+    (meta,) = elsewhere
+    at_gpus = memory_of(checkpoint, elsewhere, [replace(choice, spec=meta)])
+    assert at_gpus.correction_bytes == stored, "blocks are for CPUs"
     assert "MB of that for corrections" in memory_line(memory)
     plain = replace(memory, resident_bytes=memory.resident_bytes - memory.correction_bytes, correction_bytes=0)
     assert "corrections" not in memory_line(plain)

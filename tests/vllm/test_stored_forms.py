@@ -38,11 +38,11 @@ def make(kind: str, root: Path, values: str, form: CorrectionConfig | None) -> P
 @pytest.mark.parametrize(
     ("kind", "values", "form", "ranks", "dtype"),
     [
-        ("llama", "int8", TRAINED, 1, "bfloat16"),
+        ("llama", "int8", TRAINED, 2, "float32"),
         ("llama_tied", "fp8_e4m3", FIXED, 1, "float32"),
         ("qwen2", "float", FIXED, 2, "float32"),
         ("qwen2", "float", LOW_RANK, 1, "float16"),
-        ("llama", "int8", LOW_RANK, 2, "float32"),
+        ("llama", "int8", LOW_RANK, 2, "bfloat16"),
     ],
 )
 def test_serves_what_transformers_computes(
@@ -63,7 +63,9 @@ def test_serves_what_transformers_computes(
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with serve(sparse, dtype, tensor_parallel_size=ranks) as llm:
         stats = llm.collective_rpc("sparse_stats")
-        assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=2e-4 if dtype == "float32" else 5e-2)
+        # without the correction some are 2 away; in bfloat16 the sums of two ranks are rounded, too
+        allowed = {"float32": 2e-4, "float16": 5e-2, "bfloat16": 2e-1}[dtype]
+        assert prompt_logprobs(llm) == pytest.approx(logprobs, abs=allowed)
         assert dtype != "float32" or greedy(llm) == tokens
     checkpoint = SparseCheckpoint.open(sparse)
     stored = sum(checkpoint.layer(name).nbytes for name in checkpoint.config.targets)

@@ -3,8 +3,8 @@
 //     sparse_serve_cpu::add_correction(y, x, pool, out, rows, inner) -> y + S (X x)      bfloat16
 //     sparse_serve_cpu::corrects() -> bool                                       whether this processor has what it needs
 //
-// y is [..., outputs], x [..., columns]; pool [blocks, columns / 2, 16, 2] are those of X and out [numbers] those of S, as
-// correction.h wants them; `rows` are the outputs of each part, and `inner` the columns of S.
+// y is [..., outputs], x [..., columns]. `pool` [blocks, columns / 2, 16, 2] holds the blocks of X and `out` [numbers] those
+// of S, as correction.h wants them; `rows` are the outputs of each part, and `inner` the columns of S.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -33,13 +33,14 @@ correction::Correction checked(const Tensor& y, const Tensor& x, const Tensor& p
   STD_TORCH_CHECK(!rows.empty() && inner > 0 && inner <= kMostInner, "rows are of ", rows.size(), " parts, and inner is ", inner,
                   ", expected parts, and 1 to ", kMostInner);
   check_bf16(pool, "pool", 4), check_bf16(out, "out", 1), check_bf16(x, "x", x.dim()), check_bf16(y, "y", x.dim());
-  const int64_t columns = 2 * pool.size(1);
+  const int64_t columns = 2 * pool.size(1), outputs = y.size(y.dim() - 1);
   STD_TORCH_CHECK(columns > 0 && x.dim() > 0 && x.size(x.dim() - 1) == columns, "x is ", text(x), ", expected [..., ",
                   columns, "]: the pool is ", text(pool));
   correction::Correction op{x.numel() / columns, columns, inner, 0, rows.data(), static_cast<int64_t>(rows.size()), bits(x),
                             bits(pool), bits(out), bits(y), nullptr, nullptr};
   for (int64_t count : rows) {
-    STD_TORCH_CHECK(count > 0, "rows has ", count, ", expected outputs for each part");
+    STD_TORCH_CHECK(count > 0 && count <= outputs - op.rows, "rows has ", count, ", expected outputs for each part, together ",
+                    outputs);
     op.rows += count;
   }
   const int64_t blocks = correction::pool_blocks(op), numbers = correction::out_numbers(op);

@@ -130,10 +130,10 @@ def test_a_directory_that_is_something_else_is_left_alone(tmp_path: Path) -> Non
 
 def test_the_default_place_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v7"
+    assert demo.default_dir() == tmp_path / "sparse-serve" / "demo-v8"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v7")
+    assert demo.default_dir() == Path("/home/somebody/.cache/sparse-serve/demo-v8")
 
 
 def test_a_user_without_a_home_is_told_to_say_where(no_home: None) -> None:

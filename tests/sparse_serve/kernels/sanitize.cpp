@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "activations.h"  // its conversions are compared with torch's in test_cpu.py
+#include "guarded.h"
 #include "isa.h"
 #include "share.h"
 
@@ -86,14 +87,14 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
       }
     }
   }
-  std::vector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
+  GuardedVector<uint8_t> blocks(row_blocks(rows) * column_blocks(columns) * block_bytes(kind));
   pack(values.data(), bitmask.data(), kind, rows, columns, blocks.data(), 0, superblocks(rows),
        {scale.data(), each});
   Buffer x(tokens * columns, io), y(tokens * rows, io), bias(rows, io);
   Linear op{blocks.data(), kind,     tokens,      rows, columns, x.data(), y.data(),
             scaled && !nibbles ? scale.data() : nullptr, biased ? bias.data() : nullptr, io};
   op.prefetches = rows % 2 == 1;
-  std::vector<Line> tiles;
+  GuardedVector<Line> tiles;
 #if SPARSE24_AMX
   if (run == amx::run && amx::takes(op)) {
     tiles.resize(ceil_div(tokens, kLanes) * tile_bytes(columns) / sizeof(Line));
@@ -101,8 +102,8 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
     op.tiles = tiles.data()->bytes;
   }
 #endif
-  std::vector<Line> codes;
-  std::vector<float> steps(tokens * column_blocks(columns));
+  GuardedVector<Line> codes;
+  GuardedVector<float> steps(tokens * column_blocks(columns));
 #if defined(__x86_64__)
   const bool signed_codes = is_rounded_tiles(run);
   const int64_t padded = signed_codes ? ceil_div(tokens, kLanes) * kLanes : tokens;

@@ -7,6 +7,7 @@
 
 #include "activations.h"
 #include "dense_int8.h"
+#include "guarded.h"
 #include "isa.h"
 
 using namespace sparse24;
@@ -31,16 +32,16 @@ int check(Floats io, int64_t tokens, int64_t rows, int64_t columns, bool biased,
       __builtin_memcpy(buffer->data() + i * bytes, bytes == 4 ? static_cast<const void*>(&value) : &half, bytes);
     }
   }
-  std::vector<uint8_t> blocks(dense_int8::weight_bytes(rows, columns));
+  GuardedVector<uint8_t> blocks(dense_int8::weight_bytes(rows, columns));
   const int64_t count = row_blocks(rows), half = count / 2;
   for (int64_t first : {int64_t{0}, half}) {
     dense_int8::pack(codes.data(), rows, columns, blocks.data(), first, first == half ? count : half);
   }
   const Linear op{blocks.data(), Values::kInt8, tokens,       rows, columns, x.data(),
                   y.data(),      scale.data(),  biased ? bias.data() : nullptr, io};
-  std::vector<int8_t> digits((tiles ? ceil_div(tokens, kLanes) * kLanes : tokens) * dense_int8::digit_bytes(columns));
-  std::vector<int32_t> offset(2 * tokens);
-  std::vector<float> step(tokens);
+  GuardedVector<int8_t> digits((tiles ? ceil_div(tokens, kLanes) * kLanes : tokens) * dense_int8::digit_bytes(columns));
+  GuardedVector<int32_t> offset(2 * tokens);
+  GuardedVector<float> step(tokens);
   const dense_int8::Digits split{digits.data(), offset.data(), step.data(), tiles};
   dense_int8::split_tokens(op, split);
   dense_int8::run(op, split, 0, half), dense_int8::run(op, split, half, count);

@@ -20,6 +20,7 @@ from sparse_serve.tuning.correction import CorrectionKernel
 from sparse_serve.tuning.timing import torch_threads
 
 SOURCES = Path(__file__).parents[3] / "sparse_serve/kernels/csrc"
+SANITIZE = Path(__file__).parents[1] / "kernels/sanitize_correction.cpp"
 LACKING = cpu.correction_problem(torch.bfloat16)
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Of X x, and of the result, relative."""
@@ -92,6 +93,21 @@ def test_every_form_is_what_its_manifest_says(form: CorrectionConfig) -> None:
     assert bool(((layer.add(x_TI, y_TO).double() - expected_TO).abs() <= ROUNDING[torch.bfloat16] * size_TO).all())
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5, 37])
+@pytest.mark.parametrize("inner", [1, 17, 33, 40])
+@pytest.mark.parametrize("columns", [34, 96])
+def test_whole_numbers_are_exact(tokens: int, inner: int, columns: int) -> None:
+    """Every product counts: of numbers -1, 0 and 1 all sums are small, which bfloat16 does not round."""
+    torch.manual_seed(0)
+    layer = Layer(LowRankCorrection(inner), [40, 16, 150], columns)
+    assert layer.pool is not None
+    x_TI, y_TO = layer.inputs(tokens)
+    for numbers in (layer.out_OK, layer.pool, x_TI, y_TO):
+        numbers.copy_(torch.randint(-1, 2, numbers.shape))
+    layer.prepared = layer.kernel.prepare(layer.out_OK, layer.pool)
+    assert torch.equal(layer.add(x_TI, y_TO), layer.exact(x_TI, y_TO)[0].bfloat16())
+
+
 @native
 @pytest.mark.parametrize("columns", [576, 1530])
 def test_a_token_s_result_is_its_own(columns: int) -> None:
@@ -133,6 +149,18 @@ def test_leading_dimensions_and_strides_are_those_of_any_linear_layer() -> None:
 
 
 @native
+@pytest.mark.parametrize("strided", [False, True])
+def test_torch_accepts_the_operator(strided: bool) -> None:
+    layer = Layer(LowRankCorrection(4), [20, 40], 64)
+    x_TI, y_TO = layer.inputs(3)
+    if strided:
+        y_TO = y_TO.T.contiguous().T
+    out, pool = layer.prepared
+    arguments = (y_TO, x_TI, pool, out, layer.rows, 4)
+    torch.library.opcheck(torch.ops.sparse_serve_cpu.add_correction.default, arguments)
+
+
+@native
 def test_what_does_not_fit_together_is_refused() -> None:
     op, bf16 = torch.ops.sparse_serve_cpu.add_correction, torch.bfloat16
     y, x, pool = (torch.zeros(size, dtype=bf16) for size in ((3, 40), (3, 64), (2, 32, 16, 2)))
@@ -142,7 +170,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ((y.float(), x, pool, out, rows, 5), r"y is Float \[3, 40\], expected contiguous BFloat16 of 2 dimensions"),
         ((y, x.half(), pool, out, rows, 5), r"x is Half \[3, 64\], expected contiguous BFloat16"),
         ((y, x[:, 1:], pool, out, rows, 5), r"x is BFloat16 \[3, 63\], expected \[..., 64\]: the pool is"),
-        ((y[:, 1:], x, pool, out, rows, 5), r"y is BFloat16 \[3, 39\], expected \[..., 40\] for 3 tokens"),
+        ((y[:, 1:], x, pool, out, rows, 5), "rows has 20, expected outputs for each part, together 39"),
         ((y[:2], x, pool, out, rows, 5), r"y is BFloat16 \[2, 40\], expected \[..., 40\] for 3 tokens"),
         ((y, x[0], pool, out, rows, 5), r"y is BFloat16 \[3, 40\], expected contiguous BFloat16 of 1 dimensions"),
         ((y, x, pool.transpose(0, 2), out, rows, 5), r"pool is BFloat16 \[16, 32, 2, 2\], not contiguous, expected"),
@@ -152,6 +180,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ((y, x, pool, out, [], 5), "rows are of 0 parts, and inner is 5, expected parts"),
         ((y, x, pool, out, [40, 0], 5), "rows has 0, expected outputs for each part"),
         ((y, x, pool, out, [-20, 60], 5), "rows has -20, expected outputs for each part"),
+        ((y, x, pool, out, [2**63 - 1, 2**63 - 1, 42], 5), "rows has 9223372036854775807, expected .* together 40"),
         ((y, x, pool, out[1:], rows, 5), r"out is BFloat16 \[799\], expected \[800\]: inner is 5"),
         ((y, x, pool, out, rows, 7), r"out is BFloat16 \[800\], expected \[896\]: inner is 7"),
         ((y, x, pool, out.view(1, 800), rows, 5), r"out is BFloat16 \[1, 800\], expected contiguous BFloat16 of 1 dim"),
@@ -164,9 +193,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
 @pytest.mark.timeout(600)  # compiling, where others want the processor too
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     """The same source under the sanitizers, in a program whose buffers end where tensors would."""
-    program, here = tmp_path / "sanitize", Path(__file__).parent
+    program = tmp_path / "sanitize"
     flags = ["-O1", "-std=c++20", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
-    sources = [str(here / "sanitize_correction.cpp"), str(SOURCES / "correction.cpp")]
+    sources = [str(SANITIZE), str(SOURCES / "correction.cpp")]
     subprocess.run(["g++", *flags, *sources, "-o", str(program)], check=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     in_tiles = 64 if torch.ops.sparse_serve_cpu.isa() == len(cpu.ISAS) - 1 else -1

@@ -7,6 +7,7 @@
 
 #include "activations.h"
 #include "correction.h"
+#include "guarded.h"
 #include "isa.h"
 
 using namespace sparse24;
@@ -15,15 +16,15 @@ namespace {
 
 std::mt19937 random_bits(0);
 
-std::vector<uint16_t> numbers(int64_t count) {
-  std::vector<uint16_t> all(count);
+GuardedVector<uint16_t> numbers(int64_t count) {
+  GuardedVector<uint16_t> all(count);
   for (uint16_t& one : all) one = to_bf16(std::uniform_real_distribution<float>(-1, 1)(random_bits));
   return all;
 }
 
 // A weight of parts in blocks, of so many numbers.
-std::vector<uint16_t> in_blocks(const std::vector<uint16_t>& weight, const std::vector<int64_t>& rows, int64_t columns, int64_t count) {
-  std::vector<uint16_t> blocks(count);
+GuardedVector<uint16_t> in_blocks(const GuardedVector<uint16_t>& weight, const std::vector<int64_t>& rows, int64_t columns, int64_t count) {
+  GuardedVector<uint16_t> blocks(count);
   int64_t block = 0, before = 0;
   for (int64_t of_part : rows) {
     for (int64_t row = 0; row < of_part; ++row) {
@@ -44,11 +45,11 @@ int check(int64_t tokens, const std::vector<int64_t>& rows, int64_t columns, int
   for (int64_t count : rows) outputs += count;
   const auto x = numbers(tokens * columns), y = numbers(tokens * outputs);
   const auto pool = numbers(parts * inner * columns), out = numbers(outputs * inner);
-  std::vector<uint16_t> sum(tokens * outputs);
+  GuardedVector<uint16_t> sum(tokens * outputs);
   correction::Correction op{tokens, columns, inner, outputs, rows.data(), parts, x.data(), nullptr, nullptr, y.data(), nullptr, sum.data(), tiles};
   const auto pool_blocks = in_blocks(pool, std::vector<int64_t>(parts, inner), columns, correction::pool_blocks(op) * columns * kLanes);
   const auto out_blocks = in_blocks(out, rows, inner, correction::out_numbers(op));
-  std::vector<uint16_t> z(correction::z_numbers(op));
+  GuardedVector<uint16_t> z(correction::z_numbers(op));
   op.pool = pool_blocks.data(), op.out = out_blocks.data(), op.z = z.data();
   const int64_t inner_units = correction::units(op, correction::pool_blocks(op));
   const int64_t outer_units = correction::units(op, correction::out_blocks(op));

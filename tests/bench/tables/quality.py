@@ -27,6 +27,7 @@ _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-15003
 _LOW_RANK_BUDGET_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-185418"
 _LOW_RANK_PERPLEXITY_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-194639"
 _IN_MINUTES = "low-rank--smollm2-135m--x86_64-2core--20261128-232750"
+_IN_HOURS = "low-rank--smollm2-135m--x86_64-2core--20261129-023630"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
 
@@ -60,6 +61,8 @@ ROADS = (
     Road("`admm-lowrank`", "0.62", _LOW_RANK),
     Road("then `best-effort-lowrank`, 100 steps", "0.62", _LOW_RANK_TRAINED),
     Road("`best-effort-lowrank --minutes 30 --set train.distill_weight=0.67`", "0.62", _IN_MINUTES, 1),
+    Road("then 600 steps more", "0.62", _IN_HOURS),
+    Road("the dense model after 288 steps: `dense_control`", "1", _IN_HOURS, 1),
     Road("`admm --bytes 0.75`", "0.75", _BUDGET, 1),
     Road("then `best-effort`, 480 steps", "0.75", _BLOCKS, 1),
     Road("`admm-lowrank --bytes 0.75`", "0.75", _LOW_RANK_BUDGET),

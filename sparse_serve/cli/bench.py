@@ -122,7 +122,7 @@ def kernels_table(results: Sequence[Result]) -> Table:
     peers = [peer for peer in results[0].speedup_over if peer not in DENSE]
     over = [f"over\n{peer.split()[-1]}" for peer in peers]
     for name in ("tokens", "layer", "ms", "over\ndense", *over, "of byte\nlimit"):
-        shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name == "layer" else "right", no_wrap=name != "layer", overflow="fold")
     for result in results:
         first = str(result.tokens)
         for name, median_s in result.median_s.items():
@@ -147,7 +147,7 @@ def serve_table(compared: Sequence[Comparison]) -> Table:
     title = f"a sparse model served against its dense base (rounds: {rounds})"
     shown = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("clients", "", "dense", "sparse", "better", "by round"):
-        shown.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "", overflow="fold")
     seen: set[int] = set()
     for row, after in zip(compared, [*compared[1:], None], strict=True):
         is_first = row.clients not in seen

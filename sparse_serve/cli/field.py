@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         if args.json and result.turns:
             write_json(args.json, field_report.record(request, result))
 
-    result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False), save)
+    result = field.run(request, lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True), save)
     save(result)  # before anything is printed, as nobody may read that
     show(result, field_report.compare(result), Console(highlight=False))
     if result.failed:
@@ -71,9 +71,11 @@ def show(result: Result, rows: Sequence[Row], console: Console) -> None:
 def figures_table(result: Result, rows: Sequence[Row]) -> Table:
     """A line per server: medians over rounds, memory that it holds, how long it took to start, how its model runs."""
     shown = Table(title="served, each in its turn", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("", no_wrap=True)
+    shown.add_column("", overflow="fold")  # names give way where it is narrow, figures never
     for title in (*(row.title for row in rows), "MB", "start\ns", "model"):
-        shown.add_column(title, justify="left" if title == "model" else "right", no_wrap=title != "model")
+        shown.add_column(
+            title, justify="left" if title == "model" else "right", no_wrap=title != "model", overflow="fold"
+        )
     for entry in result.entries:
         if all(entry.name in row.medians for row in rows):
             medians = [f"{row.medians[entry.name]:.1f}" for row in rows]
@@ -87,7 +89,7 @@ def ratios_table(rows: Sequence[Row]) -> Table:
     """A line per pair of one of ours and a peer: how many times better ours is; red where it is worse."""
     shown = Table(title="how many times better ours is", box=box.SIMPLE_HEAD)
     for title in ("ours", "over"):
-        shown.add_column(title, no_wrap=True)
+        shown.add_column(title, overflow="fold")
     for row in rows:
         shown.add_column(row.title, justify="right", no_wrap=True)
     for name, peers in rows[0].ratios.items() if rows else ():

@@ -60,7 +60,9 @@ def show(found: Survey) -> None:
     tokens = buckets_of(next(iter(found.kinds)).device_type)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("layers", "out x in", "kernel", *map(str, tokens)):
-        table.add_column(name, justify="left" if name == "layers" else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name == "layers" else "right", no_wrap=name != "layers", overflow="fold"
+        )
     reasons: dict[str, str] = {}
     for choice in found.choices:
         names, spec = found.kinds[choice.spec], choice.spec

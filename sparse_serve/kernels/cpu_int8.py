@@ -1,15 +1,16 @@
 """The CPU kernel with activations rounded to int8: twice the products for each instruction, for a known error.
 
 The weight lies in memory as `cpu` has it, with int8 or int4 values. Of each token every 128 inputs are rounded to 255
-steps, the largest magnitude being 127 of them; the products of whole numbers are summed exactly (`csrc/vnni.cpp`), and
-the sums of 128 columns, scaled, in float32. Beyond the inputs only what every kernel rounds is rounded: float32 sums,
-and outputs to their dtype. A token's result depends neither on the other tokens of its batch nor on the number of
-threads.
+steps, the largest magnitude being 127 of them; in layers with 1024 inputs or more every 256, with 4096 or more every
+512. The products of whole numbers are summed exactly (`csrc/vnni.cpp`), and the sums of so many columns, scaled, in
+float32; of int4 values, which have scales of their own, those of 128. Beyond the inputs only what every kernel rounds
+is rounded: float32 sums, and outputs to their dtype. A token's result depends neither on the other tokens of its batch
+nor on the number of threads.
 
-Rounding moves an input by 1/254 of the largest among the 128 at most. vLLM's dense W8A8 layers have one scale for the
-whole token, which an outlier stretches for all of its inputs; on a 2:4 SmolLM2-135M rounding by token costs three times
-the divergence of rounding by 128 (docs/kernels.md). It is an error all the same; so a layer is served like this only
-where the user says so (`LinearSpec.activations`).
+Rounding moves an input by 1/254 of the largest of those with which it shares a scale at most. vLLM's dense W8A8 layers
+have one scale for the whole token, which an outlier stretches for all of its inputs; on SmolLM2-135M that costs three
+times the divergence (docs/kernels.md). Here a token has four scales at least, from 512 inputs on. It is an error all
+the same; so a layer is served like this only where the user says so (`LinearSpec.activations`).
 
 Arithmetic. The 8 inputs of two groups are in every lane; per token and 8 columns of 16 rows, one byte shuffle picks
 those that the rows keep, and one instruction (vpdpbusd, AVX-512 VNNI) multiplies 64 pairs and adds them by four. A
@@ -17,8 +18,9 @@ dense layer takes two such products, and no shuffle, which a Zen 4 makes in anot
 this is 1.4 times as fast as dense int8, whose weights have 1.6 times (of int4 values 2.5 times) as many bytes.
 
 With AMX, from nine tokens on, a few blocks at a time are made dense in the nearest cache, as bytes, and tiles of 16
-tokens by 16 rows by 64 columns are multiplied (`csrc/amx_int8.cpp`). Sums of codes are exact either way, and what is
-added to them in float32 is the same in the same order: so are the results, bit by bit.
+tokens by 16 rows by 64 columns are multiplied (`csrc/amx_int8.cpp`). There the scales are what takes time, so large
+layers have fewer: by 512 they are a third faster than by 128. Sums of codes are exact either way, and what is added to
+them in float32 is the same in the same order: so are the results, bit by bit.
 
 Legend: T = tokens, O = out features, I = in features.
 """
@@ -35,8 +37,10 @@ from maskgen.core.packed import PackedTensor
 from maskgen.core.values import INT4, INT8
 from sparse_serve.kernels import LinearSpec, cpu, unsupported_values
 
-COLUMNS = 128
-"""Inputs that share a scale."""
+
+def share_a_scale(inputs: int) -> int:
+    """How many consecutive inputs of a layer with so many are rounded with one scale."""
+    return 512 if inputs >= 4096 else 256 if inputs >= 1024 else 128
 
 
 def unsupported_reason(spec: LinearSpec) -> str | None:
@@ -52,12 +56,13 @@ def prepare(packed: PackedTensor) -> dict[str, Tensor]:
 
 
 def multiplied(x_TI: Tensor) -> Tensor:
-    """The inputs that it multiplies, `[..., I]` in float64: every 128 of x rounded to 255 steps.
+    """The inputs that it multiplies, `[..., I]` in float64: `share_a_scale` of x at a time rounded to 255 steps.
 
     Where one of them is not finite none is a number; where all are next to nothing they are zero.
     """
     columns = x_TI.shape[-1]
-    x = pad(x_TI.float(), (0, -columns % COLUMNS)).unflatten(-1, (-1, COLUMNS))
+    together = share_a_scale(columns)
+    x = pad(x_TI.float(), (0, -columns % together)).unflatten(-1, (-1, together))
     largest = x.abs().amax(-1, keepdim=True)  # NaN if there is one
     each = torch.full_like(largest, 127).div(largest)  # 127 / largest would be rounded twice
     counts, finite = largest > 1e-30, largest.isfinite()

@@ -3,10 +3,10 @@
 //
 //     for each 512 tokens, for each group of superblocks:
 //         for so many columns that the tokens' codes stay in a cache:
-//             for each panel of 2 blocks by 256 columns:
-//                 for each 64 tokens, for each 128 columns:      4 tiles of weights stay in registers
-//                     for each 16 tokens:                        4 products; sums of codes, scaled, onto float32 sums;
-//                                                                and a part of the next panel is made dense
+//             for each panel of 2 blocks by 512 columns (for few tokens of one):
+//                 for each 32 tokens, for all columns that share a scale of inputs (int4 values: for each 128):
+//                     for each 64 columns:                           4 products
+//                     sums of codes, scaled, onto float32 sums; and a part of the next panel is made dense
 //
 // Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds:
 // the results are the same, bit by bit.
@@ -33,13 +33,15 @@ namespace {
 constexpr int kByteSteps = kColumns / 64;               // tiles side by side in a block
 constexpr int kBlockBytes = kByteSteps * kTileBytes;    // of a block made dense
 constexpr int kTile = kLanes * kLanes;                  // numbers of a tile of sums
-constexpr int kBlocks = 2, kParts = 2;                  // of a panel: two panels share the L1 cache with sums and codes
-constexpr int kChunk = 4;                               // tiles of tokens that meet a panel one part after another
+constexpr int kBlocks = 2, kParts = kMostShared;        // of a panel: two panels share the L1 cache with codes
+constexpr int kFew = 4;                                 // tiles of tokens, for which panels of one block are faster
+constexpr int kPair = 2;                                // tiles of tokens that are multiplied together
 constexpr int kInputBytes = 256 << 10;                  // codes, read again for each panel: they and the sums share L2
 
 struct Scratch {
   alignas(64) uint8_t weights[2][kBlocks * kParts * kBlockBytes];
-  alignas(64) int32_t codes[2][kBlocks * kTile];
+  alignas(64) int32_t codes[2][kPair * kBlocks * kTile];  // [tile of tokens][block]
+  alignas(64) float kept[kPair * kBlocks * kTile];        // int4: of columns before that share a scale of inputs
   alignas(64) float sums[kSumTiles * kTile];
 };
 
@@ -93,59 +95,99 @@ __attribute__((noinline)) void expand_bytes(const uint8_t* block, uint8_t* out, 
   }
 }
 
-// Sums of codes of one tile of tokens and kN blocks, scaled, onto those of the columns before.
+// Of kM tiles of tokens and kN blocks the sums of codes of `steps` times 64 columns. `between` is for other work after
+// each of them, `last` for what is to be done before sums are stored.
+template <int kM, int kN, class Between, class Last>
+INLINE void multiply(const uint8_t* x, int64_t next_part, const uint8_t* w, int64_t next_block, int steps, int32_t* codes,
+                     Between between, Last last) {
+  each<kM * kN>([&](auto i) { zero_tile<i / kN * kBlocks + i % kN>(); });
+  for (int s = 0; s < steps; ++s, w += kTileBytes) {
+    const uint8_t* inputs = x + s / kByteSteps * next_part + s % kByteSteps * kTileBytes;
+    each<kM>([&](auto m) {
+      load_tile<4 + m>(inputs + m * kBlockBytes);
+      each<kN>([&](auto n) {
+        if constexpr (m == 0) load_tile<6 + n>(w + n * next_block);
+        multiply_int8<m * kBlocks + n, 4 + m, 6 + n>();
+      });
+    });
+    between();
+  }
+  last();
+  each<kM * kN>([&](auto i) { store_tile<i / kN * kBlocks + i % kN>(codes + (i / kN * kBlocks + i % kN) * kTile); });
+}
+
+// Sums of codes of `tiles` tiles of tokens, of some columns, and where they belong.
+struct Add {
+  const int32_t* codes;
+  const uint8_t* const* blocks;  // whose columns they are
+  int tiles;
+  bool opens, closes, first;  // columns that share a scale of inputs; of all such columns the first
+  const float* of_token;
+  float* sums;        // [block][token]
+  int64_t sum_block;  // from one to the next
+};
+
+// Sums of codes, scaled, onto those of the columns before.
 template <Values kValues, int kN>
-INLINE void add_scaled(const int32_t* codes, const __m512* of_row, const float* of_token, bool first, int tokens,
-                       float* sums, int64_t sum_block) {
+INLINE void add_scaled(const Add& add, float* all_kept, int tokens) {
+  __m512 of_row[kN];
+  each<kN>([&](auto n) {
+    if constexpr (kValues == Values::kInt4) {
+      of_row[n] = _mm512_loadu_ps(add.blocks[n] + block_bytes(kValues) - kScaleBytes);
+    }
+  });
+  for (int tile = 0; tile < add.tiles; ++tile) {
+    const int32_t* codes = add.codes + tile * kBlocks * kTile;
+    float *sums = add.sums + tile * kTile, *kept = all_kept + tile * kBlocks * kTile;
+    const float* of_token = add.of_token + tile * kLanes;
 #pragma GCC unroll 4
-  for (int m = 0; m < tokens; ++m, codes += kLanes, sums += kLanes) {
-    const __m512 scale = _mm512_set1_ps(of_token[m]);
+    for (int m = 0; m < tokens; ++m, codes += kLanes, sums += kLanes, kept += kLanes) {
+      const __m512 scale = _mm512_set1_ps(of_token[m]);
 #pragma GCC unroll 2
-    for (int n = 0; n < kN; ++n) {
-      __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(codes + n * kTile));
-      if constexpr (kValues == Values::kInt4) sum = _mm512_mul_ps(sum, of_row[n]);
-      float* to = sums + n * sum_block;
-      _mm512_store_ps(to, _mm512_fmadd_ps(sum, scale, first ? _mm512_setzero_ps() : _mm512_load_ps(to)));
+      for (int n = 0; n < kN; ++n) {
+        __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(codes + n * kTile));
+        if constexpr (kValues == Values::kInt4) {
+          sum = _mm512_fmadd_ps(sum, of_row[n], add.opens ? _mm512_setzero_ps() : _mm512_load_ps(kept + n * kTile));
+          if (!add.closes) {
+            _mm512_store_ps(kept + n * kTile, sum);
+            continue;
+          }
+        }
+        float* to = sums + n * add.sum_block;
+        _mm512_store_ps(to, _mm512_fmadd_ps(sum, scale, add.first ? _mm512_setzero_ps() : _mm512_load_ps(to)));
+      }
     }
   }
 }
 
 // Products of a panel of kN blocks with `tiles` times 16 tokens from `token` on, into sums [block][token].
 template <Values kValues, int kN, class Between>
-INLINE void multiply(const Linear& op, const Panel& panel, const uint8_t* w, int64_t token, int tiles, float* sums,
-                     Scratch& own, Between between) {
+INLINE void multiply_panel(const Linear& op, const Panel& panel, const uint8_t* weights, int64_t token, int tiles,
+                           float* sums, Scratch& own, Between between) {
+  const Rounded& inputs = op.rounded;
   const int rows = static_cast<int>(std::min<int64_t>(op.tokens, kLanes));  // of a tile of tokens
-  for (int start = 0; start < tiles; start += kChunk) {
-    const int stop = std::min(start + kChunk, tiles);
-    for (int p = 0; p < panel.parts; ++p) {
-      const int64_t at = (panel.part + p) * op.rounded.tokens + token;
-      __m512 of_row[kN];
-      each<kN>([&](auto n) {
-        if constexpr (kValues == Values::kInt4) {
-          of_row[n] = _mm512_loadu_ps(panel.data[p * kN + n] + block_bytes(kValues) - kScaleBytes);
-        }
-        each<kByteSteps>([&](auto s) {
-          load_tile<4 + n * kByteSteps + s>(w + (n * panel.parts + p) * kBlockBytes + s * kTileBytes);
-        });
-      });
-      const auto add = [&](int m) {
-        add_scaled<kValues, kN>(own.codes[m % 2], of_row, op.rounded.scale + at + m * kLanes, panel.part + p == 0, rows,
-                                sums + m * kTile, tiles * kTile);
+  const int together = kValues == Values::kInt4 ? 1 : static_cast<int>(inputs.shared);  // parts whose codes are summed
+  const int64_t parts = column_blocks(op.columns), steps = ceil_div(panel.steps, 2);
+  Add last{};
+  for (int tile = 0; tile < tiles; tile += kPair) {
+    const int count = std::min(kPair, tiles - tile);
+    for (int p = 0; p < panel.parts; p += together) {
+      const int64_t part = panel.part + p, end = part + together, first_token = token + tile * kLanes;
+      const uint8_t *x = inputs.codes + (part * inputs.tokens + first_token) * kColumns, *w = weights + p * kBlockBytes;
+      const int here = static_cast<int>(std::min<int64_t>(together * kByteSteps, steps - p * kByteSteps));
+      int32_t* codes = last.codes == own.codes[0] ? own.codes[1] : own.codes[0];
+      const auto add = [&] {
+        if (last.codes) add_scaled<kValues, kN>(last, own.kept, rows);
       };
-      for (int m = start; m < stop; ++m) {
-        const uint8_t* x = op.rounded.codes + (at + m * kLanes) * kColumns;
-        each<kN>([&](auto n) { zero_tile<n>(); });
-        each<kByteSteps>([&](auto s) {
-          load_tile<2 + s>(x + s * 64, kColumns);
-          each<kN>([&](auto n) { multiply_int8<n, 2 + s, 4 + n * kByteSteps + s>(); });
-        });
-        if (m > start) add(m - 1);  // while these are multiplied
-        each<kN>([&](auto n) { store_tile<n>(own.codes[m % 2] + n * kTile); });
-        between();
-      }
-      add(stop - 1);
+      const int64_t next_part = inputs.tokens * kColumns, next_block = panel.parts * kBlockBytes;
+      if (count == kPair) multiply<kPair, kN>(x, next_part, w, next_block, here, codes, between, add);
+      else multiply<1, kN>(x, next_part, w, next_block, here, codes, between, add);
+      last = {codes, panel.data + p * kN, count, part % inputs.shared == 0, end % inputs.shared == 0 || end >= parts,
+              part < inputs.shared, inputs.scale + part / inputs.shared * inputs.tokens + first_token,
+              sums + tile * kTile, tiles * kTile};
     }
   }
+  add_scaled<kValues, kN>(last, own.kept, rows);
 }
 
 // Of two vectors of 32-bit lanes the upper halves, by number.
@@ -170,10 +212,11 @@ INLINE __m512i to_bf16(__m512 value) {
 template <Values kValues>
 void group(const Linear& op, int64_t first, int64_t last, int64_t token, int tiles, Scratch& own) {
   const int64_t parts = column_blocks(op.columns);
-  const int64_t most = std::max<int64_t>(kInputBytes / (kBlockBytes * tiles), kParts);
+  const int64_t most = std::max<int64_t>(kInputBytes / (kBlockBytes * tiles) / kParts, 1) * kParts;
   for (int64_t begin = 0; begin < parts; begin += most) {
     const int64_t end = std::min(begin + most, parts);
-    Walk walk{op, last, begin, end, first, begin, kBlocks, kParts, block_bytes(kValues), false};
+    const int blocks = tiles <= kFew ? 1 : kBlocks;
+    Walk walk{op, last, begin, end, first, begin, blocks, kParts, block_bytes(kValues), false};
     Panel panels[3];  // one is multiplied, the next made dense, the one after that asked for
     for (int i = 0; i < 3; ++i) walk.next(panels[i]);
     const auto make_dense = [&](const Panel& panel, const Panel& ahead, int turn, int i) {
@@ -184,11 +227,11 @@ void group(const Linear& op, int64_t first, int64_t last, int64_t token, int til
     for (int turn = 0; panels[turn % 3].count; ++turn) {
       Panel &now = panels[turn % 3], &then = panels[(turn + 1) % 3], &later = panels[(turn + 2) % 3];
       float* sums = own.sums + ((now.super - first) * kSuper + now.block) * tiles * kTile;
-      Even made(then.count, tiles * now.parts);
+      Even made(then.count, static_cast<int>(ceil_div(tiles, kPair) * ceil_div(now.steps, 2)));
       const auto between = [&] { made.some([&](int i) { make_dense(then, later, turn + 1, i); }); };
-      const uint8_t* w = own.weights[turn % 2];
-      if (now.blocks == 2) multiply<kValues, 2>(op, now, w, token, tiles, sums, own, between);
-      else multiply<kValues, 1>(op, now, w, token, tiles, sums, own, between);
+      const uint8_t* weights = own.weights[turn % 2];
+      if (now.blocks == 2) multiply_panel<kValues, 2>(op, now, weights, token, tiles, sums, own, between);
+      else multiply_panel<kValues, 1>(op, now, weights, token, tiles, sums, own, between);
       walk.next(now);
     }
   }
@@ -208,7 +251,7 @@ template <Values kValues>
 void run_values(const Linear& op, int64_t first, int64_t last) {
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own.reset(new Scratch);                  // as it is: every byte is written before it is read
-  const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)), 4);
+  const TileConfiguration configuration(static_cast<int>(std::min<int64_t>(op.tokens, kLanes)), 6);
   each_group(op, first, last, [&](int64_t start, int64_t stop, int64_t token, int tiles) {
     group<kValues>(op, start, stop, token, tiles, *own);
   });

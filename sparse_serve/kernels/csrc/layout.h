@@ -70,14 +70,28 @@ struct Scales {
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last, Scales scales = {});
 
-// Activations rounded to int8: of each 128 columns the codes [token][128] and a scale for each token. For tiles codes are
-// signed, and `tokens` is a multiple of 16, zeros at the end; else 128 is added to each. No codes: they are not rounded.
+// Activations rounded to int8: of each 128 columns the codes [token][128], and of each `shared` times 128 a scale for each
+// token. For tiles codes are signed, [16 tokens][2][16][64 columns], and `tokens` is a multiple of 16, zeros at the end;
+// else 128 is added to each. No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;
   int64_t tokens = 0;
   bool tiles = false;
+  int64_t shared = 1;
 };
+
+// Where a code lies.
+inline int64_t place_of(const Rounded& inputs, int64_t token, int64_t column) {
+  const int64_t part = column / kColumns * inputs.tokens * kColumns, left = column % kColumns;
+  if (!inputs.tiles) return part + token * kColumns + left;
+  return part + token / kLanes * kLanes * kColumns + left / 64 * kLanes * 64 + token % kLanes * 64 + left % 64;
+}
+
+// Fewer scales are faster, as sums of whole numbers need none. From 512 columns on a token has four at least.
+constexpr int64_t kMostShared = 4;
+constexpr int64_t shared_by(int64_t columns) { return columns >= 4096 ? kMostShared : columns >= 1024 ? 2 : 1; }
+constexpr int64_t input_scales(int64_t columns) { return ceil_div(columns, shared_by(columns) * kColumns); }
 
 // y [tokens, rows] = x [tokens, columns] W^T (* scale [rows]) (+ bias [rows]); x, y and bias all of one kind.
 struct Linear {

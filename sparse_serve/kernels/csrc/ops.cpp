@@ -182,10 +182,12 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   if (op.rounded.tiles) run = amx::run_rounded;
 #endif
   op.rounded.tokens = op.rounded.tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
-  const int64_t scaled = op.rounded.tokens * column_blocks(op.columns);  // times 128 columns of a token
-  const Tensor rounded = empty({scaled * (kColumns + int64_t{sizeof(float)})}, ScalarType::Byte);
+  op.rounded.shared = shared_by(op.columns);
+  const int64_t bytes = op.rounded.tokens * column_blocks(op.columns) * kColumns;
+  const int64_t scaled = op.rounded.tokens * input_scales(op.columns);
+  const Tensor rounded = empty({bytes + scaled * int64_t{sizeof(float)}}, ScalarType::Byte);
   uint8_t* codes = static_cast<uint8_t*>(rounded.mutable_data_ptr());
-  float* scales = reinterpret_cast<float*>(codes + scaled * kColumns);
+  float* scales = reinterpret_cast<float*>(codes + bytes);
   op.rounded.codes = codes, op.rounded.scale = scales;
   torch::stable::parallel_for(0, op.rounded.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
                               [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, codes, scales); });

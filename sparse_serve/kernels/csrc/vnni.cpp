@@ -12,8 +12,9 @@
 // two products for what is one shuffle and one product here, and shuffles have a port of their own.
 //
 // Products are of unsigned inputs and signed weights, so an input's code is stored with 128 added; `offset` is what
-// that adds to a row's sum. Inputs have a scale for each 128 columns, so an outlier costs only its neighbours digits.
-// Codes are summed as whole numbers, and sums of 128 columns in float32, always in the same order.
+// that adds to a row's sum. Inputs have a scale for each 128 to 512 columns, so an outlier costs only its neighbours
+// digits. Codes of these are summed as whole numbers (of int4 values those of 128 columns, which are scaled by the
+// weight's and summed in float32), and their sums in float32, always in the same order.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -102,14 +103,33 @@ INLINE __m512i picked(const uint8_t* inputs, __m512i control) {
   return _mm512_shuffle_epi8(_mm512_set1_epi64(eight), control);
 }
 
+// Where the sums of some tokens are, [token][row]: `all` scaled, and of the columns before that share a scale of inputs,
+// `kept`: whole numbers, or scaled by the weight's. This block `opens` or `closes` such columns.
+struct Sums {
+  float* all;
+  int32_t* kept;
+  bool opens, closes;
+  INLINE Sums after(int64_t tokens) const { return {all + tokens * kLanes, kept + tokens * kLanes, opens, closes}; }
+};
+
 // Sums of codes of kCount tokens, added to those of the columns before.
 template <Values kValues, int kCount>
-INLINE void write_sums(const __m512i* acc, __m512i offset, const float* scales, const float* scale, float* sums) {
+INLINE void write_sums(const __m512i* acc, __m512i offset, const float* scales, const float* scale, Sums sums) {
 #pragma GCC unroll 24
-  for (int m = 0; m < kCount; ++m, sums += kLanes) {
-    __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[m], offset));
-    if constexpr (kValues == Values::kInt4) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales));
-    _mm512_store_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[m]), _mm512_load_ps(sums)));
+  for (int m = 0; m < kCount; ++m, sums = sums.after(1)) {
+    __m512i sum = _mm512_sub_epi32(acc[m], offset), before = _mm512_setzero_si512();
+    if (!sums.opens) before = _mm512_load_si512(sums.kept);
+    __m512 scaled;
+    if constexpr (kValues == Values::kInt4) {
+      const __m512 of_row = _mm512_loadu_ps(scales);
+      scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), of_row, _mm512_castsi512_ps(before));
+      sum = _mm512_castps_si512(scaled);
+    } else {
+      sum = _mm512_add_epi32(sum, before);
+      scaled = _mm512_cvtepi32_ps(sum);
+    }
+    if (!sums.closes) _mm512_store_si512(sums.kept, sum);
+    else _mm512_store_ps(sums.all, _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale[m]), _mm512_load_ps(sums.all)));
   }
 }
 
@@ -137,7 +157,7 @@ __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
 
 // The same for so few tokens that what is made ready is better not stored.
 template <Values kValues, int kCount>
-__attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* inputs, const float* scale, float* sums) {
+__attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* inputs, const float* scale, Sums sums) {
   const __m512i zero = _mm512_set1_epi8(-kZero);
   __m512i acc[kCount], offset = _mm512_setzero_si512();
   for (auto& sum : acc) sum = offset;
@@ -158,7 +178,7 @@ __attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t*
 
 // kCount tokens by 16 rows, 128 columns; codes [token][128], a scale for each token, sums [token][row].
 template <Values kValues, int kCount>
-__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, float* sums) {
+__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, Sums sums) {
   __m512i acc[kCount];
 #pragma GCC unroll 24
   for (int m = 0; m < kCount; ++m) acc[m] = _mm512_setzero_si512();
@@ -174,8 +194,8 @@ __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes
 }
 
 template <Values kValues>
-void multiply_all(const Ready& ready, const uint8_t* codes, const float* scale, int tokens, float* sums) {
-  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, scale += count, sums += count * kLanes) {
+void multiply_all(const Ready& ready, const uint8_t* codes, const float* scale, int tokens, Sums sums) {
+  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, scale += count, sums = sums.after(count)) {
 #define COUNT(n)                                    \
   if (tokens >= (count = n)) {                      \
     multiply<kValues, n>(ready, codes, scale, sums); \
@@ -190,11 +210,12 @@ template <Values kValues>
 void run_values(const Linear& op, int64_t first, int64_t last) {
   struct Scratch {
     alignas(64) float sums[kSuper][kTile * kLanes];
+    alignas(64) int32_t kept[kSuper][kTile * kLanes];
     Ready ready;
   };
   static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
   if (!own) own = std::make_unique<Scratch>();
-  const int64_t parts = column_blocks(op.columns);
+  const int64_t parts = column_blocks(op.columns), shared = op.rounded.shared;
   for (int64_t super = first; super < last; ++super) {
     const int count = blocks_of(op.rows, super);
     for (int64_t token = 0; token < op.tokens; token += kTile) {
@@ -203,9 +224,10 @@ void run_values(const Linear& op, int64_t first, int64_t last) {
       for (int b = 0; b < count; ++b) __builtin_memset(own->sums[b], 0, tokens * kLanes * sizeof(float));
       for (int64_t part = 0; part < parts; ++part) {
         const uint8_t* codes = op.rounded.codes + (part * op.rounded.tokens + token) * kColumns;
-        const float* scale = op.rounded.scale + part * op.rounded.tokens + token;
+        const float* scale = op.rounded.scale + part / shared * op.rounded.tokens + token;
+        const bool opens = part % shared == 0, closes = (part + 1) % shared == 0 || part == parts - 1;
         for (int b = 0; b < count; ++b, data += block_bytes(kValues)) {
-          float* sums = own->sums[b];
+          const Sums sums{own->sums[b], own->kept[b], opens, closes};
           if (tokens < 4 && op.prefetches) prefetch_blocks<kValues, kFar, kNear>(data);
           switch (tokens) {
             case 1: multiply_few<kValues, 1>(data, codes, scale, sums); break;
@@ -226,33 +248,38 @@ void vnni::run(const Linear& op, int64_t first, int64_t last) {
   op.values == Values::kInt4 ? run_values<Values::kInt4>(op, first, last) : run_values<Values::kInt8>(op, first, last);
 }
 
-// Of each 128 columns of a token the largest magnitude becomes 127. Where an input is not finite the scale is NaN, which
-// all outputs of the token show; where all are next to nothing they count as zero.
+// Of all columns of a token that share a scale the largest magnitude becomes 127. Where an input is not finite the scale
+// is NaN, which all outputs of the token show; where all are next to nothing they count as zero.
 void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* codes, float* scale) {
   constexpr float kNothing = 1e-30f;
+  const int64_t together = op.rounded.shared * kColumns;
   const __m512i none = _mm512_set1_epi32(op.rounded.tiles ? 0 : kZero);
-  alignas(64) float x[kColumns];
+  alignas(64) float x[kMostShared * kColumns];
   for (int64_t token = first; token < last; ++token) {
-    for (int64_t column = 0; column < op.columns; column += kColumns) {
-      const int64_t at = column / kColumns * op.rounded.tokens + token;
-      if (token >= op.tokens) {  // what fills up a tile
-        __builtin_memset(codes + at * kColumns, 0, kColumns), scale[at] = 0;
-        continue;
-      }
+    for (int64_t column = 0; column < op.columns; column += together) {
+      float& step = scale[column / together * op.rounded.tokens + token];
+      const int count = static_cast<int>(ceil_div(std::min(op.columns - column, together), kColumns) * kColumns);
       __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
-      read_inputs(op, token, column, x);
-      for (int i = 0; i < kColumns; i += kLanes) {
+      if (token < op.tokens) {
+        for (int at = 0; at < count; at += kColumns) read_inputs(op, token, column + at, x + at);
+      } else {  // what fills up a tile
+        __builtin_memset(x, 0, sizeof(x));
+      }
+      for (int i = 0; i < count; i += kLanes) {
         const __m512i size = _mm512_and_si512(_mm512_load_si512(x + i), _mm512_set1_epi32(0x7fffffff));
         most = _mm512_max_epi32(most, size);
       }
       const float largest = of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
       const bool finite = largest <= std::numeric_limits<float>::max(), counts = finite && largest > kNothing;
       const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
-      scale[at] = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
-      for (int i = 0; i < kColumns; i += kLanes) {
-        const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
-        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), none);
-        _mm_store_si128(reinterpret_cast<__m128i*>(codes + at * kColumns + i), _mm512_cvtepi32_epi8(code));
+      step = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
+      for (int line = 0; line < count; line += 64) {
+        __m128i* to = reinterpret_cast<__m128i*>(codes + place_of(op.rounded, token, column + line));
+        for (int i = line; i < line + 64; i += kLanes) {
+          const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
+          const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), none);
+          _mm_store_si128(to++, _mm512_cvtepi32_epi8(code));
+        }
       }
     }
   }

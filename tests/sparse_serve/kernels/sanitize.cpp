@@ -103,13 +103,13 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   }
 #endif
   GuardedVector<Line> codes;
-  GuardedVector<float> steps(tokens * column_blocks(columns));
+  GuardedVector<float> steps(tokens * input_scales(columns));
 #if defined(__x86_64__)
   const bool signed_codes = is_rounded_tiles(run);
   const int64_t padded = signed_codes ? ceil_div(tokens, kLanes) * kLanes : tokens;
   if (run == vnni::run || signed_codes) {
-    op.rounded.tokens = padded, op.rounded.tiles = signed_codes;
-    steps.resize(padded * column_blocks(columns)), codes.resize(steps.size() * kColumns / sizeof(Line));
+    op.rounded.tokens = padded, op.rounded.tiles = signed_codes, op.rounded.shared = shared_by(columns);
+    steps.resize(padded * input_scales(columns)), codes.resize(padded * column_blocks(columns) * kColumns / sizeof(Line));
     for (int64_t half : {padded / 2, padded}) {  // by two threads
       vnni::round_tokens(op, half == padded ? padded / 2 : 0, half, codes.data()->bytes, steps.data());
     }
@@ -124,10 +124,10 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
       for (int64_t column = 0; column < columns; ++column) {
         double input = x.at(token * columns + column);
         if (!codes.empty()) {
-          const int64_t at = column / kColumns * op.rounded.tokens + token;
-          const uint8_t code = codes.data()->bytes[at * kColumns + column % kColumns];
-          const double rounded = (op.rounded.tiles ? static_cast<int8_t>(code) : code - 128) * double(steps[at]);
-          if (std::fabs(rounded - input) > 0.5001 * steps[at]) return 1;
+          const double step = steps[column / (kColumns * op.rounded.shared) * op.rounded.tokens + token];
+          const uint8_t code = codes.data()->bytes[place_of(op.rounded, token, column)];
+          const double rounded = (op.rounded.tiles ? static_cast<int8_t>(code) : code - 128) * step;
+          if (std::fabs(rounded - input) > 0.5001 * step) return 1;
           input = rounded;
         }
         const double product = input * dense[row * columns + column];
@@ -239,6 +239,11 @@ int main() {
         for (int64_t tokens : {1, 6, 65}) {  // more than one group of superblocks, for few tokens and for many
           const int64_t columns = tokens >= 64 && io == Floats::kBFloat16 ? 1032 : 136;
           wrong += check(isa.run, isa.name, kind, io, tokens, 1153, columns, tokens == 1 ? 3 : 1, tokens != 6), ++checked;
+        }
+        for (int64_t tokens : {1, 4, 33}) {  // fewer scales of rounded inputs
+          for (int64_t columns : {1288, 4680}) {
+            if (bytes) wrong += check(isa.run, isa.name, kind, io, tokens, 40, columns), ++checked;
+          }
         }
       }
     }

@@ -73,7 +73,7 @@ def test_what_it_cannot_serve_is_refused(changed: dict[str, object], reason: str
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 290),
-    columns=st.integers(1, 70).map(lambda groups: 8 * groups) | st.sampled_from([1024, 1032]),
+    columns=st.integers(1, 70).map(lambda groups: 8 * groups) | st.sampled_from([1016, 1024, 1160, 4088, 4096, 4616]),
     tokens=st.integers(0, 30) | st.integers(120, 140) | st.just(300),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     values=st.sampled_from([INT8, INT4]),
@@ -100,7 +100,7 @@ def test_only_the_inputs_are_rounded(
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 300) | st.just(2100),
-    columns=st.integers(1, 40).map(lambda groups: 8 * groups) | st.sampled_from([1024, 1160, 4104]),
+    columns=st.integers(1, 40).map(lambda groups: 8 * groups) | st.sampled_from([1024, 1160, 1928, 4104, 4680]),
     tokens=st.integers(1, 40) | st.integers(60, 150) | st.sampled_from([530, 1100]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     values=st.sampled_from([INT8, INT4]),
@@ -152,22 +152,26 @@ def test_damaged_blocks_are_read_as_something_within_bounds(values: str) -> None
 
 
 @needs_vnni
+@pytest.mark.parametrize(("inputs", "together"), [(256, 128), (896, 128), (1024, 256), (4096, 512)])
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-def test_an_input_moves_by_half_a_step_of_its_128_at_most(seed: int, dtype: torch.dtype) -> None:
+def test_an_input_moves_by_half_a_step_of_those_beside_it_at_most(
+    seed: int, dtype: torch.dtype, inputs: int, together: int
+) -> None:
     torch.manual_seed(seed)
-    x_TI = (torch.randn(5, 256) * torch.tensor([1e-3, 1.0, 30.0, 1e-6, 0.0])[:, None]).to(dtype)
+    x_TI = (torch.randn(5, inputs) * torch.tensor([1e-3, 1.0, 30.0, 1e-6, 0.0])[:, None]).to(dtype)
     x_TI[:, 200] *= 100  # an outlier
-    moved_TI = (cpu_int8.multiplied(x_TI) - x_TI.double()).abs().unflatten(1, (2, 128))
-    largest = x_TI.double().abs().unflatten(1, (2, 128)).amax(2, keepdim=True)
+    moved_TI = (cpu_int8.multiplied(x_TI) - x_TI.double()).abs().unflatten(1, (-1, together))
+    largest = x_TI.double().abs().unflatten(1, (-1, together)).amax(2, keepdim=True)
     assert (moved_TI <= largest / 254 * (1 + 1e-5)).all()
 
 
 @needs_vnni
+@pytest.mark.parametrize("inputs", [384, 1160])
 @pytest.mark.parametrize(("values", "group"), [(INT8, None), (INT4, 64)])
-def test_a_token_does_not_depend_on_its_batch_nor_on_threads(values: str, group: int | None) -> None:
+def test_a_token_does_not_depend_on_its_batch_nor_on_threads(values: str, group: int | None, inputs: int) -> None:
     torch.manual_seed(0)
-    tensors = cpu_int8.prepare(packed_weight(600, 384, values, group))
-    x_TI = torch.randn(270, 384).bfloat16()
+    tensors = cpu_int8.prepare(packed_weight(600, inputs, values, group))
+    x_TI = torch.randn(270, inputs).bfloat16()
     with torch_threads(1):
         whole_TO = cpu_int8.linear(x_TI, tensors, None)
     for threads in (1, 2, 3):

@@ -27,6 +27,7 @@ _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-15003
 _LOW_RANK_BUDGET_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-185418"
 _LOW_RANK_PERPLEXITY_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-194639"
 _IN_MINUTES = "low-rank--smollm2-135m--x86_64-2core--20261128-232750"
+_IN_MINUTES_STRICT = "low-rank--smollm2-135m--x86_64-2core--20261129-084000"
 _IN_HOURS = "low-rank--smollm2-135m--x86_64-2core--20261129-023630"
 _INT4, _INT4_LATER = (f"int4-quality--smollm2-135m--x86_64-2core--20261127-{time}" for time in ("150300", "161500"))
 
@@ -56,7 +57,7 @@ ROADS = (
     Road("then `best-effort`, 240 steps", "0.5625", _STRICT),
     Road("then, instead, 400 steps, of the pruned layers alone", "0.5625", _BUDGET, 3),
     Road("then, instead, 500 steps from the dense model's answers alone", "0.5625", _ANSWERS),
-    Road("`best-effort --minutes 10`", "0.5625", _IN_MINUTES),
+    Road("`best-effort --minutes 10`", "0.5625", _IN_MINUTES_STRICT),
     Road("`admm`, then `eora`, rank 20", "0.62", _BUDGET),
     Road("`admm-lowrank`", "0.62", _LOW_RANK),
     Road("then `best-effort-lowrank`, 100 steps", "0.62", _LOW_RANK_TRAINED),

@@ -19,8 +19,8 @@ this is 1.4 times as fast as dense int8, whose weights have 1.6 times (of int4 v
 
 With AMX, from nine tokens on, a few blocks at a time are made dense in the nearest cache, as bytes, and tiles of 16
 tokens by 16 rows by 64 columns are multiplied (`csrc/amx_int8.cpp`). There the scales are what takes time, so large
-layers have fewer: by 512 they are a third faster than by 128. Sums of codes are exact either way, and what is added to
-them in float32 is the same in the same order: so are the results, bit by bit.
+layers have fewer: with int8 values, by 512 they are a third faster than by 128. Sums of codes are exact either way, and
+what is added to them in float32 is the same in the same order: so are the results, bit by bit.
 
 Legend: T = tokens, O = out features, I = in features.
 """

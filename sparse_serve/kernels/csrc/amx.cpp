@@ -38,6 +38,7 @@ namespace {
 // run than that of isa.h: bfloat16 values 0.71 ms for one token, 0.81 for four, in tiles 0.82 for five and as long for fewer; int8 0.47 for one,
 // 0.54 for two, 0.79 for three, in tiles 0.6 for each; int4 0.31 for one, 0.41 for two, in tiles 0.44.
 constexpr int64_t few_tokens(Values values) { return values == Values::kBFloat16 ? 4 : 2; }
+constexpr int kPanel = 4;         // blocks of a panel: two panels share the L1 cache with inputs
 constexpr int kInputTiles = 256;  // of 1 KiB, read again for each panel: they and the sums share the L2 cache
 
 struct Scratch {

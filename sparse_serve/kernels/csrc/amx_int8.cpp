@@ -3,10 +3,10 @@
 //
 //     for each 512 tokens, for each group of superblocks:
 //         for so many columns that the tokens' codes stay in a cache:
-//             for each panel of 2 blocks by 512 columns (for few tokens of one):
+//             for each panel of 2 blocks (up to 64 tokens: of 1) by 512 columns:
 //                 for each 32 tokens, for all columns that share a scale of inputs (int4 values: for each 128):
-//                     for each 64 columns:                           4 products
-//                     sums of codes, scaled, onto float32 sums; and a part of the next panel is made dense
+//                     for each 64 columns:      products; and a part of the next panel is made dense
+//                     the sums of codes before these, scaled, onto float32 sums
 //
 // Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds:
 // the results are the same, bit by bit.
@@ -37,6 +37,10 @@ constexpr int kBlocks = 2, kParts = kMostShared;        // of a panel: two panel
 constexpr int kFew = 4;                                 // tiles of tokens, for which panels of one block are faster
 constexpr int kPair = 2;                                // tiles of tokens that are multiplied together
 constexpr int kInputBytes = 256 << 10;                  // codes, read again for each panel: they and the sums share L2
+
+static_assert(kBlocks * kParts <= kMostBlocks);
+// No scale of inputs is shared by two panels, as panels, and what is chosen of the columns, begin at multiples of kParts.
+static_assert(kParts % kMostShared == 0);
 
 struct Scratch {
   alignas(64) uint8_t weights[2][kBlocks * kParts * kBlockBytes];
@@ -96,10 +100,10 @@ __attribute__((noinline)) void expand_bytes(const uint8_t* block, uint8_t* out, 
 }
 
 // Of kM tiles of tokens and kN blocks the sums of codes of `steps` times 64 columns. `between` is for other work after
-// each of them, `last` for what is to be done before sums are stored.
-template <int kM, int kN, class Between, class Last>
+// each of them, `before` for what is to be done before sums are stored.
+template <int kM, int kN, class Between, class Before>
 INLINE void multiply(const uint8_t* x, int64_t next_part, const uint8_t* w, int64_t next_block, int steps, int32_t* codes,
-                     Between between, Last last) {
+                     Between between, Before before) {
   each<kM * kN>([&](auto i) { zero_tile<i / kN * kBlocks + i % kN>(); });
   for (int s = 0; s < steps; ++s, w += kTileBytes) {
     const uint8_t* inputs = x + s / kByteSteps * next_part + s % kByteSteps * kTileBytes;
@@ -112,7 +116,7 @@ INLINE void multiply(const uint8_t* x, int64_t next_part, const uint8_t* w, int6
     });
     between();
   }
-  last();
+  before();
   each<kM * kN>([&](auto i) { store_tile<i / kN * kBlocks + i % kN>(codes + (i / kN * kBlocks + i % kN) * kTile); });
 }
 

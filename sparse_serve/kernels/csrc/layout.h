@@ -71,8 +71,8 @@ void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t ro
           int64_t first, int64_t last, Scales scales = {});
 
 // Activations rounded to int8: of each 128 columns the codes [token][128], and of each `shared` times 128 a scale for each
-// token. For tiles codes are signed, [16 tokens][2][16][64 columns], and `tokens` is a multiple of 16, zeros at the end;
-// else 128 is added to each. No codes: they are not rounded.
+// token. For tiles codes are signed, of each 16 tokens [2][16 tokens][64 columns], and `tokens` is a multiple of 16, zeros
+// at the end; else 128 is added to each. No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;
@@ -82,7 +82,7 @@ struct Rounded {
 };
 
 // Where a code lies.
-inline int64_t place_of(const Rounded& inputs, int64_t token, int64_t column) {
+inline int64_t code_at(const Rounded& inputs, int64_t token, int64_t column) {
   const int64_t part = column / kColumns * inputs.tokens * kColumns, left = column % kColumns;
   if (!inputs.tiles) return part + token * kColumns + left;
   return part + token / kLanes * kLanes * kColumns + left / 64 * kLanes * 64 + token % kLanes * 64 + left % 64;

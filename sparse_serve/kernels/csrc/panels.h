@@ -12,8 +12,7 @@ namespace {
 
 constexpr int kSteps = kColumns / 32;             // tiles side by side in a block
 constexpr int kBlockTiles = kSteps * kTileBytes;  // bytes of a block made dense; and of 16 tokens of 128 columns
-constexpr int kPanel = 4;                         // blocks of a panel: two panels share the L1 cache with inputs
-constexpr int kMostBlocks = 8;                    // of any
+constexpr int kMostBlocks = 8;                    // of a panel
 constexpr int kMostTokens = 512;                  // of a group
 constexpr int kSumTiles = 512;                    // of 1 KiB, which a group has for sums
 
@@ -92,7 +91,7 @@ __attribute__((noinline)) void expand(const uint8_t* block, uint8_t* out, const 
 struct Panel {
   int64_t super, part;
   int block, blocks, parts, count, steps;
-  bool opens, closes;           // its sums, which stay in tiles from one to the other
+  bool opens, closes;                // its sums, which stay in tiles from one to the other
   const uint8_t* data[kMostBlocks];  // [part][block]
   int place[kMostBlocks];            // made dense: [block][part]
 };

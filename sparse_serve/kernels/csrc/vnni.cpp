@@ -274,7 +274,7 @@ void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* 
       const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
       step = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
       for (int line = 0; line < count; line += 64) {
-        __m128i* to = reinterpret_cast<__m128i*>(codes + place_of(op.rounded, token, column + line));
+        __m128i* to = reinterpret_cast<__m128i*>(codes + code_at(op.rounded, token, column + line));
         for (int i = line; i < line + 64; i += kLanes) {
           const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
           const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), none);

@@ -26,6 +26,7 @@ _LOW_RANK_BUDGET = "low-rank--smollm2-135m--x86_64-2core--20261128-112411"
 _LOW_RANK_BUDGET_TRAINED = "low-rank--smollm2-135m--x86_64-2core--20261128-150030"
 _LOW_RANK_BUDGET_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-185418"
 _LOW_RANK_PERPLEXITY_INT8 = "low-rank--smollm2-135m--x86_64-2core--20261128-194639"
+_LOW_RANK_BUDGET_INT8_MIX = "low-rank--smollm2-135m--x86_64-2core--20261129-090955"
 _IN_MINUTES = "low-rank--smollm2-135m--x86_64-2core--20261128-232750"
 _IN_MINUTES_STRICT = "low-rank--smollm2-135m--x86_64-2core--20261129-084000"
 _IN_HOURS = "low-rank--smollm2-135m--x86_64-2core--20261129-023630"
@@ -75,6 +76,7 @@ ROADS = (
         _LOW_RANK_BUDGET_INT8,
         1,
     ),
+    Road("then, instead, the same with `train.distill_weight=0.67`", "0.75", _LOW_RANK_BUDGET_INT8_MIX),
     Road("`admm-lowrank --max-ppl-increase 0.05 --set values.kind=int8`", "0.875", _LOW_RANK_PERPLEXITY_INT8),
     Road("`admm --set values.kind=int4`", "0.20", _INT4),
     Road("`admm`, `best-effort`, 240 steps, then `quantise --values int4 --data`", "0.20", _INT4_LATER),

@@ -52,8 +52,8 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-BLOCKS = ("--set", "train.scope=blocks")
-"""What `best-effort` trains and `adaptive_sparse` does not."""
+ALIKE = ("--set", "train.scope=blocks", "--set", "train.distill_temperature=1.0")
+"""What `best-effort` says of training and `adaptive_sparse` does not."""
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_one_command_does_what_two_do(
     assert run(capsys, *argv)[0] == 0
     start = tmp_path / "one.work" / "start"
     assert (SparseCheckpoint.open(start).config.correction is not None) == bool(corrected)
-    adaptive = [*words("adaptive_sparse", start, text_file, tmp_path / "two"), *options, *BLOCKS, "--teacher", dense]
+    adaptive = [*words("adaptive_sparse", start, text_file, tmp_path / "two"), *options, *ALIKE, "--teacher", dense]
     assert run(capsys, *adaptive)[0] == 0
     given = [*words("best-effort", dense, text_file, tmp_path / "three"), *options, "--prior", start]
     assert run(capsys, *given)[0] == 0
@@ -107,7 +107,7 @@ def test_the_prior_is_what_its_own_command_writes(
     assert run(capsys, *argv)[0] == 0
     assert run(capsys, "run", "magnitude", "--model", dense, "--out", tmp_path / "first")[0] == 0
     second = words("adaptive_sparse", tmp_path / "first", text_file, tmp_path / "second")
-    assert run(capsys, *second, *BLOCKS, "--teacher", dense)[0] == 0
+    assert run(capsys, *second, *ALIKE, "--teacher", dense)[0] == 0
     assert weights(one) == weights(tmp_path / "second")
 
 

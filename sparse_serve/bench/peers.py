@@ -134,6 +134,8 @@ def _w4a8(dense: Path, layers: Sequence[str], conditions: Conditions) -> Contend
 
 
 def _int4(name: str, dense: Path, layers: Sequence[str], conditions: Conditions) -> Contender:
+    if not quantised.has_int4():
+        raise UnsupportedError(quantised.NO_INT4)
     headers = read_headers(dense)
     inputs = {headers[f"{layer}.weight"].shape[1] for layer in layers}
     group = quantised.common_group(inputs)

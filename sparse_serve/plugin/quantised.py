@@ -23,6 +23,9 @@ from sparse_serve.tuning.measure import Linear
 GROUPS = (128, 64, 32)
 """How many weights may share an int4 scale, the usual number of GPTQ's and AWQ's checkpoints first."""
 
+NO_INT4 = "vLLM has layers of int4 weights with AVX-512 only, which this processor lacks"
+"""Why a processor has no int4 layer of stock vLLM at all."""
+
 _CODE, _SCALE, _ZERO = "codes", "scale", "zero"
 
 
@@ -68,13 +71,15 @@ def w8a8(weight_OI: Tensor) -> QuantisedLayer:
 def int4_layer(weight_OI: Tensor) -> QuantisedLayer:
     """int4 weights with a scale for the longest of `GROUPS` that is whole; activations as `int4_name` says.
 
-    Raises `KernelError` for a layer that vLLM does not take.
+    Raises `KernelError` for a layer that vLLM does not take, and for every layer where `has_int4` is false.
     """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
 
     shape, dtype, name = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype, int4_name()
+    if not has_int4():
+        raise KernelError(f"vLLM's {name}: {NO_INT4}")
     group = common_group([weight_OI.shape[1]])
     config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, group or GROUPS[0], zero_points=False)
     fits, reason = CPUWNA16LinearKernel.can_implement(config)
@@ -96,6 +101,11 @@ def int4_layer(weight_OI: Tensor) -> QuantisedLayer:
 def common_group(in_features: Collection[int]) -> int | None:
     """The first of `GROUPS` that is whole in layers of so many inputs; None if none is."""
     return next((group for group in GROUPS if not any(inputs % group for inputs in in_features)), None)
+
+
+def has_int4() -> bool:
+    """Whether vLLM's library for this processor can multiply with int4 weights; that for AVX2 cannot."""
+    return bool(torch.cpu._is_avx512_supported())
 
 
 def has_w4a8() -> bool:

@@ -105,12 +105,13 @@ def stored_bytes(model_dir: Path, scheme: Scheme) -> int:
 
 def servers(model_dir: Path, names: Sequence[str]) -> list[str]:
     """Who serves these points in vLLM, as `sparse-serve bench serve --peers` names them: of int4, those whose groups
-    are whole in every layer."""
+    are whole in every layer, where this processor has int4 layers."""
     inputs = {linear.in_features for linear in _each(linears(model_dir))}
     group = quantised.common_group(inputs)
     served = {PEERS[name].bits for name in names if PEERS[name].group in (None, group)}
     int4 = "w4a8" if quantised.has_w4a8() else "w4a16"
-    return [server for bits, server in ((8, "w8a8"), (4, int4)) if bits in served]
+    found = [(8, "w8a8")] + [(4, int4)] * quantised.has_int4()
+    return [server for bits, server in found if bits in served]
 
 
 def points_of(server: str, names: Sequence[str]) -> list[str]:

@@ -104,16 +104,23 @@ def test_what_is_served_has_the_codes_that_are_scored(name: str, model_dir: Mode
 
 
 @pytest.mark.parametrize(
-    ("has_w4a8", "names", "expected"),
+    ("has_int4", "has_w4a8", "names", "expected"),
     [
-        (False, list(peers.PEERS), ["w8a8", "w4a16"]),
-        (True, ["int4 g64, GPTQ"], ["w4a8"]),
-        (True, ["int4 g128, rounded", "int8 per row"], ["w8a8"]),
+        (True, False, list(peers.PEERS), ["w8a8", "w4a16"]),
+        (True, True, ["int4 g64, GPTQ"], ["w4a8"]),
+        (True, True, ["int4 g128, rounded", "int8 per row"], ["w8a8"]),
+        (False, False, list(peers.PEERS), ["w8a8"]),
     ],
 )
 def test_which_peers_vllm_serves(
-    has_w4a8: bool, names: list[str], expected: list[str], model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+    has_int4: bool,
+    has_w4a8: bool,
+    names: list[str],
+    expected: list[str],
+    model_dir: ModelDir,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(quantised, "has_int4", lambda: has_int4)
     monkeypatch.setattr(quantised, "has_w4a8", lambda: has_w4a8)
     dense = model_dir("llama", intermediate_size=128)  # groups of 128 are not whole in its layers of 64 inputs
     assert peers.servers(dense, names) == expected

@@ -46,7 +46,8 @@ def test_every_server_has_the_same_conditions(
     dense: Path, conditions: Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(quantised, "has_w4a8", lambda: True)
+    for has in ("has_int4", "has_w4a8"):
+        monkeypatch.setattr(quantised, has, lambda: True)
     models.save_sparse(dense, tmp_path / "sparse")
     found = peers.ours([tmp_path / "sparse"], conditions)
     found += [peers.peer(name, dense, LAYERS, conditions) for name in PEERS]
@@ -106,6 +107,10 @@ def test_what_is_kept_is_not_made_again(
 
 
 def test_why_a_peer_cannot_be_had(dense: Path, conditions: Conditions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "has_int4", lambda: False)
+    with pytest.raises(UnsupportedError, match="with AVX-512 only, which this processor lacks"):
+        peers.peer("w4a16", dense, LAYERS, conditions)
+    monkeypatch.setattr(quantised, "has_int4", lambda: True)
     monkeypatch.setattr(quantised, "has_w4a8", lambda: False)
     with pytest.raises(UnsupportedError, match="with AMX only, which this processor lacks"):
         peers.peer("w4a8", dense, LAYERS, conditions)

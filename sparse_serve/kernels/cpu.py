@@ -7,16 +7,18 @@ serves every number of tokens.
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
 0.5625 of it (0.3125 with int8 values, 1,280 bytes; 0.2031 with int4 ones, 832 bytes), so that 1.78x (3.2x, 4.9x) is all
 that fewer bytes can give. fp8 values are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with
-AVX2 up to 4, of many 64, and with AMX 512. Activations are turned into tables, 3 or 4 times their size, in a cache, or
+AVX2 up to 8, of many 64 (AVX2: 32), and with AMX 512. Activations are turned into tables, 3 or 4 times their size, in a cache, or
 for AMX into tiles. Threads share rows, and of many tokens those too (`share.h`).
 
 Arithmetic. Half of the products of a dense linear are left, so what else a product takes decides the speed. There are
 two ways to make the same products in the same order (`linear.h`, `many.h`):
 
     rows in lanes      16 rows at once: 1 load of weights, and per token 1 permute that picks 16 pairs of inputs from a
-                       table of 6 by the codes, 1 product of pairs (vdpbf16ps; without it 2 permutes, 2 multiply-adds)
+                       table of 6 by the codes, 1 product of pairs (vdpbf16ps). With AVX2 8 rows: 2 permutes within 128
+                       bits pick the left and the right inputs, 2 multiply-adds
     tokens in lanes    64 tokens at once: the code of a row is the address of 64 ready pairs; per 16 tokens 1 product
-                       with an operand from memory, and per 64 tokens 1 broadcast of two values
+                       with an operand from memory, and per 64 tokens 1 broadcast of two values. With AVX2 32 tokens of
+                       two rows: a code is two addresses, of inputs in float32; per 8 tokens 2 multiply-adds
 
 A dense kernel needs two products where this one needs a product and either a permute, which the processor makes in the
 same place, or an operand from the cache; so with many tokens it can be less than twice as fast (docs/kernels.md has
@@ -28,7 +30,7 @@ all, while the blocks before are multiplied. It costs as many products as a dens
 for bfloat16 activations with int8 and int4 values from three tokens on, and with bfloat16 values from five; the rest
 goes AVX-512's way.
 
-The best of AMX, AVX-512 with bfloat16 and AVX2 (rows in lanes only) is chosen when the library is first used; VNNI and
+The best of AMX, AVX-512 with bfloat16 and AVX2 is chosen when the library is first used; VNNI and
 AMX's tiles of bytes, for which activations have to be rounded to int8, are `cpu_int8`'s. Linux gives tiles to a process
 that asks; where it refuses, AVX-512 it is.
 

@@ -19,8 +19,8 @@ struct Avx512 {
   using Lanes = __m512i;
   using Table = __m512i;
   using Codes = __m512i;
-  static constexpr int kTokens = 16;
-  static constexpr bool kDotBf16 = true;
+  static constexpr int kRows = kLanes, kTable = 64, kTokens = 16;
+  static constexpr bool kDotBf16 = true, kManyColumns = false;
 
   static INLINE Lanes load(const void* from) { return _mm512_loadu_si512(from); }
   static INLINE void store(void* to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
@@ -44,6 +44,7 @@ struct Avx512 {
   static INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
     return _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _mm512_castsi512_ps(sum)));
   }
+  static INLINE Lanes multiply_add_in_place(Lanes a, Lanes b, Lanes sum) { return multiply_add(a, b, sum); }
   static INLINE Lanes dot_bf16(Lanes a, Lanes b, Lanes sum) {
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
   }

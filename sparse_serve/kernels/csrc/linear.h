@@ -19,8 +19,9 @@
 //
 // int4 values have a scale for each block: sums of codes begin at zero in each, and are scaled when they are added.
 #pragma once
-#include "activations.h"
-#include "many.h"
+#include "kept.h"
+#include "many_columns.h"
+#include "many_pairs.h"
 
 namespace sparse24 {
 namespace {
@@ -43,7 +44,7 @@ INLINE void ask(const uint8_t* line) {
 
 template <class Isa, Values kValues>
 struct Exact {
-  static constexpr int kTable = 64;  // bytes per token and group
+  static constexpr int kTable = Isa::kTable;  // bytes per token and group
   using Lanes = typename Isa::Lanes;
 
   static void tables(const Linear& op, int64_t token, int64_t column, uint8_t* out, int stride) {
@@ -55,27 +56,18 @@ struct Exact {
   template <int kCount>
   static INLINE void step(Lanes* acc, const uint8_t* values, Lanes nibbles, typename Isa::Codes codes, const uint8_t* table) {
     Lanes left, right;
-    if constexpr (kValues == Values::kInt4) {
-      const Lanes both = Isa::nibbles_to_int16(nibbles);
-      left = Isa::low_int16(both), right = Isa::high_int16(both);
-    } else if constexpr (kValues == Values::kBFloat16) {
-      const Lanes both = Isa::load(values);
-      left = Isa::low_bf16(both), right = Isa::high_bf16(both);
-    } else if constexpr (kValues == Values::kFloat16) {
-      const Lanes both = Isa::load(values);
-      left = Isa::low_f16(both), right = Isa::high_f16(both);
-    } else if constexpr (kValues == Values::kFloat32) {
-      left = Isa::load(values), right = Isa::load(values + 64);
-    } else {
-      const Lanes both = Isa::widen(values);
-      left = Isa::low_int16(both), right = Isa::high_int16(both);
-    }
+    kept_values<Isa, kValues>(values, nibbles, left, right);
 #pragma GCC unroll 16
     for (int m = 0; m < kCount; ++m) {
       const auto entries = Isa::table(table + m * kTable);
-      acc[m] = Isa::multiply_add(Isa::template pick<0>(entries, codes), left, acc[m]);
-      acc[m] = Isa::multiply_add(Isa::template pick<1>(entries, codes), right, acc[m]);
+      acc[m] = add<kCount>(Isa::template pick<0>(entries, codes), left, acc[m]);
+      acc[m] = add<kCount>(Isa::template pick<1>(entries, codes), right, acc[m]);
     }
+  }
+
+  template <int kCount>
+  static INLINE Lanes add(Lanes a, Lanes b, Lanes sum) {
+    return kCount > 1 ? Isa::multiply_add_in_place(a, b, sum) : Isa::multiply_add(a, b, sum);
   }
 };
 
@@ -114,40 +106,68 @@ struct Pairs {
   }
 };
 
-// 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token]. Inlined, it would share the
-// registers with its callers' constants and spill accumulators.
-template <class Isa, class Product, int kCount, Values kValues>
-__attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
+// Of a block kParts registers of rows, from the row kRow on.
+template <class Isa, class Product, int kCount, Values kValues, int kParts, int kRow>
+INLINE void rows_of_block(const uint8_t* data, const uint8_t* tables, float* sums) {
   constexpr int kValueBytes = together_bytes(kValues), kTogether = together(kValues);
-  constexpr int kStride = kCount * Product::kTable;
+  constexpr int kStride = kCount * Product::kTable, kRowBytes = kValues == Values::kInt8 ? 2 : 4;
   constexpr bool kScaled = kValues == Values::kInt4;
-  typename Isa::Lanes acc[kCount];
+  typename Isa::Lanes acc[kParts][kCount];
+  typename Isa::Codes codes[kParts];
+  typename Isa::Lanes nibbles[kParts];
+  sums += kRow;
+#pragma GCC unroll 2
+  for (int p = 0; p < kParts; ++p) {
 #pragma GCC unroll 16
-  for (int m = 0; m < kCount; ++m) acc[m] = kScaled ? Isa::zero() : Isa::load(sums + m * kLanes);
-  const uint8_t* values = data + kCodeBytes;
+    for (int m = 0; m < kCount; ++m) acc[p][m] = kScaled ? Isa::zero() : Isa::load(sums + m * kLanes + p * Isa::kRows);
+  }
+  const uint8_t* values = data + kCodeBytes + kRow * kRowBytes;
   for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
-    auto codes = Isa::codes(data + quarter * 64);
-    ask<kCount, kValues>(data + quarter * 64);
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; ++p) codes[p] = Isa::codes(data + quarter * 64 + (kRow + p * Isa::kRows) * 4);
+    if constexpr (kRow == 0) ask<kCount, kValues>(data + quarter * 64);
 #pragma GCC unroll 2
     for (int g = 0; g < 8 / kTogether; ++g, values += kValueBytes) {
-      for (int line = 0; line < kValueBytes; line += 64) ask<kCount, kValues>(values + line);
-      typename Isa::Lanes nibbles = kScaled ? Isa::load(values) : Isa::zero();
+      if constexpr (kRow == 0) {
+        for (int line = 0; line < kValueBytes; line += 64) ask<kCount, kValues>(values + line);
+      }
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) nibbles[p] = kScaled ? Isa::load(values + p * Isa::kRows * 4) : Isa::zero();
 #pragma GCC unroll 4
       for (int i = 0; i < kTogether; ++i) {
-        Product::template step<kCount>(acc, values, nibbles, codes, tables);
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          Product::template step<kCount>(acc[p], values + p * Isa::kRows * kRowBytes, nibbles[p], codes[p], tables);
+          codes[p] = Isa::next(codes[p]);
+          if constexpr (kScaled) nibbles[p] = Isa::next_nibbles(nibbles[p]);
+        }
         tables += kStride;
-        codes = Isa::next(codes);
-        if constexpr (kScaled) nibbles = Isa::next_nibbles(nibbles);
       }
     }
   }
-  if constexpr (kScaled) {
-    const auto scale = Isa::load(values);
+#pragma GCC unroll 2
+  for (int p = 0; p < kParts; ++p) {
+    const auto scale = kScaled ? Isa::load(values + p * Isa::kRows * 4) : Isa::zero();
 #pragma GCC unroll 16
-    for (int m = 0; m < kCount; ++m) acc[m] = Isa::multiply_add(acc[m], scale, Isa::load(sums + m * kLanes));
+    for (int m = 0; m < kCount; ++m) {
+      float* sum = sums + m * kLanes + p * Isa::kRows;
+      Isa::store(sum, kScaled ? Isa::multiply_add(acc[p][m], scale, Isa::load(sum)) : acc[p][m]);
+    }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < kCount; ++m) Isa::store(sums + m * kLanes, acc[m]);
+}
+
+// 16 rows by 128 columns for kCount tokens: sums [token][16], tables [group][token]. Where a register holds fewer rows
+// they are computed in turn, so that the sums of many tokens stay in registers; those of one token are too few to keep
+// the processor busy, and all rows go side by side. Inlined, it would share the registers with its callers' constants
+// and spill accumulators.
+template <class Isa, class Product, int kCount, Values kValues>
+__attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
+  constexpr int kParts = kCount == 1 ? kLanes / Isa::kRows : 1;
+  rows_of_block<Isa, Product, kCount, kValues, kParts, 0>(data, tables, sums);
+  if constexpr (kParts * Isa::kRows < kLanes) {
+    static_assert(kParts * Isa::kRows * 2 == kLanes);
+    rows_of_block<Isa, Product, kCount, kValues, kParts, Isa::kRows>(data, tables, sums);
+  }
 }
 
 // Superblocks [first, last) for the tokens [token, token + tokens), with room for kCount of them.
@@ -203,30 +223,37 @@ void run_product(const Linear& op, int64_t first, int64_t last, int64_t begin = 
   }
 }
 
+template <class Isa, Values kValues>
+void run_exact(const Linear& op, int64_t first, int64_t last) {
+  int64_t done = 0;
+  if constexpr (Isa::kManyColumns) done = run_many<Isa, ManyColumns<Isa, kValues>>(op, first, last);
+  run_product<Isa, Exact<Isa, kValues>, kValues>(op, first, last, done);
+}
+
 template <class Isa>
 void run_any(const Linear& op, int64_t first, int64_t last) {
   constexpr Values kInt8 = Values::kInt8, kInt4 = Values::kInt4, kFloat32 = Values::kFloat32;
   constexpr Values kBFloat16 = Values::kBFloat16, kFloat16 = Values::kFloat16;
-  if (op.values == kFloat32) return run_product<Isa, Exact<Isa, kFloat32>, kFloat32>(op, first, last);
-  if (op.values == kFloat16) return run_product<Isa, Exact<Isa, kFloat16>, kFloat16>(op, first, last);
+  if (op.values == kFloat32) return run_exact<Isa, kFloat32>(op, first, last);
+  if (op.values == kFloat16) return run_exact<Isa, kFloat16>(op, first, last);
   if constexpr (Isa::kDotBf16) {
     const bool bfloat16 = op.kind == Floats::kBFloat16;
     if (bfloat16 && op.values == kInt4) {
-      const int64_t done = run_many<Isa, kInt4>(op, first, last);
+      const int64_t done = run_many<Isa, ManyPairs<Isa, kInt4>>(op, first, last);
       return run_product<Isa, Pairs<Isa, kInt4>, kInt4>(op, first, last, done);
     }
     if (bfloat16 && op.values == kInt8) {
-      const int64_t done = run_many<Isa, kInt8>(op, first, last);
+      const int64_t done = run_many<Isa, ManyPairs<Isa, kInt8>>(op, first, last);
       return run_product<Isa, Pairs<Isa, kInt8>, kInt8>(op, first, last, done);
     }
     if (bfloat16) {
-      const int64_t done = run_many<Isa, kBFloat16>(op, first, last);
+      const int64_t done = run_many<Isa, ManyPairs<Isa, kBFloat16>>(op, first, last);
       return run_product<Isa, Pairs<Isa, kBFloat16>, kBFloat16>(op, first, last, done);
     }
   }
-  if (op.values == kInt4) return run_product<Isa, Exact<Isa, kInt4>, kInt4>(op, first, last);
-  if (op.values == kInt8) return run_product<Isa, Exact<Isa, kInt8>, kInt8>(op, first, last);
-  run_product<Isa, Exact<Isa, kBFloat16>, kBFloat16>(op, first, last);
+  if (op.values == kInt4) return run_exact<Isa, kInt4>(op, first, last);
+  if (op.values == kInt8) return run_exact<Isa, kInt8>(op, first, last);
+  run_exact<Isa, kBFloat16>(op, first, last);
 }
 
 }  // namespace

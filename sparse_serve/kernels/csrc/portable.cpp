@@ -20,8 +20,8 @@ struct Portable {
   struct Lanes { uint32_t at[kLanes]; };
   struct Table { uint32_t at[16]; };
   using Codes = Lanes;
-  static constexpr int kTokens = 4;
-  static constexpr bool kDotBf16 = false;
+  static constexpr int kRows = kLanes, kTable = 64, kTokens = 4;
+  static constexpr bool kDotBf16 = false, kManyColumns = false;
 
   template <class Make>
   static INLINE Lanes each(Make make) {
@@ -64,6 +64,9 @@ struct Portable {
     return each([&](int i) {
       return bits<uint32_t>(bits<float>(a.at[i]) * bits<float>(b.at[i]) + bits<float>(sum.at[i]));
     });
+  }
+  static INLINE Lanes multiply_add_in_place(const Lanes& a, const Lanes& b, const Lanes& sum) {
+    return multiply_add(a, b, sum);
   }
   static INLINE Lanes widen(const uint8_t* from) {
     return each([&](int i) {

@@ -82,4 +82,4 @@ def linear(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None) -> T
 @cache
 def _missing_instructions() -> str | None:
     """Asked once, when the library is there."""
-    return None if torch.ops.sparse_serve_cpu.vbmi() else "this processor lacks AVX-512 with VNNI and VBMI"
+    return None if torch.ops.sparse_serve_cpu.int8_isa() else "this processor lacks AVX2, FMA or F16C"

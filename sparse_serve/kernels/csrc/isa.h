@@ -96,6 +96,9 @@ inline bool has_int8_tiles() {
   return has;
 }
 
+// The number of the best set for rounded activations: with AVX-512 it takes VNNI and VBMI, and 0 is none.
+inline int64_t best_int8_isa() { return has_int8_tiles() ? 3 : has_vbmi() ? 2 : best_isa() >= 1 ? 1 : 0; }
+
 // Empty, or why code for the instruction set `wanted` (-1: the best) must not run on a processor whose best is `best`.
 inline std::string isa_refusal(int64_t wanted, int64_t best) {
   if (wanted >= -1 && wanted <= best) return "";

@@ -70,15 +70,16 @@ struct Scales {
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last, Scales scales = {});
 
-// Activations rounded to int8: of each 128 columns the codes [token][128], and of each `shared` times 128 a scale for each
-// token. For tiles codes are signed, of each 16 tokens [2][16 tokens][64 columns], and `tokens` is a multiple of 16, zeros
-// at the end; else 128 is added to each. No codes: they are not rounded.
+// Activations rounded to int8: of each 128 columns the codes [token][128], `zero` added to each, and of each `shared` times
+// 128 a scale for each token. For tiles codes are of each 16 tokens [2][16 tokens][64 columns], and `tokens` is a multiple
+// of 16, zeros at the end. No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;
   int64_t tokens = 0;
   bool tiles = false;
   int64_t shared = 1;
+  int zero = 0;
 };
 
 // Where a code lies.
@@ -121,15 +122,21 @@ bool takes(const Linear&);  // whether it has a way of its own for the layer, an
 void pack_tokens(const Linear&, int64_t first, int64_t last, uint8_t* out);  // tokens from 16 * first on; out is for all
 void run(const Linear&, int64_t first, int64_t last);
 
-// The same for activations rounded before, and int8 or int4 values: what vnni::run gives, bit by bit.
+// The same for activations rounded before, and int8 or int4 values: what the others give, bit by bit.
 bool takes_rounded(const Linear&);  // whether it is the faster one, for so many tokens
 void run_rounded(const Linear&, int64_t first, int64_t last);
 }  // namespace amx
 
 // For activations rounded before, by all threads, and int8 or int4 values.
 namespace vnni {
+constexpr int kZero = 128;                                                                    // the code of 0
 void round_tokens(const Linear&, int64_t first, int64_t last, uint8_t* codes, float* scale);  // tokens [first, last)
 void run(const Linear&, int64_t first, int64_t last);
 }  // namespace vnni
+namespace avx2_int8 {
+constexpr int zero_of(Values values) { return values == Values::kInt4 ? 128 : 0; }
+void round_tokens(const Linear&, int64_t first, int64_t last, uint8_t* codes, float* scale);
+void run(const Linear&, int64_t first, int64_t last);
+}  // namespace avx2_int8
 
 }  // namespace sparse24

@@ -7,15 +7,15 @@
 //                 for each group of 4 columns:       1 load of weights, and per token 1 or 2 selects and products
 //
 // The kept inputs of a group are found by table look-up, not by masks: a group of x has only 6 pairs, so the pairs are
-// laid out as a table and the weight's code is the index, for 16 rows with one permute. Two kinds of product, both exact
-// in what they multiply and summed in float32:
+// laid out as a table and the weight's code is the index, for 16 rows with one permute (with AVX2 the table is the group
+// itself, and the code two indices). Two kinds of product, both exact in what they multiply and summed in float32:
 //
 //     Exact    table: 8 left and 8 right inputs in float32     acc += left * w_left; acc += right * w_right
 //     Pairs    table: 8 pairs of bfloat16                      acc = vdpbf16ps(acc, pair, w)
 //
 // Pairs is for bfloat16 inputs where the processor has the instruction; int8 values are bfloat16 numbers too. A result
 // depends on its token and its row only, not on the other tokens of the batch nor on the number of threads: with many
-// tokens, Pairs may go another way (many.h) to the same sums in the same order.
+// tokens both may go another way (many.h) to the same sums in the same order.
 //
 // int4 values have a scale for each block: sums of codes begin at zero in each, and are scaled when they are added.
 #pragma once

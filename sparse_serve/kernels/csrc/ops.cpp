@@ -2,14 +2,13 @@
 //
 //     sparse_serve_cpu::pack(values, bitmask, scale?) -> uint8 [bytes]     the blocks of layout.h; scale of int4 only
 //     sparse_serve_cpu::linear(x, blocks, form, scale?, bias?, isa=-1) -> y
-//     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?, tiles?) -> y    the same, with x rounded to int8
+//     sparse_serve_cpu::linear_int8(x, blocks, form, scale?, bias?, isa=-1) -> y    the same, with x rounded to int8
 //     sparse_serve_cpu::read(bytes) -> int  reads uint8 memory, for comparison
 //     sparse_serve_cpu::isa() -> int       the best instruction set here, by its number in isa.h
-//     sparse_serve_cpu::vbmi() -> bool     whether it has what linear_int8 needs
-//     sparse_serve_cpu::int8_tiles() -> bool   whether linear_int8 may use AMX
+//     sparse_serve_cpu::int8_isa() -> int  the same for linear_int8; 0 is none
 //
-// `isa` of `linear` asks for another set than the best, for tests; one that the processor lacks is refused. All errors
-// say what was given and what was expected. So is `tiles` of `linear_int8`: with AMX or without, to the same bits.
+// `isa` asks for another set than the best, for tests; one that the processor lacks is refused. All errors say what was
+// given and what was expected. Of `linear_int8` every set gives the same bits.
 //
 // `form` is an empty tensor [rows, 0, columns] of the dtype of the values, none of which blocks alone tell; uint8 is
 // that of int4 codes, of which two share a byte.
@@ -32,9 +31,7 @@ constexpr int64_t kWorthAThread = 1 << 17, kWorthAThreadOfTiles = 1 << 20;
 
 int64_t isa() { return best_isa(); }
 
-bool vbmi_here() { return has_vbmi(); }
-
-bool int8_tiles_here() { return has_int8_tiles(); }
+int64_t int8_isa() { return best_int8_isa(); }
 
 Run runner(int64_t wanted) {
   const int64_t best = best_isa();
@@ -164,11 +161,12 @@ Tensor linear(const Tensor& input, const Tensor& blocks, const Tensor& form, con
 }
 
 Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& bias, std::optional<bool> tiles) {
+                   const std::optional<Tensor>& bias, int64_t wanted) {
   constexpr int64_t kInputsAThread = 1 << 15;
-  STD_TORCH_CHECK(has_vbmi(), "this processor lacks AVX-512 with VNNI and VBMI, which linear_int8 is written for");
-  STD_TORCH_CHECK(!tiles.value_or(false) || has_int8_tiles(), "tiles is true, expected false or none: this processor "
-                  "lacks AMX with int8, or this process may not use it");
+  const int64_t best = best_int8_isa();
+  STD_TORCH_CHECK(best > 0, "this processor lacks AVX2, FMA or F16C, which linear_int8 is written for");
+  const std::string refusal = wanted == 0 ? "isa is 0, expected another: linear_int8 has no portable way" : isa_refusal(wanted, best);
+  STD_TORCH_CHECK(refusal.empty(), refusal);
   const Tensor x = as_contiguous(input);
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
@@ -176,11 +174,15 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   Tensor y = outputs(x, op);
   if (op.tokens == 0 || op.rows == 0) return y;
 #if defined(__x86_64__)
-  Run run = vnni::run;
 #if SPARSE24_AMX
-  op.rounded.tiles = tiles.value_or(has_int8_tiles() && amx::takes_rounded(op));
+  op.rounded.tiles = wanted == 3 || (wanted < 0 && best == 3 && amx::takes_rounded(op));
+#endif
+  const bool vnni = wanted < 0 ? best > 1 : wanted > 1;
+  Run run = vnni ? vnni::run : avx2_int8::run;
+#if SPARSE24_AMX
   if (op.rounded.tiles) run = amx::run_rounded;
 #endif
+  op.rounded.zero = op.rounded.tiles ? 0 : vnni ? vnni::kZero : avx2_int8::zero_of(op.values);
   op.rounded.tokens = op.rounded.tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
   op.rounded.shared = shared_by(op.columns);
   const int64_t bytes = op.rounded.tokens * column_blocks(op.columns) * kColumns;
@@ -190,7 +192,10 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   float* scales = reinterpret_cast<float*>(codes + bytes);
   op.rounded.codes = codes, op.rounded.scale = scales;
   torch::stable::parallel_for(0, op.rounded.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
-                              [&](int64_t first, int64_t last) { vnni::round_tokens(op, first, last, codes, scales); });
+                              [&](int64_t first, int64_t last) {
+                                if (vnni) vnni::round_tokens(op, first, last, codes, scales);
+                                else avx2_int8::round_tokens(op, first, last, codes, scales);
+                              });
   run_threads(run, op, op.rounded.tiles ? kWorthAThreadOfTiles : kWorthAThread);
 #endif
   return y;
@@ -216,12 +221,11 @@ int64_t read(const Tensor& bytes) {
 
 STABLE_TORCH_LIBRARY(sparse_serve_cpu, m) {
   m.def("isa() -> int");
-  m.def("vbmi() -> bool");
-  m.def("int8_tiles() -> bool");
+  m.def("int8_isa() -> int");
   m.def("read(Tensor bytes) -> int");
   m.def("pack(Tensor values, Tensor bitmask, Tensor? scale=None) -> Tensor");
   m.def("linear(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
-  m.def("linear_int8(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, bool? tiles=None) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor blocks, Tensor form, Tensor? scale, Tensor? bias, int isa=-1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
@@ -233,8 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_serve_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
-  m.impl("vbmi", TORCH_BOX(&vbmi_here));
-  m.impl("int8_tiles", TORCH_BOX(&int8_tiles_here));
+  m.impl("int8_isa", TORCH_BOX(&int8_isa));
 }
 
 }  // namespace sparse24

@@ -1,26 +1,16 @@
-// int8 activations: AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which makes the controls.
+// Rounded activations (rounded.h) by AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which makes
+// the controls.
 //
-//     for each superblock, for each tile of tokens:
-//         for each 128 columns, for each block of 16 rows:
-//             make it ready                          of each 8 columns, per row 4 values and 4 controls
-//             for each 24 tokens:                    their sums of codes in registers
-//                 for each 8 columns:                per token 1 byte shuffle and 1 product of 64 bytes
-//
-// For up to three tokens what is made ready goes straight into their products.
+//     of each 8 columns:      per row 4 values and 4 controls
+//     for each 24 tokens:     per token 1 byte shuffle and 1 product of 64 bytes
 //
 // The 8 inputs of two groups lie in every lane, and a control says which four of them a row keeps. A dense kernel needs
 // two products for what is one shuffle and one product here, and shuffles have a port of their own.
 //
 // Products are of unsigned inputs and signed weights, so an input's code is stored with 128 added; `offset` is what
-// that adds to a row's sum. Inputs have a scale for each 128 to 512 columns, so an outlier costs only its neighbours
-// digits. Codes of these are summed as whole numbers (of int4 values those of 128 columns, which are scaled by the
-// weight's and summed in float32), and their sums in float32, always in the same order.
+// that adds to a row's sum.
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include <algorithm>
-#include <limits>
-#include <memory>
 
 #include "layout.h"  // before the pragma: what it declares is for every processor
 
@@ -29,23 +19,13 @@
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma")
 #endif
-#include "activations.h"
+#include "rounded.h"
 
 namespace sparse24 {
 namespace {
 
-constexpr int kTile = 128;           // tokens of a tile
 constexpr int kSteps = kGroups / 2;  // of 8 columns
-constexpr int kZero = 128;           // the code of 0
-constexpr int kFar = 8, kNear = 4;   // blocks that are asked for, into L2 and into L1, before they are needed
-
-// A block made ready.
-struct Ready {
-  alignas(64) uint8_t values[kSteps][64];    // [step][row][left, right, left, right]
-  alignas(64) uint8_t controls[kSteps][64];  // of each value, which of the 8 columns it belongs to
-  alignas(64) int32_t offset[kLanes];        // kZero times the sum of a row's values
-  alignas(64) float scales[kLanes];          // int4 only
-};
+using vnni::kZero;
 
 // By code, with 8 added for the right value, and 16 for the second group: the column.
 struct ColumnTable {
@@ -103,15 +83,6 @@ INLINE __m512i picked(const uint8_t* inputs, __m512i control) {
   return _mm512_shuffle_epi8(_mm512_set1_epi64(eight), control);
 }
 
-// Where the sums of some tokens are, [token][row]: `all` scaled, and of the columns before that share a scale of inputs,
-// `kept`: whole numbers, or scaled by the weight's. This block `opens` or `closes` such columns.
-struct Sums {
-  float* all;
-  int32_t* kept;
-  bool opens, closes;
-  INLINE Sums after(int64_t tokens) const { return {all + tokens * kLanes, kept + tokens * kLanes, opens, closes}; }
-};
-
 // Sums of codes of kCount tokens, added to those of the columns before.
 template <Values kValues, int kCount>
 INLINE void write_sums(const __m512i* acc, __m512i offset, const float* scales, const float* scale, Sums sums) {
@@ -134,155 +105,99 @@ INLINE void write_sums(const __m512i* acc, __m512i offset, const float* scales, 
 }
 
 template <Values kValues>
-__attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
-  const __m512i zero = _mm512_set1_epi8(-kZero);
-  __m512i offset = _mm512_setzero_si512();
-  prefetch_blocks<kValues, kFar, kNear>(block);
-  for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
-    const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      __m512i kept, control;
-      expand<kValues>(block, quarter, i, codes, kept, control);
-      _mm512_store_si512(out.controls[quarter * 4 + i], control);
-      _mm512_store_si512(out.values[quarter * 4 + i], kept);
-      offset = product(offset, zero, kept);
-    }
-  }
-  _mm512_store_si512(out.offset, offset);
-  if constexpr (kValues == Values::kInt4) {
-    _mm512_store_si512(out.scales, _mm512_loadu_si512(block + kCodeBytes + kSteps / 2 * 64));
-  }
-}
+struct Vnni {
+  static constexpr int kMost = 24;  // tokens whose sums are in registers
 
-// The same for so few tokens that what is made ready is better not stored.
-template <Values kValues, int kCount>
-__attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* inputs, const float* scale, Sums sums) {
-  const __m512i zero = _mm512_set1_epi8(-kZero);
-  __m512i acc[kCount], offset = _mm512_setzero_si512();
-  for (auto& sum : acc) sum = offset;
-  for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
-    const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, inputs += 8) {
-      __m512i kept, control;
-      expand<kValues>(block, quarter, i, codes, kept, control);
-      offset = product(offset, zero, kept);
-#pragma GCC unroll 3
-      for (int m = 0; m < kCount; ++m) acc[m] = product(acc[m], picked(inputs + m * kColumns, control), kept);
-    }
-  }
-  const float* scales = reinterpret_cast<const float*>(block + kCodeBytes + kSteps / 2 * 64);
-  write_sums<kValues, kCount>(acc, offset, scales, scale, sums);
-}
-
-// kCount tokens by 16 rows, 128 columns; codes [token][128], a scale for each token, sums [token][row].
-template <Values kValues, int kCount>
-__attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, Sums sums) {
-  __m512i acc[kCount];
-#pragma GCC unroll 24
-  for (int m = 0; m < kCount; ++m) acc[m] = _mm512_setzero_si512();
-#pragma GCC unroll 1
-  for (int step = 0; step < kSteps; ++step, codes += 8) {
-    const __m512i values = _mm512_load_si512(ready.values[step]), controls = _mm512_load_si512(ready.controls[step]);
-#pragma GCC unroll 24
-    for (int m = 0; m < kCount; ++m) {
-      acc[m] = product(acc[m], picked(codes + m * kColumns, controls), values);
-    }
-  }
-  write_sums<kValues, kCount>(acc, _mm512_load_si512(ready.offset), ready.scales, scale, sums);
-}
-
-template <Values kValues>
-void multiply_all(const Ready& ready, const uint8_t* codes, const float* scale, int tokens, Sums sums) {
-  for (int count; tokens > 0; tokens -= count, codes += count * kColumns, scale += count, sums = sums.after(count)) {
-#define COUNT(n)                                    \
-  if (tokens >= (count = n)) {                      \
-    multiply<kValues, n>(ready, codes, scale, sums); \
-    continue;                                       \
-  }
-    COUNT(24) COUNT(16) COUNT(12) COUNT(8) COUNT(4) COUNT(2) COUNT(1)
-#undef COUNT
-  }
-}
-
-template <Values kValues>
-void run_values(const Linear& op, int64_t first, int64_t last) {
-  struct Scratch {
-    alignas(64) float sums[kSuper][kTile * kLanes];
-    alignas(64) int32_t kept[kSuper][kTile * kLanes];
-    Ready ready;
+  // A block made ready.
+  struct Ready {
+    alignas(64) uint8_t values[kSteps][64];    // [step][row][left, right, left, right]
+    alignas(64) uint8_t controls[kSteps][64];  // of each value, which of the 8 columns it belongs to
+    alignas(64) int32_t offset[kLanes];        // kZero times the sum of a row's values
+    alignas(64) float scales[kLanes];          // int4 only
   };
-  static thread_local std::unique_ptr<Scratch> own;  // a stack may be smaller; given back with the thread
-  if (!own) own = std::make_unique<Scratch>();
-  const int64_t parts = column_blocks(op.columns), shared = op.rounded.shared;
-  for (int64_t super = first; super < last; ++super) {
-    const int count = blocks_of(op.rows, super);
-    for (int64_t token = 0; token < op.tokens; token += kTile) {
-      const int tokens = static_cast<int>(std::min<int64_t>(kTile, op.tokens - token));
-      const uint8_t* data = op.blocks + super * kSuper * parts * block_bytes(kValues);
-      for (int b = 0; b < count; ++b) __builtin_memset(own->sums[b], 0, tokens * kLanes * sizeof(float));
-      for (int64_t part = 0; part < parts; ++part) {
-        const uint8_t* codes = op.rounded.codes + (part * op.rounded.tokens + token) * kColumns;
-        const float* scale = op.rounded.scale + part / shared * op.rounded.tokens + token;
-        const bool opens = part % shared == 0, closes = (part + 1) % shared == 0 || part == parts - 1;
-        for (int b = 0; b < count; ++b, data += block_bytes(kValues)) {
-          const Sums sums{own->sums[b], own->kept[b], opens, closes};
-          if (tokens < 4 && op.prefetches) prefetch_blocks<kValues, kFar, kNear>(data);
-          switch (tokens) {
-            case 1: multiply_few<kValues, 1>(data, codes, scale, sums); break;
-            case 2: multiply_few<kValues, 2>(data, codes, scale, sums); break;
-            case 3: multiply_few<kValues, 3>(data, codes, scale, sums); break;
-            default: make_ready<kValues>(data, own->ready), multiply_all<kValues>(own->ready, codes, scale, tokens, sums);
-          }
-        }
+
+  static __attribute__((noinline)) void make_ready(const uint8_t* block, Ready& out) {
+    const __m512i zero = _mm512_set1_epi8(-kZero);
+    __m512i offset = _mm512_setzero_si512();
+    for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
+      const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        __m512i kept, control;
+        expand<kValues>(block, quarter, i, codes, kept, control);
+        _mm512_store_si512(out.controls[quarter * 4 + i], control);
+        _mm512_store_si512(out.values[quarter * 4 + i], kept);
+        offset = product(offset, zero, kept);
       }
-      for (int b = 0; b < count; ++b) write_outputs(op, own->sums[b], (super * kSuper + b) * kLanes, token, tokens);
+    }
+    _mm512_store_si512(out.offset, offset);
+    if constexpr (kValues == Values::kInt4) {
+      _mm512_store_si512(out.scales, _mm512_loadu_si512(block + kCodeBytes + kSteps / 2 * 64));
     }
   }
-}
+
+  // The same for so few tokens that what is made ready is better not stored.
+  template <int kCount>
+  static __attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* inputs, const float* scale, Sums sums) {
+    const __m512i zero = _mm512_set1_epi8(-kZero);
+    __m512i acc[kCount], offset = _mm512_setzero_si512();
+    for (auto& sum : acc) sum = offset;
+    for (int quarter = 0; quarter < kSteps / 4; ++quarter) {
+      const __m512i codes = _mm512_loadu_si512(block + quarter * 64);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i, inputs += 8) {
+        __m512i kept, control;
+        expand<kValues>(block, quarter, i, codes, kept, control);
+        offset = product(offset, zero, kept);
+#pragma GCC unroll 3
+        for (int m = 0; m < kCount; ++m) acc[m] = product(acc[m], picked(inputs + m * kColumns, control), kept);
+      }
+    }
+    const float* scales = reinterpret_cast<const float*>(block + kCodeBytes + kSteps / 2 * 64);
+    write_sums<kValues, kCount>(acc, offset, scales, scale, sums);
+  }
+
+  // kCount tokens by 16 rows, 128 columns; codes [token][128], a scale for each token, sums [token][row].
+  template <int kCount>
+  static __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, Sums sums) {
+    __m512i acc[kCount];
+#pragma GCC unroll 24
+    for (int m = 0; m < kCount; ++m) acc[m] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+    for (int step = 0; step < kSteps; ++step, codes += 8) {
+      const __m512i values = _mm512_load_si512(ready.values[step]), controls = _mm512_load_si512(ready.controls[step]);
+#pragma GCC unroll 24
+      for (int m = 0; m < kCount; ++m) {
+        acc[m] = product(acc[m], picked(codes + m * kColumns, controls), values);
+      }
+    }
+    write_sums<kValues, kCount>(acc, _mm512_load_si512(ready.offset), ready.scales, scale, sums);
+  }
+};
+
+struct Avx512 {
+  static constexpr int kNumbers = kLanes;  // float32 in a register
+
+  static INLINE __m512i none() { return _mm512_setzero_si512(); }
+  static INLINE __m512i larger(__m512i most, const float* x) {
+    return _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7fffffff)));
+  }
+  static INLINE uint32_t largest(__m512i most) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(most)); }
+  static INLINE void round(const float* x, float each, int zero, uint8_t* to) {
+    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(each)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(zero))));
+  }
+};
 
 }  // namespace
 
 void vnni::run(const Linear& op, int64_t first, int64_t last) {
-  op.values == Values::kInt4 ? run_values<Values::kInt4>(op, first, last) : run_values<Values::kInt8>(op, first, last);
+  op.values == Values::kInt4 ? run_values<Vnni, Values::kInt4>(op, first, last)
+                             : run_values<Vnni, Values::kInt8>(op, first, last);
 }
 
-// Of all columns of a token that share a scale the largest magnitude becomes 127. Where an input is not finite the scale
-// is NaN, which all outputs of the token show; where all are next to nothing they count as zero.
 void vnni::round_tokens(const Linear& op, int64_t first, int64_t last, uint8_t* codes, float* scale) {
-  constexpr float kNothing = 1e-30f;
-  const int64_t together = op.rounded.shared * kColumns;
-  const __m512i none = _mm512_set1_epi32(op.rounded.tiles ? 0 : kZero);
-  alignas(64) float x[kMostShared * kColumns];
-  for (int64_t token = first; token < last; ++token) {
-    for (int64_t column = 0; column < op.columns; column += together) {
-      float& step = scale[column / together * op.rounded.tokens + token];
-      const int count = static_cast<int>(ceil_div(std::min(op.columns - column, together), kColumns) * kColumns);
-      __m512i most = _mm512_setzero_si512();  // as whole numbers: above infinity is what is not a number
-      if (token < op.tokens) {
-        for (int at = 0; at < count; at += kColumns) read_inputs(op, token, column + at, x + at);
-      } else {  // what fills up a tile
-        __builtin_memset(x, 0, sizeof(x));
-      }
-      for (int i = 0; i < count; i += kLanes) {
-        const __m512i size = _mm512_and_si512(_mm512_load_si512(x + i), _mm512_set1_epi32(0x7fffffff));
-        most = _mm512_max_epi32(most, size);
-      }
-      const float largest = of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
-      const bool finite = largest <= std::numeric_limits<float>::max(), counts = finite && largest > kNothing;
-      const __m512 each = _mm512_set1_ps(counts ? 127 / largest : 0);
-      step = counts ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
-      for (int line = 0; line < count; line += 64) {
-        __m128i* to = reinterpret_cast<__m128i*>(codes + code_at(op.rounded, token, column + line));
-        for (int i = line; i < line + 64; i += kLanes) {
-          const __m512 scaled = counts ? _mm512_mul_ps(_mm512_load_ps(x + i), each) : each;
-          const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), none);
-          _mm_store_si128(to++, _mm512_cvtepi32_epi8(code));
-        }
-      }
-    }
-  }
+  round_inputs<Avx512>(op, first, last, codes, scale);
 }
 
 }  // namespace sparse24

@@ -36,16 +36,19 @@ struct Buffer {  // of floats, read as what they are rounded to
 
 struct alignas(64) Line { uint8_t bytes[64]; };  // as torch aligns what it allocates
 
-bool is_rounded_tiles(Run run) {
-#if SPARSE24_AMX
-  return run == amx::run_rounded;
-#else
-  return run == nullptr;
-#endif
-}
+using RoundTokens = void (*)(const Linear&, int64_t, int64_t, uint8_t*, float*);
+
+struct Isa {
+  const char* name;
+  Run run;
+  bool here;
+  RoundTokens round_tokens = nullptr;  // for codes only
+  bool tiles = false;
+  int zero = 0;
+};
 
 // As so many threads would share it; with a bias, or without.
-int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
+int check(const Isa& isa, Values kind, Floats io, int64_t tokens, int64_t rows, int64_t columns,
           int64_t threads = 1, bool biased = true) {
   static const int kPairs[6] = {3, 5, 9, 6, 10, 12};
   const bool nibbles = kind == Values::kInt4;
@@ -96,7 +99,7 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
   op.prefetches = rows % 2 == 1;
   GuardedVector<Line> tiles;
 #if SPARSE24_AMX
-  if (run == amx::run && amx::takes(op)) {
+  if (isa.run == amx::run && amx::takes(op)) {
     tiles.resize(ceil_div(tokens, kLanes) * tile_bytes(columns) / sizeof(Line));
     amx::pack_tokens(op, 0, ceil_div(tokens, kLanes), tiles.data()->bytes);
     op.tiles = tiles.data()->bytes;
@@ -104,20 +107,21 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
 #endif
   GuardedVector<Line> codes;
   GuardedVector<float> steps(tokens * input_scales(columns));
+  if (isa.round_tokens) {
+    const int64_t padded = isa.tiles ? ceil_div(tokens, kLanes) * kLanes : tokens;
+    op.rounded.tokens = padded, op.rounded.tiles = isa.tiles, op.rounded.shared = shared_by(columns);
+    op.rounded.zero = isa.zero;
 #if defined(__x86_64__)
-  const bool signed_codes = is_rounded_tiles(run);
-  const int64_t padded = signed_codes ? ceil_div(tokens, kLanes) * kLanes : tokens;
-  if (run == vnni::run || signed_codes) {
-    op.rounded.tokens = padded, op.rounded.tiles = signed_codes, op.rounded.shared = shared_by(columns);
+    if (isa.run == avx2_int8::run) op.rounded.zero = avx2_int8::zero_of(kind);
+#endif
     steps.resize(padded * input_scales(columns)), codes.resize(padded * column_blocks(columns) * kColumns / sizeof(Line));
     for (int64_t half : {padded / 2, padded}) {  // by two threads
-      vnni::round_tokens(op, half == padded ? padded / 2 : 0, half, codes.data()->bytes, steps.data());
+      isa.round_tokens(op, half == padded ? padded / 2 : 0, half, codes.data()->bytes, steps.data());
     }
     op.rounded.codes = codes.data()->bytes, op.rounded.scale = steps.data();
   }
-#endif
   const int64_t tile = tile_of(op, threads);
-  for (int64_t share = 0; share < threads; ++share) run_shares(run, op, tile, share, share + 1, threads);
+  for (int64_t share = 0; share < threads; ++share) run_shares(isa.run, op, tile, share, share + 1, threads);
   for (int64_t token = 0; token < tokens; ++token) {
     for (int64_t row = 0; row < rows; ++row) {
       double expected = biased ? bias.at(row) : 0, size = 1;
@@ -126,7 +130,7 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
         if (!codes.empty()) {
           const double step = steps[column / (kColumns * op.rounded.shared) * op.rounded.tokens + token];
           const uint8_t code = codes.data()->bytes[code_at(op.rounded, token, column)];
-          const double rounded = (op.rounded.tiles ? static_cast<int8_t>(code) : code - 128) * step;
+          const double rounded = (op.rounded.zero ? code - op.rounded.zero : static_cast<int8_t>(code)) * step;
           if (std::fabs(rounded - input) > 0.5001 * step) return 1;
           input = rounded;
         }
@@ -137,7 +141,7 @@ int check(Run run, const char* name, Values kind, Floats io, int64_t tokens, int
       const double tolerance = io == Floats::kFloat32 ? 1e-5 : 1e-2;
       const float found = y.at(token * rows + row);
       if (!(std::fabs(found - expected) <= tolerance * size)) {
-        std::printf("%s values %d inputs %d [%ld, %ld] token %ld row %ld: %g, expected %g\n", name, int(kind), int(io), long(rows),
+        std::printf("%s values %d inputs %d [%ld, %ld] token %ld row %ld: %g, expected %g\n", isa.name, int(kind), int(io), long(rows),
                     long(columns), long(token), long(row), found, expected);
         return 1;
       }
@@ -200,16 +204,21 @@ int check_refusals() {
 }  // namespace
 
 int main() {
-  struct { const char* name; Run run; bool here; } isas[] = {
+  const Isa isas[] = {
       {"portable", portable::run, true},
 #if defined(__x86_64__)
       {"avx2", avx2::run, best_isa() >= 1},
       {"avx512", avx512::run, best_isa() >= 2},
-      {"vnni", vnni::run, has_vbmi()},
 #endif
 #if SPARSE24_AMX
       {"amx", amx::run, best_isa() >= 3},
-      {"amx_int8", amx::run_rounded, has_int8_tiles()},
+#endif
+#if defined(__x86_64__)
+      {"avx2_int8", avx2_int8::run, best_int8_isa() >= 1, avx2_int8::round_tokens},
+      {"vnni", vnni::run, best_int8_isa() >= 2, vnni::round_tokens, false, vnni::kZero},
+#endif
+#if SPARSE24_AMX
+      {"amx_int8", amx::run_rounded, best_int8_isa() >= 3, vnni::round_tokens, true},
 #endif
   };
   int wrong = check_refusals(), checked = 0;
@@ -223,26 +232,26 @@ int main() {
   for (const auto& isa : isas) {
     if (!isa.here) continue;
     std::printf("%s ", isa.name);
-    const bool bytes = isa.run == vnni::run || is_rounded_tiles(isa.run);  // takes codes only
+    const bool bytes = isa.round_tokens != nullptr;  // takes codes only
     for (Values kind : {Values::kBFloat16, Values::kFloat32, Values::kFloat16, Values::kInt8, Values::kInt4}) {
       if (bytes && kind != Values::kInt8 && kind != Values::kInt4) continue;
       for (Floats io : {Floats::kFloat32, Floats::kBFloat16, Floats::kFloat16}) {
         for (int64_t tokens : {1, 2, 3, 5, 16, 17, 33, 64, 82, 135}) {
           for (int64_t rows : {1, 16, 37, 300}) {
             for (int64_t columns : {8, 128, 136, 1032}) {
-              if (tokens > 128 && (!bytes || rows > 37)) continue;  // more than a tile of vnni.cpp
+              if (tokens > 128 && (!bytes || rows > 37)) continue;  // more than a tile of rounded.h
               if (columns > 1000 && !(tokens >= 64 && io == Floats::kBFloat16)) continue;  // what many.h asks for
-              wrong += check(isa.run, isa.name, kind, io, tokens, rows, columns, 1 + tokens % 3), ++checked;
+              wrong += check(isa, kind, io, tokens, rows, columns, 1 + tokens % 3), ++checked;
             }
           }
         }
         for (int64_t tokens : {1, 6, 65}) {  // more than one group of superblocks, for few tokens and for many
           const int64_t columns = tokens >= 64 && io == Floats::kBFloat16 ? 1032 : 136;
-          wrong += check(isa.run, isa.name, kind, io, tokens, 1153, columns, tokens == 1 ? 3 : 1, tokens != 6), ++checked;
+          wrong += check(isa, kind, io, tokens, 1153, columns, tokens == 1 ? 3 : 1, tokens != 6), ++checked;
         }
         for (int64_t tokens : {1, 4, 33, 82}) {  // fewer scales of rounded inputs; with 82, columns in two chunks
           for (int64_t columns : {1288, 4680}) {
-            if (bytes) wrong += check(isa.run, isa.name, kind, io, tokens, 40, columns), ++checked;
+            if (bytes) wrong += check(isa, kind, io, tokens, 40, columns), ++checked;
           }
         }
       }

@@ -251,7 +251,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     program = tmp_path / "sanitize"
     sources = [
         Path(__file__).parent / "sanitize.cpp",
-        *(SOURCES / f"{name}.cpp" for name in ("pack", "vnni", "amx_int8", *cpu.ISAS)),
+        *(SOURCES / f"{name}.cpp" for name in ("pack", "avx2_int8", "vnni", "amx_int8", *cpu.ISAS)),
     ]
     flags = ["-O1", "-std=c++20", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
@@ -259,8 +259,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     *isas, wrong, _, _, _ = ran.stdout.split()
     here = list(cpu.ISAS[: HERE.stop])
-    here[3:3] = ["vnni"] if torch.ops.sparse_serve_cpu.vbmi() else []
-    here += ["amx_int8"] if torch.ops.sparse_serve_cpu.int8_tiles() else []
+    here += ["avx2_int8", "vnni", "amx_int8"][: torch.ops.sparse_serve_cpu.int8_isa()]
     assert wrong == "0" and isas == here, "each instruction set of this processor took part"
 
 

@@ -47,7 +47,7 @@ tensors = rounded.prepare(packed)
 print(rounded.linear(torch.ones(20, 256).bfloat16(), tensors, None).unique().tolist())
 blocks, form, scale = (tensors[name] for name in ("blocks", "form", "scale"))
 try:
-    torch.ops.sparse_serve_cpu.linear_int8(torch.ones(20, 256), blocks, form, scale, None, True)
+    torch.ops.sparse_serve_cpu.linear_int8(torch.ones(20, 256), blocks, form, scale, None, 3)
 except RuntimeError as error:
     print("tiles is true, expected false or none" in str(error))
 """

@@ -5,6 +5,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -24,20 +25,18 @@ from sparse_serve.tuning.timing import torch_threads
 PATTERN = NMPattern(2, 4)
 SPEC = LinearSpec(64, 128, PATTERN, torch.bfloat16, "cpu", INT8, activations=INT8)
 
-needs_vnni = pytest.mark.skipif(
+HERE = range(1, torch.ops.sparse_serve_cpu.int8_isa() + 1) if cpu.library_problem() is None else range(0)
+"""The instruction sets for rounded activations that this processor has, by their number in `cpu.ISAS`."""
+
+needs_kernel = pytest.mark.skipif(
     cpu_int8.unsupported_reason(SPEC) is not None, reason=cpu_int8.unsupported_reason(SPEC) or ""
 )
-needs_tiles = pytest.mark.skipif(
-    not (cpu.library_problem() is None and torch.ops.sparse_serve_cpu.int8_tiles()),
-    reason="this processor lacks AMX with int8, or tiles are kept from this process",
-)
+needs_several = pytest.mark.skipif(len(HERE) < 2, reason="this processor has one instruction set for it, or none")
 
 
-def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, tiles: bool) -> Tensor:
+def product(x_TI: Tensor, tensors: dict[str, Tensor], bias_O: Tensor | None, isa: int) -> Tensor:
     scale = tensors.get("scale")
-    y_TO: Tensor = torch.ops.sparse_serve_cpu.linear_int8(
-        x_TI, tensors["blocks"], tensors["form"], scale, bias_O, tiles
-    )
+    y_TO: Tensor = torch.ops.sparse_serve_cpu.linear_int8(x_TI, tensors["blocks"], tensors["form"], scale, bias_O, isa)
     return y_TO
 
 
@@ -46,7 +45,7 @@ def packed_weight(rows: int, columns: int, values: str = INT8, group: int | None
     return PackedTensor.pack(torch.randn(rows, columns), mask_OI, PATTERN).quantised(values, group)
 
 
-@needs_vnni
+@needs_kernel
 def test_activations_are_rounded_only_where_that_is_allowed() -> None:
     reason = supported(replace(SPEC, activations="float"))[1]["cpu_int8"]
     assert reason.startswith('activations are not to be rounded to int8 ("activations": "int8" allows it)')
@@ -69,7 +68,7 @@ def test_what_it_cannot_serve_is_refused(changed: dict[str, object], reason: str
     assert reason in (cpu_int8.unsupported_reason(replace(SPEC, **changed)) or "")  # type: ignore[arg-type]
 
 
-@needs_vnni
+@needs_kernel
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 290),
@@ -97,7 +96,7 @@ def test_only_the_inputs_are_rounded(
     assert (error_TO <= steps * 2**-23 * size_TO + torch.finfo(dtype).eps * (error_TO + y_TO.abs())).all()
 
 
-@needs_tiles
+@needs_several
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 300) | st.just(2100),
@@ -110,7 +109,7 @@ def test_only_the_inputs_are_rounded(
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
-def test_tiles_of_amx_give_the_same_bits(
+def test_every_instruction_set_gives_the_same_bits(
     rows: int, columns: int, tokens: int, dtype: torch.dtype, values: str, group: int | None, threads: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -118,15 +117,15 @@ def test_tiles_of_amx_give_the_same_bits(
     x_TI, bias_O = torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
     for each_O in (None, bias_O):
         with torch_threads(threads):
-            with_TO, without_TO = (product(x_TI, tensors, each_O, tiles) for tiles in (True, False))
-        assert torch.equal(with_TO, without_TO)
+            best_TO, *others = (product(x_TI, tensors, each_O, isa) for isa in reversed(HERE))
+        assert all(torch.equal(best_TO, other_TO) for other_TO in others)
 
 
-@needs_tiles
+@needs_several
 @pytest.mark.parametrize("values", [INT8, INT4])
 @pytest.mark.parametrize("tokens", [1, 16, 37])
 @pytest.mark.parametrize("inputs", [264, 1032])
-def test_tiles_and_vnni_agree_on_what_is_extreme(values: str, tokens: int, inputs: int) -> None:
+def test_instruction_sets_agree_on_what_is_extreme(values: str, tokens: int, inputs: int) -> None:
     """Inputs that are not finite or next to nothing, codes at the ends of their range, scales that are tiny."""
     torch.manual_seed(0)
     packed = packed_weight(40, inputs, values, 64 if values == INT4 else None)
@@ -137,12 +136,13 @@ def test_tiles_and_vnni_agree_on_what_is_extreme(values: str, tokens: int, input
     x_TI[0, 3], x_TI[tokens // 2, 200], x_TI[-1, 8:] = torch.inf, torch.nan, 1e-33
     for dtype in (torch.bfloat16, torch.float32):
         tensors = cpu_int8.prepare(packed)
-        with_TO, without_TO = (product(x_TI.to(dtype), tensors, None, tiles) for tiles in (True, False))
-        assert torch.equal(with_TO.isnan(), without_TO.isnan())
-        assert torch.equal(with_TO.nan_to_num(), without_TO.nan_to_num())
+        best_TO, *others = (product(x_TI.to(dtype), tensors, None, isa) for isa in reversed(HERE))
+        for other_TO in others:
+            assert torch.equal(best_TO.isnan(), other_TO.isnan())
+            assert torch.equal(best_TO.nan_to_num(), other_TO.nan_to_num())
 
 
-@needs_tiles
+@needs_kernel
 @pytest.mark.parametrize("values", [INT8, INT4])
 @pytest.mark.parametrize("inputs", [264, 1032])
 def test_damaged_blocks_are_read_as_something_within_bounds(values: str, inputs: int) -> None:
@@ -150,12 +150,13 @@ def test_damaged_blocks_are_read_as_something_within_bounds(values: str, inputs:
     torch.manual_seed(0)
     tensors = cpu_int8.prepare(packed_weight(40, inputs, values, 64 if values == INT4 else None))
     tensors["blocks"].random_(0, 256)
-    for tokens in (9, 40):
-        y_TO = product(torch.randn(tokens, inputs).bfloat16(), tensors, None, True)
-        assert y_TO.shape == (tokens, 40)
+    for isa in HERE:
+        for tokens in (2, 9, 40):
+            y_TO = product(torch.randn(tokens, inputs).bfloat16(), tensors, None, isa)
+            assert y_TO.shape == (tokens, 40)
 
 
-@needs_vnni
+@needs_kernel
 @pytest.mark.parametrize(("inputs", "together"), [(256, 128), (896, 128), (1024, 256), (4096, 512)])
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_an_input_moves_by_half_a_step_of_those_beside_it_at_most(
@@ -169,7 +170,7 @@ def test_an_input_moves_by_half_a_step_of_those_beside_it_at_most(
     assert (moved_TI <= largest / 254 * (1 + 1e-5)).all()
 
 
-@needs_vnni
+@needs_kernel
 @pytest.mark.parametrize("inputs", [384, 1160])
 @pytest.mark.parametrize(("values", "group"), [(INT8, None), (INT4, 64)])
 def test_a_token_does_not_depend_on_its_batch_nor_on_threads(values: str, group: int | None, inputs: int) -> None:
@@ -185,7 +186,7 @@ def test_a_token_does_not_depend_on_its_batch_nor_on_threads(values: str, group:
                 assert torch.equal(whole_TO[first:last], cpu_int8.linear(x_TI[first:last], tensors, None))
 
 
-@needs_vnni
+@needs_kernel
 def test_inputs_that_are_not_finite_show_in_their_token_alone() -> None:
     torch.manual_seed(0)
     packed, bias_O = packed_weight(40, 256), torch.randn(40)
@@ -198,17 +199,19 @@ def test_inputs_that_are_not_finite_show_in_their_token_alone() -> None:
     assert torch.equal(y_TO[5], bias_O), "next to nothing counts as zero"
 
 
-@needs_vnni
+@needs_kernel
 def test_the_largest_sums_do_not_overflow() -> None:
     """All codes at an end of their range; a file may hold -128, too."""
     packed = packed_weight(16, 4096)
     for code in (127, -128):
         extreme = PackedTensor(torch.full_like(packed.values, code), packed.bitmask, PATTERN, torch.ones(16))
-        y_TO = cpu_int8.linear(torch.ones(2, 4096), cpu_int8.prepare(extreme), None)
-        torch.testing.assert_close(y_TO, torch.full((2, 16), code * 2048.0), rtol=1e-6, atol=0)
+        for sign in (1, -1):
+            for isa, tokens in itertools.product(HERE, (2, 9)):
+                y_TO = product(torch.full((tokens, 4096), float(sign)), cpu_int8.prepare(extreme), None, isa)
+                torch.testing.assert_close(y_TO, torch.full((tokens, 16), sign * code * 2048.0), rtol=1e-6, atol=0)
 
 
-@needs_vnni
+@needs_kernel
 def test_wrong_tensors_are_refused() -> None:
     packed = packed_weight(16, 64)
     tensors, x_TI = cpu_int8.prepare(packed), torch.randn(2, 64)
@@ -222,7 +225,7 @@ def test_wrong_tensors_are_refused() -> None:
         cpu_int8.linear(x_TI, floats, None)
 
 
-@needs_vnni
+@needs_kernel
 def test_torch_accepts_the_operator() -> None:
     tensors, x_TI = cpu_int8.prepare(packed_weight(32, 64)), torch.randn(3, 64)
     arguments = (x_TI, tensors["blocks"], tensors["form"], tensors["scale"], torch.randn(32))

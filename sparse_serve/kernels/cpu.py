@@ -30,9 +30,9 @@ all, while the blocks before are multiplied. It costs as many products as a dens
 for bfloat16 activations with int8 and int4 values from three tokens on, and with bfloat16 values from five; the rest
 goes AVX-512's way.
 
-The best of AMX, AVX-512 with bfloat16 and AVX2 is chosen when the library is first used; VNNI and
-AMX's tiles of bytes, for which activations have to be rounded to int8, are `cpu_int8`'s. Linux gives tiles to a process
-that asks; where it refuses, AVX-512 it is.
+The best of AMX, AVX-512 with bfloat16 and AVX2 is chosen when the library is first used; products of bytes, for which
+activations have to be rounded to int8, are `cpu_int8`'s. Linux gives tiles to a process that asks; where it refuses,
+AVX-512 it is.
 
 int4 values have their scale in each block: its 64 kept values are never of two groups. Codes become bfloat16 numbers by
 one permute of a table of 16, for two values at once. Tiles of AMX hold codes too, and sums of 128 columns are scaled.

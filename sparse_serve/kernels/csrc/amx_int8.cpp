@@ -8,7 +8,7 @@
 //                     for each 64 columns:      products; and a part of the next panel is made dense
 //                     the sums of codes before these, scaled, onto float32 sums
 //
-// Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what vnni.cpp adds:
+// Sums of codes are whole numbers and exact, so what is added in float32, and in which order, is what rounded.h adds:
 // the results are the same, bit by bit.
 #include "isa.h"
 #if SPARSE24_AMX

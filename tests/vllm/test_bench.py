@@ -14,6 +14,7 @@ from tests.vllm.nursery import command
 
 READ = "read of cpu's bytes"
 NEEDS_AMX = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a processor without AMX")
+NEEDS_INT4 = pytest.mark.skipif(not quantised.has_int4(), reason=quantised.NO_INT4)
 
 
 def test_every_candidate_is_measured(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     kernels = known & set(one["speedup"])
     assert {"cpu", "cpu int8", "cpu int4", "reference"} <= kernels == set(one["speedup"])
     dense = {"dense torch", "dense vllm", "vllm W8A8"}
-    dense.add("vllm W4A8" if torch.cpu._is_amx_tile_supported() else "vllm W4A16")
+    dense |= {f"vllm {quantised.int4_name()}"} if quantised.has_int4() else set()
     assert set(one["median_s"]) == kernels | dense | {READ} == set(one["weight_bytes"])
     assert set(three["median_s"]) == kernels | dense == set(one["of_byte_limit"])
     assert three["of_byte_limit"] == {}
@@ -48,7 +49,9 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     assert ">cpu int8</text>" in (tmp_path / "bench.svg").read_text()
 
 
-@pytest.fixture(params=["0", pytest.param("1", marks=NEEDS_AMX)], ids=["W4A16", "W4A8"])
+@pytest.fixture(
+    params=[pytest.param("0", marks=NEEDS_INT4), pytest.param("1", marks=NEEDS_AMX)], ids=["W4A16", "W4A8"]
+)
 def int4_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """That of vLLM's int4 layers, of both kinds where the processor has both."""
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", request.param)
@@ -83,6 +86,12 @@ def test_vllm_has_one_kind_of_int4_layers_at_a_time(amx: bool, wanted: bool, mon
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", str(int(wanted)))
     assert list(quantised.peers()) == ["vllm W8A8", "vllm W4A8" if amx and wanted else "vllm W4A16"]
+
+
+def test_a_processor_without_int4_layers_has_no_such_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(KernelError, match=r"W4A\d+: vLLM has layers of int4 weights with AVX-512 only, which this proc"):
+        quantised.int4_layer(torch.zeros(64, 256, dtype=torch.bfloat16))
 
 
 @NEEDS_AMX

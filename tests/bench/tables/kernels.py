@@ -89,6 +89,7 @@ def quantised(model: str) -> str:
         for name, label in _QUANTISED.items():
             if name not in results[0]["median_s"]:
                 continue  # vLLM has int4 layers of one kind at a time
+            label = label.replace("bfloat16", run["dtype"])
             rows.append([shape, label, *(f"{1e3 * result['median_s'][name]:.2f}" for result in results)])
         for name in ("cpu_int8 int8", "cpu_int8 int4"):
             dense = [min(result["speedup_over"].values(), key=lambda over: over[name])[name] for result in results]
@@ -148,6 +149,10 @@ TABLES = {
     "kernels with AMX": amx,
     "kernels beside quantised dense layers": partial(quantised, "cpu-bfloat16-2threads-quantised"),
     "kernels beside quantised dense layers, with AMX": partial(quantised, "cpu-bfloat16-2threads-quantised-amx"),
+    "kernels beside quantised dense layers, with AVX2": partial(quantised, "cpu-bfloat16-2threads-quantised-avx2"),
+    "kernels in float32 beside quantised dense layers, with AVX2": partial(
+        quantised, "cpu-float32-2threads-quantised-avx2"
+    ),
     "a dense kernel of the same care": own_dense,
     "kernels on an H200": gpu,
 }

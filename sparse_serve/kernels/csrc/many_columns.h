@@ -41,8 +41,9 @@ struct ManyColumns {
     }
   }
 
-  // 16 rows by 128 columns: sums [row][token].
-  static __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
+  // 16 rows by 128 columns, of which there are so many: sums [row][token].
+  static __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums, int64_t columns) {
+    const int quarters = columns < kColumns ? static_cast<int>(ceil_div(columns, kColumns / 4)) : 4;
     constexpr bool kScaled = kValues == Values::kInt4;
     alignas(64) float kept[kGroups * 2 * kLanes];  // [group][left, right][row]
     widen(data + kCodeBytes, kept);
@@ -59,7 +60,7 @@ struct ManyColumns {
       }
       const uint8_t* table = tables;
       const float* value = kept + row;
-      for (int quarter = 0; quarter < kGroups / 8; ++quarter) {
+      for (int quarter = 0; quarter < quarters; ++quarter) {
         uint32_t codes[kTwo];
         __builtin_memcpy(codes, data + quarter * 64 + 4 * row, sizeof(codes));
 #pragma GCC unroll 8

@@ -41,7 +41,7 @@ struct ManyPairs {
   }
 
   // 16 rows by 128 columns: sums [row][token].
-  static __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums) {
+  static __attribute__((noinline)) void block(const uint8_t* data, const uint8_t* tables, float* sums, int64_t) {
     constexpr int kLines = (block_bytes(kValues) / 64 + kLanes - 1) / kLanes;  // of the next block, for each row of this one
     const uint8_t* values = data + kCodeBytes;
     constexpr bool kScaled = kValues == Values::kInt4;

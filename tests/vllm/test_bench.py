@@ -49,9 +49,7 @@ def test_every_candidate_is_measured(tmp_path: Path) -> None:
     assert ">cpu int8</text>" in (tmp_path / "bench.svg").read_text()
 
 
-@pytest.fixture(
-    params=[pytest.param("0", marks=NEEDS_INT4), pytest.param("1", marks=NEEDS_AMX)], ids=["W4A16", "W4A8"]
-)
+@pytest.fixture(params=[pytest.param("0", marks=NEEDS_INT4), pytest.param("1", marks=NEEDS_AMX)], ids=["W4A16", "W4A8"])
 def int4_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """That of vLLM's int4 layers, of both kinds where the processor has both."""
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", request.param)

@@ -27,6 +27,7 @@ from maskgen.core.digest import digest_files, digest_json, digest_weights
 from maskgen.core.errors import SparseError
 from maskgen.core.files import read_json
 from sparse_serve.bench import field, field_report
+from sparse_serve.runtime.errors import BenchError
 from tests.bench import frontier_chart, peers, quality, record
 
 WHAT = "frontier"
@@ -35,7 +36,7 @@ INT8 = "int8 values"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing, then print the table. 2 for wrong usage or input."""
+    """Measure what is missing, then print the table. 2 for wrong usage or input, 1 where speed cannot be measured."""
     args = _arguments(arguments)
     try:
         points = _points(args)
@@ -54,18 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SparseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    failure = None
     if not args.table:
         for name, key in keys.items():
             _measure(args, name, points.get(name), key, facts)
-        if timed:
-            _measure_speed(args, timed, speed_key)
+        try:
+            if timed:
+                _measure_speed(args, timed, speed_key)
+        except SparseError as error:  # of a server: quality, which has been measured, is shown
+            failure = error
     found = {result["key"]: result for result in record.load(WHAT, args.label)}
     shown = {name: found[key] for name, key in keys.items() if key in found}
     speeds = frontier_chart.speeds(found[speed_key]) if speed_key in found else {}
     print(frontier_chart.markdown(shown, speeds))  # noqa: T201
     if args.plot and shown:
         frontier_chart.plot(shown, speeds, args.plot)
-    return 0
+    if failure:
+        print(f"error: {failure}", file=sys.stderr)  # noqa: T201
+    return 1 if failure else 0
 
 
 def linear_bytes(model_dir: Path, dense_dir: Path) -> tuple[int, int]:
@@ -167,7 +174,7 @@ def _speed_key(args: argparse.Namespace, points: Mapping[str, Path]) -> str:
 
 
 def _measure_speed(args: argparse.Namespace, points: Mapping[str, Path], key: str) -> None:
-    """Serve all that can be served, in turns. Raises `BenchError` as `field.run` does."""
+    """Serve all that can be served, in turns. Raises `BenchError` as `field.run` does, and without the dense server."""
     if any(result["key"] == key for result in record.load(WHAT, args.label)):
         return
     request = field.FieldRequest(
@@ -184,6 +191,9 @@ def _measure_speed(args: argparse.Namespace, points: Mapping[str, Path], key: st
         int8_activations=True,
     )
     result = field.run(request, lambda text: print(text, file=sys.stderr))  # noqa: T201
+    if not any(turn.name == frontier_chart.DENSE_SERVER for turn in result.turns):
+        reason = result.refused.get("bf16") or result.refused.get(frontier_chart.DENSE_SERVER)  # at the start, or later
+        raise BenchError(f"--speed: every speed is told by the dense model's, which could not be served: {reason}")
     sparse = {digest_weights(path): name for name, path in points.items()}
     named = {entry.name: peers.points_of(entry.name, args.peers) for entry in result.entries}
     named |= {entry.name: [sparse[entry.weights]] for entry in result.entries if entry.is_ours}

@@ -144,6 +144,8 @@ class Calls:
 
     verbs: list[str] = field(default_factory=list)
     served: list[FieldRequest] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    """What cannot be served, and why."""
 
     def maskgen(self, arguments: list[str]) -> dict[str, float]:
         self.verbs.append(arguments[0])
@@ -161,8 +163,9 @@ class Calls:
             for name, tpot_ms in SERVERS.items()
             for number in range(2)
             for clients in request.clients
+            if name not in self.refused
         ]
-        return Result(entries, {}, turns, [HostReading(0.0, 0.0, (1.0,))] * 2)
+        return Result(entries, self.refused, turns, [HostReading(0.0, 0.0, (1.0,))] * 2)
 
 
 @pytest.fixture
@@ -245,6 +248,21 @@ def test_a_point_to_be_served_that_is_none(
     assert frontier.main(list(map(str, words))) == 2
     assert capsys.readouterr().err == "error: --speed 'b': no such point; there are 'a'\n"
     assert not calls.verbs and not calls.served
+
+
+def test_speed_cannot_be_told_without_the_dense_server(
+    model_dir: ModelDir, text_file: Path, tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, sparse = model_dir("llama", dtype=torch.bfloat16, intermediate_size=128), tmp_path / "sparse"
+    models.save_sparse(dense, sparse)
+    calls.refused["vLLM bf16"] = "no room"
+    words = ["--model", dense, "--label", "tiny", "--data", text_file, "--work", tmp_path / "work", "--windows", 2]
+    words += ["--window", 32, "--peers", "--points", f"a={sparse}", "--speed"]
+    assert frontier.main(list(map(str, words))) == 1
+    error = "error: --speed: every speed is told by the dense model's, which could not be served: no room\n"
+    printed = capsys.readouterr()
+    assert printed.err.endswith(error) and "| a |" in printed.out
+    assert calls.served and not any("served" in result for result in record.load(frontier.WHAT, "tiny"))
 
 
 def test_what_no_other_point_beats() -> None:

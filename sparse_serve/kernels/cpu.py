@@ -7,7 +7,7 @@ serves every number of tokens.
 Traffic. A step of one token is one sequential read of the weight: 2,304 bytes a block where dense bfloat16 has 4,096,
 0.5625 of it (0.3125 with int8 values, 1,280 bytes; 0.2031 with int4 ones, 832 bytes), so that 1.78x (3.2x, 4.9x) is all
 that fewer bytes can give. fp8 values are kept as the bfloat16 numbers they are. Up to 16 tokens share one read, with
-AVX2 up to 8, of many 64 (AVX2: 32), and with AMX 512. Activations are turned into tables, up to 4 times their size, in
+AVX2 up to 8, of many 64 (AVX2: 32), and with AMX 512. Activations are turned into tables, up to 8 times their size, in
 a cache, or for AMX into tiles. Threads share rows, and of many tokens those too (`share.h`).
 
 Arithmetic. Half of the products of a dense linear are left, so what else a product takes decides the speed. There are
@@ -148,6 +148,6 @@ def correction_problem(dtype: torch.dtype) -> str | None:
 
 
 def _fake(
-    x_TI: Tensor, blocks: Tensor, form: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, *way: int | bool | None
+    x_TI: Tensor, blocks: Tensor, form: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, *way: int
 ) -> Tensor:
     return x_TI.new_empty((*x_TI.shape[:-1], form.shape[0]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
+from platform import machine
 from typing import Any
 
 import torch
@@ -73,13 +74,13 @@ def int4_layer(weight_OI: Tensor) -> QuantisedLayer:
 
     Raises `KernelError` for a layer that vLLM does not take, and for every layer where `has_int4` is false.
     """
+    if not has_int4():
+        raise KernelError(f"vLLM's {int4_name()}: {NO_INT4}")
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
 
     shape, dtype, name = (weight_OI.shape[1], weight_OI.shape[0]), weight_OI.dtype, int4_name()
-    if not has_int4():
-        raise KernelError(f"vLLM's {name}: {NO_INT4}")
     group = common_group([weight_OI.shape[1]])
     config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, dtype, group or GROUPS[0], zero_points=False)
     fits, reason = CPUWNA16LinearKernel.can_implement(config)
@@ -104,8 +105,8 @@ def common_group(in_features: Collection[int]) -> int | None:
 
 
 def has_int4() -> bool:
-    """Whether vLLM's library for this processor can multiply with int4 weights; that for AVX2 cannot."""
-    return bool(torch.cpu._is_avx512_supported())
+    """Whether vLLM's library for this processor can multiply with int4 weights; that for x86-64 with AVX2 cannot."""
+    return machine() != "x86_64" or bool(torch.cpu._is_avx512_supported())
 
 
 def has_w4a8() -> bool:

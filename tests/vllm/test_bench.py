@@ -87,7 +87,7 @@ def test_vllm_has_one_kind_of_int4_layers_at_a_time(amx: bool, wanted: bool, mon
 
 
 def test_a_processor_without_int4_layers_has_no_such_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(quantised, "has_int4", lambda: False)
     with pytest.raises(KernelError, match=r"W4A\d+: vLLM has layers of int4 weights with AVX-512 only"):
         quantised.int4_layer(torch.zeros(64, 256, dtype=torch.bfloat16))
 

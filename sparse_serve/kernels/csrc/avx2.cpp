@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <memory>
+
 #include "layout.h"  // before the pragma: what it declares is for every processor
 
 #if defined(__clang__)
@@ -27,7 +29,8 @@ struct Avx2 {
     const __m256i nibbles = load(from);
     return {columns(nibbles), columns(_mm256_srli_epi32(nibbles, 4))};
   }
-  // Of the lower nibble of each byte the two columns that it numbers: the left one in the lowest two bits, then the right.
+  // Of the lower nibble of each byte the two columns that it numbers: the left one in the lowest two bits, then the
+  // right one.
   static INLINE __m256i columns(__m256i nibbles) {
     const __m256i known = _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 8, 12, 9, 13, 14, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
     return _mm256_shuffle_epi8(known, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));

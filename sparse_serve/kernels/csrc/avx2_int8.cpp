@@ -5,11 +5,16 @@
 //
 // The inputs of some groups lie in every half of a register, and a control says which of them a row keeps.
 //
-// A product is of unsigned bytes and signed ones. int4 values are small, so inputs have 128 added, `offset` is what that
-// adds to a row's sum, and four steps are summed in 16 bits: 16 * 255 * 8 = 32640. Two products of int8 values would not
-// fit so; there the unsigned bytes are the magnitudes of the values, and inputs take their signs: 2 * 128 * 127 = 32512.
+// A product is of unsigned bytes and signed ones. int4 values are small, so inputs have 128 added, `offset` is what
+// that adds to a row's sum, and four steps are summed in 16 bits: 16 * 255 * 8 = 32640. Two products of int8 values would
+// not fit so; there the unsigned bytes are the magnitudes of the values, and inputs take their signs: 2 * 128 * 127 =
+// 32512.
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
 
 #include "layout.h"  // before the pragma: what it declares is for every processor
 
@@ -59,7 +64,6 @@ template <>
 struct Steps<Values::kInt4> {
   static constexpr int kColumnsEach = 16, kFit = 4;  // steps whose sums fit into 16 bits
   struct Step { __m256i even, odd, even_control, odd_control; };
-  using Sums = __m256i;
 
   // The two steps of a quarter of a block.
   template <class Do>
@@ -165,7 +169,8 @@ struct Avx2Bytes {
 
   // Straight from the block.
   template <int kCount>
-  static __attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* codes, const float* scale, Sums sums) {
+  static __attribute__((noinline)) void multiply_few(const uint8_t* block, const uint8_t* codes, const float* scale,
+                                                     Sums sums) {
     alignas(32) int32_t whole[kCount][kLanes];
     for (int half = 0; half < kHalves; ++half) {
       __m256i acc[kCount], fit[kCount], bytes = _mm256_setzero_si256();
@@ -183,9 +188,12 @@ struct Avx2Bytes {
           if constexpr (kScaled) bytes = _mm256_add_epi8(bytes, Of::bytes(step));
         });
         if constexpr (kScaled) {
+          static_assert(kSteps / 4 * 2 == Of::kFit || !kScaled);
           if (quarter % 2 == 0) continue;
 #pragma GCC unroll 3
-          for (int m = 0; m < kCount; ++m) acc[m] = _mm256_add_epi32(acc[m], pairs(fit[m])), fit[m] = _mm256_setzero_si256();
+          for (int m = 0; m < kCount; ++m) {
+            acc[m] = _mm256_add_epi32(acc[m], pairs(fit[m])), fit[m] = _mm256_setzero_si256();
+          }
         }
       }
       const __m256i offset = offset_of(bytes);
@@ -197,7 +205,8 @@ struct Avx2Bytes {
   }
 
   template <int kCount>
-  static __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale, Sums sums) {
+  static __attribute__((noinline)) void multiply(const Ready& ready, const uint8_t* codes, const float* scale,
+                                                 Sums sums) {
     alignas(32) int32_t whole[kCount][kLanes];
     for (int half = 0; half < kHalves; ++half) {
       __m256i acc[kCount];

@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <memory>
+
 #include "layout.h"  // before the pragma: what it declares is for every processor
 
 #if defined(__clang__)

@@ -22,7 +22,7 @@
 namespace sparse24 {
 
 constexpr int kLanes = 16, kGroups = 32, kColumns = 4 * kGroups, kSuper = 8;
-constexpr int kTokens = 16, kMany = 64;  // tokens of a tile, with rows in the lanes (linear.h) and with tokens (many.h)
+constexpr int kTokens = 16, kMany = 64;  // tokens of a tile, with rows in the lanes (linear.h) and with tokens (many_pairs.h)
 constexpr int kCodeBytes = kGroups * kLanes / 2, kScaleBytes = kLanes * 4, kKept = 2 * kGroups;
 
 // Of activations; and of values, which may be codes.
@@ -70,9 +70,9 @@ struct Scales {
 void pack(const uint8_t* values, const uint8_t* bitmask, Values kind, int64_t rows, int64_t columns, uint8_t* blocks,
           int64_t first, int64_t last, Scales scales = {});
 
-// Activations rounded to int8: of each 128 columns the codes [token][128], `zero` added to each, and of each `shared` times
-// 128 a scale for each token. For tiles codes are of each 16 tokens [2][16 tokens][64 columns], and `tokens` is a multiple
-// of 16, zeros at the end. No codes: they are not rounded.
+// Activations rounded to int8: of each 128 columns the codes [token][128], `zero` added to each, and of each `shared`
+// times 128 a scale for each token. For tiles codes are of each 16 tokens [2][16 tokens][64 columns], and `tokens` is a
+// multiple of 16, zeros at the end. No codes: they are not rounded.
 struct Rounded {
   const uint8_t* codes = nullptr;
   const float* scale = nullptr;

@@ -20,7 +20,8 @@ namespace {
 constexpr int kManySupers = 8;  // superblocks of a group
 
 // Superblocks [first, last) for as many tokens as fill whole tiles; returns how many. `Way` says whether it
-// takes the layer, makes tables of x for its kTile tokens, and has the sums of a block, of which so many columns are left.
+// takes the layer, makes tables of x for its kTile tokens, and has the sums of a block, of which so many columns are
+// left.
 template <class Isa, class Way>
 int64_t run_many(const Linear& op, int64_t first, int64_t last) {
   constexpr int kTile = Way::kTile;
@@ -45,7 +46,9 @@ int64_t run_many(const Linear& op, int64_t first, int64_t last) {
         for (int64_t super = start; super < stop; ++super) {
           const int count = blocks_of(op.rows, super);
           const uint8_t* data = op.blocks + (super * kSuper * parts + part * count) * Way::kBlockBytes;
-          for (int b = 0; b < count; ++b, data += Way::kBlockBytes, sum += kLanes * kTile) Way::block(data, tables, sum, left);
+          for (int b = 0; b < count; ++b, data += Way::kBlockBytes, sum += kLanes * kTile) {
+            Way::block(data, tables, sum, left);
+          }
         }
       }
       for (int v = 0; v < kTile / kLanes; ++v) {  // row after row of 16 tokens: few places are written at a time

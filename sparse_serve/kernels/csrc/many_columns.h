@@ -1,8 +1,8 @@
-// Many tokens (many.h) in float32: of x there is a table of columns, each of 32 tokens, and a code is two addresses. It makes
-// the products of linear.h's Exact in the same order.
+// Many tokens (many.h) in float32: of x there is a table of columns, each of 32 tokens, and a code is two addresses. It
+// makes the products of linear.h's Exact in the same order.
 //
-// A sum has to wait for its last product, so those of two rows are made in turn. The table is 16 KiB, half of the nearest
-// cache; the values of a block are made float32 once, for all tokens.
+// A sum has to wait for its last product, so those of two rows are made in turn. The table is 16 KiB, half of the
+// nearest cache; the values of a block are made float32 once, for all tokens.
 #pragma once
 #include "kept.h"
 #include "many.h"
@@ -25,7 +25,7 @@ struct ManyColumns {
   static constexpr int kTile = 32, kBlockBytes = block_bytes(kValues);
   static constexpr int kColumnBytes = kTile * 4, kTables = kColumns * kColumnBytes;
   static constexpr int kVectors = kTile / Isa::kRows, kTwo = 2;
-  static constexpr ColumnPairs<kColumnBytes> kPairs = {};
+  static constexpr ColumnPairs<kColumnBytes> kAddresses = {};
   using Lanes = typename Isa::Lanes;
 
   static bool takes(const Linear&) { return true; }
@@ -67,7 +67,7 @@ struct ManyColumns {
         for (int g = 0; g < 8; ++g, value += 2 * kLanes, table += 4 * kColumnBytes) {
 #pragma GCC unroll 2
           for (int r = 0; r < kTwo; ++r) {
-            const uint32_t columns = kPairs.at[codes[r] >> (4 * g) & 7];
+            const uint32_t columns = kAddresses.at[codes[r] >> (4 * g) & 7];
             products(acc[r], table + (columns & 0xffff), value[r]);
             products(acc[r], table + (columns >> 16), value[kLanes + r]);
           }

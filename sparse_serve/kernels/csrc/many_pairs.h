@@ -1,9 +1,9 @@
-// Many tokens (many.h) by products of pairs: of each 4 columns of x there is a table of the 6 pairs of bfloat16, each of 64
-// tokens, and a code is the address of the pair to multiply by the two values: 4 products, of 16 tokens each.
+// Many tokens (many.h) by products of pairs: of each 4 columns of x there is a table of the 6 pairs of bfloat16, each of
+// 64 tokens, and a code is the address of the pair to multiply by the two values: 4 products, of 16 tokens each.
 //
 // Tables are built once for all rows of a group of superblocks (48 KiB; the sums are 256 KiB), which pays from 64 tokens
-// on; bfloat16 values have to make up over many columns for changing rows and tokens round, while int8 and int4 values are
-// widened for 64 tokens at once.
+// on; bfloat16 values have to make up over many columns for changing rows and tokens round, while int8 and int4 values
+// are widened for 64 tokens at once.
 #pragma once
 #include "many.h"
 

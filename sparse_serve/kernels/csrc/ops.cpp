@@ -165,8 +165,8 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   constexpr int64_t kInputsAThread = 1 << 15;
   const int64_t best = best_int8_isa();
   STD_TORCH_CHECK(best > 0, "this processor lacks AVX2, FMA or F16C, which linear_int8 is written for");
-  const std::string refusal = wanted == 0 ? "isa is 0, expected another: linear_int8 has no portable way" : isa_refusal(wanted, best);
-  STD_TORCH_CHECK(refusal.empty(), refusal);
+  STD_TORCH_CHECK(wanted == -1 || (wanted > 0 && wanted <= best), "isa is ", wanted, ", expected -1 (the best here) or 1 "
+                  "to ", best, ": of AVX2, AVX-512 with VNNI and VBMI, and AMX with int8, those that this process may use");
   const Tensor x = as_contiguous(input);
   Linear op = checked(x, blocks, form, scale, bias);
   STD_TORCH_CHECK(op.values == Values::kInt8 || op.values == Values::kInt4, "values are ", form.scalar_type(),
@@ -177,12 +177,12 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
 #if SPARSE24_AMX
   op.rounded.tiles = wanted == 3 || (wanted < 0 && best == 3 && amx::takes_rounded(op));
 #endif
-  const bool vnni = wanted < 0 ? best > 1 : wanted > 1;
-  Run run = vnni ? vnni::run : avx2_int8::run;
+  const bool avx512 = wanted < 0 ? best > 1 : wanted > 1;
+  Run run = avx512 ? vnni::run : avx2_int8::run;
 #if SPARSE24_AMX
   if (op.rounded.tiles) run = amx::run_rounded;
 #endif
-  op.rounded.zero = op.rounded.tiles ? 0 : vnni ? vnni::kZero : avx2_int8::zero_of(op.values);
+  op.rounded.zero = op.rounded.tiles ? 0 : avx512 ? vnni::kZero : avx2_int8::zero_of(op.values);
   op.rounded.tokens = op.rounded.tiles ? ceil_div(op.tokens, kLanes) * kLanes : op.tokens;
   op.rounded.shared = shared_by(op.columns);
   const int64_t bytes = op.rounded.tokens * column_blocks(op.columns) * kColumns;
@@ -193,7 +193,7 @@ Tensor linear_int8(const Tensor& input, const Tensor& blocks, const Tensor& form
   op.rounded.codes = codes, op.rounded.scale = scales;
   torch::stable::parallel_for(0, op.rounded.tokens, ceil_div(kInputsAThread, std::max<int64_t>(op.columns, 1)),
                               [&](int64_t first, int64_t last) {
-                                if (vnni) vnni::round_tokens(op, first, last, codes, scales);
+                                if (avx512) vnni::round_tokens(op, first, last, codes, scales);
                                 else avx2_int8::round_tokens(op, first, last, codes, scales);
                               });
   run_threads(run, op, op.rounded.tiles ? kWorthAThreadOfTiles : kWorthAThread);

@@ -8,8 +8,8 @@
 // For a few tokens what is made ready goes straight into their products.
 //
 // Inputs have a scale for each 128 to 512 columns, so an outlier costs only its neighbours digits. Codes of these are
-// summed as whole numbers (of int4 values those of 128 columns, which are scaled by the weight's and summed in float32),
-// and their sums in float32, always in the same order: every instruction set gives the same bits.
+// summed as whole numbers (of int4 values those of 128 columns, which are scaled by the weight's and summed in
+// float32), and their sums in float32, always in the same order: every instruction set gives the same bits.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -36,10 +36,10 @@ struct Sums {
 template <class Block>
 void multiply_all(const typename Block::Ready& ready, const uint8_t* codes, const float* scale, int tokens, Sums sums) {
   for (int count; tokens > 0; tokens -= count, codes += count * kColumns, scale += count, sums = sums.after(count)) {
-#define COUNT(n)                                    \
-  if (n <= Block::kMost && tokens >= (count = n)) {                                          \
-    Block::template multiply<n <= Block::kMost ? n : 1>(ready, codes, scale, sums);          \
-    continue;                                                                                \
+#define COUNT(n)                                                                    \
+  if (n <= Block::kMost && tokens >= (count = n)) {                                 \
+    Block::template multiply<n <= Block::kMost ? n : 1>(ready, codes, scale, sums); \
+    continue;                                                                       \
   }
     COUNT(24) COUNT(16) COUNT(12) COUNT(8) COUNT(4) COUNT(2) COUNT(1)
 #undef COUNT

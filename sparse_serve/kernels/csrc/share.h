@@ -28,9 +28,10 @@ inline int64_t tile_of_most(const Linear& op, int64_t threads) {
   return best;
 }
 
-// A tile of 64 tokens is what many.h wants, and each thread makes tables of x for many rows; each also reads the weights
-// for its own tiles, which so many tokens pay for. Few tokens are one tile, so that weights are read once, unless
-// superblocks alone cannot be dealt out within 5 %. Shares differ by a unit at most, so there have to be some for each.
+// A tile of 64 tokens is what many_pairs.h wants, and two of many_columns.h's. Each thread makes tables of x for many
+// rows, and reads the weights for its own tiles, which so many tokens pay for. Few tokens are one tile, so that weights
+// are read once, unless superblocks alone cannot be dealt out within 5 %. Shares differ by a unit at most, so there have
+// to be some for each.
 inline int64_t tile_of(const Linear& op, int64_t threads) {
   constexpr int64_t kSome = 32, kUnits = 8;
   const int64_t tokens = op.tokens, rows = op.rows;

@@ -1,5 +1,5 @@
-// Rounded activations (rounded.h) by AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which makes
-// the controls.
+// Rounded activations (rounded.h) by AVX-512 with VNNI, whose products of bytes are four to a lane, and VBMI, which
+// makes the controls.
 //
 //     of each 8 columns:      per row 4 values and 4 controls
 //     for each 24 tokens:     per token 1 byte shuffle and 1 product of 64 bytes
@@ -11,6 +11,10 @@
 // that adds to a row's sum.
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
 
 #include "layout.h"  // before the pragma: what it declares is for every processor
 

@@ -5,6 +5,7 @@ Legend: T = tokens, O = out features, I = in features.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from maskgen.core.int4 import GROUPS
 from maskgen.core.packed import PackedTensor
 from maskgen.core.pattern import NMPattern
-from maskgen.core.values import INT4, KINDS
+from maskgen.core.values import INT4, INT8, KINDS
 from sparse_serve.kernels import LinearSpec, cpu, supported
 
 PATTERN = NMPattern(2, 4)
@@ -75,7 +76,8 @@ def test_every_instruction_set_is_right_at_every_end(
 def test_a_token_s_result_does_not_depend_on_its_batch_or_the_threads(
     dtype: torch.dtype, values: str, isa: int, columns: int
 ) -> None:
-    """64 tokens and more go another way, in bfloat16 where there are many columns. With AMX, a few go AVX-512's."""
+    """64 tokens (AVX2: 32) and more go another way, in bfloat16 where there are many columns. With AMX, a few go
+    AVX-512's."""
     torch.manual_seed(0)
     tensors, x_TI = cpu.prepare(packed_weight(2300, columns, dtype, values)), torch.randn(137, columns, dtype=dtype)
     bias_O, threads = torch.randn(2300, dtype=dtype), torch.get_num_threads()
@@ -156,6 +158,18 @@ def test_an_input_that_is_not_finite_shows(values: str, bad: float) -> None:
     y_TO = cpu.linear(x_TI, tensors, None)
     assert torch.isfinite(y_TO[[0, 2]]).all()
     assert not torch.isfinite(y_TO[1, weight_OI[:, 5] != 0]).any()
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("values", ["float", INT8, INT4])
+def test_damaged_blocks_are_read_as_something_within_bounds(values: str, isa: int) -> None:
+    """No code of a block can point outside of it."""
+    torch.manual_seed(0)
+    tensors = cpu.prepare(packed_weight(40, 264, torch.bfloat16, values, 64 if values == INT4 else None))
+    tensors["blocks"].random_(0, 256)
+    for tokens, dtype in itertools.product((1, 3, 9, 40, 70), (torch.bfloat16, torch.float32)):
+        y_TO = product(torch.randn(tokens, 264).to(dtype), tensors, None, isa)
+        assert y_TO.shape == (tokens, 40)
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -49,7 +49,7 @@ blocks, form, scale = (tensors[name] for name in ("blocks", "form", "scale"))
 try:
     torch.ops.sparse_serve_cpu.linear_int8(torch.ones(20, 256), blocks, form, scale, None, 3)
 except RuntimeError as error:
-    print("tiles is true, expected false or none" in str(error))
+    print("isa is 3, expected -1 (the best here) or 1 to 2" in str(error))
 """
 
 

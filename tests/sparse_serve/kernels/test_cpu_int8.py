@@ -226,6 +226,15 @@ def test_wrong_tensors_are_refused() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("isa", [-2, 0, HERE.stop, 4, 1 << 40])
+def test_an_instruction_set_that_is_not_here_is_refused(isa: int) -> None:
+    tensors = cpu_int8.prepare(packed_weight(16, 64))
+    expected = rf"isa is {isa}, expected -1 \(the best here\) or 1 to {HERE.stop - 1}: of AVX2, AVX-512"
+    with pytest.raises(RuntimeError, match=expected):
+        product(torch.randn(2, 64), tensors, None, isa)
+
+
+@needs_kernel
 def test_torch_accepts_the_operator() -> None:
     tensors, x_TI = cpu_int8.prepare(packed_weight(32, 64)), torch.randn(3, 64)
     arguments = (x_TI, tensors["blocks"], tensors["form"], tensors["scale"], torch.randn(32))

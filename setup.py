@@ -34,7 +34,7 @@ FLAGS = [
     "-O3",
     "-std=c++20",
     "-fvisibility=hidden",
-    "-ffp-contract=off",  # a product and a sum are one instruction only where the code says so: the same bits everywhere
+    "-ffp-contract=off",  # a product and a sum are one instruction only where the code says so
     "-Werror=return-type",
     "-D_GLIBCXX_USE_CXX11_ABI=1",
     "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",

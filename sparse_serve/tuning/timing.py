@@ -68,14 +68,26 @@ def gpu_s(call: Call) -> float:
     return begun.elapsed_time(ended) / 1e3
 
 
+def _warm_up(copies: Sequence[Call], budget_s: float) -> None:
+    """Run the first, and the others while there is time."""
+    started_s = time.perf_counter()
+    for number, call in enumerate(copies):
+        if number and time.perf_counter() - started_s > budget_s:
+            return
+        call()
+
+
 def interleaved(
     candidates: Mapping[str, Sequence[Call]], budget_s: float, least: int = 9, most: int = 200, clock: Clock = wall_s
 ) -> Times:
-    """Run the copies of every candidate in turn until `budget_s` is spent, but at least `least` rounds."""
+    """Run the copies of every candidate in turn until `budget_s` is spent, but at least `least` rounds.
+
+    Before, every copy runs once, unless those of a candidate take longer than its share of `budget_s`: what a first
+    call costs is then little of any call.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for copies in candidates.values():
-        for call in copies:
-            call()
+        _warm_up(copies, budget_s / len(candidates))
     started_s, names = time.perf_counter(), list(candidates)
     for turn in range(most):
         if turn >= least and time.perf_counter() - started_s > budget_s:

@@ -11,7 +11,7 @@ from sparse_serve.tuning.timing import Call, Times, interleaved, torch_threads, 
 def test_candidates_take_turns_and_use_their_copies_in_turn() -> None:
     ran: list[str] = []
     calls = {name: [lambda word=f"{name}{copy}": ran.append(word) for copy in range(2)] for name in "ab"}
-    times = interleaved(calls, budget_s=0.0, least=4)
+    times = interleaved(calls, budget_s=60.0, least=4, most=4)
     assert ran == ["a0", "a1", "b0", "b1", "a0", "b0", "b1", "a1", "a0", "b0", "b1", "a1"]
     assert [len(seconds) for seconds in times.seconds.values()] == [4, 4]
 
@@ -19,6 +19,14 @@ def test_candidates_take_turns_and_use_their_copies_in_turn() -> None:
 def test_the_budget_ends_it_but_not_before_enough_rounds() -> None:
     assert len(interleaved({"a": [lambda: None]}, budget_s=60.0, least=1, most=7).seconds["a"]) == 7
     assert len(interleaved({"a": [lambda: None]}, budget_s=0.0, least=3).seconds["a"]) == 3
+
+
+def test_slow_copies_are_not_all_run_before() -> None:
+    """Sixteen layers of 0.2 s in turn would make a first start wait."""
+    ran: list[str] = []
+    calls = {name: [lambda word=f"{name}{copy}": ran.append(word) for copy in range(9)] for name in "ab"}
+    interleaved(calls, budget_s=0.0, least=1)
+    assert ran == ["a0", "b0", "a0", "b0"]
 
 
 def test_a_clock_of_one_s_own_is_used_for_every_round() -> None:

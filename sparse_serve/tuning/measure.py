@@ -213,10 +213,11 @@ def _copies(spec: LinearSpec, packed: PackedTensor, candidates: int) -> int:
 
 def _ready(spec: LinearSpec, copies: list[Call], tokens: int) -> list[Call]:
     """Calls that can be timed: one for each copy, or on a GPU one for all of them."""
+    if spec.device_type != "cuda":
+        copies[0]()  # may compile, or fail
+        return copies
     for call in copies:
         call()  # may compile, and choose an algorithm
-    if spec.device_type != "cuda":
-        return copies
     torch.cuda.synchronize()
     row = copies * (_calls_in_a_row(spec, len(copies)) // len(copies))
     return [_graph(row) if tokens <= GRAPH_TOKENS else partial(_in_a_row, row)]

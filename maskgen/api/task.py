@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from maskgen.api.checks import find_model, label, resolve_device
 from maskgen.api.events import Listener
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
@@ -232,7 +234,7 @@ def _to_correct(request: PruneRequest, task: Task) -> Task:
 
 
 def learned(request: LearnRequest, task: Task) -> Task:
-    """The task with its prior, when everything that a learned run needs is there."""
+    """The task with its prior and the arithmetic of its device, when everything that a learned run needs is there."""
     recipe, name = task.recipe, task.recipe.method.name
     method = _learned(recipe)
     assert recipe.train is not None
@@ -253,7 +255,8 @@ def learned(request: LearnRequest, task: Task) -> Task:
     own = recipe.prior_recipe()
     if method.uses_prior and prior is None and task.start is None and own is not None and own.local_method().needs_data:
         check_window_tokens(recipe.calibration.window_tokens, limit)
-    return replace(task, prior=prior)
+    settled = recipe.train.settled_on(torch.device(task.device))
+    return replace(task, prior=prior, recipe=recipe.model_copy(update={"train": settled}))
 
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from maskgen.core.errors import DataError
+from maskgen.numerics.products import bfloat16_products
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 QUESTION_TOKENS, ANSWER_TOKENS, DOCUMENT_TOKENS = 96, 384, 512
@@ -104,9 +105,10 @@ class Writer:
             eos_token_id=ends,
             pad_token_id=ends[0],
         )
-        written_BT = self.model.generate(  # type: ignore[operator]
-            ids_BT.to(device), attention_mask=mask_BT.long().to(device), generation_config=config
-        )
+        with bfloat16_products(device):
+            written_BT = self.model.generate(  # type: ignore[operator]
+                ids_BT.to(device), attention_mask=mask_BT.long().to(device), generation_config=config
+            )
         return [_up_to(row, ends) for row in written_BT[:, longest:].tolist()]
 
     def _ends(self) -> list[int]:

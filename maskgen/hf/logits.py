@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from maskgen.hf.blocks import replaced_forward
 from maskgen.hf.errors import HF_ERRORS
+from maskgen.numerics.products import bfloat16_products
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids `[B, T]` -> logits `[B, T, V]` of the token after each."""
@@ -44,7 +45,9 @@ def logits_of(model: nn.Module, forward: Forward | None = None) -> Logits:
     """
 
     def call(ids_BT: Tensor) -> Tensor:
-        logits_BTV: Tensor = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False).logits
+        device = next(model.parameters()).device
+        with bfloat16_products(device):
+            logits_BTV: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits
         return logits_BTV
 
     run = call if forward is None else forward

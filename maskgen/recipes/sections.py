@@ -15,6 +15,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.values import INT4
 from maskgen.methods import LocalMethod, Method
 from maskgen.methods.learned import LearnedMethod
+from maskgen.numerics.products import ProductsDtype, settled_dtype
 
 
 class Strict(BaseModel):
@@ -27,13 +28,13 @@ class Training(Strict):
     """How a learned method is trained. One step sees `batch` windows of `window_tokens` tokens, whatever the machine.
 
     `noise_samples` is the number of independent noise draws the windows of a step are divided among; from the number of
-    processes on, every process has noise of its own. `dtype` is that of matrix products, and float32 computes with
-    frozen weights in float32 too. `warmup` is a fraction of the steps, `final_lr` one of `lr`, `clip` the largest
-    gradient norm (0: no limit). `scope` "blocks" also trains what is not pruned in decoder blocks (norms, layers that a
-    budget keeps dense), "all" what is outside of them, too (embeddings, the head). `heldout_windows` are taken off the
-    end of the text and never trained on. `blocks` [start, stop] learns in these decoder blocks only, while all others
-    keep the prior's masks: a model whose states do not fit is learned a few blocks at a time, each run starting from
-    the masks of the one before.
+    processes on, every process has noise of its own. `dtype` is that of matrix products, "auto" bfloat16 where the
+    device multiplies it faster than float32, else float32, which computes with frozen weights in float32 too. `warmup`
+    is a fraction of the steps, `final_lr` one of `lr`, `clip` the largest gradient norm (0: no limit). `scope` "blocks"
+    also trains what is not pruned in decoder blocks (norms, layers that a budget keeps dense), "all" what is outside of
+    them, too (embeddings, the head). `heldout_windows` are taken off the end of the text and never trained on. `blocks`
+    [start, stop] learns in these decoder blocks only, while all others keep the prior's masks: a model whose states do
+    not fit is learned a few blocks at a time, each run starting from the masks of the one before.
     """
 
     steps: int = Field(default=300, ge=1)
@@ -46,7 +47,7 @@ class Training(Strict):
     decay: Literal["cosine", "linear"] = "cosine"
     final_lr: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, ge=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: ProductsDtype = "auto"
     scope: Literal["targets", "blocks", "all"] = "targets"
     distill_weight: float = Field(default=0.0, ge=0, le=1)
     distill_temperature: float = Field(default=1.0, gt=0)
@@ -65,8 +66,13 @@ class Training(Strict):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """The dtype of matrix products, once it is settled (`settled_on`)."""
+        assert self.dtype != "auto"
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def settled_on(self, device: torch.device) -> Training:
+        """With the dtype that "auto" is on `device`."""
+        return self.model_copy(update={"dtype": settled_dtype(self.dtype, device)})
 
 
 ASKS = ("bytes", "speedup", "max_ppl_increase")

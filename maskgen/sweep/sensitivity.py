@@ -34,6 +34,7 @@ from maskgen.hf.logits import Logits, logits_of
 from maskgen.hf.planning import Plan
 from maskgen.hf.pruning_cost import Baseline, HeldOutText, logits_after
 from maskgen.numerics.memory import peak_rss_bytes
+from maskgen.numerics.products import products_dtype
 from maskgen.sweep.report import Progress
 
 POINTS = 3
@@ -68,7 +69,7 @@ class Probe:
         first = HeldOutText(text.ids_ST[:1], text.bos_tokens, text.names)
         (template,) = Baseline.record(model, plan.blocks, first, lambda done, windows: None).outputs
         last = template[0] if isinstance(template, tuple) else template
-        products = torch.bfloat16 if last.dtype is torch.bfloat16 else blocks.COMPUTE_DTYPE
+        products = products_dtype(last.dtype, torch.device(device))
         recording = blocks.record(model, plan.blocks, text.ids_ST.split(1), products)
         probe = cls(model, plan, text, logits_of(model), recording, template, [], torch.device(device))
         *_, dense = probe.forward()

@@ -22,12 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from maskgen.core.errors import RecipeError
 from maskgen.methods.blockwise import BlockMethod, Fit
+from maskgen.numerics.products import ProductsDtype, settled_dtype
 
 _SMALLEST = 1e-12
 """Least squared length of a token that is divided by."""
@@ -38,7 +40,7 @@ class Reconstruct(BlockMethod):
     """`lr` is Adam's learning rate at its highest, as a share of the size (root mean square) of a layer's kept weights
     at the start: Adam's steps do not depend on the size of gradients, and some models have weights ten times as large
     as others. It rises during the first `warmup` of the steps, then falls in a cosine to `final_lr` times that. `dtype`
-    is that of matrix products, "bfloat16" or "float32".
+    is that of matrix products, "bfloat16" or "float32"; "auto" is bfloat16 where the device multiplies it faster.
     """
 
     epochs: int = 8
@@ -46,19 +48,18 @@ class Reconstruct(BlockMethod):
     lr: float = 0.02
     warmup: float = 0.05
     final_lr: float = 0.0
-    dtype: str = "bfloat16"
+    dtype: ProductsDtype = "auto"
 
     def __post_init__(self) -> None:
         self.require_positive("lr")
         self.require_not_negative("warmup", "final_lr", most=1)
-        self.require_one_of(inputs=("pruned", "dense", "mixed"), dtype=("bfloat16", "float32"))
+        self.require_one_of(inputs=("pruned", "dense", "mixed"), dtype=get_args(ProductsDtype))
         if self.epochs < 1:
             raise RecipeError(f"method.epochs {self.epochs}: expected a positive number, such as 8")
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What `dtype` names."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        return torch.bfloat16 if settled_dtype(self.dtype, device) == "bfloat16" else torch.float32
 
     def loss(self, output_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
         """Squared error of a token relative to its squared length, mean over tokens."""

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskgen.numerics.products import float32_sums, products_dtype
+from maskgen.numerics.products import ProductsDtype, bfloat16_products, float32_sums, products_dtype, settled_dtype
 
 CPU = torch.device("cpu")
+
+
+def processor_has_bfloat16(monkeypatch: pytest.MonkeyPatch, avx: bool, amx: bool = False) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Remembers the dtypes that matrices are multiplied in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+            self.seen.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -23,14 +48,56 @@ CPU = torch.device("cpu")
 def test_where_it_is_fast(
     stored: torch.dtype, avx: bool, amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    processor_has_bfloat16(monkeypatch, avx, amx)
     assert products_dtype(stored, CPU) is expected
 
 
 def test_torch_still_tells_what_the_processor_can_do() -> None:
     """The two questions are not public; a torch without them must be noticed."""
     assert products_dtype(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fast", "expected"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("bfloat16", False, "bfloat16"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_auto_is_what_the_device_is_fast_in(
+    wanted: ProductsDtype, fast: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    assert settled_dtype(wanted, CPU) == expected
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_processor_without_bfloat16_rounds_once(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what multiplies is float32: such a processor emulates everything else, many times slower."""
+    processor_has_bfloat16(monkeypatch, False)
+    generator = torch.Generator().manual_seed(0)
+    x_TI, w_OI, b_O = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 40), (24, 40), (24,)))
+    layer = torch.nn.Linear(40, 24, bias=bias, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.copy_(w_OI)
+        if bias:
+            layer.bias.copy_(b_O)
+    exact_TO = x_TI.double() @ w_OI.double().T + (b_O.double() if bias else 0)
+    with torch.no_grad(), bfloat16_products(CPU), ProductDtypes() as dtypes:
+        y_TO = layer(x_TI)
+    assert dtypes.seen == {torch.float32}
+    assert y_TO.dtype is torch.bfloat16 and (y_TO.double() - exact_TO).abs().max() <= 2**-8 * exact_TO.abs().max()
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32), (False, torch.float16)])
+def test_all_else_is_multiplied_as_it_is(fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    x_TI, w_OI = torch.randn(3, 40).to(dtype), torch.randn(24, 40).to(dtype)
+    expected_TO = functional.linear(x_TI, w_OI)
+    with bfloat16_products(CPU):
+        assert torch.equal(functional.linear(x_TI, w_OI), expected_TO)
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])

@@ -69,7 +69,7 @@ def test_a_learned_method_is_trained_with_defaults_unless_the_recipe_says_otherw
     assert loaded.train == Training(steps=7) and isinstance(loaded.build_method(), LearnedMethod)
     bare = recipe.parse('[method]\nname = "maskllm"\n')
     assert bare.train == Training() and bare.prior is None
-    spelled_out = recipe.parse('[method]\nname = "maskllm"\n[train]\nsteps = 300\ndtype = "bfloat16"\n')
+    spelled_out = recipe.parse('[method]\nname = "maskllm"\n[train]\nsteps = 300\ndtype = "auto"\n')
     assert bare.digest() == spelled_out.digest() != loaded.digest()
 
 

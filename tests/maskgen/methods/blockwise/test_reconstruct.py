@@ -98,7 +98,7 @@ def test_a_weight_that_no_token_reached_stays() -> None:
         ({"lr": 0.0}, "method.lr 0.0: expected a positive number"),
         ({"warmup": 1.5}, "method.warmup 1.5: expected a number from 0 to 1"),
         ({"inputs": "both"}, "method.inputs 'both': expected one of ['dense', 'mixed', 'pruned']"),
-        ({"dtype": "float16"}, "method.dtype 'float16': expected one of ['bfloat16', 'float32']"),
+        ({"dtype": "float16"}, "method.dtype 'float16': expected one of ['auto', 'bfloat16', 'float32']"),
         ({"steps": 3}, "method.steps: reconstruct has no such option"),
     ],
 )

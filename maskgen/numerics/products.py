@@ -46,13 +46,21 @@ def settled_dtype(wanted: ProductsDtype, device: torch.device) -> Literal["bfloa
 def bfloat16_products(device: torch.device) -> Iterator[None]:
     """Linear layers in bfloat16 are as fast as in float32, on processors without instructions for bfloat16 too.
 
-    There they are multiplied as float32 matrices. Products of two bfloat16 numbers are exact in float32, sums are
-    float32 in either case, and the result is rounded to bfloat16 once: it differs by the order of sums only. With AVX2
-    alone, torch takes 8 times as long for bfloat16. For forward passes whose dtype was asked for; not for training,
-    which would keep the wider copies.
+    There many tokens are multiplied as float32 matrices. Products of two bfloat16 numbers are exact in float32, sums
+    are float32 in either case, and the result is rounded to bfloat16 once: it differs by the order of sums only. With
+    AVX2 alone, torch takes 8 times as long for bfloat16. For forward passes whose dtype was asked for; not for
+    training, which would keep the wider copies.
     """
     with contextlib.nullcontext() if multiplies_bfloat16(device) or device.type != "cpu" else _Widened():
         yield
+
+
+_MANY = 16
+"""From so many tokens on, widening the weights takes less time than it saves: measured with AVX2, one thread."""
+
+
+def _tokens(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
 
 
 class _Widened(TorchFunctionMode):
@@ -62,9 +70,10 @@ class _Widened(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not functional.linear or next(iter((*args, *kwargs.values()))).dtype is not torch.bfloat16:
+        given = (*args, *kwargs.values())
+        if func is not functional.linear or given[0].dtype is not torch.bfloat16 or _tokens(given[0]) < _MANY:
             return func(*args, **kwargs)
-        widened: Any = [tensor if tensor is None else tensor.float() for tensor in (*args, *kwargs.values())]
+        widened: Any = [tensor if tensor is None else tensor.float() for tensor in given]
         named = dict(zip(kwargs, widened[len(args) :], strict=True))
         return functional.linear(*widened[: len(args)], **named).to(torch.bfloat16)
 

@@ -78,7 +78,7 @@ def test_a_processor_without_bfloat16_rounds_once(bias: bool, monkeypatch: pytes
     """And what multiplies is float32: such a processor emulates everything else, many times slower."""
     processor_has_bfloat16(monkeypatch, False)
     generator = torch.Generator().manual_seed(0)
-    x_TI, w_OI, b_O = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 40), (24, 40), (24,)))
+    x_TI, w_OI, b_O = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((16, 40), (24, 40), (24,)))
     layer = torch.nn.Linear(40, 24, bias=bias, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.copy_(w_OI)
@@ -91,13 +91,24 @@ def test_a_processor_without_bfloat16_rounds_once(bias: bool, monkeypatch: pytes
     assert y_TO.dtype is torch.bfloat16 and (y_TO.double() - exact_TO).abs().max() <= 2**-8 * exact_TO.abs().max()
 
 
-@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32), (False, torch.float16)])
-def test_all_else_is_multiplied_as_it_is(fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fast", "dtype", "tokens"),
+    [
+        (True, torch.bfloat16, 16),
+        (False, torch.bfloat16, 15),
+        (False, torch.float32, 16),
+        (False, torch.float16, 16),
+    ],
+)
+def test_all_else_is_multiplied_as_it_is(
+    fast: bool, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processor_has_bfloat16(monkeypatch, fast)
-    x_TI, w_OI = torch.randn(3, 40).to(dtype), torch.randn(24, 40).to(dtype)
+    x_TI, w_OI = torch.randn(tokens, 40).to(dtype), torch.randn(24, 40).to(dtype)
     expected_TO = functional.linear(x_TI, w_OI)
-    with bfloat16_products(CPU):
+    with bfloat16_products(CPU), ProductDtypes() as dtypes:
         assert torch.equal(functional.linear(x_TI, w_OI), expected_TO)
+    assert dtypes.seen == {dtype}
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])

@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from maskgen.api.checks import find_model, label, resolve_device
 from maskgen.api.events import Listener
 from maskgen.api.requests import LearnRequest, PermuteRequest, PruneRequest
@@ -80,7 +78,7 @@ def settled(request: PruneRequest | PermuteRequest, recipe: Recipe, progress: Li
         start = given_start(given, model_dir, recipe.build_method(), recipe.method.name)
         if is_first():
             start.check_base(digest_weights(model_dir))
-    recipe = recipe.for_context(model.stored_max_tokens(model_dir))
+    recipe = recipe.for_context(model.stored_max_tokens(model_dir)).on_device(device)
     if start is not None if _takes_weights(recipe) else given is not None and recipe.block_method() is not None:
         recipe = recipe.model_copy(update={"prior": None})  # what is given takes its place
     if isinstance(request, PruneRequest) and not request.allow_unserved:
@@ -234,7 +232,7 @@ def _to_correct(request: PruneRequest, task: Task) -> Task:
 
 
 def learned(request: LearnRequest, task: Task) -> Task:
-    """The task with its prior and the arithmetic of its device, when everything that a learned run needs is there."""
+    """The task with its prior, when everything that a learned run needs is there."""
     recipe, name = task.recipe, task.recipe.method.name
     method = _learned(recipe)
     assert recipe.train is not None
@@ -255,8 +253,7 @@ def learned(request: LearnRequest, task: Task) -> Task:
     own = recipe.prior_recipe()
     if method.uses_prior and prior is None and task.start is None and own is not None and own.local_method().needs_data:
         check_window_tokens(recipe.calibration.window_tokens, limit)
-    settled = recipe.train.settled_on(torch.device(task.device))
-    return replace(task, prior=prior, recipe=recipe.model_copy(update={"train": settled}))
+    return replace(task, prior=prior)
 
 
 def calibration(request: PruneRequest | PermuteRequest, task: Task) -> None:

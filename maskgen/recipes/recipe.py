@@ -165,6 +165,11 @@ class Recipe(Strict):
                 changes[name] = section.model_copy(update={"window_tokens": tokens})
         return self.model_copy(update=changes)
 
+    def on_device(self, device: str) -> Recipe:
+        """This recipe with the arithmetic of training settled for `device`, such as "cpu" or "cuda:0"."""
+        train = None if self.train is None else self.train.settled_on(device)
+        return self.model_copy(update={"train": train})
+
     def build_method(self) -> Method:
         """The method, ready to use: a `LocalMethod`, a `BlockMethod`, a `CorrectionMethod` or a `LearnedMethod`."""
         return self.method.build()

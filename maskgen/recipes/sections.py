@@ -70,9 +70,9 @@ class Training(Strict):
         assert self.dtype != "auto"
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
-    def settled_on(self, device: torch.device) -> Training:
+    def settled_on(self, device: str) -> Training:
         """With the dtype that "auto" is on `device`."""
-        return self.model_copy(update={"dtype": settled_dtype(self.dtype, device)})
+        return self.model_copy(update={"dtype": settled_dtype(self.dtype, torch.device(device))})
 
 
 ASKS = ("bytes", "speedup", "max_ppl_increase")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from maskgen.core.checkpoint import SparseCheckpoint, is_sparse_checkpoint
 from maskgen.core.digest import digest_weights
@@ -21,10 +20,8 @@ from maskgen.core.mask import MaskSet
 from maskgen.core.pattern import NMPattern
 from maskgen.export import compress
 from maskgen.hf import model
-from maskgen.methods.learned import LearnedLinear, LearnedMethod, Result
-from maskgen.numerics import products
+from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes import recipe
-from maskgen.recipes.recipe import RECIPE_FILE
 from maskgen.train import prior
 from maskgen.train import run as learn
 from maskgen.train.log import LOG_FILE, read
@@ -59,31 +56,6 @@ def measured(out: Path, dense: Path, text: Path, settings: recipe.Recipe) -> flo
     """The loss of what was written, on the text that was held out, by transformers alone."""
     heldout_ST = learn.read_corpus(settings, [text], dense, out.parent / "cache").heldout
     return float(model.load(out, torch.float32)(input_ids=heldout_ST, labels=heldout_ST).loss)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_arithmetic_of_a_run_is_that_of_its_device_and_stands_beside_the_result(
-    dtype: str,
-    model_dir: ModelDir,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda device: dtype == "bfloat16")
-    seen, forward = set(), LearnedLinear.forward
-
-    def watched(layer: LearnedLinear, x: Tensor) -> Tensor:
-        y = forward(layer, x)
-        seen.add(y.dtype)
-        return y
-
-    monkeypatch.setattr(LearnedLinear, "forward", watched)
-    out = tmp_path / "out"
-    code, _, errors = run(capsys, *words("maskllm", model_dir(), text_file, out), "--set", "train.dtype=auto")
-    assert (code, errors) == (0, "")
-    assert seen == {getattr(torch, dtype)}
-    assert json.loads((out / RECIPE_FILE).read_text())["train"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -1,8 +1,12 @@
-"""A learned run holds nothing twice, does nothing twice, and says at its start what would stop it at its end."""
+"""A learned run holds nothing twice, does nothing twice, and multiplies in what its device is fast in.
+
+What would stop it at its end it says at its start.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +23,9 @@ from maskgen.core.checkpoint import SparseCheckpoint
 from maskgen.core.errors import FormatError
 from maskgen.core.mask import MaskSet
 from maskgen.hf import model, planning
+from maskgen.methods.learned import LearnedLinear
+from maskgen.numerics import products
+from maskgen.recipes.recipe import RECIPE_FILE
 from maskgen.train import prior
 from maskgen.train import run as learn
 from maskgen.train.log import LOG_FILE, read
@@ -193,3 +200,28 @@ def test_a_prior_is_made_once(
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(FormatError, match=r"prior\.safetensors: .*; delete it to have it made again"):
         prior.make_prior(wanted, corpus, dense, work, one["base"], Group(1, 2), ignore)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_arithmetic_of_a_run_is_that_of_its_device_and_stands_beside_the_result(
+    dtype: str,
+    model_dir: ModelDir,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda device: dtype == "bfloat16")
+    seen, forward = set(), LearnedLinear.forward
+
+    def watched(layer: LearnedLinear, x: Tensor) -> Tensor:
+        y = forward(layer, x)
+        seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(LearnedLinear, "forward", watched)
+    out = tmp_path / "out"
+    code, _, errors = run(capsys, *words("maskllm", model_dir(), text_file, out), "--set", "train.dtype=auto")
+    assert (code, errors) == (0, "")
+    assert seen == {getattr(torch, dtype)}
+    assert json.loads((out / RECIPE_FILE).read_text())["train"]["dtype"] == dtype

@@ -24,6 +24,7 @@ from maskgen.api.requests import (
     Request,
 )
 from maskgen.cli import display, measured
+from maskgen.cli.progress import megabytes, shown_progress
 from maskgen.core.errors import RequestError
 from maskgen.core.files import check_writable, write_json
 from maskgen.core.quality import QUALITY_FILE, UNKNOWN
@@ -40,7 +41,7 @@ def request(kind: type[_Request], args: argparse.Namespace) -> _Request:
 def run(args: argparse.Namespace) -> None:
     """Recipe + dense model + text -> checkpoint."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = pruning.run(request(LearnRequest, args), show)
     if result is not None:  # another process of the group speaks
         display.print_run(result)
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 def permute(args: argparse.Namespace) -> None:
     """Dense model + text -> the same function with its neurons in another order."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = converting.permute(request(PermuteRequest, args), show)
     display.print_permuted(result)
 
@@ -59,7 +60,7 @@ def permute(args: argparse.Namespace) -> None:
 def compress(args: argparse.Namespace) -> None:
     """Dense model + masks -> sparse checkpoint."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = converting.compress(request(CompressRequest, args), show)
     display.print_compressed(result.out, result.written)
 
@@ -67,7 +68,7 @@ def compress(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Sparse model of another tool -> sparse checkpoint."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = converting.convert(request(ConvertRequest, args), show)
     display.print_converted(result)
 
@@ -75,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
 def quantise(args: argparse.Namespace) -> None:
     """Sparse checkpoint with float values -> one with 8-bit or 4-bit values."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = quantising.quantise(request(QuantiseRequest, args), show)
     display.print_compressed(result.out, result.written)
     if (found := result.against_float) is not None:
@@ -91,7 +92,7 @@ def decompress(args: argparse.Namespace) -> None:
     """Sparse checkpoint or GGUF file -> dense model, with zeros, or with corrections folded in."""
     model.quiet()
     result = converting.decompress(request(DecompressRequest, args))
-    display.say(f"wrote {result.out}: {display.megabytes(result.total_bytes)}")
+    display.say(f"wrote {result.out}: {megabytes(result.total_bytes)}")
     if result.folded:
         display.say("  its corrections are folded into the weights, so these are no longer sparse")
 
@@ -116,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> None:
     wanted = request(EvaluateRequest, args)
     if "windows_out" in args and len(wanted.data) > 1:
         raise RequestError(f"--windows-out {args.windows_out}: holds the windows of one text; give one with --data")
-    with display.progress() as show:
+    with shown_progress() as show:
         result = measuring.evaluate(wanted, show)
     if "json" in args:  # files first, as nobody may read what is printed
         write_json(args.json, result.to_dict())
@@ -131,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     """A chat model and text."""
     model.quiet()
-    with display.progress() as show:
+    with shown_progress() as show:
         result = measuring.demo(request(DemoRequest, args), show)
     out = result.out
     texts = f"{result.calibration} {result.conversations}"
@@ -142,7 +143,7 @@ def demo(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """One page about runs."""
     result = measuring.report(request(ReportRequest, args))
-    display.say(f"wrote {result.out}: {display.megabytes(result.total_bytes)}; open it in a browser")
+    display.say(f"wrote {result.out}: {megabytes(result.total_bytes)}; open it in a browser")
 
 
 VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {

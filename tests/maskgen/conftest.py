@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from maskgen.cli import display
+from maskgen.cli import progress
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -25,4 +25,4 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "LOG_EVERY_S", math.inf)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", math.inf)

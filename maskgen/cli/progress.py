@@ -68,16 +68,19 @@ def _bar() -> Iterator[ProgressBar]:
 
 
 class _LogLines(ProgressBar):
-    """For logs, where a bar that redraws itself shows nothing: now and then a line, and one for each stage of a run
-    that is not over at once."""
+    """For logs, where a bar that redraws itself shows nothing: now and then a line, and one for each new stage of a
+    command that has been at work for a while."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console=console, disable=True)
         self.began_s = self.said_s = time.monotonic()
+        self.stage = ""
 
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
-        if time.monotonic() - self.began_s >= LOG_EVERY_S:
+        kind, _, _ = description.partition(" ")  # of "wrote 64 texts of 128" one line is enough for a while
+        if kind != self.stage and time.monotonic() - self.began_s >= LOG_EVERY_S:
             self._say(description)
+        self.stage = kind
         return super().add_task(description, *args, **kwargs)
 
     def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:

@@ -17,11 +17,12 @@ ProductsDtype = Literal["auto", "bfloat16", "float32"]
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices faster than float32 ones.
 
-    Processors without instructions for it emulate it, which is slower; on those that are known here, these instructions
-    are AVX512-BF16 and AMX.
+    Processors without instructions for it emulate it, which is slower. These instructions are AVX512-BF16 and AMX, and
+    Arm's BF16.
     """
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        on_x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return on_x86 or bool(torch.cpu.get_capabilities().get("bf16"))
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -44,12 +45,13 @@ def settled_dtype(wanted: ProductsDtype, device: torch.device) -> Literal["bfloa
 
 @contextlib.contextmanager
 def bfloat16_products(device: torch.device) -> Iterator[None]:
-    """Linear layers in bfloat16 are as fast as in float32, on processors without instructions for bfloat16 too.
+    """Linear layers in bfloat16 take about as long as in float32, on processors without instructions for bfloat16 too.
 
-    There many tokens are multiplied as float32 matrices. Products of two bfloat16 numbers are exact in float32, sums
-    are float32 in either case, and the result is rounded to bfloat16 once: it differs by the order of sums only. With
-    AVX2 alone, torch takes 8 times as long for bfloat16. For forward passes whose dtype was asked for; not for
-    training, which would keep the wider copies.
+    There `_MANY` tokens and more are multiplied as float32 matrices: products of two bfloat16 numbers are exact in
+    float32, sums are float32 in either case, and the result is rounded to bfloat16 once, so it differs by the order of
+    sums only. With AVX2 alone, torch takes 8 times as long for bfloat16. A float32 copy of one layer's weight exists
+    meanwhile, and as long as a backward pass wants it: this is for forward passes. What is no linear layer (experts in
+    one tensor, GPT-2's) is multiplied as it is.
     """
     with contextlib.nullcontext() if multiplies_bfloat16(device) or device.type != "cpu" else _Widened():
         yield

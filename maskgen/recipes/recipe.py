@@ -61,7 +61,7 @@ from maskgen.methods.blockwise import BlockMethod
 from maskgen.methods.correction import CorrectionMethod
 from maskgen.methods.learned import LearnedMethod, Result
 from maskgen.recipes.overrides import apply
-from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_prior
+from maskgen.recipes.sections import Budget, Strict, Training, Values, asking, check_prior, settled_options
 
 WINDOW_TOKENS = {"calibration": 512, "train": 2048}
 """Length of windows by section, for models that read as much. docs/results.md has what was tried."""
@@ -154,10 +154,8 @@ class Recipe(Strict):
         return self
 
     def for_context(self, limit: int | None) -> Recipe:
-        """This recipe with `window_tokens` settled for a model that reads at most `limit` tokens (None: any number).
-
-        A number that the recipe gives stays as it is.
-        """
+        """This recipe with `window_tokens` settled, where it gives no number, for a model that reads at most `limit`
+        tokens (None: any number)."""
         changes: dict[str, Calibration | Training] = {}
         for name, section in (("calibration", self.calibration), ("train", self.train)):
             if section is not None and section.window_tokens is None:
@@ -167,8 +165,9 @@ class Recipe(Strict):
 
     def on_device(self, device: str) -> Recipe:
         """This recipe with the arithmetic of training settled for `device`, such as "cpu" or "cuda:0"."""
+        method = self.method.model_copy(update={"options": settled_options(self.method.options, device)})
         train = None if self.train is None else self.train.settled_on(device)
-        return self.model_copy(update={"train": train})
+        return self.model_copy(update={"method": method, "train": train})
 
     def build_method(self) -> Method:
         """The method, ready to use: a `LocalMethod`, a `BlockMethod`, a `CorrectionMethod` or a `LearnedMethod`."""

@@ -75,6 +75,12 @@ class Training(Strict):
         return self.model_copy(update={"dtype": settled_dtype(self.dtype, torch.device(device))})
 
 
+def settled_options(options: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The options of a method, its `dtype`, if it has one, as "auto" is on `device`."""
+    dtype = {"dtype": settled_dtype(options["dtype"], torch.device(device))} if "dtype" in options else {}
+    return {**options, **dtype}
+
+
 ASKS = ("bytes", "speedup", "max_ppl_increase")
 """The ways to ask for a budget."""
 

@@ -106,7 +106,7 @@ class Probe:
     def run(self, index: int, window: int, hidden_1TD: Tensor) -> Tensor:
         """What block number `index`, at work, makes of a window: float32, on its device.
 
-        Products are of bfloat16 if the model is: measuring is many passes, and that is the faster arithmetic.
+        Products are of bfloat16 if the model is and the device multiplies that faster: measuring is many passes.
         """
         call, block = self.recording.call(window, index), self.plan.blocks[index]
         return blocks.forward(block, hidden_1TD, call, self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from maskgen.core.errors import ModelError, NumericalError
@@ -53,5 +54,6 @@ def _dense(session: Session, model_dir: Path) -> Logits:
         return _in_mode(session, Mode.DENSE)
     teacher = session.objective.teacher
     if teacher is None:
-        return logits_of(model.load(model_dir, "auto", str(session.device)))
+        dtype = torch.float32 if session.spec.torch_dtype is torch.float32 else "auto"
+        return logits_of(model.load(model_dir, dtype, str(session.device)))
     return logits_of(teacher, lambda ids_BT: session.objective.logits(teacher, ids_BT.to(session.device)))

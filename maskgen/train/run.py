@@ -247,7 +247,7 @@ def _session(job: Job, prior: MaskSet | None, group: Group, compiled: bool = Fal
     """
     wanted, method, model_dir = job.recipe, job.recipe.build_method(), job.model_dir
     assert isinstance(method, LearnedMethod) and wanted.train is not None
-    in_float32 = method.trains_weights or wanted.train.scope != "targets" or wanted.train.dtype == "float32"
+    in_float32 = method.trains_weights or wanted.train.scope != "targets" or wanted.train.torch_dtype is torch.float32
     device = "cpu" if group.shard else group.device  # sharding moves a block at a time
     loaded = model.load(model_dir, torch.float32 if in_float32 else "auto", device)
     plan = planning.plan_of(model_dir, wanted.pattern, wanted.ignore, loaded, dense_layers(job.allocation))

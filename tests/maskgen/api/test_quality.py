@@ -88,6 +88,15 @@ def test_a_learned_run_measures_what_it_writes(
     assert made.quality.kl > 0 and made.quality.pattern == ("" if recipe == "dense_control" else "2:4")
 
 
+def test_both_models_are_measured_in_one_arithmetic(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    """A model that training leaves as it is does not differ from the dense one by the rounding of its activations."""
+    dense, changes = model_dir(dtype=torch.bfloat16), {"train.distill_weight": 0.0, "train.lr": 1e-12}
+    request = learn(dense, text_file, tmp_path / "out", recipe="dense_control", overrides={**TRAINING, **changes})
+    made = maskgen.learn(request)
+    assert isinstance(made, maskgen.LearnResult) and isinstance(made.quality, Quality)
+    assert made.quality.kl == pytest.approx(0.0, abs=1e-9) and made.quality.agreement == 1.0
+
+
 def test_without_a_number_there_is_the_reason(
     model_dir: ModelDir, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,11 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
             show(Scored(done, 50))
             now_s += 1.0
         show(Stage("writing"))
+        for texts in (64, 128):
+            show(Stage(f"wrote {texts} texts of 128"))
+    first = "wrote 64 texts of 128"
     lines = capsys.readouterr().err.splitlines()
-    assert [line.strip() for line in lines] == [*(f"scoring {done}/50" for done in (11, 21, 31, 41)), "writing"]
+    assert [line.strip() for line in lines] == [*(f"scoring {done}/50" for done in (11, 21, 31, 41)), "writing", first]
 
 
 def test_nothing_is_drawn_without_an_event(capsys: pytest.CaptureFixture[str]) -> None:

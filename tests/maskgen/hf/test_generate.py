@@ -12,6 +12,7 @@ from maskgen.core.errors import DataError
 from maskgen.hf import generate, model
 from maskgen.hf.generate import Writer
 from tests.conftest import ModelDir
+from tests.maskgen.arithmetic import ProductDtypes, processor_has_bfloat16
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -67,3 +68,14 @@ def test_a_model_that_writes_nothing_is_an_error(writer: Writer, monkeypatch: py
     )
     with pytest.raises(DataError, match="wrote 0 texts where 2 were wanted; give a file"):
         list(writer.rows(2, 0))
+
+
+@pytest.mark.parametrize(("fast", "multiplied"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_batch_is_multiplied_in_what_the_processor_is_fast_in(
+    fast: bool, multiplied: torch.dtype, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    writer.model.to(torch.bfloat16)
+    with ProductDtypes() as dtypes:
+        writer._continue([[1, 2, 3]] * 16, 4)
+    assert dtypes.seen == {multiplied}

@@ -10,6 +10,7 @@ from maskgen.core.perplexity import Protocol
 from maskgen.hf import evaluate, logits
 from maskgen.hf.logits import logits_of
 from tests import families, models
+from tests.maskgen.arithmetic import ProductDtypes, processor_has_bfloat16
 
 IDS_BT = torch.randint(models.VOCABULARY, (2, 33), generator=torch.Generator().manual_seed(0))
 PIECE_TOKENS = 5
@@ -117,3 +118,18 @@ def test_what_is_measured_does_not_depend_on_pieces(
     assert pieces.divergence is not None and whole.divergence is not None
     assert pieces.divergence.kl_per_window == pytest.approx(whole.divergence.kl_per_window, rel=10 * room)
     assert pieces.divergence.agreement == pytest.approx(whole.divergence.agreement, abs=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("fast", "multiplied"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_model_is_multiplied_in_what_the_processor_is_fast_in(
+    fast: bool, multiplied: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    model = build("llama", torch.bfloat16)
+    run = logits_of(model)
+    with ProductDtypes() as dtypes:
+        (piece_BTV,) = run(IDS_BT)
+    assert dtypes.seen == {multiplied} and piece_BTV.dtype is torch.bfloat16
+    rounding = 8 * torch.finfo(torch.bfloat16).eps * piece_BTV.abs().max()
+    assert (piece_BTV - model(input_ids=IDS_BT, use_cache=False).logits).abs().max() <= rounding

@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgen.numerics.products import ProductsDtype, bfloat16_products, float32_sums, products_dtype, settled_dtype
+from tests.maskgen.arithmetic import ProductDtypes, processor_has_bfloat16
 
 CPU = torch.device("cpu")
 
 
-def processor_has_bfloat16(monkeypatch: pytest.MonkeyPatch, avx: bool, amx: bool = False) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-
-
-class ProductDtypes(TorchDispatchMode):
-    """Remembers the dtypes that matrices are multiplied in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
-            self.seen.add(args[-1].dtype)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
-    ("stored", "avx", "amx", "expected"),
+    ("stored", "has", "expected"),
     [
-        (torch.bfloat16, True, False, torch.bfloat16),
-        (torch.bfloat16, False, True, torch.bfloat16),
-        (torch.bfloat16, False, False, torch.float32),
-        (torch.float16, True, True, torch.float32),
-        (torch.float32, True, True, torch.float32),
+        (torch.bfloat16, "avx", torch.bfloat16),
+        (torch.bfloat16, "amx", torch.bfloat16),
+        (torch.bfloat16, "arm", torch.bfloat16),
+        (torch.bfloat16, "", torch.float32),
+        (torch.float16, "avx amx", torch.float32),
+        (torch.float32, "avx amx", torch.float32),
     ],
 )
 def test_where_it_is_fast(
-    stored: torch.dtype, avx: bool, amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    stored: torch.dtype, has: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor_has_bfloat16(monkeypatch, avx, amx)
+    processor_has_bfloat16(monkeypatch, "avx" in has, "amx" in has, "arm" in has)
     assert products_dtype(stored, CPU) is expected
 
 
 def test_torch_still_tells_what_the_processor_can_do() -> None:
-    """The two questions are not public; a torch without them must be noticed."""
+    """Two of the questions are not public; a torch without them must be noticed."""
     assert products_dtype(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
 
 

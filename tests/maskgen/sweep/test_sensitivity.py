@@ -14,6 +14,7 @@ from maskgen.sweep import sensitivity
 from maskgen.sweep.report import Progress
 from maskgen.sweep.sensitivity import Probe, costs, mixture
 from tests import models
+from tests.maskgen.arithmetic import processor_has_bfloat16
 
 PATTERN = NMPattern(2, 4)
 IDS = torch.randint(models.VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -85,3 +86,11 @@ def test_a_mixture_is_compared_as_the_whole_model_is() -> None:
         q, p = (model(IDS).logits[:, :-1].double().log_softmax(-1) for model in (moved("llama", part), dense))
     assert found is not None
     assert found.kl == pytest.approx(float(kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("fast", "products"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_blocks_are_multiplied_in_what_the_processor_is_fast_in(
+    fast: bool, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    assert probe(models.build("llama").bfloat16()).recording.call(0, 0).products is products

@@ -48,7 +48,7 @@ def words(name: str, dense: Path, text: Path, out: Path) -> list[object]:
 
 def settled(name: str) -> recipe.Recipe:
     flags = [*SHORT, *FOR_TINY_MODELS.get(name, [])]
-    return recipe.load(name, [value for value in flags if "." in value]).for_context(models.MAX_TOKENS)
+    return recipe.load(name, [value for value in flags if "." in value]).for_context(models.MAX_TOKENS).on_device("cpu")
 
 
 @torch.no_grad()

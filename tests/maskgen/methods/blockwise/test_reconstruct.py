@@ -16,6 +16,8 @@ from maskgen.core.errors import RecipeError
 from maskgen.core.pattern import NMPattern
 from maskgen.methods import create
 from maskgen.methods.blockwise.reconstruct import Reconstruct
+from maskgen.recipes import recipe
+from tests.maskgen.arithmetic import processor_has_bfloat16
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -89,6 +91,20 @@ def test_a_weight_that_no_token_reached_stays() -> None:
     mask_OI = torch.ones(2, 4, dtype=torch.bool)
     Reconstruct().fit([used_OI, idle_OI], [mask_OI, mask_OI], 5).step(used_OI[None], torch.zeros(1, 2, 4) + 2)
     assert torch.equal(idle_OI, torch.ones(2, 4)) and not torch.equal(used_OI, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "computed"),
+    [("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("bfloat16", False, torch.bfloat16)],
+)
+def test_the_arithmetic_is_that_of_the_device(
+    dtype: str, fast: bool, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has_bfloat16(monkeypatch, fast)
+    settled = recipe.load("reconstruct", [f"method.dtype={dtype}"]).on_device("cpu").method
+    assert settled.options["dtype"] == str(computed).removeprefix("torch.")
+    for method in (create("reconstruct", {"dtype": dtype}), settled.build()):
+        assert isinstance(method, Reconstruct) and method.compute_dtype(torch.device("cpu")) is computed
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgen.api.checks import resolve_device
 from maskgen.core.digest import digest_files, digest_json, digest_weights
 from maskgen.hf import model
 from maskgen.methods import LocalMethod
@@ -180,8 +179,7 @@ def _base(args: argparse.Namespace, row: Row, seed: int) -> Path:
 
 def _settled(args: argparse.Namespace, name: str, overrides: list[str]) -> recipe.Recipe:
     """The recipe as `maskgen run` takes it for this model."""
-    loaded = recipe.load(name, overrides).for_context(model.stored_max_tokens(args.model))
-    return loaded.on_device(resolve_device(None))
+    return recipe.load(name, overrides).for_context(model.stored_max_tokens(args.model)).on_device("cpu")
 
 
 def _overrides(args: argparse.Namespace, row: Row, seed: int) -> list[str]:

@@ -22,7 +22,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         on_x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return on_x86 or bool(torch.cpu.get_capabilities().get("bf16"))
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that may be installed
+        return on_x86 or bool(capabilities.get("bf16"))
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -41,6 +42,12 @@ def settled_dtype(wanted: ProductsDtype, device: torch.device) -> Literal["bfloa
     if wanted == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
     return wanted
+
+
+def dtype_of(settled: ProductsDtype) -> torch.dtype:
+    """The dtype that a recipe names, once it is settled."""
+    assert settled != "auto", "a recipe is settled by Recipe.on_device"
+    return torch.bfloat16 if settled == "bfloat16" else torch.float32
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from maskgen.core.pattern import NMPattern
 from maskgen.core.values import INT4
 from maskgen.methods import LocalMethod, Method
 from maskgen.methods.learned import LearnedMethod
-from maskgen.numerics.products import ProductsDtype, settled_dtype
+from maskgen.numerics.products import ProductsDtype, dtype_of, settled_dtype
 
 
 class Strict(BaseModel):
@@ -67,8 +67,7 @@ class Training(Strict):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of matrix products, once it is settled (`settled_on`)."""
-        assert self.dtype != "auto"
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        return dtype_of(self.dtype)
 
     def settled_on(self, device: str) -> Training:
         """With the dtype that "auto" is on `device`."""

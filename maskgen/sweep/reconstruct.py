@@ -129,7 +129,7 @@ class Training:
             for batch in torch.randperm(batches, generator=generator).tolist():
                 inputs_BTD = self._inputs(batch, epoch)
                 with torch.enable_grad():
-                    output_BTD = self._run(batch, inputs_BTD, method.compute_dtype(self.device))
+                    output_BTD = self._run(batch, inputs_BTD, method.compute_dtype)
                     total += fit.step(output_BTD, self.teacher.wanted[batch].to(self.device))
                 if not math.isfinite(total):
                     raise NumericalError(

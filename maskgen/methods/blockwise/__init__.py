@@ -47,9 +47,10 @@ class BlockMethod(Method, ABC):
         """It can start from any mask, or from what a recipe's [prior] makes."""
         return True
 
+    @property
     @abstractmethod
-    def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of matrix products while a block is trained on `device`; weights and loss are float32."""
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products while the block is trained; weights and loss are float32."""
 
     @abstractmethod
     def loss(self, output_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from maskgen.core.errors import RecipeError
 from maskgen.methods.blockwise import BlockMethod, Fit
-from maskgen.numerics.products import ProductsDtype, settled_dtype
+from maskgen.numerics.products import ProductsDtype, dtype_of
 
 _SMALLEST = 1e-12
 """Least squared length of a token that is divided by."""
@@ -57,9 +57,10 @@ class Reconstruct(BlockMethod):
         if self.epochs < 1:
             raise RecipeError(f"method.epochs {self.epochs}: expected a positive number, such as 8")
 
-    def compute_dtype(self, device: torch.device) -> torch.dtype:
+    @property
+    def compute_dtype(self) -> torch.dtype:
         """What `dtype` names."""
-        return torch.bfloat16 if settled_dtype(self.dtype, device) == "bfloat16" else torch.float32
+        return dtype_of(self.dtype)
 
     def loss(self, output_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
         """Squared error of a token relative to its squared length, mean over tokens."""
